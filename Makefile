@@ -1,0 +1,39 @@
+# `make demo` and `make test` are all a newcomer needs; each makes .venv when it is missing or stale.
+PY := .venv/bin/python
+FIND_PYTHON = for p in python3.12 python3 python3.13 python3.14; do \
+	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; then echo $$p; exit 0; fi; done; \
+	echo "no Python >= 3.12 found: tried python3.12, python3, python3.13, python3.14; install one and run make again" >&2; exit 1
+
+.PHONY: demo test check test-long lint clean
+.DELETE_ON_ERROR:
+
+.venv/core: requirements.txt pyproject.toml
+	@python=$$($(FIND_PYTHON)) && { [ -x $(PY) ] || $$python -m venv .venv; }
+	@echo "installing the core into .venv (about a minute)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+.venv/test: .venv/core
+	@echo "installing the [test] extra into .venv (PyTorch is large: a few minutes)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+demo: .venv/core
+	@$(PY) experiments/demo.py
+
+test: .venv/test
+	@$(PY) -m pytest -m "not long"
+
+check: lint
+	@$(PY) -m pytest -m "not slow and not long"
+
+test-long: .venv/test
+	@$(PY) -m pytest -m long
+
+lint: .venv/test
+	@$(PY) -m ruff check .
+	@$(PY) -m pyrefly check
+
+clean:
+	rm -rf .venv

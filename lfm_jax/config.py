@@ -1,0 +1,331 @@
+"""ModelConfig: one frozen description of a hybrid model; everything else folds over it.
+
+Sizes, config keys and traps follow the published LFM2 checkpoints as `transformers` 5.23 reads them
+(`models/lfm2/configuration_lfm2.py`, `modeling_lfm2.py`).
+
+Dimensions: D model width, F feed-forward width, N query heads, K key/value heads, H head width,
+W conv taps, V vocabulary, L layers, T tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+LayerType = Literal["conv", "full_attention"]
+DType = Literal["float32", "bfloat16", "float16"]
+ConvImpl = Literal["auto", "lax", "shifted"]
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+HF_MODEL_TYPE = "lfm2"
+
+
+def hybrid_pattern(num_layers: int, attention_at: tuple[int, ...]) -> tuple[LayerType, ...]:
+    """Layer types with `full_attention` at the given indices and `conv` everywhere else."""
+    return tuple("full_attention" if i in attention_at else "conv" for i in range(num_layers))
+
+
+_PATTERN_16 = hybrid_pattern(16, (2, 5, 8, 10, 12, 14))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape, numerics and token ids of an LFM2-family model. The defaults are LFM2.5-350M.
+
+    Raises:
+      ValueError: on construction, one message that lists every bad field and how to mend it.
+    """
+
+    layer_types: tuple[LayerType, ...] = _PATTERN_16
+    """Operator of each layer, first to last; its length is the number of layers."""
+    vocab_size: int = 65_536
+    """V, rows of the embedding table."""
+    hidden_size: int = 1024
+    """D, width of the residual stream."""
+    ffn_size: int = 4608
+    """F, width of the SwiGLU hidden layer as stored (after HF's auto-adjust)."""
+    num_heads: int = 16
+    """N, query heads."""
+    num_kv_heads: int = 8
+    """K, key/value heads; N / K query heads share one."""
+    head_dim: int = 64
+    """H, width of one head; even, because rotary embedding turns pairs."""
+    conv_taps: int = 3
+    """W, taps of the short convolution: each output sees W - 1 earlier tokens."""
+    conv_bias: bool = False
+    """Bias on in_proj, conv and out_proj of the short convolution."""
+    qk_norm: bool = True
+    """RMSNorm over each query and key head before the rotary embedding."""
+    post_norm: bool = False
+    """Sandwich norms: another RMSNorm after the operator and after the feed-forward (as in LFM3)."""
+    tie_embedding: bool = True
+    """The output head is the embedding table."""
+    norm_eps: float = 1e-5
+    rope_theta: float = 1e6
+    max_position: int = 128_000
+    """Longest context that `init_state` grants."""
+    init_std: float = 0.02
+    """Standard deviation of the normal initialisation of every matrix."""
+    pad_id: int = 0
+    bos_id: int = 1
+    eos_ids: tuple[int, ...] = (7,)
+    param_dtype: DType = "float32"
+    """Dtype in which parameters are stored."""
+    dtype: DType = "bfloat16"
+    """Dtype of activations and matrix products. Norm variance, softmax and rotary are float32 always."""
+    logits_dtype: DType = "float32"
+    conv_impl: ConvImpl = "auto"
+    """Implementation of the depthwise convolution; see `kernels/causal_conv.py`."""
+
+    def __post_init__(self) -> None:
+        problems = _problems(self)
+        if problems:
+            raise ValueError("ModelConfig is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_types)
+
+    @property
+    def conv_layers(self) -> int:
+        return self.layer_types.count("conv")
+
+    @property
+    def attention_layers(self) -> int:
+        return self.layer_types.count("full_attention")
+
+    def replace(self, **changes: Any) -> ModelConfig:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    # ---------------------------------------------------------------- presets
+
+    @classmethod
+    def preset(cls, name: str) -> ModelConfig:
+        """A published dense model by name, for example `lfm2.5-350m`.
+
+        Raises:
+          ValueError: unknown name; the message lists the known ones.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is not known; choose one of {', '.join(sorted(PRESETS))}")
+        return cls(**PRESETS[name])
+
+    # ---------------------------------------------------------------- counts
+
+    def num_params(self) -> int:
+        """Number of parameters, the tied table counted once."""
+        embed = self.vocab_size * self.hidden_size * (1 if self.tie_embedding else 2)
+        return embed + self.hidden_size + sum(self._layer_params(kind) for kind in self.layer_types)
+
+    def _layer_params(self, kind: LayerType) -> int:
+        D, F = self.hidden_size, self.ffn_size
+        norms = (4 if self.post_norm else 2) * D
+        return norms + 3 * D * F + self._operator_params(kind)
+
+    def _operator_params(self, kind: LayerType) -> int:
+        D, H, N, K = self.hidden_size, self.head_dim, self.num_heads, self.num_kv_heads
+        if kind == "conv":
+            return 4 * D * D + D * self.conv_taps + (5 * D if self.conv_bias else 0)
+        return 2 * D * H * (N + K) + (2 * H if self.qk_norm else 0)
+
+    def flops_per_token(self, T: int) -> float:
+        """Forward FLOPs per token of a document of T tokens, two per multiply-add.
+
+        Counts every matrix product (head included), the conv taps and causal attention, whose token
+        at position t meets t + 1 keys: (T + 1) / 2 on average. Elementwise work and the embedding
+        lookup are left out. One training step costs three times this.
+        """
+        D, N, H = self.hidden_size, self.num_heads, self.head_dim
+        macs = float(D * self.vocab_size)
+        for kind in self.layer_types:
+            macs += 3 * D * self.ffn_size
+            if kind == "conv":
+                macs += 4 * D * D + D * self.conv_taps
+            else:
+                macs += 2 * D * H * (N + self.num_kv_heads) + 2 * N * H * (T + 1) / 2
+        return 2 * macs
+
+    def state_bytes(self, T: int, dtype: DType | None = None) -> int:
+        """Bytes of the decode state of one sequence with room for T tokens (see `state.py`)."""
+        item = ITEMSIZE[dtype or self.dtype]
+        conv = (self.conv_taps - 1) * self.hidden_size * item
+        kv = 2 * T * self.num_kv_heads * self.head_dim * item + 2 * 4
+        return 4 + self.conv_layers * conv + self.attention_layers * kv
+
+    # ---------------------------------------------------------------- HF config.json
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any], **overrides: Any) -> ModelConfig:
+        """Reads the dict of a Hugging Face `config.json`, old style or new.
+
+        Keys that do not change the network (`block_dim`, `conv_dim`, `*_xavier_init`, ...) are ignored,
+        as `transformers` ignores them.
+
+        Args:
+          hf: the parsed config.json.
+          **overrides: ModelConfig fields that win over the file, for example `dtype`.
+
+        Raises:
+          ValueError: not an LFM2 config, a missing size, an unsupported rope type, or an invalid field.
+        """
+        model_type = hf.get("model_type")
+        if model_type != HF_MODEL_TYPE:
+            raise ValueError(f"model_type is {model_type!r}; expected {HF_MODEL_TYPE!r} (a dense LFM2 checkpoint)")
+        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+        missing = [key for key in sizes if key not in hf]
+        if "intermediate_size" not in hf and "block_ff_dim" not in hf:
+            missing.append("intermediate_size")
+        if missing:
+            raise ValueError(f"config.json lacks {', '.join(missing)}; these sizes have no safe default")
+        eos = hf.get("eos_token_id", 2)
+        stored = hf.get("dtype") or hf.get("torch_dtype") or "float32"
+        fields: dict[str, Any] = dict(
+            layer_types=_hf_layer_types(hf),
+            vocab_size=hf["vocab_size"],
+            hidden_size=hf["hidden_size"],
+            ffn_size=_hf_ffn_size(hf),
+            num_heads=hf["num_attention_heads"],
+            num_kv_heads=hf["num_key_value_heads"],
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // max(hf["num_attention_heads"], 1),
+            conv_taps=hf.get("conv_L_cache", 3),
+            conv_bias=hf.get("conv_bias", False),
+            tie_embedding=hf.get("tie_embedding", hf.get("tie_word_embeddings", True)),
+            norm_eps=hf.get("norm_eps", 1e-5),
+            rope_theta=_hf_rope_theta(hf),
+            max_position=hf.get("max_position_embeddings", 128_000),
+            init_std=hf.get("initializer_range", 0.02),
+            pad_id=_or_default(hf.get("pad_token_id"), 0),
+            bos_id=_or_default(hf.get("bos_token_id"), 1),
+            eos_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
+            param_dtype=stored,
+            dtype=stored,
+        )
+        return cls(**(fields | overrides))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The dict of a config.json that `transformers` loads as Lfm2ForCausalLM (4.54 and 5.x).
+
+        Raises:
+          ValueError: the model has something that the LFM2 architecture of `transformers` cannot express.
+        """
+        foreign = [f"{name}={getattr(self, name)}" for name, lfm2 in (("qk_norm", True), ("post_norm", False))
+                   if getattr(self, name) != lfm2]
+        if foreign:
+            raise ValueError(f"LFM2 in transformers has no {', '.join(foreign)}; such a model cannot be exported to it")
+        return {
+            "architectures": ["Lfm2ForCausalLM"],
+            "model_type": HF_MODEL_TYPE,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.ffn_size,
+            "block_auto_adjust_ff_dim": False,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "layer_types": list(self.layer_types),
+            "conv_L_cache": self.conv_taps,
+            "conv_bias": self.conv_bias,
+            "norm_eps": self.norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "max_position_embeddings": self.max_position,
+            "initializer_range": self.init_std,
+            "tie_word_embeddings": self.tie_embedding,
+            "pad_token_id": self.pad_id,
+            "bos_token_id": self.bos_id,
+            "eos_token_id": self.eos_ids[0] if len(self.eos_ids) == 1 else (list(self.eos_ids) or None),
+            "torch_dtype": self.param_dtype,
+            "dtype": self.param_dtype,
+            "use_cache": True,
+        }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "lfm2-350m": dict(layer_types=_PATTERN_16, hidden_size=1024, ffn_size=4608, num_heads=16),
+    "lfm2-700m": dict(layer_types=_PATTERN_16, hidden_size=1536, ffn_size=6912, num_heads=24),
+    "lfm2-1.2b": dict(layer_types=_PATTERN_16, hidden_size=2048, ffn_size=8192, num_heads=32),
+    "lfm2-2.6b": dict(
+        layer_types=hybrid_pattern(30, (2, 5, 9, 13, 17, 21, 24, 27)), hidden_size=2048, ffn_size=10752, num_heads=32
+    ),
+}
+PRESETS["lfm2.5-350m"] = PRESETS["lfm2-350m"]
+PRESETS["lfm2.5-1.2b"] = PRESETS["lfm2-1.2b"]
+
+
+def _or_default(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _hf_ffn_size(hf: Mapping[str, Any]) -> int:
+    """F as `Lfm2MLP` computes it from intermediate_size (or `block_ff_dim`, which overrides it)."""
+    size = hf.get("block_ff_dim", hf.get("intermediate_size"))
+    if not hf.get("block_auto_adjust_ff_dim", True):
+        return size
+    size = int(2 * size / 3)
+    multiplier = hf.get("block_ffn_dim_multiplier", 1.0)
+    if multiplier is not None:
+        multiple = hf.get("block_multiple_of", 256)
+        size = multiple * math.ceil(int(multiplier * size) / multiple)
+    return size
+
+
+def _hf_layer_types(hf: Mapping[str, Any]) -> tuple[Any, ...]:
+    """layer_types, else full_attn_idxs, else all attention: the order in which `Lfm2Config` decides."""
+    num_layers = hf["num_hidden_layers"]
+    if hf.get("layer_types") is not None:
+        types = tuple(hf["layer_types"])
+        if len(types) != num_layers:
+            raise ValueError(f"layer_types has {len(types)} entries but num_hidden_layers is {num_layers}")
+        return types
+    attention_at = hf.get("full_attn_idxs")
+    return hybrid_pattern(num_layers, tuple(range(num_layers)) if attention_at is None else tuple(attention_at))
+
+
+def _hf_rope_theta(hf: Mapping[str, Any]) -> float:
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"rope_type is {kind!r}; only 'default' is supported")
+    return float(rope.get("rope_theta") or hf.get("rope_theta") or hf.get("theta") or 1e6)
+
+
+def _problems(c: ModelConfig) -> list[str]:
+    problems = []
+
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            problems.append(message)
+
+    counts = ("vocab_size", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "conv_taps",
+              "max_position")
+    for name in counts:
+        value = getattr(c, name)
+        need(type(value) is int and value >= 1, f"{name} is {value!r}; it must be a whole number of at least 1")
+    for name in ("norm_eps", "rope_theta", "init_std"):
+        value = getattr(c, name)
+        need(isinstance(value, (int, float)) and math.isfinite(value) and value > 0,
+             f"{name} is {value!r}; it must be a positive number")
+    for name, choices in (("param_dtype", get_args(DType)), ("dtype", get_args(DType)),
+                          ("logits_dtype", get_args(DType)), ("conv_impl", get_args(ConvImpl))):
+        value = getattr(c, name)
+        need(value in choices, f"{name} is {value!r}; choose one of {', '.join(choices)}")
+    for name in ("conv_bias", "qk_norm", "post_norm", "tie_embedding"):
+        value = getattr(c, name)
+        need(type(value) is bool, f"{name} is {value!r}; it must be true or false")
+    need(isinstance(c.layer_types, tuple) and len(c.layer_types) > 0,
+         "layer_types must be a tuple with at least one layer type")
+    unknown = sorted({str(kind) for kind in c.layer_types} - set(get_args(LayerType)))
+    need(not unknown, f"layer_types has {', '.join(unknown)}; choose from {', '.join(get_args(LayerType))}")
+    if problems:
+        return problems  # The checks below do arithmetic on the fields.
+    need(c.num_heads % c.num_kv_heads == 0,
+         f"num_heads {c.num_heads} is not a multiple of num_kv_heads {c.num_kv_heads}; change one of them")
+    need(c.head_dim % 2 == 0, f"head_dim is {c.head_dim}; it must be even, because rotary embedding turns pairs")
+    for name, ids in (("pad_id", (c.pad_id,)), ("bos_id", (c.bos_id,)), ("eos_ids", c.eos_ids)):
+        bad = [i for i in ids if type(i) is not int or not 0 <= i < c.vocab_size]
+        need(not bad, f"{name} has {bad}; token ids lie in 0..{c.vocab_size - 1} (vocab_size)")
+    return problems

@@ -1,0 +1,178 @@
+"""The network: embed -> blocks -> norm -> head. One class for every LFM2-family model.
+
+Dimensions: B batch, T time, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lfm_jax import state as state_lib
+from lfm_jax.config import ModelConfig
+from lfm_jax.layers import RMSNorm, SwiGLU, normal_param
+from lfm_jax.operators import OPERATORS
+from lfm_jax.state import LayerState, State
+
+Logits = Literal["all", "last"]
+Padding = Literal["any", "right"]
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block: `x += operator(norm(x)); x += feed_forward(norm(x))` (`Lfm2DecoderLayer`)."""
+
+    def __init__(self, kind: str, config: ModelConfig, *, rngs: nnx.Rngs):
+        D = config.hidden_size
+        self.operator_norm = RMSNorm(D, config)
+        self.operator = OPERATORS[kind](config, rngs=rngs)
+        self.ffn_norm = RMSNorm(D, config)
+        self.feed_forward = SwiGLU(config, rngs=rngs)
+        self.post_norm = config.post_norm
+        if config.post_norm:
+            self.post_operator_norm = RMSNorm(D, config)
+            self.post_ffn_norm = RMSNorm(D, config)
+
+    def __call__(
+        self, x_BTD: jax.Array, *, positions_BT: jax.Array, segment_ids_BT: jax.Array | None, state: LayerState | None
+    ) -> tuple[jax.Array, LayerState | None]:
+        with jax.named_scope("operator"):
+            y_BTD, state = self.operator(
+                self.operator_norm(x_BTD), positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, state=state
+            )
+            x_BTD += self.post_operator_norm(y_BTD) if self.post_norm else y_BTD
+        with jax.named_scope("feed_forward"):
+            y_BTD = self.feed_forward(self.ffn_norm(x_BTD))
+            x_BTD += self.post_ffn_norm(y_BTD) if self.post_norm else y_BTD
+        return x_BTD, state
+
+
+class LFM(nnx.Module):
+    """An LFM2-family language model.
+
+    Args:
+      config: shape and numerics.
+      rngs: streams for initialisation; nothing of it is kept.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = normal_param(rngs, (config.vocab_size, config.hidden_size), config)
+        self.blocks = nnx.List([Block(kind, config, rngs=rngs) for kind in config.layer_types])
+        self.norm = RMSNorm(config.hidden_size, config)
+        if not config.tie_embedding:
+            self.head = normal_param(rngs, (config.vocab_size, config.hidden_size), config)
+
+    @property
+    def head_VD(self) -> jax.Array:
+        """The output matrix: the embedding table, unless the head is untied."""
+        return self.embed[...] if self.config.tie_embedding else self.head[...]
+
+    def init_state(self, batch: int, max_len: int, dtype: str | jnp.dtype | None = None) -> State:
+        """An empty decode state; see `lfm_jax.state.init_state`."""
+        return state_lib.init_state(self.config, batch, max_len, dtype)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+        state: State | None = None,
+        logits: Logits | None = "all",
+        *,
+        padding: Padding = "any",
+    ) -> tuple[jax.Array, State | None]:
+        """Runs the model on whole rows, on a chunk that continues `state`, or on one token a row.
+
+        Args:
+          tokens_BT: token ids, int32.
+          positions_BT: rotary positions. None counts within each document; the first document goes on
+            from the state.
+          segment_ids_BT: 0 for padding, another id for each document; a change of id starts a new
+            document. None means one document a row, no padding.
+          state: from `init_state` or an earlier call; None for a pass that keeps no state.
+          logits: `all` for [B, T, V], `last` for [B, 1, V] at each row's last real token, None for the
+            normed hidden states [B, T, D].
+          padding: `any` lets padding stand anywhere. `right` promises that it stands at the right end of
+            every row, and saves the gather that brings it there.
+
+        Returns:
+          (logits or hidden states, new state or None). Values at padding mean nothing. A row that
+          outgrows the state's slots gives NaN.
+
+        Raises:
+          ValueError: shapes or options that do not fit together.
+        """
+        self._check(tokens_BT, positions_BT, segment_ids_BT, state, logits)
+        B, T = tokens_BT.shape
+        first_B = jnp.zeros((B,), jnp.int32) if state is None else state.position_B
+        if segment_ids_BT is None:
+            gather_BT = None
+            default_BT = first_B[:, None] + jnp.arange(T, dtype=jnp.int32)
+            length_B = jnp.full((B,), T, jnp.int32)
+        else:
+            gather_BT, segment_ids_BT = state_lib.align(segment_ids_BT, right_padded=padding == "right")
+            default_BT = state_lib.count_positions(segment_ids_BT, first_B)
+            length_B = state_lib.lengths(segment_ids_BT)
+        if gather_BT is not None:
+            tokens_BT = jnp.take_along_axis(tokens_BT, gather_BT, axis=1)
+            if positions_BT is not None:
+                positions_BT = jnp.take_along_axis(positions_BT, gather_BT, axis=1)
+        if positions_BT is None:
+            positions_BT = default_BT
+
+        with jax.named_scope("embed"):
+            x_BTD = self.embed[...].astype(self.config.dtype)[tokens_BT]
+        layer_states: list[LayerState | None] = []
+        for i, block in enumerate(self.blocks):
+            with jax.named_scope(f"layer_{i}"):
+                x_BTD, layer_state = block(
+                    x_BTD, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT,
+                    state=None if state is None else state.layers[i],
+                )
+            layer_states.append(layer_state)
+        last_B1 = jnp.maximum(length_B - 1, 0)[:, None]
+        if logits == "last":
+            x_BTD = jnp.take_along_axis(x_BTD, last_B1[:, :, None], axis=1)
+        elif gather_BT is not None:
+            x_BTD = jnp.take_along_axis(x_BTD, jnp.argsort(gather_BT, axis=1)[:, :, None], axis=1)
+        x_BTD = self.norm(x_BTD)
+
+        new_state = None
+        if state is not None:
+            after_B = jnp.take_along_axis(positions_BT, last_B1, axis=1)[:, 0] + 1
+            new_state = State(tuple(layer_states), jnp.where(length_B > 0, after_B, state.position_B))
+        return (x_BTD if logits is None else self.project(x_BTD)), new_state
+
+    def project(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits of normed hidden states, accumulated and returned in `config.logits_dtype`."""
+        with jax.named_scope("head"):
+            # The table stands on the left: for one row a CPU streams it four times as fast this way.
+            logits_VBT = jnp.einsum(
+                "VD,BTD->VBT", self.head_VD.astype(x_BTD.dtype), x_BTD,
+                preferred_element_type=jnp.dtype(self.config.logits_dtype),
+            )
+            return jnp.moveaxis(logits_VBT, 0, -1)
+
+    def _check(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array | None, segment_ids_BT: jax.Array | None,
+        state: State | None, logits: str | None,
+    ) -> None:
+        if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer) or tokens_BT.size == 0:
+            raise ValueError(
+                f"tokens_BT is {tokens_BT.dtype}{list(tokens_BT.shape)}; expected integers of shape [batch, time], "
+                "neither of them 0"
+            )
+        for name, array in (("positions_BT", positions_BT), ("segment_ids_BT", segment_ids_BT)):
+            if array is not None and array.shape != tokens_BT.shape:
+                raise ValueError(f"{name} has shape {array.shape}; expected that of tokens_BT, {tokens_BT.shape}")
+        if logits not in ("all", "last", None):
+            raise ValueError(f"logits is {logits!r}; choose 'all', 'last' or None for hidden states")
+        if state is None:
+            return
+        if len(state.layers) != self.config.num_layers:
+            raise ValueError(f"state has {len(state.layers)} layers; the model has {self.config.num_layers}")
+        if state.position_B.shape[0] != tokens_BT.shape[0]:
+            raise ValueError(f"state holds {state.position_B.shape[0]} rows; tokens_BT has {tokens_BT.shape[0]}")

@@ -1,0 +1,77 @@
+"""The double-gated short convolution, the LIV block of LFM2 (`Lfm2ShortConv`).
+
+`(B, C, h) = in_proj(x)`; `z = causal_conv(B * h)`; `y = out_proj(C * z)`. No activation, no inner norm.
+
+Dimensions: B batch, T time, D width, W taps, V = W - 1.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lfm_jax import state as state_lib
+from lfm_jax.config import ModelConfig
+from lfm_jax.kernels.causal_conv import causal_conv
+from lfm_jax.layers import normal_param, zeros_param
+from lfm_jax.state import ConvTail
+
+
+class ShortConv(nnx.Module):
+    """Two gates around a causal depthwise convolution of W taps."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        D, W = config.hidden_size, config.conv_taps
+        # [D, 3, D], not [D, 3 D]: a tensor-parallel split of the last axis then needs no collective.
+        self.in_proj = normal_param(rngs, (D, 3, D), config)
+        self.conv = normal_param(rngs, (W, D), config)
+        self.out_proj = normal_param(rngs, (D, D), config)
+        if config.conv_bias:
+            self.in_bias = zeros_param((3, D), config)
+            self.conv_bias = zeros_param((D,), config)
+            self.out_bias = zeros_param((D,), config)
+        self.bias = config.conv_bias
+        self.impl = config.conv_impl
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        *,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        state: ConvTail | None,
+    ) -> tuple[jax.Array, ConvTail | None]:
+        """One call for full pass, chunk and single token. Rows are aligned (`state.align`)."""
+        del positions_BT  # A convolution knows distance, not position.
+        dtype = x_BTD.dtype
+        gates_BTCD = jnp.einsum("BTD,DCE->BTCE", x_BTD, self.in_proj[...].astype(dtype))
+        if self.bias:
+            gates_BTCD += self.in_bias[...].astype(dtype)
+        b_BTD, c_BTD, h_BTD = gates_BTCD[:, :, 0], gates_BTCD[:, :, 1], gates_BTCD[:, :, 2]
+        y_BTD = b_BTD * h_BTD
+        tail_BVD = None if state is None else state.tail_BVD
+        z_BTD = causal_conv(y_BTD, self.conv[...].astype(dtype), tail_BVD, segment_ids_BT, impl=self.impl)
+        if self.bias:
+            z_BTD += self.conv_bias[...].astype(dtype)
+        out_BTD = (c_BTD * z_BTD) @ self.out_proj[...].astype(dtype)
+        if self.bias:
+            out_BTD += self.out_bias[...].astype(dtype)
+        new_state = None if tail_BVD is None else ConvTail(_new_tail(tail_BVD, y_BTD, segment_ids_BT))
+        return out_BTD, new_state
+
+
+def _new_tail(tail_BVD: jax.Array, y_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
+    """The last W - 1 real columns of tail and y together, zeros where they belong to an earlier document."""
+    V = tail_BVD.shape[1]
+    padded_BSD = jnp.concatenate([tail_BVD, y_BTD.astype(tail_BVD.dtype)], axis=1)
+    if segment_ids_BT is None:
+        return padded_BSD[:, padded_BSD.shape[1] - V :]
+    length_B = state_lib.lengths(segment_ids_BT)
+    index_BV = length_B[:, None] + jnp.arange(V, dtype=jnp.int32)
+    column_BVD = jnp.take_along_axis(padded_BSD, index_BV[:, :, None], axis=1)
+    # The tail belongs to document 1, so the documents of all columns are 1, ..., 1, segment ids.
+    documents_BS = jnp.concatenate([jnp.ones(tail_BVD.shape[:2], jnp.int32), segment_ids_BT], axis=1)
+    document_BV = jnp.take_along_axis(documents_BS, index_BV, axis=1)
+    last_B1 = jnp.maximum(jnp.max(segment_ids_BT, axis=1), 1)[:, None]
+    return jnp.where((document_BV == last_B1)[:, :, None], column_BVD, 0)

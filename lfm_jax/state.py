@@ -1,0 +1,136 @@
+"""Decode state: plain pytrees in, new ones out.
+
+Semantics, the same for every operator:
+  - A token of segment 0 is padding and the identity on state: it neither enters the state nor resets it.
+  - What the state holds belongs to the document of the first real token of the next call. A change of
+    segment id within a call starts a new document, and the state that comes out is that of the last one.
+  - Storage is private to this file and the operators: others use `init_state`, `reset` and tree operations
+    on the leading batch axis (fork, permute, select rows), all of which are plain array operations.
+
+Dimensions: B batch, T time, S key/value slots, K key/value heads, H head width, V = W - 1 columns, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lfm_jax.config import ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KV:
+    """Keys (rotated) and values of one attention layer; slots [start, end) hold the current document."""
+
+    k_BSKH: jax.Array
+    v_BSKH: jax.Array
+    start_B: jax.Array
+    end_B: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ConvTail:
+    """The last W - 1 gated inputs of the current document, oldest first, zeros before its beginning."""
+
+    tail_BVD: jax.Array
+
+
+LayerState = KV | ConvTail
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Decode state of a whole model: one entry a layer and the position that comes next in each row."""
+
+    layers: tuple[LayerState, ...]
+    position_B: jax.Array
+
+
+def init_state(config: ModelConfig, batch: int, max_len: int, dtype: str | jnp.dtype | None = None) -> State:
+    """An empty state for `batch` rows with room for `max_len` real tokens each.
+
+    Args:
+      config: the model.
+      batch: rows.
+      max_len: slots for keys and values; a row that outgrows them gets NaN, never a wrong number.
+      dtype: of keys, values and conv tails; None means `config.dtype`.
+
+    Raises:
+      ValueError: batch or max_len below 1, or max_len above `config.max_position`.
+    """
+    if batch < 1 or max_len < 1:
+        raise ValueError(f"batch is {batch} and max_len is {max_len}; both must be at least 1")
+    if max_len > config.max_position:
+        raise ValueError(f"max_len {max_len} exceeds config.max_position {config.max_position}")
+    dtype = jnp.dtype(dtype or config.dtype)
+
+    def layer(kind: str) -> LayerState:
+        if kind == "conv":
+            return ConvTail(jnp.zeros((batch, config.conv_taps - 1, config.hidden_size), dtype))
+        shape = (batch, max_len, config.num_kv_heads, config.head_dim)
+        zero_B = jnp.zeros((batch,), jnp.int32)
+        return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), zero_B, zero_B + 0)
+
+    return State(tuple(layer(kind) for kind in config.layer_types), jnp.zeros((batch,), jnp.int32))
+
+
+def reset(state: State, rows_B: jax.Array) -> State:
+    """The state with the marked rows (bool) empty again; the others are untouched."""
+
+    def layer(s: LayerState) -> LayerState:
+        if isinstance(s, ConvTail):
+            return ConvTail(jnp.where(rows_B[:, None, None], 0, s.tail_BVD))
+        return KV(s.k_BSKH, s.v_BSKH, jnp.where(rows_B, 0, s.start_B), jnp.where(rows_B, 0, s.end_B))
+
+    return State(tuple(layer(s) for s in state.layers), jnp.where(rows_B, 0, state.position_B))
+
+
+class Rows(NamedTuple):
+    """Rows brought to the form that operators take: real tokens first, documents numbered 1, 2, ..."""
+
+    gather_BT: jax.Array | None
+    """Aligned index -> index in the caller's row; None where nothing moved."""
+    segment_ids_BT: jax.Array
+    """1, 2, ... by document, 0 for the padding at the right end."""
+
+
+def align(segment_ids_BT: jax.Array, *, right_padded: bool) -> Rows:
+    """Moves padding to the right end of each row and numbers the documents from 1.
+
+    Operators then meet real tokens side by side, so that padding in any place is the identity by
+    construction and none of them has to step over it.
+
+    Args:
+      segment_ids_BT: 0 for padding, any other id for a document; a new id starts a new document.
+      right_padded: the caller knows that padding is at the right end already; nothing is moved.
+    """
+    gather_BT = None
+    if not right_padded:
+        gather_BT = jnp.argsort(segment_ids_BT == 0, axis=1, stable=True).astype(jnp.int32)
+        segment_ids_BT = jnp.take_along_axis(segment_ids_BT, gather_BT, axis=1)
+    documents_BT = jnp.cumsum(_starts(segment_ids_BT), axis=1, dtype=jnp.int32)
+    return Rows(gather_BT, jnp.where(segment_ids_BT == 0, 0, documents_BT))
+
+
+def count_positions(segment_ids_BT: jax.Array, first_B: jax.Array) -> jax.Array:
+    """Positions within each document of aligned rows; document 1 begins at `first_B`, the others at 0."""
+    index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
+    start_BT = jax.lax.cummax(jnp.where(_starts(segment_ids_BT), index_T, 0), axis=1)
+    return index_T - start_BT + jnp.where(segment_ids_BT == 1, first_B[:, None], 0)
+
+
+def _starts(segment_ids_BT: jax.Array) -> jax.Array:
+    """True where a new segment id begins, the first token of each row included."""
+    changed_BT = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
+    return jnp.pad(changed_BT, ((0, 0), (1, 0)), constant_values=True)
+
+
+def lengths(segment_ids_BT: jax.Array) -> jax.Array:
+    """Number of real tokens in each row."""
+    return jnp.sum(segment_ids_BT != 0, axis=1, dtype=jnp.int32)
