@@ -105,7 +105,7 @@ class LFM(nnx.Module):
         Raises:
           ValueError: shapes or options that do not fit together.
         """
-        self._check(tokens_BT, positions_BT, segment_ids_BT, state, logits)
+        self._check(tokens_BT, positions_BT, segment_ids_BT, state, logits, padding)
         B, T = tokens_BT.shape
         first_B = jnp.zeros((B,), jnp.int32) if state is None else state.position_B
         if segment_ids_BT is None:
@@ -158,7 +158,7 @@ class LFM(nnx.Module):
 
     def _check(
         self, tokens_BT: jax.Array, positions_BT: jax.Array | None, segment_ids_BT: jax.Array | None,
-        state: State | None, logits: str | None,
+        state: State | None, logits: str | None, padding: str,
     ) -> None:
         if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer) or tokens_BT.size == 0:
             raise ValueError(
@@ -170,6 +170,8 @@ class LFM(nnx.Module):
                 raise ValueError(f"{name} has shape {array.shape}; expected that of tokens_BT, {tokens_BT.shape}")
         if logits not in ("all", "last", None):
             raise ValueError(f"logits is {logits!r}; choose 'all', 'last' or None for hidden states")
+        if padding not in ("any", "right"):
+            raise ValueError(f"padding is {padding!r}; choose 'any' or 'right'")
         if state is None:
             return
         if len(state.layers) != self.config.num_layers:

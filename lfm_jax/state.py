@@ -86,7 +86,9 @@ def reset(state: State, rows_B: jax.Array) -> State:
     def layer(s: LayerState) -> LayerState:
         if isinstance(s, ConvTail):
             return ConvTail(jnp.where(rows_B[:, None, None], 0, s.tail_BVD))
-        return KV(s.k_BSKH, s.v_BSKH, jnp.where(rows_B, 0, s.start_B), jnp.where(rows_B, 0, s.end_B))
+        # A hidden key is masked before the softmax, but a hidden value meets the weight 0: NaN would survive.
+        v_BSKH = jnp.where(rows_B[:, None, None, None], 0, s.v_BSKH)
+        return KV(s.k_BSKH, v_BSKH, jnp.where(rows_B, 0, s.start_B), jnp.where(rows_B, 0, s.end_B))
 
     return State(tuple(layer(s) for s in state.layers), jnp.where(rows_B, 0, state.position_B))
 

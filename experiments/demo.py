@@ -1,0 +1,100 @@
+"""`make demo`: train a small hybrid on Python's own source, sample from it, export it, load it back.
+
+Takes a few minutes on two cores. Interrupted and started again, it resumes.
+"""
+
+from __future__ import annotations
+
+import lzma
+import os
+import sys
+import sysconfig
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import lfm_jax as lfm
+from lfm_jax.data import heldout_documents
+from lfm_jax.recipe import load_recipe
+from lfm_jax.train.loop import TrainConfig, train
+
+RECIPE = Path(__file__).parent.parent / "configs" / "demo.yaml"
+EXCLUDE = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data")
+PROMPTS = ("def read_file(path):\n", "class Queue:\n    def __init__(self", "import os\nimport sys\n\n")
+INTERRUPTED = 130
+
+
+def main() -> int:
+    # The caller's own flags come last, so `experiments/demo.py --steps 50` works.
+    stdlib = sysconfig.get_paths()["stdlib"]
+    flags = ["--data.sources", stdlib, "--data.exclude", *EXCLUDE, *sys.argv[1:]]
+    config = load_recipe(TrainConfig, RECIPE, flags, prog="demo.py")
+    console = Console()
+    console.print(
+        f"[bold]lfm_jax demo[/]: a hybrid of {config.model.num_params() / 1e6:.1f} million parameters "
+        f"({config.model.conv_layers} conv, {config.model.attention_layers} attention layers) "
+        f"learns Python from {stdlib}"
+    )
+    result = train(config)
+    if result.step < config.steps:
+        return INTERRUPTED
+    report_compression(console, config, result.heldout_bits_per_byte)
+    model, tokenizer = lfm.load(result.run_dir)
+    sample(console, model, tokenizer)
+    export = result.run_dir / "hf"
+    check_export(console, model, tokenizer, export)
+    console.print(
+        f"\nThe loss curve: {result.run_dir / 'loss.png'}\n\nNext:\n"
+        f"  .venv/bin/lfm generate {export} 'def main():' --temperature 0.7 --top-k 50\n"
+        f"  .venv/bin/lfm train {RECIPE.relative_to(RECIPE.parent.parent)} --run-dir runs/mine --data.sources YOUR_FILES\n"
+        f"  .venv/bin/lfm train --help\n"
+        f"  make test",
+        highlight=False,
+    )
+    return 0
+
+
+def report_compression(console: Console, config: TrainConfig, bits_per_byte: float | None) -> None:
+    """Held-out bits per byte beside `xz -9` on the same files, each by itself."""
+    texts = [text.encode() for text in heldout_documents(config.data)]
+    packed = sum(len(lzma.compress(text, preset=9)) for text in texts)
+    table = Table(title=f"{len(texts)} held-out files, {sum(map(len, texts)):,} bytes", title_justify="left")
+    table.add_column("held-out bits per byte")
+    table.add_column("", justify="right")
+    table.add_row("this model", f"{bits_per_byte:.3f}")
+    table.add_row("xz -9, file by file", f"{8 * packed / sum(map(len, texts)):.3f}")
+    console.print(table)
+
+
+def sample(console: Console, model: lfm.LFM, tokenizer: object) -> None:
+    """Three continuations."""
+    texts = lfm.generate(
+        model, tokenizer, list(PROMPTS),
+        sampling=[lfm.Sampling(temperature=0.7, top_k=50, seed=i) for i in range(len(PROMPTS))], max_new_tokens=80,
+    )
+    for prompt, text in zip(PROMPTS, texts, strict=True):
+        console.rule("sample", align="left")
+        console.print(f"[bold]{prompt}[/]", end="", highlight=False)
+        console.print(text, markup=False, highlight=False)
+
+
+def check_export(console: Console, model: lfm.LFM, tokenizer: object, export: Path) -> None:
+    """Exports a Hugging Face directory, loads it back, compares logits."""
+    if not export.exists():
+        lfm.save_hf(model, export, tokenizer=tokenizer)
+    again, _ = lfm.load(export)
+    tokens_BT = jnp.asarray(np.arange(1, 257).reshape(2, 128))
+    difference = jax.numpy.abs(model(tokens_BT)[0] - again(tokens_BT)[0]).max()
+    console.rule("export", align="left")
+    console.print(f"exported to {export} and loaded back; largest difference of logits: {float(difference)}")
+    if difference != 0:
+        raise SystemExit("the exported model differs from the trained one")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""The `lfm` command: one verb a function, its flags from the function's signature (tyro)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from lfm_jax.config import PRESETS, DType
+from lfm_jax.infer.sampling import Sampling
+
+INTERRUPTED = 130
+"""Exit status of a run that was stopped and can be resumed."""
+
+
+def train(recipe: tyro.conf.Positional[Path]) -> int:
+    """Train or resume a run: `lfm train RECIPE.yaml [--optimizer.peak-lr 1e-3 ...]`; every key is a flag."""
+    return _train([str(recipe)])
+
+
+def _train(args: list[str]) -> int:
+    from lfm_jax import recipe
+    from lfm_jax.train.loop import TrainConfig
+    from lfm_jax.train.loop import train as run
+
+    path = args[0] if args and not args[0].startswith("-") else None
+    config = recipe.load_recipe(TrainConfig, path, args[1:] if path else args, prog="lfm train [RECIPE]")
+    result = run(config)
+    return 0 if result.step == config.steps else INTERRUPTED
+
+
+def generate(
+    path: tyro.conf.Positional[Path],
+    prompt: tyro.conf.Positional[tuple[str, ...]],
+    /,
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling(),  # noqa: B008
+    max_new_tokens: int = 128,
+    stop: tuple[str, ...] = (),
+    dtype: DType | None = None,
+) -> int:
+    """Continue one or more prompts and print the texts.
+
+    Args:
+      path: Hugging Face directory or run directory.
+      prompt: one or more texts.
+      sampling: how tokens are chosen.
+      max_new_tokens: most tokens to add to a prompt.
+      stop: texts that end a continuation.
+      dtype: of parameters and computation; the stored one if left out.
+    """
+    from lfm_jax.infer.generate import generate as run
+    from lfm_jax.infer.generate import stream
+
+    model, tokenizer = _load(path, dtype)
+    if len(prompt) == 1:
+        print(prompt[0], end="", flush=True)
+        pieces = stream(model, tokenizer, prompt[0], sampling=sampling, max_new_tokens=max_new_tokens, stop=stop)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+        return 0
+    texts = run(model, tokenizer, list(prompt), sampling=sampling, max_new_tokens=max_new_tokens, stop=stop)
+    for start, text in zip(prompt, texts, strict=True):
+        print(f"{start}{text}\n")
+    return 0
+
+
+def chat(
+    path: tyro.conf.Positional[Path],
+    /,
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling(  # noqa: B008
+        temperature=0.1, top_k=50, repetition_penalty=1.05
+    ),
+    system: str | None = None,
+    max_new_tokens: int = 512,
+    dtype: DType | None = None,
+) -> int:
+    """Talk with a model in the terminal, through its own chat template.
+
+    Args:
+      path: Hugging Face directory or run directory.
+      sampling: how tokens are chosen; the defaults are those published for LFM2.5-350M.
+      system: system message.
+      max_new_tokens: longest reply.
+      dtype: of parameters and computation; the stored one if left out.
+    """
+    from lfm_jax.convert.hf import chat_template
+    from lfm_jax.infer.chat import DEFAULT_TEMPLATE, chat_loop
+
+    model, tokenizer = _load(path, dtype)
+    template = chat_template(path) or DEFAULT_TEMPLATE
+    chat_loop(model, tokenizer, template, system=system, sampling=sampling, max_new_tokens=max_new_tokens)
+    return 0
+
+
+def convert(
+    src: tyro.conf.Positional[Path],
+    dst: tyro.conf.Positional[Path],
+    /,
+    dtype: DType | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> int:
+    """Write a checkpoint as a Hugging Face directory that `transformers` loads.
+
+    Args:
+      src: Hugging Face directory or run directory.
+      dst: a new directory.
+      dtype: of the written weights; the stored one if left out.
+      max_shard_bytes: largest safetensors file; more weights become several files with an index.
+    """
+    from lfm_jax.convert.hf import convert as run
+    from lfm_jax.convert.hf import save_hf
+
+    if (src / "config.json").exists():
+        run(src, dst, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    else:
+        model, tokenizer = _load(src, dtype, need_tokenizer=False)
+        save_hf(model, dst, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
+    print(f"wrote {dst}")
+    return 0
+
+
+def bench(
+    suite: tyro.conf.Positional[Literal["model", "conv"]] = "model",
+    /,
+    preset: Literal[*sorted(PRESETS)] = "lfm2.5-350m",  # ty: names of published models
+    repeats: int = 5,
+) -> int:
+    """Measure on this machine, beside a peer in the same process, and print a Markdown table.
+
+    Args:
+      suite: model: prefill, decode and training step beside transformers; conv: the convolutions.
+      preset: shape for the model suite.
+      repeats: timed runs of which the median counts.
+    """
+    from lfm_jax.config import ModelConfig
+
+    if suite == "conv":
+        from lfm_jax.bench.conv import bench_conv
+
+        print(bench_conv(repeats=repeats))
+    else:
+        from lfm_jax.bench.model import bench_model
+
+        print(bench_model(ModelConfig.preset(preset), repeats=repeats))
+    return 0
+
+
+def _load(path: Path, dtype: str | None, *, need_tokenizer: bool = True):  # noqa: ANN202
+    from lfm_jax.load import load
+
+    model, tokenizer = load(path, dtype)
+    if tokenizer is None and need_tokenizer:
+        raise ValueError(f"{path} has no tokenizer.json; put the checkpoint's own beside its weights")
+    return model, tokenizer
+
+
+VERBS = {"train": train, "generate": generate, "chat": chat, "convert": convert, "bench": bench}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the `lfm` command; exits with the verb's status, 2 on bad input."""
+    args = sys.argv[1:] if argv is None else argv
+    try:
+        if args[:1] == ["train"]:  # Its flags come from the recipe's dataclass, not from a signature.
+            status = _train(args[1:])
+        else:
+            status = tyro.extras.subcommand_cli_from_dict(VERBS, args=args, prog="lfm")
+    except (ValueError, OSError) as error:
+        if os.environ.get("LFM_TRACEBACK"):
+            raise
+        print(f"lfm: {error}", file=sys.stderr)
+        status = 2
+    sys.exit(status)

@@ -1,0 +1,279 @@
+"""Weights both ways between `transformers` and us: state dicts in memory, directories on disk.
+
+Everything folds over the rows of `weights.WEIGHTS`. A source of weights names its tensors and reads them one at
+a time, so that no path holds a second copy of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import operator
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lfm_jax.config import ModelConfig
+from lfm_jax.convert import safetensors_io as files
+from lfm_jax.convert import sidecars
+from lfm_jax.convert.sidecars import chat_template
+from lfm_jax.convert.weights import WEIGHTS, Source, Spec, Tensor, Weight, cast, check, common_dtype, refuse, tensors
+from lfm_jax.model import LFM
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["WEIGHTS", "Tensor", "Weight", "chat_template", "convert", "from_state_dict", "load_hf", "save_hf",
+           "tensors", "to_state_dict", "write_hf"]
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+# -------------------------------------------------------------------- in memory
+
+
+def from_state_dict(state_dict: Mapping[str, Any], config: ModelConfig) -> LFM:
+    """A model with the weights of a PyTorch `Lfm2ForCausalLM.state_dict()`.
+
+    Args:
+      state_dict: HF name -> NumPy array or PyTorch tensor of float32, bfloat16 or float16. The values are copied,
+        bit for bit where they have `config.param_dtype` already and else rounded to it. `lm_head.weight` of a
+        tied model may be there if it equals the embedding.
+      config: the model to fill.
+
+    Raises:
+      ValueError: one error that lists every tensor that is missing, unexpected, or of a wrong shape or dtype.
+    """
+    specs = {
+        name: Spec(tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in state_dict.items()
+    }
+    source = Source(specs, lambda name: _as_numpy(state_dict[name]))
+    refuse("the state dict is not this model", check(source, config))
+    return _build(config, source.read)
+
+
+def to_state_dict(model: LFM) -> dict[str, np.ndarray]:
+    """The weights under their HF names and in HF layout, as copies in the dtype that they are stored in.
+
+    A tied head is not in it, as it is not in a checkpoint file: `load_state_dict(..., strict=False)`.
+
+    Raises:
+      ValueError: the model has something that LFM2 in `transformers` cannot express.
+    """
+    return {name: np.array(array, order="C") for name, array in _arrays(model)}
+
+
+def _as_numpy(value: Any) -> np.ndarray:
+    if not hasattr(value, "detach"):
+        return np.asarray(value)
+    value = value.detach().cpu().contiguous()
+    if str(value.dtype) != "torch.bfloat16":
+        return value.numpy()
+    # NumPy has no bfloat16 of PyTorch's: the bits travel as int16. Whoever passes a tensor has imported torch.
+    return value.view(sys.modules["torch"].int16).numpy().view(jnp.bfloat16)
+
+
+def _build(config: ModelConfig, read: Callable[[str], np.ndarray]) -> LFM:
+    """The model with every parameter read by HF name; none is initialised first."""
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: LFM(config, rngs=nnx.Rngs(0))), nnx.Param)
+    params: Any = nnx.to_pure_dict(abstract)
+    for tensor in tensors(config):
+        *parents, leaf = tensor.path
+        array = tensor.to_ours(cast(tensor.name, read(tensor.name), config.param_dtype))
+        functools.reduce(operator.getitem, parents, params)[leaf] = jnp.array(np.ascontiguousarray(array))
+    return nnx.merge(graphdef, params)
+
+
+def _leaves(model: LFM) -> Iterator[tuple[Tensor, jax.Array]]:
+    params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    for tensor in tensors(model.config):
+        yield tensor, functools.reduce(operator.getitem, tensor.path, params)
+
+
+def _arrays(model: LFM) -> Iterator[tuple[str, np.ndarray]]:
+    return ((tensor.name, tensor.to_hf(np.asarray(leaf))) for tensor, leaf in _leaves(model))
+
+
+# -------------------------------------------------------------------- directories
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checkpoint:
+    config: ModelConfig
+    read: Callable[[str], np.ndarray]
+
+    def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        for tensor in tensors(self.config):
+            yield tensor.name, cast(tensor.name, self.read(tensor.name), self.config.param_dtype)
+
+
+def _inspect(path: Path, dtype: Any) -> tuple[_Checkpoint | None, list[str]]:
+    """An HF directory, checked in full before a weight is read, and its problems (no checkpoint if any)."""
+    if not path.is_dir():
+        if path.name.endswith(files.PICKLES):
+            return None, ["this is a pickle file, and opening one runs the code in it; expected a directory with "
+                          "config.json and model.safetensors"]
+        return None, ["there is no such directory"]
+    hf, problems = files.read_json(path, "config.json")
+    source, found = files.open_directory(path)
+    problems += found
+    kept, found = common_dtype(source, dtype)
+    problems += found
+    config = None
+    if hf:
+        try:
+            # The tensors, not the config, say what they are stored in; float32 stands in where they cannot.
+            config = ModelConfig.from_hf(hf, param_dtype=kept or "float32", dtype=kept or "float32")
+        except (ValueError, TypeError, ArithmeticError, AttributeError) as e:
+            problems.append(f"config.json: {e}")
+    if config is not None and source.specs:
+        problems += check(source, config)
+    return (None if config is None or problems else _Checkpoint(config, source.read)), problems
+
+
+def load_hf(path: str | os.PathLike, dtype: Any = None) -> tuple[LFM, Tokenizer | None]:
+    """Loads an LFM2 directory in Hugging Face format, tensor by tensor.
+
+    Args:
+      path: directory with config.json, model.safetensors (or shards and their index), perhaps tokenizer.json.
+      dtype: of parameters and activations: float32, bfloat16 or float16. None keeps the stored one, bit for bit.
+
+    Returns:
+      (model, tokenizer); the tokenizer is None where there is no tokenizer.json.
+
+    Raises:
+      ValueError: one error that lists everything wrong with the directory, before any weight is read.
+    """
+    path = Path(path)
+    checkpoint, problems = _inspect(path, dtype)
+    tokenizer, found = sidecars.read_tokenizer(path)
+    refuse(f"cannot load {path}", problems + found)
+    assert checkpoint is not None
+    return _build(checkpoint.config, checkpoint.read), tokenizer
+
+
+def save_hf(
+    model: LFM, path: str | os.PathLike, tokenizer: Tokenizer | None = None, *,
+    source: str | os.PathLike | None = None, max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a directory that `transformers` loads with no code of ours.
+
+    It appears whole or not at all: it is written beside its place under another name, then renamed.
+
+    Args:
+      model: its parameters are written in the dtype that they have.
+      path: a new or empty directory.
+      tokenizer: written as tokenizer.json with a tokenizer_config.json that `AutoTokenizer` reads.
+      source: an HF directory whose tokenizer, chat template and generation_config.json are carried along as they
+        are; of its tokenizer only what a different `tokenizer` does not replace.
+      max_shard_bytes: weights beyond this are split into several files with an index.
+
+    Raises:
+      ValueError: one error that lists everything: the model is not LFM2, has parameters of an unsupported dtype or
+        of several, the destination has something in it, `source` is not usable.
+    """
+    specs = {t.name: Spec(t.hf_shape, leaf.dtype.name) for t, leaf in _leaves(model)}
+    held = Source(specs, _unreadable)
+    kept, problems = common_dtype(held, None)
+    problems += check(held, model.config) + _output_problems(path, source, max_shard_bytes)
+    refuse(f"cannot save to {path}", problems)
+    config = model.config.replace(param_dtype=kept)
+    write_hf(path, config, _arrays(model), tokenizer=tokenizer, source=source, max_shard_bytes=max_shard_bytes)
+
+
+def convert(
+    src: str | os.PathLike, dst: str | os.PathLike, dtype: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Checks an HF directory and writes it anew: one style of config, another dtype or shard size if asked for.
+
+    One tensor is in memory at a time. Everything beside the weights is carried along as it is.
+
+    Args:
+      src: directory in Hugging Face format.
+      dst: a new or empty directory.
+      dtype: float32, bfloat16 or float16; None keeps the stored one, bit for bit.
+      max_shard_bytes: weights beyond this are split into several files with an index.
+
+    Raises:
+      ValueError: one error that lists everything wrong with either directory, before any weight is read; or a value
+        too large for `dtype`, after which nothing is left behind.
+    """
+    checkpoint, problems = _inspect(Path(src), dtype)
+    source = src if Path(src).is_dir() else None
+    problems += _output_problems(dst, source, max_shard_bytes)
+    refuse(f"cannot convert {src} to {dst}", problems)
+    assert checkpoint is not None
+    write_hf(dst, checkpoint.config, checkpoint.arrays(), source=source, max_shard_bytes=max_shard_bytes)
+
+
+def write_hf(
+    path: str | os.PathLike, config: ModelConfig, arrays: Iterable[tuple[str, np.ndarray]], *,
+    tokenizer: Tokenizer | None = None, source: str | os.PathLike | None = None, max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes an HF directory from a stream of weights; `save_hf` and `convert` end here.
+
+    Args:
+      arrays: (HF name, array in HF layout and `config.param_dtype`) in the order of `tensors(config)`.
+      path, config, tokenizer, source, max_shard_bytes: as in `save_hf`.
+
+    Raises:
+      ValueError: as `save_hf`, or `arrays` is not what the config announces. Nothing is left behind.
+    """
+    hf = config.to_hf()
+    shapes = [(tensor.name, tensor.hf_shape) for tensor in tensors(config)]
+    refuse(f"cannot write {path}", _output_problems(path, source, max_shard_bytes))
+    with _new_directory(Path(path)) as directory:
+        sidecars.write(directory, hf, tokenizer, None if source is None else Path(source))
+        files.write(directory, shapes, config.param_dtype, arrays, max_shard_bytes)
+
+
+def _unreadable(name: str) -> np.ndarray:
+    raise AssertionError(f"{name} is not to be read")
+
+
+def _output_problems(path: str | os.PathLike, source: str | os.PathLike | None, max_shard_bytes: int) -> list[str]:
+    problems = []
+    target = Path(path).resolve()
+    if target.exists() and not target.is_dir():
+        problems.append(f"{path} is a file; choose the name of a new directory")
+    elif target.exists() and any(target.iterdir()):
+        problems.append(f"{path} is not empty, and nothing in it will be overwritten; choose a new directory")
+    if type(max_shard_bytes) is not int or max_shard_bytes < 1:
+        problems.append(f"max_shard_bytes is {max_shard_bytes!r}; it must be a whole number of at least 1")
+    return problems + ([] if source is None else sidecars.carried(Path(source))[1])
+
+
+@contextlib.contextmanager
+def _new_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill, which takes its place when the block ends and is removed when the block fails."""
+    target = path.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for entry in [*temporary.rglob("*"), temporary]:
+            _sync(entry)
+        os.rename(temporary, target)  # Takes the place of an empty directory, never of a full one.
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

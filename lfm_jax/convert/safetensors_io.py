@@ -1,0 +1,212 @@
+"""Safetensors of a Hugging Face directory: found, checked and read tensor by tensor, written the same way.
+
+Nothing here holds more than one tensor in memory. Reading is the safetensors library's, reopened for each
+tensor so that the pages mapped for one do not stay; the library cannot write without holding a whole file, so
+the writer is ours: 8 bytes of header length, a JSON header, the raw tensors (safetensors format, version 0.3+).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from lfm_jax.config import ITEMSIZE
+from lfm_jax.convert.weights import Source, Spec
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+TAGS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""Our dtype names -> those in a safetensors header."""
+_NAMES = {tag: name for name, tag in TAGS.items()}
+
+
+# -------------------------------------------------------------------- reading
+
+
+def file_problem(directory: Path, name: str) -> str | None:
+    """What is wrong with that file of the directory, None if it is there and does not lead out.
+
+    A symbolic link may lead elsewhere in the directory or, as in a Hugging Face cache
+    (`snapshots/REVISION/x -> ../../blobs/HASH`), to the `blobs` beside its `snapshots`; nowhere else.
+    """
+    path, root = directory / name, directory.resolve()
+    if not path.exists():
+        return f"{name} is missing"
+    target = path.resolve()
+    if not any(target.is_relative_to(allowed) for allowed in (root, root.parent.parent / "blobs")):
+        return f"{name} leaves the directory: it leads to {target}; put the file itself there"
+    return None if target.is_file() else f"{name} is not a file"
+
+
+def read_json(directory: Path, name: str) -> tuple[dict[str, Any], list[str]]:
+    """The JSON object in that file and problems; the object is empty where there are any."""
+    problem = file_problem(directory, name)
+    if problem is not None:
+        return {}, [problem]
+    try:
+        value = json.loads((directory / name).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        return {}, [f"{name} is not valid JSON: {e}"]
+    return (value, []) if isinstance(value, dict) else ({}, [f"{name} holds a {type(value).__name__}, not an object"])
+
+
+def open_directory(directory: Path) -> tuple[Source, list[str]]:
+    """The weights of a directory, from `model.safetensors` or from the shards of its index, and all problems.
+
+    Only headers are read; the library checks that each file is as long as its header says.
+    """
+    weight_map: dict[str, str] | None = None
+    problems: list[str] = []
+    indexed: set[str] = set()
+    files = [SINGLE]  # Where both are there, `transformers` reads this one; so do we.
+    if not os.path.lexists(directory / SINGLE):
+        if not os.path.lexists(directory / INDEX):
+            return Source({}, _absent), [_no_weights(directory)]
+        weight_map, indexed, problems = _read_index(directory)
+        files = sorted(set(weight_map.values()))
+    specs: dict[str, Spec] = {}
+    paths: dict[str, Path] = {}
+    for file in files:
+        problem = file_problem(directory, file)
+        if problem is not None:
+            problems.append(problem if weight_map is None else f"{INDEX} names {file}: {problem}")
+            continue
+        try:
+            found = dict(_header(directory / file))
+        except (SafetensorError, OSError) as e:
+            problems.append(f"{file} is truncated, damaged or not readable ({e}); fetch it again")
+            continue
+        if weight_map is not None:
+            named = {tensor for tensor, shard in weight_map.items() if shard == file}
+            problems += [f"{INDEX} says {tensor} is in {file}; it is not" for tensor in sorted(named - found.keys())]
+            problems += [f"unexpected: {tensor} in {file}, which {INDEX} does not say"
+                         for tensor in sorted(found.keys() - named)]
+            found = {tensor: spec for tensor, spec in found.items() if tensor in named}
+        specs |= found
+        paths |= dict.fromkeys(found, directory / file)
+
+    def read(tensor: str) -> np.ndarray:
+        with safe_open(paths[tensor], framework="np") as opened:
+            return opened.get_tensor(tensor)
+
+    return Source(specs, read, lost=frozenset(indexed - specs.keys())), problems
+
+
+def _absent(tensor: str) -> np.ndarray:
+    raise KeyError(tensor)
+
+
+def _header(path: Path) -> Iterator[tuple[str, Spec]]:
+    with safe_open(path, framework="np") as opened:
+        for tensor in opened.keys():  # noqa: SIM118 (not a dict)
+            part = opened.get_slice(tensor)
+            tag = part.get_dtype()
+            yield tensor, Spec(tuple(part.get_shape()), _NAMES.get(tag, tag))
+
+
+def _read_index(directory: Path) -> tuple[dict[str, str], set[str], list[str]]:
+    """Tensor -> file for the entries that are good, the names of all entries, and problems."""
+    index, problems = read_json(directory, INDEX)
+    if problems:
+        return {}, set(), problems
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        return {}, set(), [f"{INDEX} has no weight_map of tensor name to file name"]
+    good: dict[str, str] = {}
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str):
+            wrong = "expected a file name"
+        elif file != Path(file).name or "\\" in file or "\0" in file:
+            wrong = "which leaves the directory; expected a plain file name"
+        elif not file.endswith(".safetensors"):
+            wrong = "only .safetensors files are read"
+        else:
+            good[tensor] = file
+            continue
+        problems.append(f"{INDEX} maps {tensor} to {file!r}; {wrong}")
+    return good, set(weight_map), problems
+
+
+def _no_weights(directory: Path) -> str:
+    entries = sorted(entry.name for entry in directory.iterdir())
+    pickles = [entry for entry in entries if entry.endswith(PICKLES)]
+    if pickles:
+        return (f"{', '.join(pickles)}: pickle files are not read, because opening one runs the code in it; convert to "
+                "safetensors where you trust it (save_pretrained in transformers does)")
+    shards = [entry for entry in entries if entry.endswith(".safetensors")]
+    if shards:
+        return f"neither {SINGLE} nor {INDEX} is there, but {', '.join(shards)}; fetch the index too"
+    return f"neither {SINGLE} nor {INDEX} is there"
+
+
+# -------------------------------------------------------------------- writing
+
+
+def write(
+    directory: Path, shapes: Sequence[tuple[str, tuple[int, ...]]], dtype: str,
+    arrays: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int,
+) -> None:
+    """Writes `model.safetensors`, or numbered shards and their index where one file would be too large.
+
+    Args:
+      directory: where to; it exists.
+      shapes: (name, shape) of every tensor, in file order.
+      dtype: of all of them, one of `TAGS`.
+      arrays: (name, array) in the same order; consumed one at a time.
+      max_shard_bytes: a shard takes tensors up to this many bytes, and always at least one.
+
+    Raises:
+      ValueError: `arrays` is not what `shapes` and `dtype` announced.
+    """
+    def size(shape: tuple[int, ...]) -> int:
+        return math.prod(shape) * ITEMSIZE[dtype]
+
+    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    filled = 0
+    for name, shape in shapes:
+        if shards[-1] and filled + size(shape) > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append((name, shape))
+        filled += size(shape)
+    count = len(shards)
+    files = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    source = iter(arrays)
+    for file, shard in zip(files, shards, strict=True):
+        _write_file(directory / file, shard, dtype, source)
+    if next(source, None) is not None:
+        raise ValueError(f"more tensors than the {len(shapes)} announced")
+    if count > 1:
+        index = {
+            "metadata": {"total_size": sum(size(shape) for _, shape in shapes)},
+            "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name, _ in shard},
+        }
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_file(
+    path: Path, shard: list[tuple[str, tuple[int, ...]]], dtype: str, arrays: Iterator[tuple[str, np.ndarray]]
+) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # Older `transformers` refuses a file without it.
+    offset = 0
+    for name, shape in shard:
+        end = offset + math.prod(shape) * ITEMSIZE[dtype]
+        header[name] = {"dtype": TAGS[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # Tensors then start at a multiple of 8 bytes.
+    with path.open("xb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shard:
+            given, array = next(arrays, (None, None))
+            if array is None or given != name or array.shape != shape or array.dtype.name != dtype:
+                raise ValueError(f"expected {name} {dtype}{list(shape)}, was given {given} "
+                                 f"{getattr(array, 'dtype', None)}{list(getattr(array, 'shape', ()))}")
+            out.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -1,0 +1,132 @@
+"""Documents to packed rows: tokens, pieces no longer than a row, best-fit packing.
+
+Importing this loads Grain, which is slow; `pipeline` does so only when data is asked for.
+
+Dimensions: T time (tokens of a row).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from itertools import batched
+from typing import Any
+
+import grain
+import numpy as np
+from tokenizers import Tokenizer
+
+from lfm_jax.train.loss import LOSS_IGNORE
+
+PACKING_ROWS = 64
+"""Rows open at a time: more waste less padding, but resuming packs up to this many rows again."""
+
+ENCODE_DOCUMENTS = 16
+"""Documents encoded at a time, in parallel where there are cores."""
+
+
+class Pieces:
+    """Documents as tokens, cut into pieces of at most T predictions: a Grain `RandomAccessDataSource`.
+
+    A document is bos, its tokens, eos. It makes (input, target) pairs of neighbours, so its eos is only
+    ever a target and its bos only an input. Pieces are runs of at most T pairs: the input that opens a
+    piece is the target that closed the piece before, so every token but bos is a target exactly once.
+
+    All tokens are held in memory, in 2 bytes each (4 for a vocabulary beyond 65,536), which makes the order
+    of pieces free: rows mix all documents, however long one is.
+
+    Args:
+      documents: texts, iterated once. The names of special tokens in them are text like any other.
+      T: the longest piece.
+    """
+
+    def __init__(self, documents: Iterable[str], tokenizer: Tokenizer, T: int, *, bos_id: int, eos_id: int):
+        encoder = Tokenizer.from_str(tokenizer.to_str())
+        encoder.encode_special_tokens = True
+        encoder.no_truncation()
+        encoder.no_padding()
+        size = max(encoder.get_vocab(with_added_tokens=True).values()) + 1
+        bad = [f"{name} {i}" for name, i in (("bos_id", bos_id), ("eos_id", eos_id)) if not 0 <= i < size]
+        if bad:
+            raise ValueError(f"the tokenizer has no {' and no '.join(bad)}; its ids lie in 0..{size - 1}")
+        dtype = np.uint16 if size <= 2**16 else np.uint32
+        chunks = [np.zeros(0, dtype)]
+        starts, stops, base = [], [], 0
+        for texts in batched(documents, ENCODE_DOCUMENTS):
+            for encoding in encoder.encode_batch_fast(list(texts), add_special_tokens=False):
+                ids = np.array([bos_id, *encoding.ids, eos_id], dtype)
+                pairs = len(ids) - 1
+                first = np.arange(0, pairs, T)
+                starts.append(base + first)
+                stops.append(base + np.minimum(first + T, pairs))
+                chunks.append(ids)
+                base += len(ids)
+        self._ids = np.concatenate(chunks)
+        self._starts, self._stops = (np.concatenate([np.zeros(0, np.int64), *x]) for x in (starts, stops))
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        start, stop = self._starts[index], self._stops[index]
+        pairs = self._ids[start : stop + 1].astype(np.int32)
+        return {"tokens": pairs[:-1], "targets": pairs[1:]}
+
+    def digest(self) -> str:
+        """A fingerprint of every token and every cut."""
+        digest = hashlib.blake2b(self._ids, digest_size=16)
+        digest.update(self._starts)
+        return digest.hexdigest()
+
+
+def pack(pieces: grain.MapDataset, T: int, *, shuffle_seed: int | None) -> grain.IterDataset:
+    """Rows of T tokens, each with whole pieces from its left end and padding at its right end.
+
+    The keys are those of a batch (see `pipeline.train_iterator`). Rows come in the packer's order, or
+    shuffled PACKING_ROWS at a time by a seed.
+    """
+    rows = grain.experimental.BestFitPackIterDataset(
+        # No reading threads: the pieces are in memory.
+        pieces.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)),
+        length_struct={"tokens": T, "targets": T},
+        padding_struct={"tokens": 0, "targets": LOSS_IGNORE},
+        num_packing_bins=PACKING_ROWS,
+        shuffle_bins=shuffle_seed is not None,
+        seed=shuffle_seed or 0,
+    )
+    return rows.map(
+        lambda row: {
+            "tokens": row["tokens"],
+            "targets": row["targets"],
+            "segment_ids": row["tokens_segment_ids"],
+            "positions": row["tokens_positions"],
+        }
+    )
+
+
+class GuardedIterator(grain.DatasetIterator):
+    """An iterator whose saved state is refused where the data is not the same."""
+
+    def __init__(self, parent: grain.DatasetIterator, fingerprint: str):
+        super().__init__(parent)
+        self._fingerprint = fingerprint
+
+    def __next__(self) -> Any:
+        return next(self._parent)
+
+    def get_state(self) -> dict[str, Any]:
+        """Plain dicts and integers, fit for JSON."""
+        return {"fingerprint": self._fingerprint, "iterator": self._parent.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on exactly where the state was taken.
+
+        Raises:
+          ValueError: the state belongs to other data.
+        """
+        if state.get("fingerprint") != self._fingerprint:
+            raise ValueError(
+                "the saved data position belongs to other data: the source files, the tokenizer, or seq_len, "
+                "batch_size or seed changed since; restore them, or start a new run"
+            )
+        self._parent.set_state(state["iterator"])

@@ -1,0 +1,235 @@
+"""Files to documents: finding them, splitting off held-out ones, reading documents by index."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+"""Files that are one document each."""
+JSONL_SUFFIX = ".jsonl"
+"""Files with one document per line: a JSON object with the text under one of its keys."""
+SUFFIXES = (*TEXT_SUFFIXES, JSONL_SUFFIX)
+
+MAX_PROBLEMS = 20
+"""How many problems one error spells out."""
+
+
+class SourceFile(NamedTuple):
+    """A file of documents."""
+
+    path: Path
+    """Absolute and resolved: what tells two files apart."""
+    name: str
+    """Path relative to the directory, or to the fixed part of the glob, that found the file, with `/`."""
+
+
+def find_files(patterns: Iterable[str], exclude: Sequence[str] = ()) -> list[SourceFile]:
+    """The source files that the patterns name, each once, sorted by name.
+
+    A pattern is a file, a directory (every source file below it; hidden files and directories are passed
+    over) or a glob (`*`, `?`, `[...]`, and `**` for any depth). Files of other types are passed over unless
+    a pattern names one itself.
+
+    Args:
+      exclude: shell patterns of what to leave out, matched against `SourceFile.name`, each of its parts and
+        each directory above it: `tests` leaves out every file and directory of that name, `lib/old` one.
+
+    Raises:
+      ValueError: one message that lists every pattern that matches nothing and every file of unknown type.
+    """
+    found: dict[Path, SourceFile] = {}
+    problems = []
+    for pattern in patterns:
+        expanded = os.path.expanduser(pattern)
+        if os.path.isfile(expanded) and Path(expanded).suffix.lower() not in SUFFIXES:
+            problems.append(f"{pattern}: type not known; expected one of {', '.join(SUFFIXES)} (rename or convert it)")
+            continue
+        matches = list(_matches(expanded, exclude))
+        if not matches:
+            reason = "it" if os.path.exists(expanded) or glob.has_magic(expanded) else "there is no such file; it"
+            problems.append(
+                f"{pattern}: {reason} matches no {', '.join(SUFFIXES)} file"
+                + (f" outside exclude {list(exclude)}" if exclude else "")
+            )
+        for match in matches:
+            found.setdefault(match.path, match)
+    _raise_problems("source files cannot be used", problems)
+    return sorted(found.values(), key=lambda file: (file.name, file.path))
+
+
+def _matches(pattern: str, exclude: Sequence[str]) -> Iterator[SourceFile]:
+    if os.path.isdir(pattern):
+        root, paths = pattern, _walk(pattern, exclude)
+    elif os.path.isfile(pattern):
+        root, paths = os.path.dirname(pattern), [pattern]
+    else:
+        fixed = re.split(r"[*?[]", pattern, maxsplit=1)[0]
+        root, paths = os.path.dirname(fixed), glob.glob(pattern, recursive=True)
+    for path in paths:
+        name = Path(os.path.relpath(path, root or ".")).as_posix()
+        if Path(path).suffix.lower() in SUFFIXES and os.path.isfile(path) and not _excluded(name, exclude):
+            yield SourceFile(Path(path).resolve(), name)
+
+
+def _walk(root: str, exclude: Sequence[str]) -> Iterator[str]:
+    for directory, subdirectories, files in os.walk(root):
+        inside = Path(directory).relative_to(root)
+        subdirectories[:] = [
+            d for d in subdirectories if not d.startswith(".") and not _excluded((inside / d).as_posix(), exclude)
+        ]
+        yield from (os.path.join(directory, f) for f in files if not f.startswith("."))
+
+
+def _excluded(name: str, exclude: Sequence[str]) -> bool:
+    parts = name.split("/")
+    candidates = {*parts, *("/".join(parts[:n]) for n in range(1, len(parts) + 1))}
+    return any(fnmatch.fnmatchcase(candidate, pattern) for pattern in exclude for candidate in candidates)
+
+
+def split_files(
+    files: Sequence[SourceFile], heldout_fraction: float, seed: int = 0
+) -> tuple[list[SourceFile], list[SourceFile]]:
+    """(training files, held-out files), each in the given order.
+
+    A file is held out when a hash of its name and the seed, uniform in [0, 1), is below the fraction, so a
+    file stays on its side when others come or go. A fraction of 0 holds out none.
+
+    Raises:
+      ValueError: a side would be empty though the fraction asks for both.
+    """
+    ranks = [_rank(file.name, seed) for file in files]
+    train = [file for file, rank in zip(files, ranks, strict=True) if rank >= heldout_fraction]
+    heldout = [file for file, rank in zip(files, ranks, strict=True) if rank < heldout_fraction]
+    if heldout_fraction > 0 and not (train and heldout):
+        side = "training" if heldout else "held-out"
+        raise ValueError(
+            f"heldout_fraction {heldout_fraction} of {len(files)} file(s) leaves no {side} file; name the held-out "
+            "files in `heldout`, or set heldout_fraction to 0 to hold out none"
+            + _working_fraction(ranks)
+        )
+    return train, heldout
+
+
+def _working_fraction(ranks: list[float]) -> str:
+    """Advice on a fraction that gives both sides a file, if there is one."""
+    distinct = sorted(set(ranks))[:2]
+    if len(distinct) < 2:
+        return ""
+    fraction = math.ceil(distinct[0] * 1000 + 0.5) / 1000
+    return f", or to {fraction} to hold out one" if fraction < distinct[1] else ""
+
+
+def _rank(name: str, seed: int) -> float:
+    digest = hashlib.blake2b(b"%d/" % seed + os.fsencode(name), digest_size=7).digest()
+    return int.from_bytes(digest, "big") / 2**56
+
+
+class Documents:
+    """The documents of some files by index, read when asked for: a Grain `RandomAccessDataSource` of str.
+
+    Text files are one document, JSONL files one per line. Empty documents are left out. Every byte is
+    read and checked once at construction; in memory stay 24 bytes a document. The text comes exactly as
+    stored: line ends and byte-order marks are kept.
+
+    Args:
+      files: in the order of the documents.
+      text_field: key of the text in a JSONL object.
+
+    Raises:
+      ValueError: one message that lists the files and lines that cannot be read as UTF-8 or as JSON objects
+        with a string under `text_field`.
+    """
+
+    def __init__(self, files: Sequence[SourceFile], text_field: str = "text"):
+        self.files = list(files)
+        self.text_field = text_field
+        spans: list[tuple[int, int, int]] = []
+        problems: list[str] = []
+        self.num_bytes = 0
+        """UTF-8 bytes of the text of all documents together."""
+        for number, file in enumerate(self.files):
+            try:
+                for offset, raw, line in _raw_documents(file.path):
+                    try:
+                        size = len(self._text(file.path, raw).encode())
+                    except ValueError as error:
+                        problems.append(_explain(file.path, line, raw, error, text_field))
+                        continue
+                    if size:
+                        self.num_bytes += size
+                        spans.append((number, offset, len(raw)))
+            except OSError as error:
+                problems.append(f"{file.path}: {error.strerror}; make it readable or exclude it")
+        _raise_problems("documents cannot be read", problems)
+        self._spans = np.array(spans, np.int64).reshape(-1, 3)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> str:
+        number, offset, length = self._spans[index].tolist()
+        path = self.files[number].path
+        with open(path, "rb") as handle:
+            handle.seek(offset)
+            return self._text(path, handle.read(length))
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"Documents({len(self)} documents in {len(self.files)} files, {self.num_bytes} bytes)"
+
+    def _text(self, path: Path, raw: bytes) -> str:
+        text = raw.decode()
+        if path.suffix.lower() != JSONL_SUFFIX:
+            return text
+        value = json.loads(text)
+        if not isinstance(value, dict) or not isinstance(value.get(self.text_field), str):
+            found = f"its keys are {', '.join(map(repr, value))}" if isinstance(value, dict) else "it is not an object"
+            raise ValueError(f"expected a JSON object with a string under {self.text_field!r}, but {found}")
+        return value[self.text_field]
+
+
+def _raw_documents(path: Path) -> Iterator[tuple[int, bytes, int]]:
+    """(byte offset, bytes, line number) of each document of a file, still encoded."""
+    with open(path, "rb") as handle:
+        if path.suffix.lower() != JSONL_SUFFIX:
+            yield 0, handle.read(), 1
+            return
+        offset = 0
+        for line, raw in enumerate(handle, start=1):
+            if raw.strip():
+                yield offset, raw, line
+            offset += len(raw)
+
+
+def _explain(path: Path, line: int, raw: bytes, error: ValueError, text_field: str) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        line += raw.count(b"\n", 0, error.start)
+        reason = f"not UTF-8 (byte {raw[error.start]:#04x}); convert the file with iconv or exclude it"
+    elif isinstance(error, UnicodeEncodeError):
+        reason = f"{text_field!r} holds half a surrogate pair, which is not text; mend or drop the line"
+    elif isinstance(error, json.JSONDecodeError):
+        reason = f"not JSON ({error.msg}, column {error.colno}); put one whole object on each line"
+    else:
+        reason = f"{error}; mend the line or set text_field"
+    return f"{path}, line {line}: {reason}"
+
+
+def _raise_problems(what: str, problems: list[str]) -> None:
+    if problems:
+        shown = [f"  - {problem}" for problem in problems[:MAX_PROBLEMS]]
+        if len(problems) > MAX_PROBLEMS:
+            shown.append(f"  ... and {len(problems) - MAX_PROBLEMS} more")
+        raise ValueError(f"{what}:\n" + "\n".join(shown))

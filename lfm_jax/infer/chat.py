@@ -1,0 +1,205 @@
+"""Chat: messages to prompt text with the checkpoint's own Jinja template, and a conversation in the terminal.
+
+A template is a program that came with the weights: it runs in a sandbox, on copies of plain data.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from lfm_jax.config import ModelConfig
+from lfm_jax.infer.generate import stream
+from lfm_jax.infer.sampling import GREEDY, Sampling
+from lfm_jax.infer.text import check_tokenizer
+from lfm_jax.model import LFM
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from tokenizers import Tokenizer
+
+Message = Mapping[str, Any]
+
+END_OF_TURN = "<|im_end|>"
+
+DEFAULT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+    {{- "<|im_start|>" + message["role"] + "\\n" + message["content"] + "<|im_end|>\\n" -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- "<|im_start|>assistant\\n" -}}
+{%- endif -%}
+"""
+"""ChatML turns as LFM2 has them, for checkpoints that bring no template; it knows no tools."""
+
+
+def render_chat(
+    template: str,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    **specials: Any,
+) -> str:
+    """The prompt text of a conversation, as `apply_chat_template` of `transformers` renders it.
+
+    Args:
+      template: Jinja source, a checkpoint's chat template or DEFAULT_TEMPLATE.
+      messages: plain data, each with at least `role` and mostly `content`.
+      tools: JSON schemas of functions.
+      add_generation_prompt: end with the opening of the assistant's turn.
+      **specials: further variables of the template, above all `bos_token` (see `special_tokens`).
+
+    Returns:
+      Text that already holds bos: encode it without special tokens.
+
+    Raises:
+      ValueError: a broken template, one that the sandbox stops, one that refuses these messages, messages that
+        are not plain data, or tools for a template without them.
+    """
+    messages, tools = _plain("messages", messages), _plain("tools", tools)
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
+        raise ValueError("messages must be a list of dicts, each with a 'role'")
+    compiled, variables = _compile(template)
+    if tools and "tools" not in variables:
+        raise ValueError("the chat template takes no tools; leave them out or use a checkpoint whose template does")
+    try:
+        return compiled.render(
+            messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **specials
+        )
+    except Exception as error:  # Whatever code from outside raises, the caller gets one kind of error.
+        raise ValueError(f"the chat template failed on these messages: {type(error).__name__}: {error}") from error
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A copy made of JSON types only: objects with methods have no business in a template."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be plain data (dicts, lists, texts, numbers): {error}") from error
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(template: str) -> tuple[Template, frozenset[str]]:
+    """The compiled template and the names of its variables; the environment is that of `transformers`."""
+    import jinja2
+    import jinja2.ext
+    import jinja2.meta
+    import jinja2.nodes
+    import jinja2.parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}` marks what training learns from; in a prompt it is transparent."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=line)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def strftime_now(form: str) -> str:
+        return datetime.now().strftime(form)
+
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    functions = {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    try:
+        variables = jinja2.meta.find_undeclared_variables(environment.parse(template))
+        return environment.from_string(template, globals=functions), frozenset(variables)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template is not valid Jinja: {error}") from error
+
+
+def special_tokens(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
+    """The variables `bos_token`, `eos_token` and `pad_token` of a template, texts of the config's ids."""
+    ids = {"bos_token": config.bos_id, "eos_token": config.eos_ids[0] if config.eos_ids else None,
+           "pad_token": config.pad_id}
+    return {name: "" if i is None else tokenizer.id_to_token(i) or "" for name, i in ids.items()}
+
+
+def chat_loop(
+    model: LFM,
+    tokenizer: Tokenizer,
+    template: str | None = None,
+    sampling: Sampling = GREEDY,
+    max_new_tokens: int = 512,
+    *,
+    system: str | None = None,
+    read: Callable[[str], str] = input,
+    write: Callable[..., None] = print,
+) -> list[dict[str, str]]:
+    """Talks until /exit, end of input or Ctrl-C at the prompt; /reset forgets the conversation.
+
+    Ctrl-C during a reply stops the reply, not the program.
+
+    Args:
+      model, tokenizer, sampling, max_new_tokens: as in `generate`.
+      template: chat template; None means DEFAULT_TEMPLATE.
+      system: text of a system message that opens the conversation.
+      read: asks for a line, given the prompt to show.
+      write: shows text; takes the keywords `end` and `flush` of `print`.
+
+    Returns:
+      The messages of the conversation.
+    """
+    check_tokenizer(tokenizer, model.config)
+    opening = [{"role": "system", "content": system}] if system else []
+    messages = list(opening)
+    write("Type a message; /reset forgets the conversation, /exit leaves.")
+    while (line := _ask(read)) != "/exit":
+        if line == "/reset":
+            messages = list(opening)
+            write("The conversation is forgotten.")
+        elif line:
+            turn = [*messages, {"role": "user", "content": line}]
+            try:
+                reply = _reply(model, tokenizer, template or DEFAULT_TEMPLATE, turn, sampling, max_new_tokens, write)
+            except ValueError as error:  # Above all: the conversation has outgrown the model's context.
+                write(f"{error}\n/reset begins a new conversation.")
+            else:
+                messages = [*turn, {"role": "assistant", "content": reply}]
+    return messages
+
+
+def _ask(read: Callable[[str], str]) -> str:
+    try:
+        return read("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        return "/exit"
+
+
+def _reply(
+    model: LFM, tokenizer: Tokenizer, template: str, messages: Sequence[Message], sampling: Sampling,
+    max_new_tokens: int, write: Callable[..., None],
+) -> str:
+    """Streams the assistant's turn to `write` and returns it, or what there was of it at Ctrl-C."""
+    prompt = render_chat(template, messages, **special_tokens(tokenizer, model.config))
+    end = tokenizer.token_to_id(END_OF_TURN)
+    stop_ids = {*model.config.eos_ids, *([] if end is None else [end])}
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    text = ""
+    try:
+        for piece in stream(model, tokenizer, ids, sampling, max_new_tokens, stop_ids=sorted(stop_ids)):
+            text += piece
+            write(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        write(" [stopped]", end="")
+    write("")
+    return text

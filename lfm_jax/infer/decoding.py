@@ -1,0 +1,254 @@
+"""The decode loop: a batch of prompts that advances by many tokens a dispatch, all on the device.
+
+Dimensions: B batch (one prompt a row), C tokens of one prefill chunk, N tokens of one dispatch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lfm_jax.config import ModelConfig
+from lfm_jax.infer.sampling import Params, Plan, Sampling, sample, to_arrays
+from lfm_jax.model import LFM
+from lfm_jax.state import State
+
+PREFILL_CHUNK = 512
+"""Prompt tokens a row that go through the model at once; bounds the memory of a long prompt."""
+DISPATCH = 32
+"""Most tokens a row that one dispatch generates."""
+
+
+class Decoding:
+    """A batch of prompts under way: prefilled on construction, then advanced by some tokens at a time.
+
+    Args:
+      model, prompts, sampling, max_new_tokens: as in `generate`, prompts as token ids.
+      stop_ids: tokens that finish their row.
+
+    Raises:
+      ValueError: see `generate`.
+    """
+
+    def __init__(
+        self,
+        model: LFM,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling | Sequence[Sampling],
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+    ):
+        config = model.config
+        samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        _check(prompts, samplings, max_new_tokens, config)
+        graphdef, params = nnx.split(model, nnx.Param)
+        self._programs = _programs(graphdef)
+        self._model_params = nnx.to_pure_dict(params)
+        self._params, self._plan = to_arrays(samplings, config.vocab_size)
+        # Filled up with an id that no token has, so that few different shapes occur.
+        self._stop_ids = jnp.asarray([*stop_ids] + [-1] * (8 - len(stop_ids) % 8), jnp.int32)
+
+        longest = max(map(len, prompts))
+        state = model.init_state(len(prompts), min(bucket(longest + max_new_tokens), config.max_position))
+        logits_BV = jnp.zeros((len(prompts), config.vocab_size), config.logits_dtype)
+        for tokens_BC, segment_ids_BC in _chunks(prompts):
+            state, logits_BV = self._programs.prefill(self._model_params, state, logits_BV, tokens_BC, segment_ids_BC)
+        self._carry = _Carry(
+            state=state,
+            token_B=jnp.zeros((len(prompts),), jnp.int32),
+            left_B=jnp.full((len(prompts),), max_new_tokens, jnp.int32),
+            seen_BV=_seen(prompts, config.vocab_size) if self._plan.repetition_penalty else None,
+        )
+        self._first_B: jax.Array | None
+        """First token of each row, until it is handed out."""
+        self._carry, self._first_B = self._programs.first(
+            self._carry, logits_BV, self._params, self._stop_ids, plan=self._plan
+        )
+
+    @property
+    def done(self) -> bool:
+        """Every row has met a stop id, used up its tokens or been stopped, and its tokens are handed out."""
+        return self._first_B is None and not np.asarray(self._carry.left_B).any()
+
+    def advance(self, steps: int) -> list[list[int]]:
+        """The next tokens of each row: the first one after the prompts, then up to `steps` (at most DISPATCH)."""
+        if self._first_B is not None:
+            first_B = np.asarray(self._first_B)
+            self._first_B = None
+            return [[token] for token in first_B.tolist()]
+        self._carry, tokens_NB = self._programs.decode(
+            self._model_params, self._carry, self._params, self._stop_ids, min(steps, DISPATCH), plan=self._plan
+        )
+        return [column[column >= 0].tolist() for column in np.asarray(tokens_NB).T]
+
+    def stop(self, row: int) -> None:
+        """Finishes a row: it generates nothing more."""
+        self._carry = dataclasses.replace(self._carry, left_B=self._carry.left_B.at[row].set(0))
+
+
+# -------------------------------------------------------------------- on the device
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Carry:
+    """What goes from one token to the next. A row that is finished stays as it is."""
+
+    state: State
+    token_B: jax.Array
+    """Sampled last and not yet in the state."""
+    left_B: jax.Array
+    """Tokens that the row may still generate; 0 when it is finished."""
+    seen_BV: jax.Array | None
+    """Tokens of the prompt and of the text so far; None when no row has a repetition penalty."""
+
+
+class _Programs(NamedTuple):
+    """The compiled functions of one model structure; parameters are arguments."""
+
+    prefill: Callable[..., tuple[State, jax.Array]]
+    first: Callable[..., tuple[_Carry, jax.Array]]
+    decode: Callable[..., tuple[_Carry, jax.Array]]
+
+
+@functools.lru_cache(maxsize=8)  # The oldest structure's executables go when more models than this are in use.
+def _programs(graphdef: nnx.GraphDef[LFM]) -> _Programs:
+
+    @functools.partial(jax.jit, donate_argnames=("state", "logits_BV"))
+    def prefill(
+        params: Any, state: State, logits_BV: jax.Array, tokens_BC: jax.Array, segment_ids_BC: jax.Array
+    ) -> tuple[State, jax.Array]:
+        """Takes in a chunk; the logits of a row that ended in an earlier chunk stay."""
+        model = nnx.merge(graphdef, params)
+        new_BV, state = _run(model, tokens_BC, segment_ids_BC, state)
+        return state, jnp.where(segment_ids_BC[:, :1] != 0, new_BV, logits_BV)
+
+    @functools.partial(jax.jit, static_argnames="plan", donate_argnames="carry")
+    def first(
+        carry: _Carry, logits_BV: jax.Array, params: Params, stop_ids: jax.Array, *, plan: Plan
+    ) -> tuple[_Carry, jax.Array]:
+        """Samples the first token of each row."""
+        return _choose(carry, logits_BV, params, stop_ids, plan)
+
+    @functools.partial(jax.jit, static_argnames="plan", donate_argnames="carry")
+    def decode(
+        model_params: Any, carry: _Carry, params: Params, stop_ids: jax.Array, steps: jax.Array, *, plan: Plan
+    ) -> tuple[_Carry, jax.Array]:
+        """Up to `steps` tokens a row, tokens_NB, -1 where there is none; ends early when all rows are finished."""
+        model = nnx.merge(graphdef, model_params)
+
+        def unfinished(loop: tuple[jax.Array, _Carry, jax.Array]) -> jax.Array:
+            n, carry, _ = loop
+            return (n < steps) & jnp.any(carry.left_B > 0)
+
+        def body(loop: tuple[jax.Array, _Carry, jax.Array]) -> tuple[jax.Array, _Carry, jax.Array]:
+            n, carry, tokens_NB = loop
+            live_B1 = (carry.left_B > 0).astype(jnp.int32)[:, None]  # A finished row is fed padding.
+            logits_BV, state = _run(model, carry.token_B[:, None], live_B1, carry.state)
+            carry, token_B = _choose(dataclasses.replace(carry, state=state), logits_BV, params, stop_ids, plan)
+            return n + 1, carry, tokens_NB.at[n].set(token_B)
+
+        tokens_NB = jnp.full((DISPATCH, carry.token_B.shape[0]), -1, jnp.int32)
+        _, carry, tokens_NB = jax.lax.while_loop(unfinished, body, (jnp.int32(0), carry, tokens_NB))
+        return carry, tokens_NB
+
+    return _Programs(prefill, first, decode)
+
+
+def _run(model: LFM, tokens_BC: jax.Array, segment_ids_BC: jax.Array, state: State) -> tuple[jax.Array, State]:
+    """Logits after each row's last real token, logits_BV, and the state there."""
+    logits_B1V, new_state = model(tokens_BC, None, segment_ids_BC, state, "last", padding="right")
+    assert new_state is not None  # It is None only when none was given.
+    return logits_B1V[:, 0], new_state
+
+
+def _choose(
+    carry: _Carry, logits_BV: jax.Array, params: Params, stop_ids: jax.Array, plan: Plan
+) -> tuple[_Carry, jax.Array]:
+    """Samples the next token of every unfinished row; returns it (-1 for the others) and the carry after it."""
+    live_B = carry.left_B > 0
+    # The token will follow all that the state holds.
+    token_B = sample(logits_BV, params, plan, carry.state.position_B, carry.seen_BV)
+    stopped_B = jnp.any(token_B[:, None] == stop_ids, axis=1)
+    seen_BV = carry.seen_BV
+    if seen_BV is not None:
+        # Marking the token of a finished row is harmless: nothing reads its mask again.
+        seen_BV = seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
+    left_B = jnp.where(live_B & ~stopped_B, carry.left_B - 1, 0)
+    return _Carry(carry.state, token_B, left_B, seen_BV), jnp.where(live_B, token_B, -1)
+
+
+# -------------------------------------------------------------------- on the host
+
+
+def bucket(n: int) -> int:
+    """`n` rounded up so that few different shapes occur: multiples of 16, then four sizes an octave."""
+    step = max(16, (1 << (n - 1).bit_length()) // 8)
+    return -(-n // step) * step
+
+
+def _chunks(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Token ids and segment ids (1, or 0 for padding at the right), both int32 [B, C], chunk after chunk."""
+    longest = max(map(len, prompts))
+    for start in range(0, longest, PREFILL_CHUNK):
+        width = min(PREFILL_CHUNK, bucket(longest - start))
+        tokens_BC = np.zeros((len(prompts), width), np.int32)
+        segment_ids_BC = np.zeros_like(tokens_BC)
+        for row, prompt in enumerate(prompts):
+            part = prompt[start : start + width]
+            tokens_BC[row, : len(part)] = part
+            segment_ids_BC[row, : len(part)] = 1
+        yield tokens_BC, segment_ids_BC
+
+
+def _seen(prompts: Sequence[Sequence[int]], vocab_size: int) -> jax.Array:
+    seen_BV = np.zeros((len(prompts), vocab_size), bool)
+    for row, prompt in enumerate(prompts):
+        seen_BV[row, np.asarray(prompt)] = True
+    return jnp.asarray(seen_BV)
+
+
+def resolve_stop_ids(stop_ids: Sequence[int] | None, config: ModelConfig) -> tuple[int, ...]:
+    """The ids that finish a row; None means `config.eos_ids`. Raises ValueError for ids that the model lacks."""
+    ids = config.eos_ids if stop_ids is None else tuple(stop_ids)
+    bad = [i for i in ids if not 0 <= i < config.vocab_size]
+    if bad:
+        raise ValueError(f"stop_ids has {bad}; token ids lie in 0..{config.vocab_size - 1}")
+    return ids
+
+
+def _check(
+    prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], max_new_tokens: int, config: ModelConfig
+) -> None:
+    """Refuses what cannot run, all problems in one message."""
+    if isinstance(prompts, str) or not len(prompts):
+        raise ValueError(f"prompts is {prompts!r}; expected a list with at least one prompt")
+    problems = []
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number of at least 1")
+    if len(samplings) != len(prompts):
+        problems.append(f"sampling has {len(samplings)} entries for {len(prompts)} prompts; give one, or one for each")
+    for i, prompt in enumerate(prompts):
+        ids = np.asarray(prompt)
+        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+            problems.append(f"prompts[{i}] is {prompt!r:.60}; expected a list of token ids")
+            continue
+        if not ids.size:
+            problems.append(f"prompts[{i}] has no tokens; begin it with bos (id {config.bos_id})")
+            continue
+        if ids.min() < 0 or ids.max() >= config.vocab_size:
+            problems.append(f"prompts[{i}] has ids {ids.min()}..{ids.max()}; they lie in 0..{config.vocab_size - 1}")
+        if ids.size + max_new_tokens > config.max_position:
+            problems.append(
+                f"prompts[{i}] has {ids.size} tokens, with max_new_tokens {max_new_tokens} more than "
+                f"config.max_position {config.max_position}; shorten one of them"
+            )
+    if problems:
+        raise ValueError("cannot generate:\n" + "\n".join(f"  - {p}" for p in problems))

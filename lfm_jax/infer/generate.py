@@ -1,0 +1,128 @@
+"""Generation: prompts in; texts, tokens or a stream of text out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from lfm_jax.infer.decoding import DISPATCH, Decoding, resolve_stop_ids
+from lfm_jax.infer.sampling import GREEDY, Sampling
+from lfm_jax.infer.text import Reply, check_tokenizer, encode
+from lfm_jax.model import LFM
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+STREAM_DISPATCH = 4
+"""Tokens of one dispatch when streaming: on a slow machine text should not come in bursts of 32."""
+
+Prompt = str | Sequence[int]
+
+
+class Completion(NamedTuple):
+    """The tokens generated for one prompt."""
+
+    tokens: list[int]
+    """Ids, the stop id that ended them included."""
+    finish_reason: Literal["stop", "length"]
+    """`stop`: the last token is a stop id. `length`: max_new_tokens were generated."""
+
+
+def generate(
+    model: LFM,
+    tokenizer: Tokenizer,
+    prompts: str | Sequence[Prompt],
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
+    max_new_tokens: int = 64,
+    *,
+    stop: str | Sequence[str] = (),
+    stop_ids: Sequence[int] | None = None,
+    skip_special_tokens: bool = True,
+) -> list[str]:
+    """Continues each prompt.
+
+    Args:
+      model: the model.
+      tokenizer: of the model; it adds its own special tokens (bos) to prompts that are text.
+      prompts: a text, or a list of texts and lists of token ids; they run as one batch.
+      sampling: for all prompts, or one for each. One prompt with one seed always gives one text: for several
+        different ones give each its own seed.
+      max_new_tokens: most tokens to generate for each prompt.
+      stop: a text ends before the first of these strings.
+      stop_ids: tokens that end a text and are not part of it. None means `model.config.eos_ids`.
+      skip_special_tokens: leave special tokens out of the texts.
+
+    Returns:
+      The generated texts, without the prompts, in their order.
+
+    Raises:
+      ValueError: no prompt, a prompt without tokens or with ids that the model lacks, prompt and max_new_tokens
+        together longer than `config.max_position`, a tokenizer that does not fit the model, or a bad option.
+    """
+    check_tokenizer(tokenizer, model.config)
+    stop, ids = _stop_strings(stop), resolve_stop_ids(stop_ids, model.config)
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    rows = [encode(tokenizer, p, model.config.bos_id) if isinstance(p, str) else p for p in prompts]
+    decoding = Decoding(model, rows, sampling, max_new_tokens, ids)
+    replies = [Reply(tokenizer, stop, ids, skip_special_tokens=skip_special_tokens) for _ in rows]
+    texts = [""] * len(rows)
+    while not decoding.done:
+        for row, tokens in enumerate(decoding.advance(DISPATCH)):
+            texts[row] += replies[row].push(tokens)
+            if replies[row].stopped:
+                decoding.stop(row)
+    return [text + reply.finish() for text, reply in zip(texts, replies, strict=True)]
+
+
+def stream(
+    model: LFM,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    sampling: Sampling = GREEDY,
+    max_new_tokens: int = 64,
+    *,
+    stop: str | Sequence[str] = (),
+    stop_ids: Sequence[int] | None = None,
+    skip_special_tokens: bool = True,
+) -> Iterator[str]:
+    """Continues one prompt and yields the text as it comes; arguments and errors as in `generate`.
+
+    A piece never holds half a character nor text that may still become part of a stop string. The pieces together
+    are what `generate` returns for the prompt alone. Arguments are checked at the first piece.
+    """
+    check_tokenizer(tokenizer, model.config)
+    stop, ids = _stop_strings(stop), resolve_stop_ids(stop_ids, model.config)
+    row = encode(tokenizer, prompt, model.config.bos_id) if isinstance(prompt, str) else prompt
+    decoding = Decoding(model, [row], sampling, max_new_tokens, ids)
+    reply = Reply(tokenizer, stop, ids, skip_special_tokens=skip_special_tokens)
+    while not (decoding.done or reply.stopped):
+        if text := reply.push(decoding.advance(STREAM_DISPATCH)[0]):
+            yield text
+    if text := reply.finish():
+        yield text
+
+
+def generate_tokens(
+    model: LFM,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
+    max_new_tokens: int = 64,
+    *,
+    stop_ids: Sequence[int] | None = None,
+) -> list[Completion]:
+    """`generate` on token ids, without a tokenizer; arguments and errors as there."""
+    ids = resolve_stop_ids(stop_ids, model.config)
+    decoding = Decoding(model, prompts, sampling, max_new_tokens, ids)
+    rows: list[list[int]] = [[] for _ in prompts]
+    while not decoding.done:
+        for row, tokens in zip(rows, decoding.advance(DISPATCH), strict=True):
+            row += tokens
+    return [Completion(row, "stop" if row[-1] in ids else "length") for row in rows]
+
+
+def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(s, str) and s for s in strings):
+        raise ValueError(f"stop is {stop!r}; it must hold texts of at least one character")
+    return strings

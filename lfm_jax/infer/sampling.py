@@ -1,0 +1,223 @@
+"""From logits to tokens: what a request asks for (`Sampling`) and pure functions over arrays of such requests.
+
+Filters and their order are those of `transformers` (`generation/logits_process.py`): repetition penalty,
+temperature, top-k, top-p, min-p. Every row has its own parameters, and its token depends on nothing but its own
+logits, parameters and position.
+
+Dimensions: B batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to choose each next token. The default is greedy.
+
+    The token at a position is drawn with the key `fold_in(seed, position)`, so that a request gives the same text
+    alone, in any batch and at any number of steps per dispatch.
+
+    Raises:
+      ValueError: on construction, one message that lists every bad field and how to mend it.
+    """
+
+    temperature: float = 0.0
+    """Divides the logits. 0 is greedy: the most likely token, whatever the other filters say."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the fewest most likely tokens whose probabilities add up to top_p; 1 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least min_p times as likely as the likeliest; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Positive logits of tokens in the prompt or the text so far are divided by it, negative ones multiplied."""
+    seed: int = 0
+    """Seed of the random numbers."""
+
+    def __post_init__(self) -> None:
+        problems = _problems(self)
+        if problems:
+            raise ValueError("Sampling is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def _problems(s: Sampling) -> list[str]:
+    problems = []
+    for name, ok, want in (
+        ("temperature", lambda x: x >= 0, "at least 0 (0 is greedy)"),
+        ("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1 (1 is off)"),
+        ("min_p", lambda x: 0 <= x <= 1, "from 0 to 1 (0 is off)"),
+        ("repetition_penalty", lambda x: x > 0, "above 0 (1 is off)"),
+    ):
+        value = getattr(s, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not ok(value):
+            problems.append(f"{name} is {value!r}; it must be a number {want}")
+    if type(s.top_k) is not int or s.top_k < 0:
+        problems.append(f"top_k is {s.top_k!r}; it must be a whole number of at least 0 (0 is off)")
+    if type(s.seed) is not int or not 0 <= s.seed < 2**32:
+        problems.append(f"seed is {s.seed!r}; it must be a whole number from 0 to 2**32 - 1")
+    return problems
+
+
+GREEDY = Sampling()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Params:
+    """The fields of `Sampling` as arrays, one entry a row."""
+
+    temperature_B: jax.Array
+    top_k_B: jax.Array
+    top_p_B: jax.Array
+    min_p_B: jax.Array
+    repetition_penalty_B: jax.Array
+    seed_B: jax.Array
+
+
+class Plan(NamedTuple):
+    """What at least one row of a batch asks for; static under jit, so that nothing else is computed.
+
+    A row's token does not depend on it: a filter that a row has switched off leaves its logits untouched.
+    """
+
+    sampled: bool
+    """Some row has a temperature above 0."""
+    max_k: int
+    """At least the largest top_k, rounded up so that few values occur; 0 when no row has one."""
+    top_p: bool
+    min_p: bool
+    repetition_penalty: bool
+
+
+def to_arrays(samplings: Sequence[Sampling], vocab_size: int) -> tuple[Params, Plan]:
+    """The parameters of a batch as arrays of float32, int32 (top_k) and uint32 (seed), and what they need."""
+
+    def column(name: str, dtype: type) -> jax.Array:
+        return jnp.asarray(np.array([getattr(s, name) for s in samplings], dtype))
+
+    params = Params(
+        temperature_B=column("temperature", np.float32),
+        top_k_B=jnp.asarray(np.array([min(s.top_k, vocab_size) for s in samplings], np.int32)),
+        top_p_B=column("top_p", np.float32),
+        min_p_B=column("min_p", np.float32),
+        repetition_penalty_B=column("repetition_penalty", np.float32),
+        seed_B=column("seed", np.uint32),
+    )
+    drawn = [s for s in samplings if s.temperature > 0]
+    largest = max((min(s.top_k, vocab_size) for s in drawn), default=0)
+    return params, Plan(
+        sampled=bool(drawn),
+        max_k=min(vocab_size, max(64, 1 << (largest - 1).bit_length())) if largest else 0,
+        top_p=any(s.top_p < 1 for s in drawn),
+        min_p=any(s.min_p > 0 for s in drawn),
+        repetition_penalty=any(s.repetition_penalty != 1 for s in samplings),
+    )
+
+
+def sample(
+    logits_BV: jax.Array, params: Params, plan: Plan, position_B: jax.Array, seen_BV: jax.Array | None = None
+) -> jax.Array:
+    """The next token of each row.
+
+    Args:
+      logits_BV: of the next token.
+      params: per row.
+      plan: of the batch, from `to_arrays`.
+      position_B: position that the token will have in its row; with the seed it fixes the random numbers.
+      seen_BV: bool, tokens of the prompt and of the text so far; needed when `plan.repetition_penalty`.
+
+    Returns:
+      token_B, int32. Of equally likely tokens greedy takes the first.
+
+    Raises:
+      ValueError: the plan needs `seen_BV` and it is None.
+    """
+    logits_BV = _penalised(logits_BV.astype(jnp.float32), params, plan, seen_BV)
+    greedy_B = _argmax(logits_BV)
+    if not plan.sampled:
+        return greedy_B
+
+    def gumbel(seed: jax.Array, position: jax.Array) -> jax.Array:
+        # Named, because under jax's other generators the numbers of a key under vmap depend on the whole batch.
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
+        return jax.random.gumbel(key, logits_BV.shape[1:], jnp.float32)
+
+    noise_BV = jax.vmap(gumbel)(params.seed_B, position_B)
+    drawn_B = _argmax(_filtered(logits_BV, params, plan) + noise_BV)
+    return jnp.where(params.temperature_B > 0, drawn_B, greedy_B)
+
+
+def filter_logits(
+    logits_BV: jax.Array, params: Params, plan: Plan, seen_BV: jax.Array | None = None
+) -> jax.Array:
+    """The float32 logits whose softmax `sample` draws from, -inf at tokens filtered out; arguments as there."""
+    return _filtered(_penalised(logits_BV.astype(jnp.float32), params, plan, seen_BV), params, plan)
+
+
+def _penalised(logits_BV: jax.Array, params: Params, plan: Plan, seen_BV: jax.Array | None) -> jax.Array:
+    if not plan.repetition_penalty:
+        return logits_BV
+    if seen_BV is None:
+        raise ValueError("a repetition penalty needs seen_BV, the tokens that each row holds already")
+    penalty_B1 = params.repetition_penalty_B[:, None]
+    penalised_BV = jnp.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
+    return jnp.where(seen_BV, penalised_BV, logits_BV)
+
+
+def _filtered(logits_BV: jax.Array, params: Params, plan: Plan) -> jax.Array:
+    temperature_B1 = params.temperature_B[:, None]
+    logits_BV = logits_BV / jnp.where(temperature_B1 > 0, temperature_B1, 1)
+    if plan.max_k:
+        logits_BV = jnp.where(_in_top_k(logits_BV, params.top_k_B, plan.max_k), logits_BV, -jnp.inf)
+    if plan.top_p:
+        logits_BV = jnp.where(_in_top_p(logits_BV, params.top_p_B), logits_BV, -jnp.inf)
+    if plan.min_p:
+        border_B1 = jnp.max(logits_BV, axis=1, keepdims=True) + jnp.log(params.min_p_B)[:, None]
+        logits_BV = jnp.where(logits_BV >= border_B1, logits_BV, -jnp.inf)
+    return logits_BV
+
+
+def _in_top_k(logits_BV: jax.Array, top_k_B: jax.Array, max_k: int) -> jax.Array:
+    """True at the k largest of each row and at those equal to the k-th."""
+    best_BK = jax.lax.top_k(logits_BV, max_k)[0]
+    border_B1 = jnp.take_along_axis(best_BK, jnp.maximum(top_k_B - 1, 0)[:, None], axis=1)
+    return (logits_BV >= border_B1) | (top_k_B == 0)[:, None]
+
+
+def _in_top_p(logits_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
+    """True at tokens such that what is likelier than they are has less than top_p of the probability.
+
+    The border is found bit by bit, 32 sums over the vocabulary: on a CPU 20 times as fast as sorting it.
+    """
+    probability_BV = jax.nn.softmax(logits_BV, axis=1)
+    bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.int32)
+    order_BV = jnp.where(bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV)  # Integers in the order of the floats.
+
+    def halve(_: int, interval: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low_B, high_B = interval
+        middle_B = (low_B >> 1) + (high_B >> 1) + (low_B & high_B & 1)  # The sum itself might overflow.
+        above_B = jnp.sum(jnp.where(order_BV > middle_B[:, None], probability_BV, 0), axis=1)
+        enough_B = above_B < top_p_B
+        return jnp.where(enough_B, low_B, middle_B + 1), jnp.where(enough_B, middle_B, high_B)
+
+    extremes = jnp.iinfo(jnp.int32)
+    start = jnp.full_like(top_p_B, extremes.min, jnp.int32), jnp.full_like(top_p_B, extremes.max, jnp.int32)
+    border_B, _ = jax.lax.fori_loop(0, 32, halve, start)
+    return (order_BV >= border_B[:, None]) | (top_p_B >= 1)[:, None]
+
+
+def _argmax(x_BV: jax.Array) -> jax.Array:
+    """Index of the first largest value, int32; on a CPU several times as fast as `jnp.argmax`."""
+    V = x_BV.shape[1]
+    index_V = jnp.arange(V, dtype=jnp.int32)
+    first_B = jnp.min(jnp.where(x_BV == jnp.max(x_BV, axis=1, keepdims=True), index_V, V), axis=1)
+    return jnp.minimum(first_B, V - 1)  # All NaN has no largest value; an index must still be one.

@@ -1,0 +1,133 @@
+"""Between text and tokens: encoding prompts, decoding token by token, stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from lfm_jax.config import ModelConfig
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Refuses a tokenizer whose ids the model's embedding table does not hold.
+
+    Raises:
+      ValueError: the tokenizer has more ids than the model.
+    """
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    if size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {size} ids but the model's vocab_size is {config.vocab_size}; "
+            "use the tokenizer that the model was trained with"
+        )
+
+
+def encode(tokenizer: Tokenizer, text: str, bos_id: int) -> list[int]:
+    """Ids of `text` with the tokenizer's own special tokens, but never bos twice.
+
+    A text rendered by a chat template begins with the text of bos, to which the tokenizer would add another.
+
+    Raises:
+      ValueError: the tokenizer is set to cut texts.
+    """
+    encoding = tokenizer.encode(text, add_special_tokens=True)
+    if encoding.overflowing:
+        raise ValueError(
+            f"the tokenizer cuts texts at {len(encoding.ids)} tokens; call tokenizer.no_truncation() first"
+        )
+    ids = encoding.ids
+    return ids[1:] if ids[:2] == [bos_id, bos_id] else ids
+
+
+class Detokenizer:
+    """Text of tokens that arrive one after the other; the pieces together are what decoding all at once gives.
+
+    A token may hold part of a character: its bytes are kept back until the character is whole.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._ids: list[int] = []
+        self._length = 0
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that has become certain with these tokens."""
+        pieces = []
+        for i in ids:
+            self._ids.append(i)
+            pieces.append(self._stream.step(self._tokenizer, i) or "")
+        text = "".join(pieces)
+        self._length += len(text)
+        return text
+
+    def finish(self) -> str:
+        """The rest: bytes that never became a character, as U+FFFD."""
+        return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)[self._length :]
+
+
+class StopStrings:
+    """Passes text through up to the first stop string, keeping back only what may still become one.
+
+    Of several stop strings the one that is complete first ends the text, the longest of those that are complete
+    at once. How the text is cut into pieces makes no difference.
+    """
+
+    def __init__(self, stop: Sequence[str]):
+        self._stop = tuple(stop)
+        self._held = ""
+        self.stopped = False
+        """A stop string was met; what follows it is dropped."""
+
+    def push(self, text: str) -> str:
+        """The text that can be shown now."""
+        if self.stopped:
+            return ""
+        text = self._held + text
+        found = [(at + len(s), at) for s in self._stop if (at := text.find(s)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)[1]]
+        keep = max((_overlap(text, s) for s in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """What was kept back and did not become a stop string after all."""
+        text, self._held = self._held, ""
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest proper prefix of `stop` that ends `text`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Reply:
+    """The text of one row of tokens: stop ids left out, stop strings obeyed, never half a character."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str], stop_ids: Collection[int], *, skip_special_tokens: bool
+    ):
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+        self._stop_ids = frozenset(stop_ids)
+        self._strings = StopStrings(stop)
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string has ended the text."""
+        return self._strings.stopped
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that can be shown after these tokens."""
+        return self._strings.push(self._detokenizer.push(i for i in ids if i not in self._stop_ids))
+
+    def finish(self) -> str:
+        """The text that was still kept back when the tokens ended."""
+        return self._strings.push(self._detokenizer.finish()) + self._strings.finish()

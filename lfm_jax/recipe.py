@@ -1,0 +1,73 @@
+"""Recipes: a YAML file and dotted overrides become one frozen dataclass, every key checked.
+
+A YAML key `optimizer: {peak_lr: 1e-3}` and a flag `--optimizer.peak-lr 1e-3` are the same thing: the file
+is turned into flags that stand before the user's own, and tyro parses them all. An unknown key is thus
+one kind of error, with the nearest name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+
+from lfm_jax.config import ModelConfig
+
+
+def load_recipe[C](cls: type[C], path: str | Path | None, overrides: Sequence[str] = (), *, prog: str = "lfm") -> C:
+    """Builds `cls` from a YAML file and command-line flags; later flags win.
+
+    In the file, `preset: NAME` inside a `model` section stands for all fields of that preset.
+
+    Raises:
+      ValueError: the file cannot be read or is not a mapping.
+      SystemExit: an unknown key or a bad value; tyro has printed what and where, with the nearest name.
+    """
+    flags: list[str] = []
+    if path is not None:
+        try:
+            content = yaml.safe_load(Path(path).read_text())
+        except OSError as error:
+            raise ValueError(f"recipe {path} cannot be read: {error.strerror}") from None
+        except yaml.YAMLError as error:
+            raise ValueError(f"recipe {path} is not valid YAML: {error}") from None
+        if not isinstance(content, Mapping):
+            raise ValueError(f"recipe {path} holds {type(content).__name__}; expected keys with values")
+        flags = _flags(content)
+    return tyro.cli(cls, args=[*flags, *overrides], prog=prog, config=(tyro.conf.FlagConversionOff,))
+
+
+def _flags(content: Mapping[str, Any], prefix: str = "") -> list[str]:
+    flags: list[str] = []
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if name == "model.preset":
+            preset = dataclasses.asdict(ModelConfig.preset(str(value)))
+            flags = _flags(preset, prefix) + flags  # Fields named beside the preset win over it.
+        elif isinstance(value, Mapping):
+            flags += _flags(value, f"{name}.")
+        elif isinstance(value, (list, tuple)):
+            flags += [f"--{name}", *map(str, value)]
+        else:
+            flags += [f"--{name}", str(value)]
+    return flags
+
+
+def dump_recipe(config: Any) -> str:
+    """The YAML text of a config dataclass; `load_recipe` reads it back to an equal one."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False)
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A config dataclass as dicts, lists and scalars, as JSON and YAML hold them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(v) for key, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(dataclasses.asdict(config))

@@ -1,0 +1,77 @@
+"""What a person sees while a run goes: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+_SMOOTHING = 0.9
+"""Weight of the past in the running means of loss and speed."""
+
+
+class Console:
+    """Progress of a run of `steps` optimizer steps: step, loss, tokens/s, time left.
+
+    Args:
+      steps: steps in all.
+      log_every: steps between lines where standard error is not a terminal.
+    """
+
+    def __init__(self, steps: int, *, log_every: int):
+        self._steps, self._log_every = steps, log_every
+        self._rich = RichConsole(stderr=True)
+        self._live = sys.stderr.isatty()
+        self._progress = Progress(
+            TextColumn("[bold]train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(), console=self._rich, disable=not self._live,
+        )
+        self._task = self._progress.add_task("train", total=steps, text="compiling ...")
+        self._loss: float | None = None
+        self._seconds_per_step: float | None = None
+        self._clock: float | None = None
+
+    def __enter__(self) -> Console:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self._rich.print(text, highlight=False)
+
+    def restart_clock(self) -> None:
+        """Leaves what happened since the last step (compilation, evaluation) out of the next step's time."""
+        self._clock = None
+
+    def step(self, step: int, loss: float, tokens: int) -> float | None:
+        """Shows a finished step. Returns its tokens/s, None where the clock had just been restarted."""
+        now = time.monotonic()
+        seconds = None if self._clock is None else max(now - self._clock, 1e-9)
+        self._clock = now
+        self._loss = loss if self._loss is None else _SMOOTHING * self._loss + (1 - _SMOOTHING) * loss
+        if seconds is not None:
+            past = seconds if self._seconds_per_step is None else self._seconds_per_step
+            self._seconds_per_step = _SMOOTHING * past + (1 - _SMOOTHING) * seconds
+        speed = None if seconds is None else tokens / seconds
+        text = f"loss {self._loss:.4f}"
+        if speed is not None and self._seconds_per_step is not None:
+            left = (self._steps - step) * self._seconds_per_step
+            text += f"  {tokens / self._seconds_per_step:,.0f} tokens/s  {_clock_time(left)} left"
+        self._progress.update(self._task, completed=step, text=text)
+        if not self._live and (step % self._log_every == 0 or step == self._steps):
+            self.note(f"step {step}/{self._steps}  {text}")
+        return speed
+
+
+def _clock_time(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

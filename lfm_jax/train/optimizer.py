@@ -1,0 +1,100 @@
+"""AdamW, its learning-rate schedule and which parameters decay."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+import jax
+import optax
+
+Schedule = Literal["wsd", "cosine", "constant"]
+
+NO_DECAY = frozenset({"weight", "conv", "in_bias", "conv_bias", "out_bias"})
+"""Last names of norm weights, conv taps and biases in the parameter tree: not decayed by default."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with warm-up, a schedule and global-norm clipping.
+
+    Raises:
+      ValueError: on construction, one message that lists every bad field.
+    """
+
+    peak_lr: float = 3e-4
+    """Learning rate after warm-up."""
+    schedule: Schedule = "wsd"
+    """wsd: warm-up, stable, linear decay over the last decay_steps; cosine: warm-up, then half a cosine; constant."""
+    warmup_steps: int = 100
+    """Optimizer steps of linear warm-up from 0."""
+    decay_steps: int = 0
+    """wsd only: steps of the final decay; 0 means a fifth of the run."""
+    final_lr_fraction: float = 0.1
+    """Learning rate at the end of the run, as a fraction of peak_lr (wsd and cosine)."""
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay_all: bool = False
+    """Decay norms, biases and conv taps too."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; larger gradients are scaled down to it."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name, low, high in (("b1", 0.0, 1.0), ("b2", 0.0, 1.0)):
+            if not low <= getattr(self, name) < high:
+                problems.append(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
+        for name in ("peak_lr", "eps", "clip_norm"):
+            if not getattr(self, name) > 0:
+                problems.append(f"{name} is {getattr(self, name)}; it must be positive")
+        for name in ("warmup_steps", "decay_steps", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                problems.append(f"{name} is {getattr(self, name)}; it must not be negative")
+        if not 0 <= self.final_lr_fraction <= 1:
+            problems.append(f"final_lr_fraction is {self.final_lr_fraction}; it must lie in [0, 1]")
+        if self.schedule not in get_args(Schedule):
+            problems.append(f"schedule is {self.schedule!r}; choose one of {', '.join(get_args(Schedule))}")
+        if problems:
+            raise ValueError("OptimizerConfig is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate as a function of the number of optimizer steps already taken.
+
+    Raises:
+      ValueError: warm-up and decay together are longer than the run.
+    """
+    warmup = config.warmup_steps
+    final = config.peak_lr * config.final_lr_fraction
+    decay = (config.decay_steps or steps // 5) if config.schedule == "wsd" else 0
+    if warmup + decay > steps:
+        raise ValueError(
+            f"optimizer.warmup_steps {warmup} and decay_steps {decay} exceed the run's {steps} steps; lower them"
+        )
+    rise = optax.linear_schedule(0.0, config.peak_lr, warmup) if warmup else optax.constant_schedule(config.peak_lr)
+    stable = optax.constant_schedule(config.peak_lr)
+    if config.schedule == "cosine":
+        fall = optax.cosine_decay_schedule(config.peak_lr, max(steps - warmup, 1), alpha=config.final_lr_fraction)
+        return optax.join_schedules([rise, fall], [warmup])
+    if config.schedule == "constant":
+        return optax.join_schedules([rise, stable], [warmup])
+    fall = optax.linear_schedule(config.peak_lr, final, max(decay, 1))
+    return optax.join_schedules([rise, stable, fall], [warmup, steps - decay])
+
+
+def decay_mask(params: Any) -> Any:
+    """True for each leaf that weight decay applies to: matrices and embedding tables."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NO_DECAY, params)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW on the schedule, as one optax transformation."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate(config, steps), b1=config.b1, b2=config.b2, eps=config.eps,
+            weight_decay=config.weight_decay, mask=None if config.decay_all else decay_mask,
+        ),
+    )

@@ -1,0 +1,197 @@
+"""Batches: endless, reproducible, exactly resumable; the held-out set counted once and never trained on."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from lfm_jax.data import (
+    DataConfig,
+    heldout_batches,
+    heldout_bytes,
+    heldout_documents,
+    prepare_tokenizer,
+    train_bpe,
+    train_documents,
+    train_iterator,
+)
+from lfm_jax.train.loss import LOSS_IGNORE
+
+BYTES = train_bpe([], vocab_size=270)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpus")
+    random = np.random.default_rng(0)
+    for i in range(30):
+        text = "".join(random.choice(list("abcdef \n"), size=random.integers(1, 150)))
+        (root / f"{i}.txt").write_text(f"{i}:{text}")
+    (root / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(20)))
+    return root
+
+
+def config(corpus, **changes):
+    fields = dict(sources=(str(corpus),), seq_len=32, batch_size=4, heldout_fraction=0.2)
+    return DataConfig(**(fields | changes))
+
+
+def take(iterator, n):
+    return list(itertools.islice(iterator, n))
+
+
+def assert_same(batches, others):
+    for batch, other in zip(batches, others, strict=True):
+        assert batch.keys() == other.keys() == {"tokens", "targets", "segment_ids", "positions"}
+        for key in batch:
+            np.testing.assert_array_equal(batch[key], other[key])
+
+
+def test_batches_have_one_shape_and_repeat_with_the_seed(corpus):
+    batches = take(train_iterator(config(corpus), BYTES), 60)
+    assert all(x.shape == (4, 32) and x.dtype == np.int32 for batch in batches for x in batch.values())
+    assert_same(batches, take(train_iterator(config(corpus), BYTES), 60))
+    other = take(train_iterator(config(corpus, seed=1), BYTES), 60)
+    assert not all(np.array_equal(a["tokens"], b["tokens"]) for a, b in zip(batches, other, strict=True))
+
+
+@pytest.mark.parametrize("consumed", [0, 1, 5, 16, 17, 40, 90])
+def test_resuming_gives_exactly_the_batches_that_were_to_come(corpus, consumed):
+    # 64 rows are packed at a time, 16 batches: the numbers lie before, on and after such borders, and epochs.
+    iterator = train_iterator(config(corpus), BYTES)
+    take(iterator, consumed)
+    state = json.loads(json.dumps(iterator.get_state()))
+    expected = take(iterator, 25)
+
+    fresh = train_iterator(config(corpus), BYTES)
+    fresh.set_state(state)
+    assert fresh.get_state() == state
+    assert_same(take(fresh, 25), expected)
+
+    iterator.set_state(state)
+    assert_same(take(iterator, 25), expected)
+
+
+def test_state_of_other_data_is_refused(corpus, tmp_path):
+    (tmp_path / "other.txt").write_text("something else")
+    state = train_iterator(config(corpus), BYTES).get_state()
+    for changes in (dict(seed=1), dict(batch_size=2), dict(seq_len=16), dict(exclude=("0.txt",)),
+                    dict(sources=(str(corpus), str(tmp_path)))):
+        with pytest.raises(ValueError, match="belongs to other data"):
+            train_iterator(config(corpus, **changes), BYTES).set_state(state)
+    with pytest.raises(ValueError, match="belongs to other data"):
+        train_iterator(config(corpus), train_bpe(["aaaa bbbb" * 9], vocab_size=272)).set_state(state)
+
+
+def test_each_epoch_has_every_piece_once_in_a_new_order(tmp_path):
+    for i in range(64):  # Each fills a row of 4, and 64 rows are packed at a time: a batch is an epoch.
+        (tmp_path / f"{i}.txt").write_text(f"{i:03}")
+    iterator = train_iterator(config(tmp_path, seq_len=4, batch_size=64, heldout_fraction=0.0), BYTES)
+    epochs = [batch["tokens"].tolist() for batch in take(iterator, 3)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert len({tuple(row) for row in epochs[0]}) == 64
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_neighbouring_seeds_do_not_share_the_order_of_their_epochs(tmp_path):
+    for i in range(64):
+        (tmp_path / f"{i}.txt").write_text(f"{i:03}")
+    orders = [
+        [batch["tokens"].tolist() for batch in take(train_iterator(
+            config(tmp_path, seq_len=4, batch_size=64, heldout_fraction=0.0, seed=seed), BYTES), 3)]
+        for seed in (0, 1)
+    ]
+    assert all(a != b for a, b in itertools.product(*orders))
+
+
+def test_a_corpus_smaller_than_a_batch_still_fills_batches(tmp_path):
+    (tmp_path / "only.txt").write_text("abc")
+    iterator = train_iterator(config(tmp_path, heldout_fraction=0.0), BYTES)
+    assert all((batch["segment_ids"].max(axis=1) > 0).all() for batch in take(iterator, 3))
+
+
+def test_documents_begin_with_bos_and_end_with_eos(corpus):
+    batch = next(train_iterator(config(corpus), BYTES, bos_id=5, eos_id=6))
+    assert 6 in batch["targets"]
+    assert 5 in batch["tokens"]
+    assert 6 not in batch["tokens"]
+    assert 5 not in batch["targets"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7])
+def test_heldout_pass_counts_every_token_once_in_batches_of_one_shape(corpus, batch_size):
+    conf = config(corpus, batch_size=batch_size)
+    batches = list(heldout_batches(conf, BYTES))
+    assert all(x.shape == (batch_size, 32) and x.dtype == np.int32 for batch in batches for x in batch.values())
+    documents = list(heldout_documents(conf))
+    # One token a byte, and one eos a document.
+    counted = sum((batch["targets"] != LOSS_IGNORE).sum() for batch in batches)
+    assert counted == heldout_bytes(conf) + len(documents)
+    assert heldout_bytes(conf) == sum(len(text.encode()) for text in documents)
+    for batch in batches:
+        np.testing.assert_array_equal(batch["targets"] == LOSS_IGNORE, batch["segment_ids"] == 0)
+    assert_same(batches, heldout_batches(config(corpus, batch_size=batch_size, seed=9), BYTES))
+
+
+def test_heldout_documents_are_not_trained_on(corpus):
+    train, heldout = set(train_documents(config(corpus))), set(heldout_documents(config(corpus)))
+    everything = set(train_documents(config(corpus, heldout_fraction=0.0)))
+    assert train
+    assert heldout
+    assert not train & heldout
+    assert train | heldout == everything
+
+
+def test_heldout_files_can_be_named(corpus):
+    conf = config(corpus, heldout=(f"{corpus}/1*.txt",), exclude=("12.txt",))
+    assert len(heldout_documents(conf)) == 10
+    assert all(text[:2].rstrip(":") in {"1", *map(str, range(10, 20))} for text in heldout_documents(conf))
+    assert not set(heldout_documents(conf)) & set(train_documents(conf))
+    assert not any(text.startswith("12:") for text in train_documents(conf))
+    with pytest.raises(ValueError, match="takes every file of sources"):
+        train_documents(config(corpus, heldout=(str(corpus),)))
+
+
+def test_nothing_held_out_gives_no_batches(corpus):
+    conf = config(corpus, heldout_fraction=0.0)
+    assert heldout_bytes(conf) == 0
+    assert list(heldout_batches(conf, BYTES)) == []
+
+
+def test_a_corpus_without_text_is_refused(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match="every training document is empty"):
+        train_iterator(config(tmp_path, heldout_fraction=0.0), BYTES)
+    with pytest.raises(ValueError, match="every held-out document is empty"):
+        heldout_documents(config(tmp_path, heldout=(str(tmp_path / "a.txt"),)))
+
+
+def test_the_tokenizer_of_a_run_is_trained_once_and_kept(corpus, tmp_path):
+    trained = prepare_tokenizer(config(corpus), tmp_path, vocab_size=300)
+    assert trained.get_vocab_size() == 300
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+    assert prepare_tokenizer(config(corpus), tmp_path, vocab_size=280).to_str() == trained.to_str()
+
+
+def test_a_named_tokenizer_is_copied_into_the_run(corpus, tmp_path):
+    BYTES.save(str(tmp_path / "mine.json"))
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "tokenizer.json").write_text("stale")
+    given = prepare_tokenizer(config(corpus, tokenizer=str(tmp_path / "mine.json")), run_dir, vocab_size=300)
+    assert given.to_str() == BYTES.to_str()
+    assert prepare_tokenizer(config(corpus), run_dir, vocab_size=300).to_str() == BYTES.to_str()
+
+
+def test_config_lists_every_bad_field():
+    with pytest.raises(ValueError, match="DataConfig is not valid") as error:
+        DataConfig(sources=(), heldout="books", exclude=("",), seq_len=0, batch_size=True, seed=-1,
+                   heldout_fraction=1.0, text_field="", tokenizer="")
+    message = str(error.value)
+    fields = ("sources", "heldout", "exclude", "seq_len", "batch_size", "seed", "heldout_fraction", "text_field",
+              "tokenizer")
+    assert len(message.splitlines()) == 1 + len(fields)
+    for field in fields:
+        assert f"  - {field} is " in message

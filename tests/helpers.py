@@ -1,0 +1,130 @@
+"""What the tests of the model core share: models as compiled functions, loud weights, layouts of documents."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from flax import nnx
+from hypothesis import strategies as st
+
+from lfm_jax import LFM
+from lfm_jax.testing import tiny_config
+
+KINDS = {
+    "hybrid": {},
+    "two-taps-bias": dict(layer_types=("full_attention", "conv", "conv"), conv_taps=2, conv_bias=True),
+    "seven-taps": dict(layer_types=("conv", "full_attention"), conv_taps=7, num_kv_heads=1),
+    "one-tap": dict(layer_types=("conv", "full_attention"), conv_taps=1, conv_impl="lax"),
+    "all-conv": dict(layer_types=("conv", "conv"), conv_bias=True, conv_impl="lax"),
+    "all-attention": dict(layer_types=("full_attention", "full_attention"), num_kv_heads=4),
+    "sandwich": dict(layer_types=("conv", "full_attention"), post_norm=True, qk_norm=False, head_dim=6),
+}
+"""Models that the properties run on; `sandwich` and `one-tap` are what `transformers` cannot express."""
+
+QUICK = ("hybrid", "two-taps-bias", "sandwich")
+every_kind = pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
+
+
+def rel_err(actual, expected):
+    """Largest difference relative to the largest expected value."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, f"{actual.shape} is not {expected.shape}"
+    return np.abs(actual - expected).max() / np.abs(expected).max()
+
+
+def loud(params, seed):
+    """Random norm weights around 1 and random biases, so that none of them can be left out unnoticed."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, x):
+        name = jax.tree_util.keystr(path)
+        if "norm" in name:
+            return jnp.asarray(1 + 0.4 * rng.standard_normal(x.shape), x.dtype)
+        if "bias" in name:
+            return jnp.asarray(0.5 * rng.standard_normal(x.shape), x.dtype)
+        return x
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+class Net:
+    """A tiny model as compiled functions of (params, arrays); every shape compiles once a session."""
+
+    def __init__(self, seed=0, **changes):
+        self.config = tiny_config(**changes)
+        self.graphdef, state = nnx.split(LFM(self.config, rngs=nnx.Rngs(seed)), nnx.Param)
+        self.params = loud(nnx.to_pure_dict(state), seed)
+        self.params64 = jax.tree.map(lambda x: np.asarray(x, np.float64), self.params)
+
+        @functools.partial(jax.jit, static_argnames=("logits", "padding"))
+        def call(params, tokens, positions, segment_ids, state, logits, padding):
+            model = nnx.merge(self.graphdef, params)
+            return model(tokens, positions, segment_ids, state, logits, padding=padding)
+
+        @jax.jit
+        def embed_grad(params, tokens, segment_ids, weight_BTD):
+            def loss(embed):
+                model = nnx.merge(self.graphdef, params | {"embed": embed})
+                return jnp.sum(weight_BTD * model(tokens, None, segment_ids, None, None)[0])
+
+            return jax.grad(loss)(params["embed"])
+
+        self._call, self._embed_grad = call, embed_grad
+
+    def __call__(self, tokens, positions=None, segment_ids=None, state=None, logits=None, padding="any"):
+        arrays = [None if x is None else np.asarray(x, np.int32) for x in (tokens, positions, segment_ids)]
+        out, state = self._call(self.params, *arrays, state, logits, padding)
+        return np.asarray(out), state
+
+    def embed_grad(self, tokens, segment_ids, weight_BTD):
+        """Gradient of `sum(weight * hidden)` by the embedding table."""
+        return np.asarray(self._embed_grad(self.params, tokens, segment_ids, weight_BTD))
+
+    def init_state(self, batch, max_len):
+        return nnx.merge(self.graphdef, self.params).init_state(batch, max_len)
+
+    def reference(self, tokens_T, positions_T=None):
+        """Normed hidden states of one document in float64 numpy."""
+        return reference.hidden(self.config, self.params64, np.asarray(tokens_T), positions_T)
+
+
+@functools.cache
+def net(kind):
+    return Net(**KINDS[kind])
+
+
+def documents(segment_ids_T):
+    """Indices of each document's tokens: padding is skipped, a change of id starts a new one."""
+    groups, last = [], None
+    for i, segment in enumerate(segment_ids_T):
+        if segment == 0:
+            continue
+        if segment != last:
+            groups.append([])
+        groups[-1].append(i)
+        last = segment
+    return groups
+
+
+def layouts(T):
+    """Segment ids of one row of T tokens: documents, padding and empty rows in any arrangement."""
+    run = st.tuples(st.integers(0, 3), st.integers(1, max(1, T // 3)))
+
+    def row(runs):
+        ids = [segment for segment, length in runs for _ in range(length)]
+        return (ids + [0] * T)[:T]
+
+    return st.lists(run, max_size=8).map(row)
+
+
+def batches(B, T):
+    return st.lists(layouts(T), min_size=B, max_size=B).map(lambda rows: np.asarray(rows, np.int32))
+
+
+def tokens_like(shape, seed, low=1, high=97):
+    return np.random.default_rng(seed).integers(low, high, shape).astype(np.int32)

@@ -1,0 +1,115 @@
+"""Incremental decoding and stop strings: any cut into pieces gives what the whole gives."""
+
+import functools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lfm_jax.infer.text import Detokenizer, Reply, StopStrings, check_tokenizer, encode
+from lfm_jax.testing import tiny_config, tiny_tokenizer
+
+MULTIBYTE = "naïve Zürich 東京 🦊🦊 über straße ñandú 🇯🇵 "
+
+
+@functools.cache
+def tokenizer():
+    return tiny_tokenizer(MULTIBYTE * 3 + "the quick brown fox ", vocab_size=300)
+
+
+ids = st.lists(st.integers(0, 299), max_size=40)
+
+
+@given(ids, st.booleans(), st.data())
+def test_pieces_of_any_tokens_are_the_whole(tokens, skip, data):
+    detokenizer = Detokenizer(tokenizer(), skip_special_tokens=skip)
+    text = ""
+    while tokens_left := tokens[len(detokenizer._ids) :]:
+        text += detokenizer.push(tokens_left[: data.draw(st.integers(1, 5))])
+        # Never a character that later tokens change.
+        assert tokenizer().decode(tokens, skip_special_tokens=skip).startswith(text)
+    assert text + detokenizer.finish() == tokenizer().decode(tokens, skip_special_tokens=skip)
+
+
+@given(st.text(max_size=30))
+def test_real_text_comes_back_character_by_character(text):
+    detokenizer = Detokenizer(tokenizer())
+    pieces = [detokenizer.push([i]) for i in encode(tokenizer(), text, bos_id=1)]
+    assert "".join(pieces) + detokenizer.finish() == text
+    if "\ufffd" not in text:
+        assert "\ufffd" not in "".join(pieces)
+
+
+def test_text_is_shown_as_soon_as_it_is_certain():
+    detokenizer = Detokenizer(tokenizer())
+    fox = tokenizer().encode("a🦊b", add_special_tokens=False).ids
+    assert [p for i in fox if (p := detokenizer.push([i]))] == ["a", "🦊", "b"]
+
+
+def reference_stop(text, stop):
+    """The text before the stop string that is complete first, tried end by end."""
+    for end in range(len(text) + 1):
+        hits = [s for s in stop if text[:end].endswith(s)]
+        if hits:
+            return text[: end - max(map(len, hits))], True
+    return text, False
+
+
+abc = st.text("abc", max_size=25)
+
+
+@given(abc, st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.data())
+def test_stop_strings_in_any_pieces(text, stop, data):
+    expected, stopped = reference_stop(text, stop)
+    matcher, shown, at = StopStrings(stop), "", 0
+    while at < len(text):
+        size = data.draw(st.integers(1, 6))
+        shown += matcher.push(text[at : at + size])
+        at += size
+        assert expected.startswith(shown)
+        if not matcher.stopped:
+            seen = text[:at]
+            held = seen[len(shown) :]
+            # What is kept back could still become a stop string, and no more than that is.
+            assert not held or any(s.startswith(held) for s in stop)
+    assert shown + matcher.finish() == expected
+    assert matcher.stopped == stopped
+
+
+def test_reply_leaves_stop_ids_out_and_joins_characters_before_it_looks_for_stop_strings():
+    tokens = tokenizer().encode("ab🦊cd", add_special_tokens=False).ids
+    reply = Reply(tokenizer(), ["🦊c"], {7}, skip_special_tokens=False)
+    assert "".join(reply.push([i]) for i in tokens) + reply.finish() == "ab"
+    assert reply.stopped
+    reply = Reply(tokenizer(), ["🦊x"], {7}, skip_special_tokens=False)
+    assert "".join(reply.push([i]) for i in [*tokens, 6, 7]) + reply.finish() == "ab🦊cd<|im_start|>"
+    assert not reply.stopped
+
+
+def test_a_stop_string_in_the_last_bytes_still_counts():
+    reply = Reply(tokenizer(), ["\ufffd"], (), skip_special_tokens=True)
+    half = tokenizer().encode("é", add_special_tokens=False).ids[:1]
+    assert len(tokenizer().encode("é", add_special_tokens=False).ids) == 2
+    shown = reply.push([*tokenizer().encode("x", add_special_tokens=False).ids, *half])
+    assert shown + reply.finish() == "x"
+
+
+def test_encode_has_bos_once():
+    assert encode(tokenizer(), "fox", 1) == tokenizer().encode("fox").ids
+    assert encode(tokenizer(), "fox", 1)[0] == 1
+    assert encode(tokenizer(), "<|startoftext|>fox", 1) == encode(tokenizer(), "fox", 1)
+
+
+def test_a_tokenizer_that_cuts_is_refused():
+    cutting = tiny_tokenizer()
+    cutting.enable_truncation(4)
+    assert len(encode(cutting, "a", 1)) == 2
+    with pytest.raises(ValueError, match="no_truncation"):
+        encode(cutting, "a b c d e f g", 1)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused():
+    size = tokenizer().get_vocab_size()
+    check_tokenizer(tokenizer(), tiny_config(vocab_size=size))
+    with pytest.raises(ValueError, match=f"{size} ids but the model's vocab_size is {size - 1}"):
+        check_tokenizer(tokenizer(), tiny_config(vocab_size=size - 1))

@@ -1,0 +1,84 @@
+"""The whole network once more, in float64 numpy, for one document of any length: slow, plain, independent.
+
+It shares no code with `lfm_jax` but the parameter names, has no batch, no padding and no state, and covers what
+`transformers` cannot express: one tap, sandwich norms, no q/k norm.
+
+Dimensions: T time, D width, N query heads, K key/value heads, H head width, W taps.
+"""
+
+import numpy as np
+
+
+def rms_norm(x, w, eps):
+    return w * x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def rotate(x_TNH, positions_T, theta):
+    half = x_TNH.shape[-1] // 2
+    angle_T1H = np.outer(positions_T, theta ** (-np.arange(half) / half))[:, None]
+    first, second = x_TNH[..., :half], x_TNH[..., half:]
+    turned = (first + 1j * second) * np.exp(1j * angle_T1H)
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def causal_conv(y_TD, w_WD):
+    """`z_t = sum_j w[W-1-j] y_{t-j}`, nothing before the first token."""
+    T, W = len(y_TD), len(w_WD)
+    z_TD = np.zeros_like(y_TD)
+    for t in range(T):
+        for j in range(min(W, t + 1)):
+            z_TD[t] += w_WD[W - 1 - j] * y_TD[t - j]
+    return z_TD
+
+
+def attention(q_TNH, k_TKH, v_TKH):
+    """Causal attention of one document, head by head."""
+    T, N, H = q_TNH.shape
+    group = N // k_TKH.shape[1]
+    out_TNH = np.zeros_like(q_TNH)
+    for t in range(T):
+        for n in range(N):
+            scores_S = k_TKH[: t + 1, n // group] @ q_TNH[t, n] / np.sqrt(H)
+            weights_S = np.exp(scores_S - scores_S.max())
+            out_TNH[t, n] = weights_S / weights_S.sum() @ v_TKH[: t + 1, n // group]
+    return out_TNH
+
+
+def short_conv_operator(p, x_TD):
+    gates_TCD = np.einsum("TD,DCE->TCE", x_TD, p["in_proj"]) + p.get("in_bias", 0)
+    b_TD, c_TD, h_TD = gates_TCD[:, 0], gates_TCD[:, 1], gates_TCD[:, 2]
+    z_TD = causal_conv(b_TD * h_TD, p["conv"]) + p.get("conv_bias", 0)
+    return (c_TD * z_TD) @ p["out_proj"] + p.get("out_bias", 0)
+
+
+def attention_operator(p, x_TD, positions_T, config):
+    q_TNH, k_TKH, v_TKH = (np.einsum("TD,DNH->TNH", x_TD, p[name]) for name in ("q_proj", "k_proj", "v_proj"))
+    if config.qk_norm:
+        q_TNH = rms_norm(q_TNH, p["q_norm"]["weight"], config.norm_eps)
+        k_TKH = rms_norm(k_TKH, p["k_norm"]["weight"], config.norm_eps)
+    q_TNH, k_TKH = (rotate(x, positions_T, config.rope_theta) for x in (q_TNH, k_TKH))
+    return np.einsum("TNH,NHD->TD", attention(q_TNH, k_TKH, v_TKH), p["out_proj"])
+
+
+def hidden(config, params, tokens_T, positions_T=None):
+    """Normed hidden states [T, D] of one document; `params` is a nested dict of float64 arrays."""
+    positions_T = np.arange(len(tokens_T)) if positions_T is None else positions_T
+    eps = config.norm_eps
+    x_TD = params["embed"][tokens_T]
+    for i, kind in enumerate(config.layer_types):
+        p = params["blocks"][i]
+        h_TD = rms_norm(x_TD, p["operator_norm"]["weight"], eps)
+        if kind == "conv":
+            y_TD = short_conv_operator(p["operator"], h_TD)
+        else:
+            y_TD = attention_operator(p["operator"], h_TD, positions_T, config)
+        x_TD = x_TD + (rms_norm(y_TD, p["post_operator_norm"]["weight"], eps) if config.post_norm else y_TD)
+        h_TD = rms_norm(x_TD, p["ffn_norm"]["weight"], eps)
+        ffn = p["feed_forward"]
+        y_TD = (silu(h_TD @ ffn["w1"]) * (h_TD @ ffn["w3"])) @ ffn["w2"]
+        x_TD = x_TD + (rms_norm(y_TD, p["post_ffn_norm"]["weight"], eps) if config.post_norm else y_TD)
+    return rms_norm(x_TD, params["norm"]["weight"], eps)

@@ -1,0 +1,30 @@
+"""The full LFM2.5-350M shape against `transformers`, with random weights: the sizes that tiny models do not reach."""
+
+import functools
+import gc
+
+import jax
+import oracle
+import pytest
+from helpers import tokens_like
+from transformers import Lfm2Config
+
+import lfm_jax as lfm
+
+
+@pytest.mark.slow
+def test_the_350m_shape_at_256_tokens():
+    """Both weight sets in one model, one after the other, to hold two copies of 1.4 GB and no more."""
+    preset = lfm.ModelConfig.preset("lfm2.5-350m")
+    model = oracle.hf_model(Lfm2Config.from_dict(preset.to_hf()), "init")
+    assert sum(p.numel() for p in model.parameters()) == preset.num_params() == 354_483_968
+    tokens, run = tokens_like((1, 256), 0, 1, preset.vocab_size), None
+    for weights in oracle.WEIGHTS:
+        if weights == "loud":
+            oracle.make_loud(model)
+        expected = oracle.forward(model, tokens)
+        graphdef, params = oracle.ours(model)
+        run = run or jax.jit(functools.partial(oracle.layers_and_logits, graphdef))
+        oracle.assert_parity(run(params, tokens), expected)
+        del params
+        gc.collect()
