@@ -240,7 +240,7 @@ class ModelConfig:
             "eos_token_id": self.eos_ids[0] if len(self.eos_ids) == 1 else (list(self.eos_ids) or None),
             "torch_dtype": self.param_dtype,
             "dtype": self.param_dtype,
-            "use_cache": True,
+            "use_cache": self.attention_layers > 0,  # transformers 5 cannot cache a model without attention
         }
 
 
@@ -316,10 +316,12 @@ def _problems(c: ModelConfig) -> list[str]:
     for name in ("conv_bias", "qk_norm", "post_norm", "tie_embedding"):
         value = getattr(c, name)
         need(type(value) is bool, f"{name} is {value!r}; it must be true or false")
-    need(isinstance(c.layer_types, tuple) and len(c.layer_types) > 0,
-         "layer_types must be a tuple with at least one layer type")
-    unknown = sorted({str(kind) for kind in c.layer_types} - set(get_args(LayerType)))
-    need(not unknown, f"layer_types has {', '.join(unknown)}; choose from {', '.join(get_args(LayerType))}")
+    if isinstance(c.layer_types, tuple) and c.layer_types:
+        unknown = sorted({str(kind) for kind in c.layer_types} - set(get_args(LayerType)))
+        need(not unknown, f"layer_types has {', '.join(unknown)}; choose from {', '.join(get_args(LayerType))}")
+    else:
+        need(False, f"layer_types is {c.layer_types!r}; it must be a tuple with at least one layer type")
+    need(isinstance(c.eos_ids, tuple), f"eos_ids is {c.eos_ids!r}; it must be a tuple of token ids, perhaps empty")
     if problems:
         return problems  # The checks below do arithmetic on the fields.
     need(c.num_heads % c.num_kv_heads == 0,

@@ -135,8 +135,9 @@ def _inspect(path: Path, dtype: Any) -> tuple[_Checkpoint | None, list[str]]:
             # The tensors, not the config, say what they are stored in; float32 stands in where they cannot.
             config = ModelConfig.from_hf(hf, param_dtype=kept or "float32", dtype=kept or "float32")
         except (ValueError, TypeError, ArithmeticError, AttributeError) as e:
-            problems.append(f"config.json: {e}")
-    if config is not None and source.specs:
+            problems.append(f"config.json: {str(e).removeprefix('config.json ')}")
+    # Where no file could be read, that is the problem; not that each tensor is missing.
+    if config is not None and (source.specs or not problems):
         problems += check(source, config)
     return (None if config is None or problems else _Checkpoint(config, source.read)), problems
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from lfm_jax.train.loss import LOSS_IGNORE
 
-PACKING_ROWS = 64
+PACKING_ROWS = 128
 """Rows open at a time: more waste less padding, but resuming packs up to this many rows again."""
 
 ENCODE_DOCUMENTS = 16

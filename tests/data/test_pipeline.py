@@ -16,6 +16,7 @@ from lfm_jax.data import (
     train_documents,
     train_iterator,
 )
+from lfm_jax.data.packing import PACKING_ROWS
 from lfm_jax.train.loss import LOSS_IGNORE
 
 BYTES = train_bpe([], vocab_size=270)
@@ -56,9 +57,9 @@ def test_batches_have_one_shape_and_repeat_with_the_seed(corpus):
     assert not all(np.array_equal(a["tokens"], b["tokens"]) for a, b in zip(batches, other, strict=True))
 
 
-@pytest.mark.parametrize("consumed", [0, 1, 5, 16, 17, 40, 90])
+@pytest.mark.parametrize("consumed", [0, 1, 5, 31, 32, 33, 90])
 def test_resuming_gives_exactly_the_batches_that_were_to_come(corpus, consumed):
-    # 64 rows are packed at a time, 16 batches: the numbers lie before, on and after such borders, and epochs.
+    # 128 rows are packed at a time, 32 batches: the numbers lie before, on and after such borders, and epochs.
     iterator = train_iterator(config(corpus), BYTES)
     take(iterator, consumed)
     state = json.loads(json.dumps(iterator.get_state()))
@@ -85,24 +86,24 @@ def test_state_of_other_data_is_refused(corpus, tmp_path):
 
 
 def test_each_epoch_has_every_piece_once_in_a_new_order(tmp_path):
-    for i in range(64):  # Each fills a row of 4, and 64 rows are packed at a time: a batch is an epoch.
+    for i in range(PACKING_ROWS):  # Each fills a row of 4, and so many are packed at a time: a batch is an epoch.
         (tmp_path / f"{i}.txt").write_text(f"{i:03}")
-    iterator = train_iterator(config(tmp_path, seq_len=4, batch_size=64, heldout_fraction=0.0), BYTES)
+    iterator = train_iterator(config(tmp_path, seq_len=4, batch_size=PACKING_ROWS, heldout_fraction=0.0), BYTES)
     epochs = [batch["tokens"].tolist() for batch in take(iterator, 3)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
-    assert len({tuple(row) for row in epochs[0]}) == 64
-    assert epochs[0] != epochs[1] != epochs[2]
+    assert len({tuple(row) for row in epochs[0]}) == PACKING_ROWS
+    assert len({json.dumps(epoch) for epoch in epochs}) == 3
 
 
 def test_neighbouring_seeds_do_not_share_the_order_of_their_epochs(tmp_path):
-    for i in range(64):
+    for i in range(2 * PACKING_ROWS):  # As above, but a batch is half an epoch.
         (tmp_path / f"{i}.txt").write_text(f"{i:03}")
-    orders = [
-        [batch["tokens"].tolist() for batch in take(train_iterator(
-            config(tmp_path, seq_len=4, batch_size=64, heldout_fraction=0.0, seed=seed), BYTES), 3)]
+    halves = [
+        [sorted(batch["tokens"].tolist()) for batch in take(train_iterator(
+            config(tmp_path, seq_len=4, batch_size=PACKING_ROWS, heldout_fraction=0.0, seed=seed), BYTES), 4)]
         for seed in (0, 1)
     ]
-    assert all(a != b for a, b in itertools.product(*orders))
+    assert all(a != b for a, b in itertools.product(*halves))
 
 
 def test_a_corpus_smaller_than_a_batch_still_fills_batches(tmp_path):

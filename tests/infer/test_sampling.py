@@ -17,7 +17,7 @@ sampled = jax.jit(sample, static_argnums=2)
 
 @functools.cache
 def problem(rows, scale=3.0):
-    """Logits with a few equal ones, and tokens seen so far."""
+    """Logits, and tokens seen so far as ids and as a mask."""
     rng = np.random.default_rng(rows)
     logits_BV = (scale * rng.standard_normal((rows, V))).astype(np.float32)
     seen_BT = rng.integers(0, V, (rows, 30))

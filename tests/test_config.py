@@ -1,0 +1,263 @@
+"""ModelConfig: published counts, its folds against the real model, config.json as `transformers` reads it."""
+
+import jax
+import numpy as np
+import oracle
+import pytest
+import torch
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import Lfm2Config, Lfm2ForCausalLM
+
+import lfm_jax as lfm
+from lfm_jax.convert.hf import tensors
+from lfm_jax.testing import tiny_config
+
+PUBLISHED = {
+    "lfm2-350m": 354_483_968,
+    "lfm2.5-350m": 354_483_968,
+    "lfm2-700m": 742_489_344,
+    "lfm2-1.2b": 1_170_340_608,
+    "lfm2.5-1.2b": 1_170_340_608,
+    "lfm2-2.6b": 2_569_272_320,
+}
+
+
+@st.composite
+def configs(draw):
+    kinds = st.sampled_from(["conv", "full_attention"])
+    group, K = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    flags = {name: draw(st.booleans()) for name in ("conv_bias", "qk_norm", "post_norm", "tie_embedding")}
+    return tiny_config(
+        layer_types=tuple(draw(st.lists(kinds, min_size=1, max_size=4))),
+        vocab_size=draw(st.integers(8, 50)), hidden_size=draw(st.integers(1, 40)), ffn_size=draw(st.integers(1, 40)),
+        num_heads=group * K, num_kv_heads=K, head_dim=2 * draw(st.integers(1, 8)), conv_taps=draw(st.integers(1, 7)),
+        **flags,
+    )
+
+
+def abstract_params(config):
+    model = nnx.eval_shape(lambda: lfm.LFM(config, rngs=nnx.Rngs(0)))
+    return jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+# ---------------------------------------------------------------- counts
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_number_of_parameters(name):
+    config = lfm.ModelConfig.preset(name)
+    assert config.num_params() == PUBLISHED[name]
+    assert sum(x.size for x in abstract_params(config)) == PUBLISHED[name]
+    shared = (config.vocab_size, config.conv_taps, config.head_dim, config.num_kv_heads, config.rope_theta)
+    assert shared == (65_536, 3, 64, 8, 1e6)
+    assert (config.max_position, config.pad_id, config.bos_id, config.eos_ids) == (128_000, 0, 1, (7,))
+
+
+def test_the_350m_checkpoint_has_148_tensors_and_the_published_parts():
+    config = lfm.ModelConfig.preset("lfm2.5-350m")
+    assert len(tensors(config)) == 148
+    size = {tensor.name: int(np.prod(tensor.hf_shape)) for tensor in tensors(config)}
+    parts = {part: sum(n for name, n in size.items() if name.startswith(part))
+             for part in ("model.layers.0.conv.", "model.layers.2.self_attn.", "model.layers.0.feed_forward.")}
+    assert list(parts.values()) == [4_197_376, 3_145_856, 14_155_776]
+    assert size["model.embed_tokens.weight"] == 67_108_864
+    # Published for bfloat16: two columns of 10 conv layers are 40 KiB, keys and values 12 KiB a token.
+    assert config.state_bytes(101) - config.state_bytes(100) == 12 * 1024
+    assert config.state_bytes(1) - 12 * 1024 - 4 - 6 * 8 == 40 * 1024
+
+
+def test_an_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"lfm3.*lfm2-1\.2b, lfm2-2\.6b"):
+        lfm.ModelConfig.preset("lfm3")
+
+
+@given(config=configs())
+def test_num_params_and_state_bytes_count_what_is_there(config):
+    assert config.num_params() == sum(x.size for x in abstract_params(config))
+    state = jax.eval_shape(lambda: lfm.LFM(config, rngs=nnx.Rngs(0)).init_state(1, 9))
+    assert config.state_bytes(9) == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert config.num_layers == config.conv_layers + config.attention_layers == len(config.layer_types)
+
+
+@pytest.mark.parametrize("kinds", [("conv",) * 3, ("full_attention",) * 2, ("conv", "full_attention", "conv")])
+@pytest.mark.parametrize("T", [32, 128])
+def test_flops_are_those_that_xla_counts(kinds, T):
+    config = tiny_config(layer_types=kinds, hidden_size=192, ffn_size=512, vocab_size=1000, head_dim=32, num_heads=6)
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: lfm.LFM(config, rngs=nnx.Rngs(0))), nnx.Param)
+    tokens = jax.ShapeDtypeStruct((1, T), np.int32)
+    compiled = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens)[0]).lower(
+        nnx.to_pure_dict(params), tokens).compile()
+    # XLA computes all T x T scores and weights them; we count the T (T + 1) / 2 that the causal mask leaves.
+    masked = config.attention_layers * 4 * config.num_heads * config.head_dim * (T * T - T * (T + 1) / 2)
+    ours = T * config.flops_per_token(T) + masked
+    # XLA adds elementwise work: norms, gates, rotary, softmax.
+    assert 1 <= compiled.cost_analysis()["flops"] / ours < 1.04
+
+
+# ---------------------------------------------------------------- Hugging Face
+
+SIZES = dict(model_type="lfm2", vocab_size=120, hidden_size=24, num_hidden_layers=4, num_attention_heads=4,
+             num_key_value_heads=2, intermediate_size=1000)
+RELEASE_ONLY = dict(
+    block_dim=24, num_heads=4, conv_dim=24, conv_dim_out=24, use_pos_enc=True, block_norm_eps=1e-5,
+    block_use_swiglu=True, block_use_xavier_init=True, conv_use_xavier_init=True, block_mlp_init_scale=1.0,
+    block_out_init_scale=1.0, eos_token_id=7,
+)
+FILES = {
+    "release": RELEASE_ONLY | dict(
+        block_ff_dim=1000, block_multiple_of=256, block_ffn_dim_multiplier=1.0, block_auto_adjust_ff_dim=True,
+        full_attn_idxs=[2], tie_embedding=True, rope_theta=1e6, conv_L_cache=3, torch_dtype="bfloat16"),
+    "nothing-said": {},
+    "null-pattern": dict(layer_types=None, full_attn_idxs=None),
+    "indices": dict(full_attn_idxs=[0, 3]),
+    "types-win": dict(full_attn_idxs=[0, 1, 2, 3], layer_types=["conv", "conv", "full_attention", "conv"]),
+    "block-ff-dim-wins": dict(block_ff_dim=700, intermediate_size=9999),
+    "no-adjust": dict(block_auto_adjust_ff_dim=False, intermediate_size=77),
+    "multiplier": dict(block_ffn_dim_multiplier=1.3, block_multiple_of=10, intermediate_size=101),
+    "exact-multiple": dict(intermediate_size=768, block_multiple_of=256),
+    "untied": dict(tie_word_embeddings=False),
+    "alias-unties": dict(tie_embedding=False),
+    "alias-wins": dict(tie_embedding=False, tie_word_embeddings=True),
+    "old-theta": dict(rope_theta=5e4),
+    "new-theta": dict(rope_parameters=dict(rope_type="default", rope_theta=3e4)),
+    "new-theta-wins": dict(rope_parameters=dict(rope_type="default", rope_theta=3e4), rope_theta=9.0),
+    "default-rope-scaling": dict(rope_scaling=dict(type="default"), rope_theta=4e4),
+    "null-rope": dict(rope_parameters=None, rope_scaling=None),
+    "heads": dict(head_dim=10, num_key_value_heads=1),
+    "bias": dict(conv_bias=True, conv_L_cache=5, full_attn_idxs=[1]),
+    "eos-list": dict(eos_token_id=[7, 2]),
+    "no-eos": dict(eos_token_id=None),
+    "numbers": dict(norm_eps=1e-3, initializer_range=0.1, max_position_embeddings=77, pad_token_id=3, bos_token_id=4),
+}
+
+
+def built(hf_dict):
+    """(config, name -> shape of every parameter) as `transformers` builds them."""
+    config = Lfm2Config.from_dict(dict(hf_dict))
+    with torch.device("meta"):
+        model = Lfm2ForCausalLM(config)
+    return config, {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_from_hf_builds_what_transformers_builds(name):
+    hf_dict = SIZES | FILES[name]
+    theirs, shapes = built(hf_dict)
+    ours = lfm.ModelConfig.from_hf(hf_dict)
+    assert {tensor.name: tensor.hf_shape for tensor in tensors(ours)} == shapes
+    assert ours.num_params() == sum(int(np.prod(shape)) for shape in shapes.values())
+    assert ours.layer_types == tuple(theirs.layer_types)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    eos = theirs.eos_token_id
+    assert ours.eos_ids == (tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
+    same = dict(norm_eps="norm_eps", max_position="max_position_embeddings", init_std="initializer_range",
+                pad_id="pad_token_id", bos_id="bos_token_id", conv_taps="conv_L_cache", conv_bias="conv_bias",
+                tie_embedding="tie_word_embeddings")
+    assert {mine: getattr(ours, mine) for mine in same} == {mine: getattr(theirs, hf) for mine, hf in same.items()}
+
+
+def test_the_multiplier_may_be_absent_altogether():
+    """`transformers` skips the rounding then, though its own config class refuses the null since 5.0."""
+    config = lfm.ModelConfig.from_hf(SIZES | dict(block_ffn_dim_multiplier=None, intermediate_size=100))
+    assert config.ffn_size == 66
+
+
+def test_dtype_is_read_under_both_names_and_overrides_win():
+    assert lfm.ModelConfig.from_hf(SIZES | dict(torch_dtype="bfloat16")).param_dtype == "bfloat16"
+    assert lfm.ModelConfig.from_hf(SIZES | dict(dtype="float16", torch_dtype="bfloat16")).dtype == "float16"
+    assert lfm.ModelConfig.from_hf(SIZES).param_dtype == "float32"
+    overridden = lfm.ModelConfig.from_hf(SIZES | dict(dtype="float16"), dtype="float32", conv_impl="lax")
+    assert (overridden.dtype, overridden.param_dtype, overridden.conv_impl) == ("float32", "float16", "lax")
+
+
+def test_theta_under_its_oldest_name():
+    assert lfm.ModelConfig.from_hf(SIZES | dict(theta=2e5)).rope_theta == 2e5
+
+
+@pytest.mark.parametrize("case", oracle.CASES)
+def test_hf_round_trip_through_transformers(case):
+    theirs = oracle.hf_config(**oracle.CASES[case])
+    ours = lfm.ModelConfig.from_hf(theirs.to_dict())
+    assert lfm.ModelConfig.from_hf(ours.to_hf()) == ours
+    again, shapes = built(ours.to_hf())
+    assert shapes == built(theirs.to_dict())[1]
+    assert lfm.ModelConfig.from_hf(again.to_dict()) == ours
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_round_trip(name):
+    config = lfm.ModelConfig.preset(name)
+    assert lfm.ModelConfig.from_hf(config.to_hf(), dtype=config.dtype) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        (dict(model_type="lfm2_moe"), r"model_type is 'lfm2_moe'; expected 'lfm2'"),
+        (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1.0)), r"rope_type is 'yarn'"),
+        (dict(rope_scaling=dict(type="linear", factor=2.0)), r"rope_type is 'linear'"),
+        (dict(layer_types=["conv"]), r"layer_types has 1 entries but num_hidden_layers is 4"),
+        (dict(layer_types=["conv", "mamba", "conv", "conv"]), r"layer_types has mamba; choose from conv"),
+    ],
+)
+def test_from_hf_refuses(changes, match):
+    with pytest.raises(ValueError, match=match):
+        lfm.ModelConfig.from_hf(SIZES | changes)
+
+
+def test_from_hf_lists_every_missing_size():
+    with pytest.raises(ValueError, match=r"lacks hidden_size, num_key_value_heads, intermediate_size"):
+        lfm.ModelConfig.from_hf({key: SIZES[key] for key in
+                                 ("model_type", "vocab_size", "num_hidden_layers", "num_attention_heads")})
+
+
+@pytest.mark.parametrize("changes", [dict(post_norm=True), dict(qk_norm=False)])
+def test_to_hf_refuses_what_lfm2_cannot_express(changes):
+    (field,) = changes
+    with pytest.raises(ValueError, match=rf"{field}={changes[field]}"):
+        tiny_config(**changes).to_hf()
+
+
+# ---------------------------------------------------------------- validation
+
+BAD = {
+    "hidden_size": [0, -1, 1.5, "64", True],
+    "conv_taps": [0],
+    "norm_eps": [0.0, float("nan"), "small"],
+    "rope_theta": [float("inf")],
+    "dtype": ["bf16", np.float32],
+    "param_dtype": ["float64"],
+    "logits_dtype": [None],
+    "conv_impl": ["pallas"],
+    "conv_bias": [1],
+    "tie_embedding": ["yes"],
+    "layer_types": [(), ["conv"], None, ("conv", "mamba")],
+    "num_kv_heads": [3],
+    "head_dim": [7],
+    "pad_id": [97, -1],
+    "bos_id": [None],
+    "eos_ids": [7, [7], (7, 1000), None],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in BAD.items() for value in values])
+def test_a_bad_field_is_named_with_the_way_out(field, value):
+    with pytest.raises(ValueError, match=rf"(?s)not valid.*{field}.*(must|choose|change|lie in)"):
+        tiny_config(**{field: value})
+
+
+def test_several_errors_come_at_once():
+    with pytest.raises(ValueError, match="not valid") as caught:
+        tiny_config(hidden_size=0, dtype="bf16", norm_eps=-1.0, layer_types=("lstm",))
+    for word in ("hidden_size is 0", "dtype is 'bf16'", "norm_eps is -1.0", "layer_types has lstm"):
+        assert word in str(caught.value)
+
+
+def test_replace_validates_and_configs_can_be_keys():
+    config = tiny_config()
+    assert config.replace(dtype="bfloat16") != config
+    assert {config: 1}[tiny_config()] == 1
+    with pytest.raises(ValueError, match="vocab_size"):
+        config.replace(vocab_size=-3)

@@ -1,0 +1,179 @@
+"""The loop end to end on a tiny corpus: learning, resuming to the bit, refusing, starting from weights."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+import lfm_jax as lfm
+from lfm_jax.recipe import load_recipe
+from lfm_jax.train.loop import TrainConfig, train
+from lfm_jax.train.metrics import read_metrics
+
+STEPS = 12
+
+
+def recipe(corpus, run_dir, **changes):
+    content = {
+        "run_dir": str(run_dir), "steps": STEPS, "eval_every": 5, "checkpoint_every": 4, "log_every": 100,
+        "model": {
+            "layer_types": ["conv", "full_attention"], "vocab_size": 300, "hidden_size": 16, "ffn_size": 24,
+            "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "max_position": 64, "dtype": "float32",
+        },
+        "data": {"sources": [str(corpus)], "seq_len": 32, "batch_size": 4, "heldout_fraction": 0.1},
+        "optimizer": {"peak_lr": 1.0e-2, "warmup_steps": 2},
+    }
+    for key, value in changes.items():
+        section, _, field = key.rpartition("__")
+        (content[section] if section else content)[field] = value
+    path = run_dir.parent / f"{run_dir.name}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def load(path):
+    return load_recipe(TrainConfig, path)
+
+
+def losses(run_dir):
+    return {r["step"]: r["loss"] for r in read_metrics(run_dir) if "loss" in r}
+
+
+@pytest.fixture(scope="module")
+def whole_run(corpus, tmp_path_factory):
+    """An uninterrupted run."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    return train(load(recipe(corpus, run_dir)))
+
+
+def test_a_run_learns_and_leaves_everything_in_its_directory(whole_run):
+    run_dir = whole_run.run_dir
+    by_step = losses(run_dir)
+    assert sorted(by_step) == list(range(1, STEPS + 1))
+    assert by_step[STEPS] < by_step[1]
+    heldout = [r for r in read_metrics(run_dir) if "heldout_loss" in r]
+    assert [r["step"] for r in heldout] == [5, 10, 12]
+    assert heldout[-1]["heldout_loss"] == whole_run.heldout_loss
+    assert heldout[-1]["heldout_bits_per_byte"] == whole_run.heldout_bits_per_byte
+    assert {"config.yaml", "tokenizer.json", "metrics.jsonl", "loss.png", "checkpoints"} <= set(os.listdir(run_dir))
+    assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert load(run_dir / "config.yaml").model.vocab_size == 300
+
+
+def test_starting_a_finished_run_again_changes_nothing_and_tells_the_result(whole_run):
+    before = (whole_run.run_dir / "metrics.jsonl").read_bytes()
+    again = train(load(whole_run.run_dir / "config.yaml"))
+    assert again == whole_run
+    assert (whole_run.run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_latest_checkpoint_loads_as_a_model(whole_run):
+    model, tokenizer = lfm.load(whole_run.run_dir)
+    assert model.config.vocab_size == 300
+    texts = lfm.generate(model, tokenizer, ["alpha beta"], max_new_tokens=4)
+    assert len(texts) == 1
+    bf16, _ = lfm.load(whole_run.run_dir, dtype="bfloat16")
+    assert bf16.embed[...].dtype == "bfloat16"
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_and_resume_gives_the_same_losses_to_the_bit(corpus, tmp_path, whole_run):
+    run_dir = tmp_path / "killed"
+    path = recipe(corpus, run_dir)
+    command = [sys.executable, "-c", "from lfm_jax.cli import main; main()", "train", str(path)]
+    rng = random.Random(1)
+    kills = 0
+    for last in (False, False, True):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        if not last:
+            # Wait until new steps are on record, then kill within the following moments.
+            seen = len(losses(run_dir))
+            while process.poll() is None and len(losses(run_dir)) < min(seen + 5, STEPS):
+                time.sleep(0.01)
+            time.sleep(rng.random() * 0.02)
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait() == -signal.SIGKILL
+        else:
+            assert process.wait() == 0
+    assert kills >= 1
+    assert losses(run_dir) == losses(whole_run.run_dir)
+    a, b = (lfm.to_state_dict(lfm.load(d)[0]) for d in (run_dir, whole_run.run_dir))
+    assert all(np.array_equal(a[name], b[name]) for name in b)
+
+
+def test_an_interrupt_saves_and_the_rest_equals_the_uninterrupted_run(corpus, tmp_path, whole_run, monkeypatch):
+    from lfm_jax.train import loop
+
+    run_dir = tmp_path / "stopped"
+    config = load(recipe(corpus, run_dir))
+    console_step = loop.Console.step
+
+    def interrupt(self, step, loss, tokens):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return console_step(self, step, loss, tokens)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Console, "step", interrupt)
+        stopped = train(config)
+    assert 6 <= stopped.step < STEPS
+    assert stopped.heldout_loss is None
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert train(config).heldout_loss == whole_run.heldout_loss
+    assert losses(run_dir) == losses(whole_run.run_dir)
+
+
+def test_resuming_with_another_model_or_other_data_is_refused(corpus, whole_run):
+    with pytest.raises(ValueError, match=r"model\.ffn_size: 24 there, 48 here") as error:
+        train(load(recipe(corpus, whole_run.run_dir, model__ffn_size=48, data__seed=7)))
+    assert "data.seed" in str(error.value)
+
+
+def test_init_from_a_run_and_from_a_hugging_face_directory(corpus, tmp_path, whole_run):
+    export = tmp_path / "hf"
+    model, _ = lfm.load(whole_run.run_dir)
+    lfm.save_hf(model, export)
+    tokenizer = str(whole_run.run_dir / "tokenizer.json")
+    first = []
+    for name, source in (("a", whole_run.run_dir), ("b", export)):
+        path = recipe(corpus, tmp_path / name, init_from=str(source), data__tokenizer=tokenizer, steps=2,
+                      optimizer__warmup_steps=0, optimizer__peak_lr=1e-12)
+        first.append(losses(train(load(path)).run_dir)[1])
+    assert first[0] == first[1]
+    assert first[0] < losses(whole_run.run_dir)[1] - 0.5
+
+
+def test_init_from_another_shape_is_refused(corpus, tmp_path, whole_run):
+    path = recipe(corpus, tmp_path / "other", init_from=str(whole_run.run_dir), model__ffn_size=32)
+    with pytest.raises(ValueError, match="ffn_size: 24 there, 32 here"):
+        train(load(path))
+
+
+def test_micro_batches_reach_the_same_loss(corpus, tmp_path, whole_run):
+    path = recipe(corpus, tmp_path / "micro", micro_batches=2, loss_chunk=7)
+    by_step = losses(train(load(path)).run_dir)
+    want = losses(whole_run.run_dir)
+    np.testing.assert_allclose([by_step[s] for s in sorted(want)], [want[s] for s in sorted(want)], rtol=1e-4)
+
+
+def test_bad_settings_are_listed_together(corpus, tmp_path):
+    good = load(recipe(corpus, tmp_path / "x"))
+    import dataclasses
+
+    with pytest.raises(ValueError, match="not valid") as error:
+        dataclasses.replace(good, steps=0, micro_batches=3, model=good.model.replace(max_position=16, eos_ids=()))
+    for part in ("steps is 0", "not a multiple of micro_batches 3", "exceeds model.max_position", "eos_ids"):
+        assert part in str(error.value)
+
+
+def test_a_metrics_line_cut_by_a_kill_is_dropped(tmp_path):
+    whole = json.dumps({"step": 1, "loss": 2.0})
+    (tmp_path / "metrics.jsonl").write_text(whole + "\n" + '{"step": 2, "lo')
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
