@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from tokenizers import Tokenizer
 
 import lfm_jax as lfm
 from lfm_jax.data import heldout_documents
@@ -44,13 +45,14 @@ def main() -> int:
         return INTERRUPTED
     report_compression(console, config, result.heldout_bits_per_byte)
     model, tokenizer = lfm.load(result.run_dir)
+    assert tokenizer is not None  # A run directory always holds one.
     sample(console, model, tokenizer)
     export = result.run_dir / "hf"
     check_export(console, model, tokenizer, export)
     console.print(
         f"\nThe loss curve: {result.run_dir / 'loss.png'}\n\nNext:\n"
         f"  .venv/bin/lfm generate {export} 'def main():' --temperature 0.7 --top-k 50\n"
-        f"  .venv/bin/lfm train {RECIPE.relative_to(RECIPE.parent.parent)} --run-dir runs/mine --data.sources YOUR_FILES\n"
+        f"  .venv/bin/lfm train configs/{RECIPE.name} --run-dir runs/mine --data.sources YOUR_FILES\n"
         f"  .venv/bin/lfm train --help\n"
         f"  make test",
         highlight=False,
@@ -70,7 +72,7 @@ def report_compression(console: Console, config: TrainConfig, bits_per_byte: flo
     console.print(table)
 
 
-def sample(console: Console, model: lfm.LFM, tokenizer: object) -> None:
+def sample(console: Console, model: lfm.LFM, tokenizer: Tokenizer) -> None:
     """Three continuations."""
     texts = lfm.generate(
         model, tokenizer, list(PROMPTS),
@@ -82,7 +84,7 @@ def sample(console: Console, model: lfm.LFM, tokenizer: object) -> None:
         console.print(text, markup=False, highlight=False)
 
 
-def check_export(console: Console, model: lfm.LFM, tokenizer: object, export: Path) -> None:
+def check_export(console: Console, model: lfm.LFM, tokenizer: Tokenizer, export: Path) -> None:
     """Exports a Hugging Face directory, loads it back, compares logits."""
     if not export.exists():
         lfm.save_hf(model, export, tokenizer=tokenizer)

@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from lfm_jax.config import PRESETS, DType
 from lfm_jax.infer.sampling import Sampling
+
+if TYPE_CHECKING:
+    from lfm_jax.model import LFM
+
+    Preset = str
+else:
+    Preset = Literal[*sorted(PRESETS)]  # So that --help lists them.
 
 INTERRUPTED = 130
 """Exit status of a run that was stopped and can be resumed."""
@@ -54,6 +61,8 @@ def generate(
     from lfm_jax.infer.generate import generate as run
     from lfm_jax.infer.generate import stream
 
+    if not prompt:
+        raise ValueError("generate needs at least one prompt: lfm generate PATH 'some text'")
     model, tokenizer = _load(path, dtype)
     if len(prompt) == 1:
         print(prompt[0], end="", flush=True)
@@ -126,7 +135,7 @@ def convert(
 def bench(
     suite: tyro.conf.Positional[Literal["model", "conv"]] = "model",
     /,
-    preset: Literal[*sorted(PRESETS)] = "lfm2.5-350m",  # ty: names of published models
+    preset: Preset = "lfm2.5-350m",
     repeats: int = 5,
 ) -> int:
     """Measure on this machine, beside a peer in the same process, and print a Markdown table.
@@ -149,7 +158,7 @@ def bench(
     return 0
 
 
-def _load(path: Path, dtype: str | None, *, need_tokenizer: bool = True):  # noqa: ANN202
+def _load(path: Path, dtype: str | None, *, need_tokenizer: bool = True) -> tuple[LFM, Any]:
     from lfm_jax.load import load
 
     model, tokenizer = load(path, dtype)

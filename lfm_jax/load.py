@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lfm_jax.config import ModelConfig
-from lfm_jax.model import LFM
+from lfm_jax.model import LFM, abstract_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -54,17 +54,17 @@ def _load_run(run_dir: Path, dtype: Any) -> tuple[LFM, Tokenizer | None]:
     try:
         if manager.latest_step() is None:
             raise ValueError(f"{run_dir} holds no finished checkpoint yet; train further or wait for the first one")
-        fields = dict(manager.metadata()["config"]["model"])
-        fields = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+        saved = manager.metadata()["config"]["model"]
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
         config = ModelConfig(**fields)
-        graphdef, abstract = nnx.split(nnx.eval_shape(lambda: LFM(config, rngs=nnx.Rngs(0))), nnx.Param)
-        params = manager.restore_params(nnx.to_pure_dict(abstract))
+        graphdef, abstract_params = abstract_model(config)
+        params = manager.restore_params(abstract_params)
     finally:
         manager.close()
     if dtype is not None:
         name = jnp.dtype(dtype).name
         config = config.replace(param_dtype=name, dtype=name)
-        graphdef = nnx.split(nnx.eval_shape(lambda: LFM(config, rngs=nnx.Rngs(0))), nnx.Param)[0]
+        graphdef, _ = abstract_model(config)
         params = jax.tree.map(lambda x: x.astype(name), params)
     tokenizer = load_tokenizer(run_dir) if (run_dir / "tokenizer.json").exists() else None
     return nnx.merge(graphdef, params), tokenizer

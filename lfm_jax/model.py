@@ -5,7 +5,7 @@ Dimensions: B batch, T time, D width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,12 @@ class Block(nnx.Module):
             y_BTD = self.feed_forward(self.ffn_norm(x_BTD))
             x_BTD += self.post_ffn_norm(y_BTD) if self.post_norm else y_BTD
         return x_BTD, state
+
+
+def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, Any]:
+    """(graphdef, parameters as a plain dict of shapes and dtypes) of a model, without making any array."""
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: LFM(config, rngs=nnx.Rngs(0))), nnx.Param)
+    return graphdef, nnx.to_pure_dict(params)
 
 
 class LFM(nnx.Module):
@@ -125,14 +131,15 @@ class LFM(nnx.Module):
 
         with jax.named_scope("embed"):
             x_BTD = self.embed[...].astype(self.config.dtype)[tokens_BT]
-        layer_states: list[LayerState | None] = []
+        layer_states: list[LayerState] = []
         for i, block in enumerate(self.blocks):
             with jax.named_scope(f"layer_{i}"):
                 x_BTD, layer_state = block(
                     x_BTD, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT,
                     state=None if state is None else state.layers[i],
                 )
-            layer_states.append(layer_state)
+            if layer_state is not None:
+                layer_states.append(layer_state)
         last_B1 = jnp.maximum(length_B - 1, 0)[:, None]
         if logits == "last":
             x_BTD = jnp.take_along_axis(x_BTD, last_B1[:, :, None], axis=1)

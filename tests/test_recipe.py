@@ -48,7 +48,9 @@ def test_every_default_survives_a_dump(tmp_path, path):
     assert load_recipe(TrainConfig, again) == config
 
 
-@pytest.mark.parametrize(("line", "nearest"), [("stpes: 3", "--steps"), ("optimizer: {peek_lr: 1}", "--optimizer.peak-lr")])
+@pytest.mark.parametrize(
+    ("line", "nearest"), [("stpes: 3", "--steps"), ("optimizer: {peek_lr: 1}", "--optimizer.peak-lr")]
+)
 def test_an_unknown_key_is_an_error_with_the_nearest_name(path, capsys, line, nearest):
     path.write_text("run_dir: r\nsteps: 300\ndata: {sources: [a], seq_len: 64, batch_size: 2}\n" + line + "\n")
     with pytest.raises(SystemExit) as error:

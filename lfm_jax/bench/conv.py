@@ -20,8 +20,11 @@ IMPLS = ("lax", "shifted")
 def bench_conv(*, repeats: int = 5, shapes: tuple[tuple[int, int, int, int], ...] = ((1, 256, 1024, 3),
                (1, 2048, 1024, 3), (4, 512, 1024, 3), (1, 512, 1024, 7))) -> str:
     """Forward, and forward with gradients, of each implementation in float32; a Markdown report."""
-    lines = [conditions("jax", "jaxlib") + f", {jax.default_backend()}; medians of {repeats}.", "",
-             "| B, T, D, W | pass | " + " | ".join(IMPLS) + " | lax / shifted |", "|---|---|" + "---|" * (len(IMPLS) + 1)]
+    lines = [
+        f"{conditions('jax', 'jaxlib')}, {jax.default_backend()}; medians of {repeats}.\n",
+        f"| B, T, D, W | pass | {' | '.join(IMPLS)} | lax / shifted |",
+        "|---|---|" + "---|" * (len(IMPLS) + 1),
+    ]
     for B, T, D, W in shapes:
         keys = jax.random.split(jax.random.key(0), 2)
         y_BTD, w_WD = jax.random.normal(keys[0], (B, T, D)), jax.random.normal(keys[1], (W, D))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,10 +126,10 @@ class _Peer:
         self.torch = torch
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         weights = {name: torch.from_numpy(np.array(array)) for name, array in to_state_dict(model).items()}
-        self.model = Lfm2ForCausalLM(Lfm2Config(**model.config.to_hf())).float()
+        self.model: Any = Lfm2ForCausalLM(Lfm2Config(**model.config.to_hf())).float()
         self.model.load_state_dict(weights, strict=False)
         self.model.tie_weights()
-        self.optimizer = None
+        self.optimizer: Any = None
         gc.collect()
 
     @classmethod

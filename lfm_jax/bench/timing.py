@@ -46,7 +46,8 @@ def conditions(*packages: str) -> str:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             found.append(f"{package} absent")
-    return f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores; Python {platform.python_version()}, {', '.join(found)}"
+    machine = f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores"
+    return f"{machine}; Python {platform.python_version()}, {', '.join(found)}"
 
 
 def _cpu_name() -> str:

@@ -40,7 +40,7 @@ def causal_conv(
     Raises:
       ValueError: an unknown impl or shapes that do not fit together.
     """
-    B, T, D = y_BTD.shape
+    B, _, D = y_BTD.shape
     W = w_WD.shape[0]
     if w_WD.shape != (W, D):
         raise ValueError(f"w_WD has shape {w_WD.shape}; expected (taps, {D}) to match y_BTD {y_BTD.shape}")

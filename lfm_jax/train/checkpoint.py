@@ -28,9 +28,9 @@ class CheckpointManager:
     """
 
     def __init__(self, run_dir: Path, *, keep: int | None):
-        policies = ocp.training.preservation_policies
+        policies: Any = ocp.training.preservation_policies
         self._checkpointer = ocp.training.Checkpointer(
-            run_dir.resolve() / CHECKPOINTS,
+            str(run_dir.resolve() / CHECKPOINTS),
             preservation_policy=policies.PreserveAll() if keep is None else policies.LatestN(keep),
             cleanup_tmp_directories=keep is not None,
         )
@@ -70,7 +70,8 @@ class CheckpointManager:
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
         """What was saved beside the arrays: `config` and `data`."""
-        return self._checkpointer.checkpointables_metadata(step).custom_metadata
+        saved: Any = self._checkpointer.checkpointables_metadata(step).custom_metadata
+        return saved
 
     def close(self) -> None:
         """Waits for a save under way and lets go of the directory."""

@@ -18,19 +18,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from tokenizers import Tokenizer
 
 from lfm_jax import recipe
 from lfm_jax.config import ModelConfig
 from lfm_jax.data import DataConfig, heldout_batches, heldout_bytes, prepare_tokenizer, train_iterator
-from lfm_jax.model import LFM
+from lfm_jax.model import LFM, abstract_model
 from lfm_jax.train.checkpoint import CheckpointManager
 from lfm_jax.train.console import Console
 from lfm_jax.train.metrics import MetricsLog, plot_loss
 from lfm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from lfm_jax.train.step import TrainState, compile_eval_step, compile_train_step, init_train_state
+from lfm_jax.train.step import compile_eval_step, compile_train_step, init_train_state
 
 CONFIG = "config.yaml"
 
@@ -132,7 +131,7 @@ class _Run:
         (run_dir / CONFIG).write_text(recipe.dump_recipe(config))
 
         self.optimizer = make_optimizer(config.optimizer, config.steps)
-        self.graphdef, abstract = _abstract_model(config.model)
+        self.graphdef, abstract = abstract_model(config.model)
         self.data = train_iterator(config.data, self.tokenizer, **self._document_ids())
         if resume_step is None:
             self.state = init_train_state(_initial_params(config), self.optimizer)
@@ -189,8 +188,8 @@ class _Run:
         if pending is None:
             return
         step, metrics = pending
-        record = {"step": step, **{name: float(value) for name, value in metrics.items()}}
-        record["learning_rate"] = float(self.schedule(step - 1))
+        record: dict[str, Any] = {"step": step, **{name: float(value) for name, value in metrics.items()}}
+        record["learning_rate"] = float(jnp.asarray(self.schedule(step - 1)))
         record["tokens_per_second"] = self.console.step(step, record["loss"], int(record["targets"]))
         record["time"] = time.time()
         log.write(record)
@@ -218,11 +217,6 @@ class _Run:
 
     def _save(self) -> None:
         self.manager.save(self.step, self.state, self.data.get_state(), recipe.to_plain(self.config))
-
-
-def _abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, Any]:
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: LFM(config, rngs=nnx.Rngs(0))), nnx.Param)
-    return graphdef, nnx.to_pure_dict(params)
 
 
 def _initial_params(config: TrainConfig) -> Any:

@@ -88,7 +88,9 @@ def test_short_documents_waste_little_padding():
 
 def test_shuffling_moves_rows_within_the_rows_open_at_a_time():
     texts = [f"{i:03}" for i in range(2 * PACKING_ROWS)]  # Each fills a row of 4.
-    plain, shuffled = (np.stack([row["tokens"] for row in make_rows(texts, 4, seed)]) for seed in (None, 5))
+    plain, shuffled, other = (np.stack([row["tokens"] for row in make_rows(texts, 4, seed)]) for seed in (None, 5, 6))
+    assert not np.array_equal(shuffled, other)
+    np.testing.assert_array_equal(plain, [token_ids(text)[:-1] for text in texts])
     for half in (slice(None, PACKING_ROWS), slice(PACKING_ROWS, None)):
         assert not np.array_equal(plain[half], shuffled[half])
         assert sorted(map(tuple, plain[half])) == sorted(map(tuple, shuffled[half]))
