@@ -13,11 +13,13 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
@@ -198,17 +200,25 @@ class _Run:
         """Held-out loss in nats per token and in bits per byte of text."""
         self.console.note("held-out loss ...")
         total, count = 0.0, 0
-        for batch in heldout_batches(self.config.data, self.tokenizer, **self._document_ids()):
+        for batch in self._heldout:
             loss, targets = self.eval_step(self.state.params, jax.tree.map(jnp.asarray, batch))
             total, count = total + float(loss), count + int(targets)
         nats = total / max(count, 1)
-        bits_per_byte = total / math.log(2) / max(heldout_bytes(self.config.data), 1)
+        bits_per_byte = total / math.log(2) / max(self._heldout_bytes, 1)
         self.console.note(f"step {self.step}: held-out loss {nats:.4f} nats/token, {bits_per_byte:.4f} bits/byte")
         self.console.restart_clock()
         if log is not None:
             log.write({"step": self.step, "heldout_loss": nats, "heldout_bits_per_byte": bits_per_byte,
                        "time": time.time()})
         return nats, bits_per_byte
+
+    @cached_property
+    def _heldout(self) -> list[dict[str, np.ndarray]]:
+        return list(heldout_batches(self.config.data, self.tokenizer, **self._document_ids()))
+
+    @cached_property
+    def _heldout_bytes(self) -> int:
+        return heldout_bytes(self.config.data)
 
     def _document_ids(self) -> dict[str, int]:
         """What documents begin and end with."""
