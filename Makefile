@@ -1,14 +1,16 @@
 # `make demo` and `make test` are all a newcomer needs; each makes .venv when it is missing or stale.
 PY := .venv/bin/python
+IS_NEW := -c 'import sys; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1
 FIND_PYTHON = for p in python3.12 python3 python3.13 python3.14; do \
-	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; then echo $$p; exit 0; fi; done; \
-	echo "no Python >= 3.12 found: tried python3.12, python3, python3.13, python3.14; install one and run make again" >&2; exit 1
+	if $$p $(IS_NEW); then echo $$p; exit 0; fi; done; \
+	echo "no Python >= 3.12 found (tried python3.12, python3, python3.13, python3.14): install one, run make again" >&2; \
+	exit 1
 
 .PHONY: demo test check test-long lint clean
 .DELETE_ON_ERROR:
 
 .venv/core: requirements.txt pyproject.toml
-	@python=$$($(FIND_PYTHON)) && { [ -x $(PY) ] || $$python -m venv .venv; }
+	@$(PY) $(IS_NEW) || { python=$$($(FIND_PYTHON)) && $$python -m venv --clear .venv; }
 	@echo "installing the core into .venv (about a minute)"
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .

@@ -286,7 +286,7 @@ def _hf_layer_types(hf: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _hf_rope_theta(hf: Mapping[str, Any]) -> float:
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ValueError(f"rope_type is {kind!r}; only 'default' is supported")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lfm_jax.config import ModelConfig
+from lfm_jax.kernels.linear import linear
 
 
 def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], config: ModelConfig) -> nnx.Param:
@@ -55,12 +56,10 @@ class SwiGLU(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.ffn_size
-        self.w1 = normal_param(rngs, (D, F), config)
-        self.w3 = normal_param(rngs, (D, F), config)
-        self.w2 = normal_param(rngs, (F, D), config)
+        self.w1 = normal_param(rngs, (F, D), config)
+        self.w3 = normal_param(rngs, (F, D), config)
+        self.w2 = normal_param(rngs, (D, F), config)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        dtype = x_BTD.dtype
-        gate_BTF = x_BTD @ self.w1[...].astype(dtype)
-        up_BTF = x_BTD @ self.w3[...].astype(dtype)
-        return (jax.nn.silu(gate_BTF) * up_BTF) @ self.w2[...].astype(dtype)
+        gate_BTF, up_BTF = linear(x_BTD, self.w1[...]), linear(x_BTD, self.w3[...])
+        return linear(jax.nn.silu(gate_BTF) * up_BTF, self.w2[...])

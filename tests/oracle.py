@@ -9,7 +9,7 @@ from transformers import Lfm2Config, Lfm2ForCausalLM
 import lfm_jax as lfm
 from lfm_jax.convert.hf import from_state_dict
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # Two spinning threads of a tiny model take ten times as long on a busy machine.
 
 HYBRID = ("conv", "full_attention", "conv")
 TINY = dict(

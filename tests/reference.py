@@ -49,19 +49,19 @@ def attention(q_TNH, k_TKH, v_TKH):
 
 
 def short_conv_operator(p, x_TD):
-    gates_TCD = np.einsum("TD,DCE->TCE", x_TD, p["in_proj"]) + p.get("in_bias", 0)
+    gates_TCD = np.einsum("TD,CED->TCE", x_TD, p["in_proj"]) + p.get("in_bias", 0)
     b_TD, c_TD, h_TD = gates_TCD[:, 0], gates_TCD[:, 1], gates_TCD[:, 2]
     z_TD = causal_conv(b_TD * h_TD, p["conv"]) + p.get("conv_bias", 0)
-    return (c_TD * z_TD) @ p["out_proj"] + p.get("out_bias", 0)
+    return (c_TD * z_TD) @ p["out_proj"].T + p.get("out_bias", 0)
 
 
 def attention_operator(p, x_TD, positions_T, config):
-    q_TNH, k_TKH, v_TKH = (np.einsum("TD,DNH->TNH", x_TD, p[name]) for name in ("q_proj", "k_proj", "v_proj"))
+    q_TNH, k_TKH, v_TKH = (np.einsum("TD,NHD->TNH", x_TD, p[name]) for name in ("q_proj", "k_proj", "v_proj"))
     if config.qk_norm:
         q_TNH = rms_norm(q_TNH, p["q_norm"]["weight"], config.norm_eps)
         k_TKH = rms_norm(k_TKH, p["k_norm"]["weight"], config.norm_eps)
     q_TNH, k_TKH = (rotate(x, positions_T, config.rope_theta) for x in (q_TNH, k_TKH))
-    return np.einsum("TNH,NHD->TD", attention(q_TNH, k_TKH, v_TKH), p["out_proj"])
+    return np.einsum("TNH,DNH->TD", attention(q_TNH, k_TKH, v_TKH), p["out_proj"])
 
 
 def hidden(config, params, tokens_T, positions_T=None):
@@ -79,6 +79,6 @@ def hidden(config, params, tokens_T, positions_T=None):
         x_TD = x_TD + (rms_norm(y_TD, p["post_operator_norm"]["weight"], eps) if config.post_norm else y_TD)
         h_TD = rms_norm(x_TD, p["ffn_norm"]["weight"], eps)
         ffn = p["feed_forward"]
-        y_TD = (silu(h_TD @ ffn["w1"]) * (h_TD @ ffn["w3"])) @ ffn["w2"]
+        y_TD = (silu(h_TD @ ffn["w1"].T) * (h_TD @ ffn["w3"].T)) @ ffn["w2"].T
         x_TD = x_TD + (rms_norm(y_TD, p["post_ffn_norm"]["weight"], eps) if config.post_norm else y_TD)
     return rms_norm(x_TD, params["norm"]["weight"], eps)

@@ -73,7 +73,7 @@ def test_layers_logits_gradients_and_one_step(case, weights):
         assert rel_err(update[known], expected[known]) < 1e-3, name
 
 
-@pytest.mark.parametrize("case", ["hybrid", "all-attention", "seven-taps"])
+@pytest.mark.parametrize("case", ["hybrid", pytest.param("all-attention", marks=pytest.mark.slow)])
 def test_long_prompts(case):
     model = oracle.hf_model(oracle.hf_config(**oracle.CASES[case]))
     graphdef, params = oracle.ours(model)
@@ -169,7 +169,7 @@ def test_left_padding_with_bias_is_wrong_in_the_oracle_and_right_here():
     assert rel_err(padded[:, 5:], plain) > 1e-2
 
 
-@pytest.mark.parametrize("case", ["hybrid", "two-taps"])
+@pytest.mark.parametrize("case", ["hybrid", pytest.param("two-taps", marks=pytest.mark.slow)])
 def test_left_padding_without_bias_equals_the_oracle(case):
     model = oracle.hf_model(oracle.hf_config(**oracle.CASES[case]))
     graphdef, params = oracle.ours(model)

@@ -6,13 +6,23 @@ import gc
 import jax
 import oracle
 import pytest
+import torch
 from helpers import tokens_like
 from transformers import Lfm2Config
 
 import lfm_jax as lfm
 
 
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("two_threads")
 def test_the_350m_shape_at_256_tokens():
     """Both weight sets in one model, one after the other, to hold two copies of 1.4 GB and no more."""
     preset = lfm.ModelConfig.preset("lfm2.5-350m")

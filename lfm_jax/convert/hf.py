@@ -28,7 +28,7 @@ from lfm_jax.convert import safetensors_io as files
 from lfm_jax.convert import sidecars
 from lfm_jax.convert.sidecars import chat_template
 from lfm_jax.convert.weights import WEIGHTS, Source, Spec, Tensor, Weight, cast, check, common_dtype, refuse, tensors
-from lfm_jax.model import LFM
+from lfm_jax.model import LFM, abstract_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -85,8 +85,7 @@ def _as_numpy(value: Any) -> np.ndarray:
 
 def _build(config: ModelConfig, read: Callable[[str], np.ndarray]) -> LFM:
     """The model with every parameter read by HF name; none is initialised first."""
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: LFM(config, rngs=nnx.Rngs(0))), nnx.Param)
-    params: Any = nnx.to_pure_dict(abstract)
+    graphdef, params = abstract_model(config)
     for tensor in tensors(config):
         *parents, leaf = tensor.path
         array = tensor.to_ours(cast(tensor.name, read(tensor.name), config.param_dtype))

@@ -12,6 +12,7 @@ from flax import nnx
 from lfm_jax import state as state_lib
 from lfm_jax.config import ModelConfig
 from lfm_jax.kernels.attention import attention
+from lfm_jax.kernels.linear import linear
 from lfm_jax.layers import RMSNorm, normal_param, rotary
 from lfm_jax.state import KV
 
@@ -21,10 +22,10 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        self.q_proj = normal_param(rngs, (D, N, H), config)
-        self.k_proj = normal_param(rngs, (D, K, H), config)
-        self.v_proj = normal_param(rngs, (D, K, H), config)
-        self.out_proj = normal_param(rngs, (N, H, D), config)
+        self.q_proj = normal_param(rngs, (N, H, D), config)
+        self.k_proj = normal_param(rngs, (K, H, D), config)
+        self.v_proj = normal_param(rngs, (K, H, D), config)
+        self.out_proj = normal_param(rngs, (D, N, H), config)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = RMSNorm(H, config)
@@ -40,10 +41,9 @@ class Attention(nnx.Module):
         state: KV | None,
     ) -> tuple[jax.Array, KV | None]:
         """One call for full pass, chunk and single token. Rows are aligned (`state.align`)."""
-        dtype = x_BTD.dtype
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q_proj[...].astype(dtype))
-        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.k_proj[...].astype(dtype))
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.v_proj[...].astype(dtype))
+        q_BTNH = linear(x_BTD, self.q_proj[...])
+        k_BTKH = linear(x_BTD, self.k_proj[...])
+        v_BTKH = linear(x_BTD, self.v_proj[...])
         if self.qk_norm:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         q_BTNH = rotary(q_BTNH, positions_BT, self.theta)
@@ -56,7 +56,7 @@ class Attention(nnx.Module):
             )
         else:
             out_BTNH, state = _attend_to_state(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, state)
-        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.out_proj[...].astype(dtype)), state
+        return linear(out_BTNH, self.out_proj[...], inputs=2), state
 
 
 def _attend_to_state(

@@ -14,6 +14,7 @@ from flax import nnx
 from lfm_jax import state as state_lib
 from lfm_jax.config import ModelConfig
 from lfm_jax.kernels.causal_conv import causal_conv
+from lfm_jax.kernels.linear import linear
 from lfm_jax.layers import normal_param, zeros_param
 from lfm_jax.state import ConvTail
 
@@ -23,8 +24,8 @@ class ShortConv(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D, W = config.hidden_size, config.conv_taps
-        # [D, 3, D], not [D, 3 D]: a tensor-parallel split of the last axis then needs no collective.
-        self.in_proj = normal_param(rngs, (D, 3, D), config)
+        # [3, D, D], not [3 D, D]: a tensor-parallel split of the output channels then needs no collective.
+        self.in_proj = normal_param(rngs, (3, D, D), config)
         self.conv = normal_param(rngs, (W, D), config)
         self.out_proj = normal_param(rngs, (D, D), config)
         if config.conv_bias:
@@ -45,7 +46,7 @@ class ShortConv(nnx.Module):
         """One call for full pass, chunk and single token. Rows are aligned (`state.align`)."""
         del positions_BT  # A convolution knows distance, not position.
         dtype = x_BTD.dtype
-        gates_BTCD = jnp.einsum("BTD,DCE->BTCE", x_BTD, self.in_proj[...].astype(dtype))
+        gates_BTCD = linear(x_BTD, self.in_proj[...])
         if self.bias:
             gates_BTCD += self.in_bias[...].astype(dtype)
         b_BTD, c_BTD, h_BTD = gates_BTCD[:, :, 0], gates_BTCD[:, :, 1], gates_BTCD[:, :, 2]
@@ -54,7 +55,7 @@ class ShortConv(nnx.Module):
         z_BTD = causal_conv(y_BTD, self.conv[...].astype(dtype), tail_BVD, segment_ids_BT, impl=self.impl)
         if self.bias:
             z_BTD += self.conv_bias[...].astype(dtype)
-        out_BTD = (c_BTD * z_BTD) @ self.out_proj[...].astype(dtype)
+        out_BTD = linear(c_BTD * z_BTD, self.out_proj[...])
         if self.bias:
             out_BTD += self.out_bias[...].astype(dtype)
         new_state = None if tail_BVD is None else ConvTail(_new_tail(tail_BVD, y_BTD, segment_ids_BT))

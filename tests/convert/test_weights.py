@@ -70,7 +70,7 @@ def test_layouts_hold_what_their_names_say():
     hf, ours = pair("0.conv.in_proj.weight")
     gates = hf.reshape(3, D, D)  # `B, C, x = in_proj(x).chunk(3)`: rows of B first.
     for gate in range(3):
-        np.testing.assert_array_equal(ours[:, gate], gates[gate].T)
+        np.testing.assert_array_equal(ours[gate], gates[gate])
     hf, ours = pair("0.conv.in_proj.bias")
     np.testing.assert_array_equal(ours, np.stack(np.split(hf, 3)))
     hf, ours = pair("0.conv.conv.weight")
@@ -78,9 +78,9 @@ def test_layouts_hold_what_their_names_say():
     for name, heads in (("q", N), ("k", K), ("v", K)):
         hf, ours = pair(f"1.self_attn.{name}_proj.weight")
         for head in range(heads):
-            np.testing.assert_array_equal(ours[:, head], hf[head * H : (head + 1) * H].T)
+            np.testing.assert_array_equal(ours[head], hf[head * H : (head + 1) * H])
     hf, ours = pair("1.self_attn.out_proj.weight")
-    np.testing.assert_array_equal(ours.reshape(N * H, D), hf.T)
+    np.testing.assert_array_equal(ours.reshape(D, N * H), hf)
 
 
 def test_published_shape_has_148_tensors_and_every_parameter():

@@ -53,7 +53,7 @@ def run(y, w, tail, segment_ids, weight):
     return {impl: grad((y, w, tail), impl) for impl in IMPLS}
 
 
-@pytest.mark.parametrize(("W", "T"), [(1, 5), (2, 1), (2, 13), (3, 1), (3, 2), (3, 13), (7, 1), (7, 2), (7, 13)])
+@pytest.mark.parametrize(("W", "T"), [(1, 5), (2, 1), (3, 2), (3, 13), (7, 13)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_both_implementations_equal_numpy_with_history_and_documents(W, T, packed):
     """T = 1 and T < W included. The two have one gradient, and linearity ties it to numpy."""

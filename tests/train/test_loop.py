@@ -83,28 +83,32 @@ def test_the_latest_checkpoint_loads_as_a_model(whole_run):
     assert bf16.embed[...].dtype == "bfloat16"
 
 
-@pytest.mark.slow
-def test_kill_9_at_random_moments_and_resume_gives_the_same_losses_to_the_bit(corpus, tmp_path, whole_run):
+@pytest.mark.parametrize(
+    ("steps", "kills"),
+    [pytest.param(STEPS, 2, marks=pytest.mark.slow), pytest.param(200, 20, marks=pytest.mark.long)],
+)
+def test_kill_9_at_random_moments_and_resume_gives_the_same_losses_to_the_bit(corpus, tmp_path, steps, kills):
+    undisturbed = train(load(recipe(corpus, tmp_path / "undisturbed", steps=steps)))
     run_dir = tmp_path / "killed"
-    path = recipe(corpus, run_dir)
-    command = [sys.executable, "-c", "from lfm_jax.cli import main; main()", "train", str(path)]
+    command = [sys.executable, "-c", "from lfm_jax.cli import main; main()", "train",
+               str(recipe(corpus, run_dir, steps=steps))]
+    # Restarting is mostly compiling; the programs are the same each time.
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+                        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     rng = random.Random(1)
-    kills = 0
-    for last in (False, False, True):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        if not last:
-            # Wait until new steps are on record, then kill within the following moments.
-            seen = len(losses(run_dir))
-            while process.poll() is None and len(losses(run_dir)) < min(seen + 5, STEPS):
-                time.sleep(0.01)
-            time.sleep(rng.random() * 0.02)
-            process.send_signal(signal.SIGKILL)
-            kills += process.wait() == -signal.SIGKILL
-        else:
-            assert process.wait() == 0
-    assert kills >= 1
-    assert losses(run_dir) == losses(whole_run.run_dir)
-    a, b = (lfm.to_state_dict(lfm.load(d)[0]) for d in (run_dir, whole_run.run_dir))
+    for kill in range(kills):
+        # Killed at a random moment after new steps are on record, checkpoints being written or not.
+        least = max(losses(run_dir), default=0) + rng.randint(1, max(1, (steps - 6) // kills))
+        process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
+        while process.poll() is None and max(losses(run_dir), default=0) < least:
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, f"the run ended before kill {kill}"
+    assert subprocess.run(command, env=env, stderr=subprocess.DEVNULL).returncode == 0
+    assert losses(run_dir) == losses(undisturbed.run_dir)
+    assert len(losses(run_dir)) == steps
+    a, b = (lfm.to_state_dict(lfm.load(d)[0]) for d in (run_dir, undisturbed.run_dir))
     assert all(np.array_equal(a[name], b[name]) for name in b)
 
 

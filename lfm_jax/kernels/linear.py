@@ -1,0 +1,54 @@
+"""Products with weights stored [out, in], as checkpoints store them.
+
+Dimensions: M rows, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+FEW_ROWS = 64
+"""Rows up to which `auto` puts the weights on the left on CPU."""
+
+
+def linear(
+    x: jax.Array, w: jax.Array, *, inputs: int = 1, dtype: str | jnp.dtype | None = None, impl: str = "auto"
+) -> jax.Array:
+    """Contracts the last `inputs` axes of x with the last `inputs` axes of w.
+
+    Args:
+      x: [..., *in].
+      w: [*out, *in]; cast to x's dtype.
+      inputs: how many trailing axes are contracted.
+      dtype: of accumulation and result; None means x's.
+      impl: `dot` (`lax.dot_general`, the reference), `left`: the same product as w @ x^T, which a CPU streams
+        through memory up to twice as fast when there are few rows (docs/benchmarks.md), or `auto`: `left` on CPU up
+        to FEW_ROWS rows, `dot` elsewhere.
+
+    Returns:
+      [..., *out].
+
+    Raises:
+      ValueError: an unknown impl, or axes that do not match.
+    """
+    lead, out = x.shape[: x.ndim - inputs], w.shape[: w.ndim - inputs]
+    if x.shape[x.ndim - inputs :] != w.shape[w.ndim - inputs :]:
+        raise ValueError(f"x {x.shape} and w {w.shape} differ in their last {inputs} axes")
+    dtype = jnp.dtype(dtype or x.dtype)
+    w = w.astype(x.dtype)
+    rows = math.prod(lead)
+    if impl == "auto":
+        impl = "left" if rows <= FEW_ROWS and jax.default_backend() == "cpu" else "dot"
+    if impl == "dot":
+        x_axes, w_axes = (tuple(range(a.ndim - inputs, a.ndim)) for a in (x, w))
+        return lax.dot_general(x, w, ((x_axes, w_axes), ((), ())), preferred_element_type=dtype)
+    if impl != "left":
+        raise ValueError(f"impl is {impl!r}; choose one of auto, dot, left")
+    x_MI, w_OI = x.reshape(rows, -1), w.reshape(math.prod(out), -1)
+    y_OM = jnp.matmul(w_OI, x_MI.T, preferred_element_type=dtype)
+    # Without the barrier XLA turns the transposed result back into x @ w^T.
+    return lax.optimization_barrier(y_OM).T.reshape(*lead, *out)
