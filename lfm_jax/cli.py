@@ -133,7 +133,7 @@ def convert(
 
 
 def bench(
-    suite: tyro.conf.Positional[Literal["model", "conv"]] = "model",
+    suite: tyro.conf.Positional[Literal["model", "kernels"]] = "model",
     /,
     preset: Preset = "lfm2.5-350m",
     repeats: int = 5,
@@ -141,16 +141,16 @@ def bench(
     """Measure on this machine, beside a peer in the same process, and print a Markdown table.
 
     Args:
-      suite: model: prefill, decode and training step beside transformers; conv: the convolutions.
+      suite: model: prefill, decode and training step beside transformers; kernels: implementations of each kernel.
       preset: shape for the model suite.
       repeats: timed runs of which the median counts.
     """
     from lfm_jax.config import ModelConfig
 
-    if suite == "conv":
-        from lfm_jax.bench.conv import bench_conv
+    if suite == "kernels":
+        from lfm_jax.bench.kernels import bench_kernels
 
-        print(bench_conv(repeats=repeats))
+        print(bench_kernels(repeats=repeats))
     else:
         from lfm_jax.bench.model import bench_model
 

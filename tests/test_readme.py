@@ -1,5 +1,6 @@
 """The README's code runs: Python blocks in order in one namespace, and its `lfm` commands."""
 
+import io
 import re
 import shlex
 from pathlib import Path
@@ -51,8 +52,7 @@ def test_lfm_commands_run(desk, capsys, monkeypatch):
     lines = [line for block in blocks("bash") for line in block.strip().splitlines()]
     assert lines
     assert all(line.startswith(".venv/bin/lfm ") for line in lines)
-    replies = iter(["Hello", "/exit"])
-    monkeypatch.setattr("builtins.input", lambda *_: next(replies))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n/exit\n"))
     for line in lines:
         args = shlex.split(line)[1:]
         if args[0] == "train":  # The recipe as it is, only shorter and narrower.

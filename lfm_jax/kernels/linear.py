@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-FEW_ROWS = 64
+FEW_ROWS = 256
 """Rows up to which `auto` puts the weights on the left on CPU."""
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from lfm_jax.train.loss import cross_entropy
+from lfm_jax.train.loss import LOSS_IGNORE, cross_entropy
 
 Batch = Mapping[str, jax.Array]
 """tokens, targets, segment_ids and positions, each int32 [B, T]; padding at the right end of a row."""
@@ -49,31 +49,29 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on the mean loss over all targets of the batch.
 
-    The batch is cut into `micro_batches` of equal rows whose summed losses and gradients are added up
-    before one division by the number of targets, so their number changes memory and rounding only.
+    The batch is cut into `micro_batches` of equal rows. Each part's summed loss is divided by the number of
+    targets of the whole batch, so how many parts there are changes memory and rounding only.
 
     Returns:
       The new state, and float32 scalars: loss (nats per target), grad_norm (before clipping), targets.
     """
-    grad_fn = jax.value_and_grad(
-        lambda params, part: batch_loss(graphdef, params, part, loss_chunk), has_aux=True
-    )
+    count = jnp.sum(batch["targets"] != LOSS_IGNORE, dtype=jnp.float32)
+    scale = 1.0 / jnp.maximum(count, 1.0)
+    grad_fn = jax.value_and_grad(lambda params, part: scale * batch_loss(graphdef, params, part, loss_chunk)[0])
     if micro_batches == 1:
-        (loss, count), grads = grad_fn(state.params, batch)
+        loss, grads = grad_fn(state.params, batch)
     else:
         parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), dict(batch))
 
         def add(carry: Any, part: Batch) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, carry, grad_fn(state.params, part)), None
 
-        zeros = jax.tree.map(jnp.zeros_like, ((jnp.float32(0), jnp.int32(0)), state.params))
-        ((loss, count), grads), _ = jax.lax.scan(add, zeros, parts)
-    scale = 1.0 / jnp.maximum(count, 1)
-    grads = jax.tree.map(lambda g: g * scale, grads)
+        zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
+        (loss, grads), _ = jax.lax.scan(add, zeros, parts)
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": loss * scale, "grad_norm": optax.global_norm(grads), "targets": count.astype(jnp.float32)}
+    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "targets": count}
     return TrainState(params, opt_state, state.step + 1), metrics
 
 
