@@ -6,7 +6,6 @@ Takes a few minutes on two cores. Interrupted and started again, it resumes.
 from __future__ import annotations
 
 import lzma
-import os
 import sys
 import sysconfig
 from pathlib import Path
@@ -30,7 +29,7 @@ INTERRUPTED = 130
 
 
 def main() -> int:
-    # The caller's own flags come last, so `experiments/demo.py --steps 50` works.
+    # The caller's own flags come last and win.
     stdlib = sysconfig.get_paths()["stdlib"]
     flags = ["--data.sources", stdlib, "--data.exclude", *EXCLUDE, *sys.argv[1:]]
     config = load_recipe(TrainConfig, RECIPE, flags, prog="demo.py")
@@ -47,7 +46,7 @@ def main() -> int:
     model, tokenizer = lfm.load(result.run_dir)
     assert tokenizer is not None  # A run directory always holds one.
     sample(console, model, tokenizer)
-    export = result.run_dir / "hf"
+    export = result.run_dir / f"hf-{result.step}"
     check_export(console, model, tokenizer, export)
     console.print(
         f"\nThe loss curve: {result.run_dir / 'loss.png'}\n\nNext:\n"
@@ -98,5 +97,4 @@ def check_export(console: Console, model: lfm.LFM, tokenizer: Tokenizer, export:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     sys.exit(main())

@@ -127,7 +127,7 @@ def convert(
         run(src, dst, dtype=dtype, max_shard_bytes=max_shard_bytes)
     else:
         model, tokenizer = _load(src, dtype, need_tokenizer=False)
-        save_hf(model, dst, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
+        save_hf(model, dst, tokenizer=tokenizer, source=src, max_shard_bytes=max_shard_bytes)
     print(f"wrote {dst}")
     return 0
 
@@ -148,6 +148,8 @@ def bench(
     from lfm_jax.config import ModelConfig
 
     if suite == "kernels":
+        if preset != "lfm2.5-350m":
+            raise ValueError("--preset belongs to the model suite; leave it out of `bench kernels`")
         from lfm_jax.bench.kernels import bench_kernels
 
         print(bench_kernels(repeats=repeats))

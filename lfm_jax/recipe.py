@@ -17,11 +17,13 @@ import yaml
 
 from lfm_jax.config import ModelConfig
 
+PRESET = "--model.preset"
+
 
 def load_recipe[C](cls: type[C], path: str | Path | None, overrides: Sequence[str] = (), *, prog: str = "lfm") -> C:
     """Builds `cls` from a YAML file and command-line flags; later flags win.
 
-    In the file, `preset: NAME` inside a `model` section stands for all fields of that preset.
+    `model: {preset: NAME}`, or `--model.preset NAME`, stands for all fields of that preset; fields named beside it win.
 
     Raises:
       ValueError: the file cannot be read or is not a mapping.
@@ -38,23 +40,30 @@ def load_recipe[C](cls: type[C], path: str | Path | None, overrides: Sequence[st
         if not isinstance(content, Mapping):
             raise ValueError(f"recipe {path} holds {type(content).__name__}; expected keys with values")
         flags = _flags(content)
-    return tyro.cli(cls, args=[*flags, *overrides], prog=prog, config=(tyro.conf.FlagConversionOff,))
+    return tyro.cli(cls, args=_expand_preset([*flags, *overrides]), prog=prog, config=(tyro.conf.FlagConversionOff,))
 
 
 def _flags(content: Mapping[str, Any], prefix: str = "") -> list[str]:
     flags: list[str] = []
     for key, value in content.items():
         name = f"{prefix}{key}"
-        if name == "model.preset":
-            preset = dataclasses.asdict(ModelConfig.preset(str(value)))
-            flags = _flags(preset, prefix) + flags  # Fields named beside the preset win over it.
-        elif isinstance(value, Mapping):
+        if isinstance(value, Mapping):
             flags += _flags(value, f"{name}.")
         elif isinstance(value, (list, tuple)):
             flags += [f"--{name}", *map(str, value)]
         else:
             flags += [f"--{name}", str(value)]
     return flags
+
+
+def _expand_preset(flags: list[str]) -> list[str]:
+    """`--model.preset NAME` (the last one, if several) turned into the flags of its fields, before all others."""
+    preset: list[str] = []
+    while PRESET in flags[:-1]:
+        at = flags.index(PRESET)
+        preset = _flags({"model": dataclasses.asdict(ModelConfig.preset(flags[at + 1]))})
+        flags = flags[:at] + flags[at + 2 :]
+    return preset + flags
 
 
 def dump_recipe(config: Any) -> str:

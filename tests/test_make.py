@@ -17,7 +17,7 @@ def bench(tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name in ("make", "sh", "echo", "touch"):
+    for name in ("make", "sh", "echo", "touch", "rm"):
         path = shutil.which(name)
         if path is None:
             pytest.skip(f"{name} is not installed")
@@ -44,6 +44,20 @@ def test_without_a_new_enough_python_one_line_says_so(bench, target):
     lines = [line for line in result.stderr.splitlines() if not line.startswith("make:")]
     assert len(lines) == 1
     assert lines[0].startswith("no Python >= 3.12 found")
+    assert not (bench / ".venv").exists()
+
+
+def test_a_half_made_environment_is_not_left_behind(bench):
+    # Debian without python3-venv: `venv` makes bin/python, then fails to install pip.
+    executable(bench / "bin" / "python3", f"""#!/bin/sh
+if [ "$2" = venv ]; then
+  "{shutil.which("mkdir")}" -p .venv/bin; "{shutil.which("cp")}" "$0" .venv/bin/python
+  echo "ensurepip is not available: apt install python3.12-venv" >&2; exit 1
+fi
+""")
+    result = make(bench, "demo")
+    assert result.returncode != 0
+    assert "apt install" in result.stderr
     assert not (bench / ".venv").exists()
 
 

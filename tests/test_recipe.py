@@ -27,6 +27,11 @@ def test_preset_and_the_fields_beside_it(path):
     assert load_recipe(TrainConfig, path).model == ModelConfig.preset("lfm2-700m").replace(dtype="float32")
 
 
+def test_a_preset_named_on_the_command_line_replaces_that_of_the_file(path):
+    model = load_recipe(TrainConfig, path, ["--model.preset", "lfm2-1.2b", "--model.conv-taps", "4"]).model
+    assert model == ModelConfig.preset("lfm2-1.2b").replace(dtype="float32", conv_taps=4)
+
+
 def test_overrides_win_and_values_have_their_types(path):
     config = load_recipe(TrainConfig, path, ["--optimizer.peak-lr", "2e-3", "--data.sources", "c", "--steps", "500"])
     assert config.optimizer.peak_lr == 2e-3

@@ -51,17 +51,17 @@ def _conv_task(impl: str, name: str, y_BTD: jax.Array, w_WD: jax.Array) -> Calla
 
 def _linear_table(repeats: int) -> str:
     impls = ("dot", "left")
-    I, O = 1024, 4608
+    inputs, outputs = 1024, 4608
     keys = jax.random.split(jax.random.key(0), LINEAR_WEIGHTS)
-    weights = [jax.random.normal(key, (O, I)) for key in keys]
-    lines = [f"| linear: M rows, {I} -> {O} | {' | '.join(impls)} | dot / left | left, GB/s of weights |",
+    weights = [jax.random.normal(key, (outputs, inputs)) for key in keys]
+    lines = [f"| linear: M rows, {inputs} -> {outputs} | {' | '.join(impls)} | dot / left | left, GB/s of weights |",
              "|---|---|---|---|---|"]
     for M in LINEAR_ROWS:
-        x_MI = jax.random.normal(jax.random.key(1), (M, I))
+        x_MI = jax.random.normal(jax.random.key(1), (M, inputs))
         times = interleave([_linear_task(impl, x_MI, weights) for impl in impls], repeats)
         times = [t / LINEAR_WEIGHTS for t in times]
         cells = " | ".join(f"{t * 1e3:.2f} ms" for t in times)
-        lines.append(f"| {M} | {cells} | {times[0] / times[1]:.2f}x | {4e-9 * I * O / times[1]:.1f} |")
+        lines.append(f"| {M} | {cells} | {times[0] / times[1]:.2f}x | {4e-9 * inputs * outputs / times[1]:.1f} |")
     return "\n".join(lines)
 
 

@@ -107,7 +107,7 @@ def _train_row(
     if peer is not None:
         tasks.append(lambda: peer.train_step(tokens_BT))
     B, T = tokens_BT.shape
-    return _row(f"training step, {B} x {T} tokens, AdamW", interleave(tasks, max(repeats // 2, 3)), 1.3)
+    return _row(f"training step, {B} x {T} tokens, AdamW", interleave(tasks, max(repeats // 2, 3), settle=1), 1.3)
 
 
 def _row(name: str, times: list[float], target: float) -> Row:

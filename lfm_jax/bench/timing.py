@@ -22,16 +22,20 @@ class Row:
     """The peer's time over ours that the project wants to reach."""
 
 
-def interleave(tasks: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+def interleave(tasks: Sequence[Callable[[], object]], repeats: int, *, settle: int = 0) -> list[float]:
     """Median seconds of each task, run in turn (A B A B ...) so that a drifting machine meets all alike.
 
-    Each task runs once first, uncounted, and must return only when its work is done.
+    Each task runs once first, uncounted, and must return only when its work is done. Before each counted run come
+    `settle` more uncounted ones of the same task: for a loop such as training, whose memory the other task has
+    taken over in the meantime.
     """
     for task in tasks:
         task()
     times: list[list[float]] = [[] for _ in tasks]
     for _ in range(repeats):
         for task, record in zip(tasks, times, strict=True):
+            for _ in range(settle):
+                task()
             start = time.perf_counter()
             task()
             record.append(time.perf_counter() - start)

@@ -159,7 +159,11 @@ def load_hf(path: str | os.PathLike, dtype: Any = None) -> tuple[LFM, Tokenizer 
     tokenizer, found = sidecars.read_tokenizer(path)
     refuse(f"cannot load {path}", problems + found)
     assert checkpoint is not None
-    return _build(checkpoint.config, checkpoint.read), tokenizer
+    config = checkpoint.config
+    # As in transformers, generation ends at the ids of generation_config.json.
+    more = [i for i in sidecars.generation_eos_ids(path) if i < config.vocab_size]
+    config = config.replace(eos_ids=tuple(dict.fromkeys([*config.eos_ids, *more])))
+    return _build(config, checkpoint.read), tokenizer
 
 
 def save_hf(

@@ -39,6 +39,16 @@ def read_tokenizer(directory: Path) -> tuple[Tokenizer | None, list[str]]:
         return None, [str(e)]
 
 
+def generation_eos_ids(directory: Path) -> list[int]:
+    """`eos_token_id` of generation_config.json; empty where there is none."""
+    if not os.path.lexists(directory / GENERATION_CONFIG):
+        return []
+    values, problems = read_json(directory, GENERATION_CONFIG)
+    refuse(f"cannot load {directory}", problems)
+    eos = values.get("eos_token_id")
+    return [i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int and i >= 0]
+
+
 def chat_template(path: str | os.PathLike) -> str | None:
     """The Jinja chat template of an HF directory, None where it has none.
 

@@ -5,7 +5,7 @@ from lfm_jax.data.pipeline import (
     heldout_batches,
     heldout_bytes,
     heldout_documents,
-    prepare_tokenizer,
+    make_tokenizer,
     train_documents,
     train_iterator,
 )
@@ -22,7 +22,7 @@ __all__ = [
     "heldout_bytes",
     "heldout_documents",
     "load_tokenizer",
-    "prepare_tokenizer",
+    "make_tokenizer",
     "split_files",
     "train_bpe",
     "train_documents",

@@ -14,9 +14,7 @@ Dimensions: B rows, T time.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -94,26 +92,15 @@ def heldout_bytes(config: DataConfig) -> int:
     return heldout_documents(config).num_bytes
 
 
-def prepare_tokenizer(config: DataConfig, run_dir: str | Path, *, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a run, which is kept as `tokenizer.json` in its directory.
-
-    It is `config.tokenizer` where that is set; else the one that the directory holds already; else one of
-    `vocab_size` ids trained on the training documents.
+def make_tokenizer(config: DataConfig, *, vocab_size: int) -> Tokenizer:
+    """`config.tokenizer` where that is set, else one of `vocab_size` ids trained on the training documents.
 
     Raises:
       ValueError: a tokenizer or a source file that cannot be read.
     """
-    kept = Path(run_dir) / TOKENIZER_FILE
-    if config.tokenizer is None and kept.exists():
-        return load_tokenizer(kept)
     if config.tokenizer is not None:
-        tokenizer = load_tokenizer(config.tokenizer)
-    else:
-        tokenizer = train_bpe(train_documents(config), vocab_size)
-    partial = kept.with_suffix(".partial")
-    partial.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    os.replace(partial, kept)
-    return tokenizer
+        return load_tokenizer(config.tokenizer)
+    return train_bpe(train_documents(config), vocab_size)
 
 
 def train_iterator(

@@ -91,6 +91,12 @@ def _walk(root: str, exclude: Sequence[str]) -> Iterator[str]:
         yield from (os.path.join(directory, f) for f in files if not f.startswith("."))
 
 
+def contains(source: str, path: str | Path, exclude: Sequence[str] = ()) -> bool:
+    """Whether files below `path` would be found by the directory `source`."""
+    root, inside = Path(source).expanduser().resolve(), Path(path).resolve()
+    return root.is_dir() and inside.is_relative_to(root) and not _excluded(inside.relative_to(root).as_posix(), exclude)
+
+
 def _excluded(name: str, exclude: Sequence[str]) -> bool:
     parts = name.split("/")
     candidates = {*parts, *("/".join(parts[:n]) for n in range(1, len(parts) + 1))}

@@ -23,8 +23,9 @@ import numpy as np
 class Sampling:
     """How to choose each next token. The default is greedy.
 
-    The token at a position is drawn with the key `fold_in(seed, position)`, so that a request gives the same text
-    alone, in any batch and at any number of steps per dispatch.
+    The token at a position is drawn with the key `fold_in(seed, position)`, so that a request gives the same text in
+    any batch and at any number of steps per dispatch. (Logits of one row alone may differ in rounding from those in a
+    batch, about 1e-6: where two tokens are that close, another may win.)
 
     Raises:
       ValueError: on construction, one message that lists every bad field and how to mend it.

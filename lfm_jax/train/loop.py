@@ -21,19 +21,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from tokenizers import Tokenizer
 
 from lfm_jax import recipe
 from lfm_jax.config import ModelConfig
-from lfm_jax.data import DataConfig, heldout_batches, heldout_bytes, prepare_tokenizer, train_iterator
+from lfm_jax.data import DataConfig, heldout_batches, heldout_bytes, train_iterator
+from lfm_jax.data.sources import contains
+from lfm_jax.infer.text import check_tokenizer
 from lfm_jax.model import LFM, abstract_model
+from lfm_jax.train import run_dir as run_directory
 from lfm_jax.train.checkpoint import CheckpointManager
 from lfm_jax.train.console import Console
 from lfm_jax.train.metrics import MetricsLog, plot_loss
 from lfm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from lfm_jax.train.step import compile_eval_step, compile_train_step, init_train_state
-
-CONFIG = "config.yaml"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +83,12 @@ class TrainConfig:
             problems.append("model.eos_ids is empty; name the id that ends a document")
         if self.data.seq_len > self.model.max_position:
             problems.append(f"data.seq_len {self.data.seq_len} exceeds model.max_position {self.model.max_position}")
+        problems += [
+            f"run_dir {self.run_dir} lies inside data source {source!r}, which would then train on it; choose another "
+            "run_dir or name it in data.exclude"
+            for source in (*self.data.sources, *self.data.heldout)
+            if contains(source, self.run_dir, self.data.exclude)
+        ]
         try:
             learning_rate(self.optimizer, max(self.steps, 1))
         except ValueError as error:
@@ -98,7 +104,7 @@ class TrainResult:
     run_dir: Path
     step: int
     heldout_loss: float | None
-    """Nats per held-out token; None when the run was interrupted."""
+    """Nats per held-out token; None when the run was interrupted or nothing is held out."""
     heldout_bits_per_byte: float | None
 
 
@@ -108,7 +114,8 @@ def train(config: TrainConfig) -> TrainResult:
     SIGINT or SIGTERM finishes the step under way, saves a checkpoint and returns; a second one kills.
 
     Raises:
-      ValueError: the directory holds a run of another model or other data, or the data cannot be read.
+      ValueError: the directory holds a run of another model or other data, the data cannot be read, or the loss
+        is no longer finite.
     """
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -125,13 +132,14 @@ class _Run:
     def __init__(self, config: TrainConfig, run_dir: Path, manager: CheckpointManager):
         self.config, self.run_dir, self.manager = config, run_dir, manager
         resume_step = manager.latest_step()
-        if resume_step is not None:
-            _check_same_run(config, manager.metadata()["config"])
         self.console = Console(config.steps, log_every=config.log_every)
-        self.tokenizer = prepare_tokenizer(config.data, run_dir, vocab_size=config.model.vocab_size)
-        _check_tokenizer(self.tokenizer, config.model)
-        (run_dir / CONFIG).write_text(recipe.dump_recipe(config))
-
+        if resume_step is None:
+            self.tokenizer = run_directory.start(config, run_dir)
+        else:
+            for change in run_directory.check_resumable(config, manager.metadata()["config"], resume_step):
+                self.console.note(f"resuming with a changed setting: {change}")
+            self.tokenizer = run_directory.resume(config, run_dir)
+        check_tokenizer(self.tokenizer, config.model)
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         self.graphdef, abstract = abstract_model(config.model)
         self.data = train_iterator(config.data, self.tokenizer, **self._document_ids())
@@ -142,6 +150,8 @@ class _Run:
             self.state, data_state = manager.restore(shape)
             self.data.set_state(data_state)
             self.console.note(f"resumed {run_dir} at step {resume_step}")
+        # Only now: a resume that was refused must leave the run as it was.
+        run_directory.write_config(config, run_dir)
         self.step = resume_step or 0
         self.schedule = learning_rate(config.optimizer, config.steps)
         self.train_step = compile_train_step(
@@ -191,20 +201,29 @@ class _Run:
             return
         step, metrics = pending
         record: dict[str, Any] = {"step": step, **{name: float(value) for name, value in metrics.items()}}
+        if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+            saved = self.manager.latest_step()
+            raise ValueError(
+                f"the loss is {record['loss']} and the gradient norm {record['grad_norm']} at step {step}, so nothing "
+                "more is saved; lower optimizer.peak_lr, then "
+                + (f"resume from the checkpoint of step {saved}" if saved else "start again")
+            )
         record["learning_rate"] = float(jnp.asarray(self.schedule(step - 1)))
         record["tokens_per_second"] = self.console.step(step, record["loss"], int(record["targets"]))
         record["time"] = time.time()
         log.write(record)
 
-    def _evaluate(self, log: MetricsLog | None) -> tuple[float, float]:
-        """Held-out loss in nats per token and in bits per byte of text."""
+    def _evaluate(self, log: MetricsLog | None) -> tuple[float, float] | None:
+        """Held-out loss in nats per token and in bits per byte of text; None where nothing is held out."""
+        if not self._heldout:
+            return None
         self.console.note("held-out loss ...")
         total, count = 0.0, 0
         for batch in self._heldout:
             loss, targets = self.eval_step(self.state.params, jax.tree.map(jnp.asarray, batch))
             total, count = total + float(loss), count + int(targets)
-        nats = total / max(count, 1)
-        bits_per_byte = total / math.log(2) / max(self._heldout_bytes, 1)
+        nats = total / count
+        bits_per_byte = total / math.log(2) / self._heldout_bytes
         self.console.note(f"step {self.step}: held-out loss {nats:.4f} nats/token, {bits_per_byte:.4f} bits/byte")
         self.console.restart_clock()
         if log is not None:
@@ -240,46 +259,14 @@ def _initial_params(config: TrainConfig) -> Any:
     from lfm_jax.load import load
 
     model, _ = load(config.init_from)
-    differing = _differences(recipe.to_plain(model.config), recipe.to_plain(config.model), _NUMERICS)
+    differing = run_directory.differences(
+        recipe.to_plain(model.config), recipe.to_plain(config.model), run_directory.NUMERICS
+    )
     if differing:
-        raise ValueError(
-            f"init_from {config.init_from} holds another model; make these model fields equal:\n" + "\n".join(differing)
-        )
+        lines = "".join(f"\n  - {line}" for line in differing)
+        raise ValueError(f"init_from {config.init_from} holds another model; make these model fields equal:{lines}")
     params = nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
     return jax.tree.map(lambda x: x.astype(config.model.param_dtype), params)
-
-
-_NUMERICS = frozenset({"param_dtype", "dtype", "logits_dtype", "conv_impl", "init_std", "max_position",
-                       "pad_id", "bos_id", "eos_ids"})
-"""Model fields that change no parameter's shape or meaning."""
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], ignore: frozenset[str] = frozenset()) -> list[str]:
-    return [
-        f"  - {key}: {old.get(key)!r} there, {new.get(key)!r} here"
-        for key in sorted(old.keys() | new.keys())
-        if key not in ignore and old.get(key) != new.get(key)
-    ]
-
-
-def _check_same_run(config: TrainConfig, saved: dict[str, Any]) -> None:
-    """Refuses to resume a run with another model or other data: the losses would not be its own."""
-    plain = recipe.to_plain(config)
-    differing = [
-        line.replace("- ", f"- {section}.", 1)
-        for section in ("model", "data")
-        for line in _differences(saved[section], plain[section])
-    ]
-    if differing:
-        raise ValueError(
-            f"run_dir {config.run_dir} holds another run; choose a new run_dir or restore:\n" + "\n".join(differing)
-        )
-
-
-def _check_tokenizer(tokenizer: Tokenizer, model: ModelConfig) -> None:
-    size = tokenizer.get_vocab_size()
-    if size > model.vocab_size:
-        raise ValueError(f"the tokenizer has {size} ids; raise model.vocab_size ({model.vocab_size}) to at least that")
 
 
 @contextmanager

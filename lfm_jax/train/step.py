@@ -66,7 +66,8 @@ def train_step(
         def add(carry: Any, part: Batch) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, carry, grad_fn(state.params, part)), None
 
-        zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
+        # Sums in float32, whatever the parameters are kept in.
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (jnp.float32(0), state.params))
         (loss, grads), _ = jax.lax.scan(add, zeros, parts)
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -11,7 +11,7 @@ from lfm_jax.data import (
     heldout_batches,
     heldout_bytes,
     heldout_documents,
-    prepare_tokenizer,
+    make_tokenizer,
     train_bpe,
     train_documents,
     train_iterator,
@@ -174,21 +174,11 @@ def test_a_corpus_without_text_is_refused(tmp_path):
         heldout_documents(config(tmp_path, heldout=(str(tmp_path / "a.txt"),)))
 
 
-def test_the_tokenizer_of_a_run_is_trained_once_and_kept(corpus, tmp_path):
-    trained = prepare_tokenizer(config(corpus), tmp_path, vocab_size=300)
-    assert trained.get_vocab_size() == 300
-    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
-    assert prepare_tokenizer(config(corpus), tmp_path, vocab_size=280).to_str() == trained.to_str()
-
-
-def test_a_named_tokenizer_is_copied_into_the_run(corpus, tmp_path):
+def test_the_tokenizer_is_the_named_one_or_trained_on_the_training_files(corpus, tmp_path):
+    assert make_tokenizer(config(corpus), vocab_size=300).get_vocab_size() == 300
     BYTES.save(str(tmp_path / "mine.json"))
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    (run_dir / "tokenizer.json").write_text("stale")
-    given = prepare_tokenizer(config(corpus, tokenizer=str(tmp_path / "mine.json")), run_dir, vocab_size=300)
+    given = make_tokenizer(config(corpus, tokenizer=str(tmp_path / "mine.json")), vocab_size=300)
     assert given.to_str() == BYTES.to_str()
-    assert prepare_tokenizer(config(corpus), run_dir, vocab_size=300).to_str() == BYTES.to_str()
 
 
 def test_config_lists_every_bad_field():

@@ -1,8 +1,10 @@
 """The loop end to end on a tiny corpus: learning, resuming to the bit, refusing, starting from weights."""
 
+import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,9 @@ import pytest
 import yaml
 
 import lfm_jax as lfm
+from lfm_jax.convert.hf import chat_template
 from lfm_jax.recipe import load_recipe
+from lfm_jax.testing import tiny_tokenizer
 from lfm_jax.train.loop import TrainConfig, train
 from lfm_jax.train.metrics import read_metrics
 
@@ -140,6 +144,75 @@ def test_resuming_with_another_model_or_other_data_is_refused(corpus, whole_run)
     assert "data.seed" in str(error.value)
 
 
+@pytest.fixture
+def finished(corpus, tmp_path, whole_run):
+    """A copy of the uninterrupted run, to spoil."""
+    shutil.copytree(whole_run.run_dir, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def contents(run_dir):
+    return {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file()}
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(corpus, finished, whole_run):
+    before = contents(finished)
+    other = finished.parent / "other.json"
+    tiny_tokenizer(vocab_size=290).save(str(other))
+    with pytest.raises(ValueError, match="not the tokenizer that run_dir"):
+        train(load(recipe(corpus, finished, data__tokenizer=str(other), steps=20)))
+    with pytest.raises(ValueError, match=r"steps is 3, but run_dir .* is at step 12"):
+        train(load(recipe(corpus, finished, steps=3)))
+    with pytest.raises(ValueError, match="decay_all"):
+        train(load(recipe(corpus, finished, optimizer__decay_all=True)))
+    more = finished.parent / "more"
+    shutil.copytree(corpus, more)
+    (more / "new.txt").write_text("something else\n" * 20)
+    with pytest.raises(ValueError, match="belongs to other data"):
+        train(load(recipe(corpus, finished, data__sources=[str(more)])))
+    assert contents(finished) == before
+
+
+def test_allowed_changes_are_told_and_moved_data_resumes(corpus, finished, capsys):
+    moved = finished.parent / "moved"
+    shutil.copytree(corpus, moved)
+    result = train(load(recipe(corpus, finished, data__sources=[str(moved)], optimizer__peak_lr=2.0e-2, steps=14)))
+    assert result.step == 14
+    told = capsys.readouterr().err
+    assert "optimizer.peak_lr: 0.01 there, 0.02 here" in told
+    assert "steps: 12 there, 14 here" in told
+
+
+def test_a_tokenizer_left_by_a_run_without_a_checkpoint_is_not_used(corpus, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    tiny_tokenizer(vocab_size=290).save(str(run_dir / "tokenizer.json"))
+    left = (run_dir / "tokenizer.json").read_text()
+    train(load(recipe(corpus, run_dir, steps=1, optimizer__warmup_steps=0)))
+    assert (run_dir / "tokenizer.json").read_text() != left
+
+
+def test_without_held_out_files_no_held_out_loss_is_claimed(corpus, tmp_path):
+    result = train(load(recipe(corpus, tmp_path / "run", steps=2, data__heldout_fraction=0.0)))
+    assert result.step == 2
+    assert result.heldout_loss is None
+    assert not [r for r in read_metrics(result.run_dir) if "heldout_loss" in r]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(corpus, tmp_path):
+    run_dir = tmp_path / "run"
+    with pytest.raises(ValueError, match=r"(nan|inf) at step \d+, so nothing more is saved; lower optimizer.peak_lr"):
+        train(load(recipe(corpus, run_dir, optimizer__peak_lr=1e30, checkpoint_every=1, model__dtype="bfloat16")))
+    assert all(np.isfinite(loss) for loss in losses(run_dir).values())
+    model, _ = lfm.load(run_dir)
+    assert all(np.isfinite(np.asarray(w, np.float32)).all() for w in lfm.to_state_dict(model).values())
+
+
+def test_a_run_directory_inside_its_own_data_is_refused(corpus):
+    with pytest.raises(ValueError, match="lies inside data source"):
+        dataclasses.replace(load(recipe(corpus, corpus.parent / "x")), run_dir=str(corpus / "runs" / "x"))
+
+
 def test_init_from_a_run_and_from_a_hugging_face_directory(corpus, tmp_path, whole_run):
     export = tmp_path / "hf"
     model, _ = lfm.load(whole_run.run_dir)
@@ -151,7 +224,22 @@ def test_init_from_a_run_and_from_a_hugging_face_directory(corpus, tmp_path, who
                       optimizer__warmup_steps=0, optimizer__peak_lr=1e-12)
         first.append(losses(train(load(path)).run_dir)[1])
     assert first[0] == first[1]
+    # Its own tokenizer and chat template come along when no other is named.
+    (export / "tokenizer.json").write_bytes((whole_run.run_dir / "tokenizer.json").read_bytes())
+    (export / "chat_template.jinja").write_text("{{ messages }}")
+    run_dir = tmp_path / "c"
+    first.append(losses(train(load(recipe(
+        corpus, run_dir, init_from=str(export), steps=2, optimizer__warmup_steps=0, optimizer__peak_lr=1e-12
+    ))).run_dir)[1])
+    assert first[2] == first[0]
+    assert chat_template(run_dir) == "{{ messages }}"
     assert first[0] < losses(whole_run.run_dir)[1] - 0.5
+
+
+def test_init_from_weights_without_a_tokenizer_wants_one_named(corpus, tmp_path, whole_run):
+    lfm.save_hf(lfm.load(whole_run.run_dir)[0], tmp_path / "bare")
+    with pytest.raises(ValueError, match=r"has no tokenizer.json; name its tokenizer in data.tokenizer"):
+        train(load(recipe(corpus, tmp_path / "run", init_from=str(tmp_path / "bare"))))
 
 
 def test_init_from_another_shape_is_refused(corpus, tmp_path, whole_run):
@@ -169,8 +257,6 @@ def test_micro_batches_reach_the_same_loss(corpus, tmp_path, whole_run):
 
 def test_bad_settings_are_listed_together(corpus, tmp_path):
     good = load(recipe(corpus, tmp_path / "x"))
-    import dataclasses
-
     with pytest.raises(ValueError, match="not valid") as error:
         dataclasses.replace(good, steps=0, micro_batches=3, model=good.model.replace(max_position=16, eos_ids=()))
     for part in ("steps is 0", "not a multiple of micro_batches 3", "exceeds model.max_position", "eos_ids"):

@@ -3,9 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
+import torch
 from flax import nnx
 
+from lfm_jax.convert.hf import to_state_dict
 from lfm_jax.testing import tiny_model
 from lfm_jax.train.loss import LOSS_IGNORE, reference_cross_entropy
 from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -88,3 +91,33 @@ def test_bf16_compute_keeps_float32_parameters_and_moments():
     floats = [x.dtype for x in jax.tree.leaves((state, metrics)) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert set(floats) == {jnp.dtype("float32")}
     assert np.isfinite(float(metrics["loss"]))
+
+
+def test_equals_transformers_and_torch_adamw():
+    """Loss, gradient norm and parameters after three of our own steps against PyTorch's."""
+    hf = oracle.hf_model(oracle.hf_config(**oracle.CASES["hybrid"]), "loud")
+    graphdef, params = oracle.ours(hf)
+    lr, decay, clip = 1e-3, 0.1, 1.0
+    optimizer = make_optimizer(OptimizerConfig(peak_lr=lr, warmup_steps=0, schedule="constant", weight_decay=decay,
+                                               decay_all=True, clip_norm=clip), 10)
+    step, state = compile_train_step(graphdef, optimizer, loss_chunk=16), init_train_state(params, optimizer)
+    theirs = torch.optim.AdamW(hf.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay)
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        tokens = rng.integers(1, hf.config.vocab_size, (2, 25), dtype=np.int32)
+        ones = np.ones((2, 24), np.int32)
+        state, metrics = step(state, {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": ones,
+                                      "positions": ones * np.arange(24, dtype=np.int32)})
+        ids = torch.tensor(tokens, dtype=torch.long)
+        theirs.zero_grad()
+        loss = torch.nn.functional.cross_entropy(hf(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(hf.parameters(), clip)
+        theirs.step()
+        np.testing.assert_allclose(float(metrics["loss"]), loss.item(), rtol=1e-5)
+        np.testing.assert_allclose(float(metrics["grad_norm"]), norm.item(), rtol=1e-4)
+    ours = to_state_dict(nnx.merge(graphdef, state.params))
+    for name, p in hf.named_parameters():
+        difference = np.abs(ours[name] - p.detach().numpy())
+        # Where a gradient is no more than rounding, Adam still takes a whole step of either sign.
+        assert np.mean(difference > 0.05 * lr) < 0.01, name
