@@ -41,7 +41,7 @@ def test_without_a_new_enough_python_one_line_says_so(bench, target):
     executable(bench / "bin" / "python3", "#!/bin/sh\nexit 1\n")  # A Python that is too old.
     result = make(bench, target)
     assert result.returncode != 0
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("make:")]
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("make")]
     assert len(lines) == 1
     assert lines[0].startswith("no Python >= 3.12 found")
     assert not (bench / ".venv").exists()
