@@ -116,6 +116,7 @@ def test_kill_9_at_random_moments_and_resume_gives_the_same_losses_to_the_bit(co
     assert all(np.array_equal(a[name], b[name]) for name in b)
 
 
+@pytest.mark.slow
 def test_an_interrupt_saves_and_the_rest_equals_the_uninterrupted_run(corpus, tmp_path, whole_run, monkeypatch):
     from lfm_jax.train import loop
 
@@ -155,6 +156,7 @@ def contents(run_dir):
     return {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_refused_resume_leaves_the_run_as_it_was(corpus, finished, whole_run):
     before = contents(finished)
     other = finished.parent / "other.json"
@@ -173,6 +175,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(corpus, finished, whole_run):
     assert contents(finished) == before
 
 
+@pytest.mark.slow
 def test_allowed_changes_are_told_and_moved_data_resumes(corpus, finished, capsys):
     moved = finished.parent / "moved"
     shutil.copytree(corpus, moved)
@@ -183,6 +186,7 @@ def test_allowed_changes_are_told_and_moved_data_resumes(corpus, finished, capsy
     assert "steps: 12 there, 14 here" in told
 
 
+@pytest.mark.slow
 def test_a_tokenizer_left_by_a_run_without_a_checkpoint_is_not_used(corpus, tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
@@ -192,6 +196,7 @@ def test_a_tokenizer_left_by_a_run_without_a_checkpoint_is_not_used(corpus, tmp_
     assert (run_dir / "tokenizer.json").read_text() != left
 
 
+@pytest.mark.slow
 def test_without_held_out_files_no_held_out_loss_is_claimed(corpus, tmp_path):
     result = train(load(recipe(corpus, tmp_path / "run", steps=2, data__heldout_fraction=0.0)))
     assert result.step == 2
@@ -199,6 +204,7 @@ def test_without_held_out_files_no_held_out_loss_is_claimed(corpus, tmp_path):
     assert not [r for r in read_metrics(result.run_dir) if "heldout_loss" in r]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(corpus, tmp_path):
     run_dir = tmp_path / "run"
     with pytest.raises(ValueError, match=r"(nan|inf) at step \d+, so nothing more is saved; lower optimizer.peak_lr"):
@@ -213,6 +219,7 @@ def test_a_run_directory_inside_its_own_data_is_refused(corpus):
         dataclasses.replace(load(recipe(corpus, corpus.parent / "x")), run_dir=str(corpus / "runs" / "x"))
 
 
+@pytest.mark.slow
 def test_init_from_a_run_and_from_a_hugging_face_directory(corpus, tmp_path, whole_run):
     export = tmp_path / "hf"
     model, _ = lfm.load(whole_run.run_dir)
@@ -248,6 +255,7 @@ def test_init_from_another_shape_is_refused(corpus, tmp_path, whole_run):
         train(load(path))
 
 
+@pytest.mark.slow
 def test_micro_batches_reach_the_same_loss(corpus, tmp_path, whole_run):
     path = recipe(corpus, tmp_path / "micro", micro_batches=2, loss_chunk=7)
     by_step = losses(train(load(path)).run_dir)

@@ -38,6 +38,7 @@ def packed_batch(B=4, T=16, vocab=97, seed=0):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), batch)
 
 
+@pytest.mark.slow
 def test_loss_of_a_packed_batch_equals_that_of_its_documents_alone():
     model = tiny_model()
     batch = packed_batch()
@@ -53,6 +54,7 @@ def test_loss_of_a_packed_batch_equals_that_of_its_documents_alone():
     np.testing.assert_allclose(float(loss), total, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing_but_rounding():
     graphdef, params = split(tiny_model())
     optimizer = make_optimizer(OPTIMIZER, 10)
@@ -93,6 +95,7 @@ def test_bf16_compute_keeps_float32_parameters_and_moments():
     assert np.isfinite(float(metrics["loss"]))
 
 
+@pytest.mark.slow
 def test_equals_transformers_and_torch_adamw():
     """Loss, gradient norm and parameters after three of our own steps against PyTorch's."""
     hf = oracle.hf_model(oracle.hf_config(**oracle.CASES["hybrid"]), "loud")
