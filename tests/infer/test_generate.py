@@ -64,6 +64,13 @@ def test_greedy_equals_transformers_for_prompts_of_several_lengths(penalty):
         assert completion == (hf_tokens(prompt, repetition_penalty=penalty), "length")
 
 
+@pytest.mark.slow
+def test_256_greedy_tokens_equal_transformers_across_many_dispatches():
+    out = generate_tokens(model(), PROMPTS, GREEDY, 256, stop_ids=())
+    for prompt, completion in zip(PROMPTS, out, strict=True):
+        assert completion.tokens == hf_tokens(prompt, max_new_tokens=256)
+
+
 def test_stop_ids_end_one_row_and_not_the_others():
     first, second, third = greedy()
     end = next(i for i in first[3:] if i not in {*first[:3], *second, *third})
