@@ -55,6 +55,7 @@ def main() -> int:
         f"  .venv/bin/lfm train --help\n"
         f"  make test",
         highlight=False,
+        soft_wrap=True,
     )
     return 0
 
