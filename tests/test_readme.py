@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import transformers
 
 import lfm_jax as lfm
 from lfm_jax.cli import main
@@ -66,3 +67,6 @@ def test_lfm_commands_run(desk, capsys, monkeypatch):
         assert status.value.code == 0, f"{line}\n{capsys.readouterr()}"
     assert (desk / "runs" / "mine" / "loss.png").exists()
     assert (desk / "LFM2.5-350M-f16" / "model.safetensors").exists()
+    exported = transformers.AutoTokenizer.from_pretrained(desk / "my-model-hf")
+    assert exported.bos_token_id == 1
+    assert exported.decode(exported("Once upon", add_special_tokens=False).input_ids) == "Once upon"

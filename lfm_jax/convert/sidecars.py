@@ -106,6 +106,7 @@ def write(directory: Path, hf: Mapping[str, Any], tokenizer: Tokenizer | None, s
             template = None if source is None or CHAT_TEMPLATE in copies else chat_template(source)
             copies = {name: path for name, path in copies.items() if name not in TOKENIZER_FILES}
             tokenizer.save(str(directory / TOKENIZER))
+        if TOKENIZER_CONFIG not in copies:  # Replaced, or a run directory that never had one.
             _write_json(directory / TOKENIZER_CONFIG, _tokenizer_config(hf, tokenizer))
     for name, path in copies.items():
         (directory / name).parent.mkdir(exist_ok=True)

@@ -270,3 +270,15 @@ def test_loaded_model_has_the_logits_of_the_oracle(tmp_path):
     tokens = np.random.default_rng(0).integers(1, 97, (2, 19))
     actual = jax.jit(lambda p: nnx.merge(graphdef, p)(jnp.asarray(tokens))[0])(nnx.to_pure_dict(params))
     assert rel_err(actual, hf_dirs.logits(src)) < 1e-4
+
+
+def test_stop_ids_of_the_generation_config_are_the_models_too(tmp_path):
+    path = tmp_path / "m"
+    save_hf(tiny_model(eos_ids=(7,)), path)
+    (path / "generation_config.json").write_text('{"eos_token_id": [7, 2, 5000]}')
+    assert load_hf(path)[0].config.eos_ids == (7, 2)  # 5000 is beyond the vocabulary.
+    (path / "generation_config.json").write_text('{"temperature": 0.3}')
+    assert load_hf(path)[0].config.eos_ids == (7,)
+    (path / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"generation_config\.json"):
+        load_hf(path)
