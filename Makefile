@@ -22,6 +22,11 @@ FIND_PYTHON = for p in python3.12 python3 python3.13 python3.14; do \
 .venv/test: .venv/core
 	@echo "installing the [test] extra into .venv (PyTorch is large: a few minutes)"
 	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@# The TPU compiler, for compiling ahead of time; kept off the import path, where JAX would look for a TPU at each start.
+	@libtpu=$$($(PY) -c "from importlib.metadata import requires; \
+	print(next(r.split(';')[0] for r in requires('jax') if r.startswith('libtpu')))") && \
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/libtpu "$$libtpu" || \
+	echo "no libtpu for this machine: tests that compile for TPU will be skipped" >&2
 	@touch $@
 
 demo: .venv/core

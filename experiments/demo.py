@@ -36,7 +36,7 @@ def main() -> int:
     console = Console()
     console.print(
         f"[bold]lfm_jax demo[/]: a hybrid of {config.model.num_params() / 1e6:.1f} million parameters "
-        f"({config.model.conv_layers} conv, {config.model.attention_layers} attention layers) "
+        f"({config.model.layer_types.count("conv")} conv, {config.model.attention_layers} attention layers) "
         f"learns Python from {stdlib}"
     )
     result = train(config)

@@ -14,12 +14,22 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-LayerType = Literal["conv", "full_attention"]
+LayerType = Literal["conv", "full_attention", "sliding_attention", "recurrence"]
 DType = Literal["float32", "bfloat16", "float16"]
-ConvImpl = Literal["auto", "lax", "shifted"]
+ConvGates = Literal["none", "input", "output", "both"]
+Recurrence = Literal["rglru", "liquid", "lti"]
+ConvImpl = Literal["auto", "lax", "shifted", "associative", "pallas_tpu", "pallas_gpu"]
+ScanImpl = Literal["auto", "sequential", "associative", "chunked", "pallas_tpu", "pallas_gpu"]
+AttentionImpl = Literal["auto", "xla", "blockwise", "splash", "cudnn"]
+
+GATES: dict[str, int] = {"none": 0, "input": 1, "output": 1, "both": 2}
+"""Gates around the convolution by `conv_gates`; in_proj makes one stream for each, and one for the input."""
+RECURRENCE_VECTORS: dict[str, int] = {"rglru": 3, "liquid": 3, "lti": 1}
+"""Parameters a channel that each form of the recurrence has beside its matrices (`operators/linear_recurrence.py`)."""
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 HF_MODEL_TYPE = "lfm2"
+_HF_LAYER_TYPES = ("conv", "full_attention")
 
 
 def hybrid_pattern(num_layers: int, attention_at: tuple[int, ...]) -> tuple[LayerType, ...]:
@@ -56,6 +66,12 @@ class ModelConfig:
     """W, taps of the short convolution: each output sees W - 1 earlier tokens."""
     conv_bias: bool = False
     """Bias on in_proj, conv and out_proj of the short convolution."""
+    conv_gates: ConvGates = "both"
+    """Gates around the short convolution: a product before it (input), after it (output), both or none."""
+    recurrence: Recurrence = "rglru"
+    """Form of the `recurrence` layers; see `operators/linear_recurrence.py`."""
+    sliding_window: int = 256
+    """Tokens that a `sliding_attention` layer sees, the query's own included (256 as in LFM3)."""
     qk_norm: bool = True
     """RMSNorm over each query and key head before the rotary embedding."""
     post_norm: bool = False
@@ -78,6 +94,11 @@ class ModelConfig:
     logits_dtype: DType = "float32"
     conv_impl: ConvImpl = "auto"
     """Implementation of the depthwise convolution; see `kernels/causal_conv.py`."""
+    scan_impl: ScanImpl = "auto"
+    """Implementation of the linear recurrence; see `kernels/linear_scan.py`."""
+    attention_impl: AttentionImpl = "auto"
+    """Implementation of attention in passes over whole rows; see `kernels/attention.py`. Attention to a decode state
+    is always chosen by platform and size."""
 
     def __post_init__(self) -> None:
         problems = _problems(self)
@@ -89,11 +110,8 @@ class ModelConfig:
         return len(self.layer_types)
 
     @property
-    def conv_layers(self) -> int:
-        return self.layer_types.count("conv")
-
-    @property
     def attention_layers(self) -> int:
+        """Number of layers of full attention: those whose state grows with the text."""
         return self.layer_types.count("full_attention")
 
     def replace(self, **changes: Any) -> ModelConfig:
@@ -128,32 +146,46 @@ class ModelConfig:
     def _operator_params(self, kind: LayerType) -> int:
         D, H, N, K = self.hidden_size, self.head_dim, self.num_heads, self.num_kv_heads
         if kind == "conv":
-            return 4 * D * D + D * self.conv_taps + (5 * D if self.conv_bias else 0)
+            streams = 1 + GATES[self.conv_gates]
+            return (streams + 1) * D * D + D * self.conv_taps + ((streams + 2) * D if self.conv_bias else 0)
+        if kind == "recurrence":
+            return 4 * D * D + RECURRENCE_VECTORS[self.recurrence] * D
         return 2 * D * H * (N + K) + (2 * H if self.qk_norm else 0)
 
     def flops_per_token(self, T: int) -> float:
         """Forward FLOPs per token of a document of T tokens, two per multiply-add.
 
-        Counts every matrix product (head included), the conv taps and causal attention, whose token
-        at position t meets t + 1 keys: (T + 1) / 2 on average. Elementwise work and the embedding
-        lookup are left out. One training step costs three times this.
+        Counts every matrix product (head included), the conv taps, the step `a h + b` of a recurrence and causal
+        attention, whose token at position t meets t + 1 keys, but no more than a window holds. Elementwise work and
+        the embedding lookup are left out. One training step costs three times this.
         """
-        D, N, H = self.hidden_size, self.num_heads, self.head_dim
-        macs = float(D * self.vocab_size)
+        macs = float(self.hidden_size * self.vocab_size)
         for kind in self.layer_types:
-            macs += 3 * D * self.ffn_size
-            if kind == "conv":
-                macs += 4 * D * D + D * self.conv_taps
-            else:
-                macs += 2 * D * H * (N + self.num_kv_heads) + 2 * N * H * (T + 1) / 2
+            macs += 3 * self.hidden_size * self.ffn_size + self._operator_macs(kind, T)
         return 2 * macs
+
+    def _operator_macs(self, kind: LayerType, T: int) -> float:
+        D, H, N, K = self.hidden_size, self.head_dim, self.num_heads, self.num_kv_heads
+        if kind == "conv":
+            return (2 + GATES[self.conv_gates]) * D * D + D * self.conv_taps
+        if kind == "recurrence":
+            return 4 * D * D + D
+        reach = T if kind == "full_attention" else min(T, self.sliding_window)
+        keys = reach - reach * (reach - 1) / (2 * T)  # Mean of min(t + 1, reach) over t = 0 .. T - 1.
+        return 2 * D * H * (N + K) + 2 * N * H * keys
 
     def state_bytes(self, T: int, dtype: DType | None = None) -> int:
         """Bytes of the decode state of one sequence with room for T tokens (see `state.py`)."""
         item = ITEMSIZE[dtype or self.dtype]
-        conv = (self.conv_taps - 1) * self.hidden_size * item
-        kv = 2 * T * self.num_kv_heads * self.head_dim * item + 2 * 4
-        return 4 + self.conv_layers * conv + self.attention_layers * kv
+        return 4 + sum(self._layer_state_bytes(kind, T, item) for kind in self.layer_types)
+
+    def _layer_state_bytes(self, kind: LayerType, T: int, item: int) -> int:
+        if kind == "conv":
+            return (self.conv_taps - 1) * self.hidden_size * item
+        if kind == "recurrence":
+            return 4 * self.hidden_size
+        slots = T if kind == "full_attention" else min(T, self.sliding_window)
+        return 2 * slots * self.num_kv_heads * self.head_dim * item + 2 * 4
 
     # ---------------------------------------------------------------- HF config.json
 
@@ -211,8 +243,10 @@ class ModelConfig:
         Raises:
           ValueError: the model has something that the LFM2 architecture of `transformers` cannot express.
         """
-        foreign = [f"{name}={getattr(self, name)}" for name, lfm2 in (("qk_norm", True), ("post_norm", False))
+        foreign = [f"{name}={getattr(self, name)}"
+                   for name, lfm2 in (("qk_norm", True), ("post_norm", False), ("conv_gates", "both"))
                    if getattr(self, name) != lfm2]
+        foreign += [f"{kind} layers" for kind in sorted(set(self.layer_types) - set(_HF_LAYER_TYPES))]
         if foreign:
             raise ValueError(f"LFM2 in transformers has no {', '.join(foreign)}; such a model cannot be exported to it")
         return {
@@ -280,6 +314,9 @@ def _hf_layer_types(hf: Mapping[str, Any]) -> tuple[Any, ...]:
         types = tuple(hf["layer_types"])
         if len(types) != num_layers:
             raise ValueError(f"layer_types has {len(types)} entries but num_hidden_layers is {num_layers}")
+        unknown = sorted({str(kind) for kind in types} - set(_HF_LAYER_TYPES))
+        if unknown:
+            raise ValueError(f"layer_types has {', '.join(unknown)}; LFM2 has {', '.join(_HF_LAYER_TYPES)} only")
         return types
     attention_at = hf.get("full_attn_idxs")
     return hybrid_pattern(num_layers, tuple(range(num_layers)) if attention_at is None else tuple(attention_at))
@@ -301,7 +338,7 @@ def _problems(c: ModelConfig) -> list[str]:
             problems.append(message)
 
     counts = ("vocab_size", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "conv_taps",
-              "max_position")
+              "sliding_window", "max_position")
     for name in counts:
         value = getattr(c, name)
         need(type(value) is int and value >= 1, f"{name} is {value!r}; it must be a whole number of at least 1")
@@ -309,9 +346,10 @@ def _problems(c: ModelConfig) -> list[str]:
         value = getattr(c, name)
         need(isinstance(value, (int, float)) and math.isfinite(value) and value > 0,
              f"{name} is {value!r}; it must be a positive number")
-    for name, choices in (("param_dtype", get_args(DType)), ("dtype", get_args(DType)),
-                          ("logits_dtype", get_args(DType)), ("conv_impl", get_args(ConvImpl))):
-        value = getattr(c, name)
+    for name, kind in (("param_dtype", DType), ("dtype", DType), ("logits_dtype", DType), ("conv_gates", ConvGates),
+                       ("recurrence", Recurrence), ("conv_impl", ConvImpl), ("scan_impl", ScanImpl),
+                       ("attention_impl", AttentionImpl)):
+        value, choices = getattr(c, name), get_args(kind)
         need(value in choices, f"{name} is {value!r}; choose one of {', '.join(choices)}")
     for name in ("conv_bias", "qk_norm", "post_norm", "tie_embedding"):
         value = getattr(c, name)

@@ -10,12 +10,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from lfm_jax import state as state_lib
 from lfm_jax.config import ModelConfig
 from lfm_jax.kernels.linear import linear
 from lfm_jax.layers import RMSNorm, SwiGLU, normal_param
 from lfm_jax.operators import OPERATORS
+from lfm_jax.sharding import is_sharded, parts, reshard, spec_of
 from lfm_jax.state import LayerState, State
 
 Logits = Literal["all", "last"]
@@ -109,6 +111,9 @@ class LFM(nnx.Module):
           padding: `any` lets padding stand anywhere. `right` promises that it stands at the right end of
             every row, and saves the gather that brings it there.
 
+        Over a mesh (`jax.set_mesh`) rows may be split over devices, and time over the axis `context` in training:
+        then padding must be promised to be at the right, there is no state, and logits are `all` or None.
+
         Returns:
           (logits or hidden states, new state or None). Values at padding mean nothing. A row that
           outgrows the state's slots gives NaN.
@@ -119,6 +124,10 @@ class LFM(nnx.Module):
         self._check(tokens_BT, positions_BT, segment_ids_BT, state, logits, padding)
         B, T = tokens_BT.shape
         first_B = jnp.zeros((B,), jnp.int32) if state is None else state.position_B
+        split = spec_of(tokens_BT)
+        if segment_ids_BT is not None:
+            # Documents are counted along whole rows; ids are small beside what a layer computes of them.
+            segment_ids_BT = reshard(segment_ids_BT, P(split[0], None))
         if segment_ids_BT is None:
             gather_BT = None
             default_BT = first_B[:, None] + jnp.arange(T, dtype=jnp.int32)
@@ -131,11 +140,13 @@ class LFM(nnx.Module):
             tokens_BT = jnp.take_along_axis(tokens_BT, gather_BT, axis=1)
             if positions_BT is not None:
                 positions_BT = jnp.take_along_axis(positions_BT, gather_BT, axis=1)
-        if positions_BT is None:
-            positions_BT = default_BT
+        positions_BT = reshard(default_BT if positions_BT is None else positions_BT, split)
+        if segment_ids_BT is not None:
+            segment_ids_BT = reshard(segment_ids_BT, split)
 
         with jax.named_scope("embed"):
-            x_BTD = self.embed[...].astype(self.config.dtype)[tokens_BT]
+            out_sharding = P(*split, None) if is_sharded(tokens_BT) else None
+            x_BTD = self.embed[...].astype(self.config.dtype).at[tokens_BT].get(out_sharding=out_sharding)
         last_B1 = jnp.maximum(length_B - 1, 0)[:, None]
         layer_states: list[LayerState] = []
         for i, block in enumerate(self.blocks):
@@ -178,6 +189,11 @@ class LFM(nnx.Module):
             raise ValueError(f"logits is {logits!r}; choose 'all', 'last' or None for hidden states")
         if padding not in ("any", "right"):
             raise ValueError(f"padding is {padding!r}; choose 'any' or 'right'")
+        if parts(tokens_BT, 1) > 1 and (state is not None or logits == "last" or (
+            segment_ids_BT is not None and padding != "right"
+        )):
+            raise ValueError("tokens_BT is split along time; that goes without a state, with logits 'all' or None, and "
+                             "with padding='right' if there are segment ids")
         if state is None:
             return
         if len(state.layers) != self.config.num_layers:

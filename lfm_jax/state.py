@@ -24,7 +24,11 @@ from lfm_jax.config import ModelConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KV:
-    """Keys (rotated) and values of one attention layer; slots [start, end) hold the current document."""
+    """Keys (rotated) and values of one attention layer.
+
+    Token i of the row lies in slot i modulo S; tokens [start, end), or the last S of them, are the current document.
+    Full attention has a slot for every token; a window's slots are a rolling buffer.
+    """
 
     k_BSKH: jax.Array
     v_BSKH: jax.Array
@@ -40,7 +44,15 @@ class ConvTail:
     tail_BVD: jax.Array
 
 
-LayerState = KV | ConvTail
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hidden:
+    """The hidden state of a linear recurrence after the last token, float32; zeros before a document begins."""
+
+    h_BD: jax.Array
+
+
+LayerState = KV | ConvTail | Hidden
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +71,7 @@ def init_state(config: ModelConfig, batch: int, max_len: int, dtype: str | jnp.d
       config: the model.
       batch: rows.
       max_len: slots for keys and values; a row that outgrows them gets NaN, never a wrong number.
-      dtype: of keys, values and conv tails; None means `config.dtype`.
+      dtype: of keys, values and conv tails; None means `config.dtype`. Recurrences are float32 always.
 
     Raises:
       ValueError: batch or max_len below 1, or max_len above `config.max_position`.
@@ -73,7 +85,10 @@ def init_state(config: ModelConfig, batch: int, max_len: int, dtype: str | jnp.d
     def layer(kind: str) -> LayerState:
         if kind == "conv":
             return ConvTail(jnp.zeros((batch, config.conv_taps - 1, config.hidden_size), dtype))
-        shape = (batch, max_len, config.num_kv_heads, config.head_dim)
+        if kind == "recurrence":
+            return Hidden(jnp.zeros((batch, config.hidden_size), jnp.float32))
+        slots = max_len if kind == "full_attention" else min(max_len, config.sliding_window)
+        shape = (batch, slots, config.num_kv_heads, config.head_dim)
         zero_B = jnp.zeros((batch,), jnp.int32)
         return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), zero_B, zero_B + 0)
 
@@ -86,6 +101,8 @@ def reset(state: State, rows_B: jax.Array) -> State:
     def layer(s: LayerState) -> LayerState:
         if isinstance(s, ConvTail):
             return ConvTail(jnp.where(rows_B[:, None, None], 0, s.tail_BVD))
+        if isinstance(s, Hidden):
+            return Hidden(jnp.where(rows_B[:, None], 0, s.h_BD))
         # A hidden key is masked before the softmax, but a hidden value meets the weight 0: NaN would survive.
         v_BSKH = jnp.where(rows_B[:, None, None, None], 0, s.v_BSKH)
         return KV(s.k_BSKH, v_BSKH, jnp.where(rows_B, 0, s.start_B), jnp.where(rows_B, 0, s.end_B))

@@ -23,10 +23,18 @@ KINDS = {
     "sandwich": dict(
         layer_types=("conv", "full_attention"), post_norm=True, qk_norm=False, head_dim=6, conv_bias=True, conv_taps=4
     ),
+    "every-operator": dict(
+        layer_types=("recurrence", "conv", "sliding_attention", "full_attention"), sliding_window=5, conv_gates="input"
+    ),
+    "liquid": dict(layer_types=("recurrence", "sliding_attention"), recurrence="liquid", sliding_window=3),
+    "lti": dict(layer_types=("recurrence", "recurrence"), recurrence="lti"),
+    "one-gate": dict(layer_types=("conv", "sliding_attention"), conv_gates="output", sliding_window=1, conv_bias=True),
+    "no-gate": dict(layer_types=("conv", "full_attention"), conv_gates="none", conv_impl="associative",
+                    attention_impl="blockwise"),
 }
-"""Models that the properties run on; `sandwich` and `one-tap` are what `transformers` cannot express."""
+"""Models that the properties run on; from `one-tap` on most are what `transformers` cannot express."""
 
-QUICK = ("hybrid", "sandwich")
+QUICK = ("hybrid", "sandwich", "every-operator")
 every_kind = pytest.mark.parametrize(
     "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 )
@@ -47,6 +55,8 @@ def loud(params, seed):
         name = jax.tree_util.keystr(path)
         if "norm" in name:
             return jnp.asarray(1 + 0.4 * rng.standard_normal(x.shape), x.dtype)
+        if "rate" in name or "gate_bias" in name:  # Of a recurrence: where they begin matters.
+            return x + jnp.asarray(rng.standard_normal(x.shape), x.dtype)
         if "bias" in name:
             return jnp.asarray(0.5 * rng.standard_normal(x.shape), x.dtype)
         return x

@@ -1,7 +1,7 @@
 """The whole network once more, in float64 numpy, for one document of any length: slow, plain, independent.
 
 It shares no code with `lfm_jax` but the parameter names, has no batch, no padding and no state, and covers what
-`transformers` cannot express: one tap, sandwich norms, no q/k norm.
+`transformers` cannot express: one tap, fewer gates, recurrences, windows, sandwich norms, no q/k norm.
 
 Dimensions: T time, D width, N query heads, K key/value heads, H head width, W taps.
 """
@@ -35,33 +35,80 @@ def causal_conv(y_TD, w_WD):
     return z_TD
 
 
-def attention(q_TNH, k_TKH, v_TKH):
-    """Causal attention of one document, head by head."""
+def linear_scan(a_TD, b_TD):
+    """`h_t = a_t h_{t-1} + b_t`, nothing before the first token."""
+    h_TD = np.zeros_like(b_TD)
+    for t in range(len(b_TD)):
+        h_TD[t] = b_TD[t] + (a_TD[t] * h_TD[t - 1] if t else 0)
+    return h_TD
+
+
+def attention(q_TNH, k_TKH, v_TKH, window=None):
+    """Causal attention of one document, head by head; `window` counts the token itself."""
     T, N, H = q_TNH.shape
     group = N // k_TKH.shape[1]
     out_TNH = np.zeros_like(q_TNH)
     for t in range(T):
+        seen = slice(0 if window is None else max(0, t + 1 - window), t + 1)
         for n in range(N):
-            scores_S = k_TKH[: t + 1, n // group] @ q_TNH[t, n] / np.sqrt(H)
+            scores_S = k_TKH[seen, n // group] @ q_TNH[t, n] / np.sqrt(H)
             weights_S = np.exp(scores_S - scores_S.max())
-            out_TNH[t, n] = weights_S / weights_S.sum() @ v_TKH[: t + 1, n // group]
+            out_TNH[t, n] = weights_S / weights_S.sum() @ v_TKH[seen, n // group]
     return out_TNH
 
 
-def short_conv_operator(p, x_TD):
-    gates_TCD = np.einsum("TD,CED->TCE", x_TD, p["in_proj"]) + p.get("in_bias", 0)
-    b_TD, c_TD, h_TD = gates_TCD[:, 0], gates_TCD[:, 1], gates_TCD[:, 2]
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def softplus(x):
+    return np.log1p(np.exp(x))
+
+
+def short_conv_operator(p, x_TD, gates="both"):
+    bias_CE = p.get("in_bias", np.zeros(p["in_proj"].shape[:2]))
+    streams = list(np.einsum("TD,CED->CTE", x_TD, p["in_proj"]) + bias_CE[:, None])
+    h_TD = streams.pop()
+    c_TD = streams.pop() if gates in ("output", "both") else 1
+    b_TD = streams.pop() if gates in ("input", "both") else 1
+    assert not streams
     z_TD = causal_conv(b_TD * h_TD, p["conv"]) + p.get("conv_bias", 0)
     return (c_TD * z_TD) @ p["out_proj"].T + p.get("out_bias", 0)
 
 
-def attention_operator(p, x_TD, positions_T, config):
+def recurrence_operator(p, x_TD, form):
+    gate_TD, c_TD, x_TD = np.einsum("TD,CED->CTE", x_TD, p["in_proj"])
+    cell = p["cell"]
+    if form == "rglru":
+        a_TD = sigmoid(-cell["rate"]) ** (8 * sigmoid(cell["gate_scale"] * x_TD + cell["gate_bias"]))
+        b_TD = np.sqrt(1 - a_TD**2) * sigmoid(gate_TD) * x_TD
+    elif form == "liquid":
+        leak_D, f_TD = np.exp(cell["rate"]), softplus(gate_TD + cell["gate_bias"])
+        a_TD = np.exp(-(leak_D + f_TD))
+        b_TD = cell["gain"] * (1 - a_TD) * f_TD / (leak_D + f_TD) * x_TD
+    else:
+        a_TD = np.exp(-np.exp(cell["rate"])) * np.ones_like(x_TD)
+        b_TD = np.sqrt(1 - a_TD**2) * gate_TD * x_TD
+    return (c_TD * linear_scan(a_TD, b_TD)) @ p["out_proj"].T
+
+
+def attention_operator(p, x_TD, positions_T, config, window=None):
     q_TNH, k_TKH, v_TKH = (np.einsum("TD,NHD->TNH", x_TD, p[name]) for name in ("q_proj", "k_proj", "v_proj"))
     if config.qk_norm:
         q_TNH = rms_norm(q_TNH, p["q_norm"]["weight"], config.norm_eps)
         k_TKH = rms_norm(k_TKH, p["k_norm"]["weight"], config.norm_eps)
     q_TNH, k_TKH = (rotate(x, positions_T, config.rope_theta) for x in (q_TNH, k_TKH))
-    return np.einsum("TNH,DNH->TD", attention(q_TNH, k_TKH, v_TKH), p["out_proj"])
+    return np.einsum("TNH,DNH->TD", attention(q_TNH, k_TKH, v_TKH, window), p["out_proj"])
+
+
+def operator(kind, p, x_TD, positions_T, config):
+    """The operator of a layer of this kind on one document."""
+    if kind == "conv":
+        return short_conv_operator(p, x_TD, config.conv_gates)
+    if kind == "recurrence":
+        return recurrence_operator(p, x_TD, config.recurrence)
+    window = config.sliding_window if kind == "sliding_attention" else None
+    return attention_operator(p, x_TD, positions_T, config, window)
 
 
 def hidden(config, params, tokens_T, positions_T=None):
@@ -72,10 +119,7 @@ def hidden(config, params, tokens_T, positions_T=None):
     for i, kind in enumerate(config.layer_types):
         p = params["blocks"][i]
         h_TD = rms_norm(x_TD, p["operator_norm"]["weight"], eps)
-        if kind == "conv":
-            y_TD = short_conv_operator(p["operator"], h_TD)
-        else:
-            y_TD = attention_operator(p["operator"], h_TD, positions_T, config)
+        y_TD = operator(kind, p["operator"], h_TD, positions_T, config)
         x_TD = x_TD + (rms_norm(y_TD, p["post_operator_norm"]["weight"], eps) if config.post_norm else y_TD)
         h_TD = rms_norm(x_TD, p["ffn_norm"]["weight"], eps)
         ffn = p["feed_forward"]

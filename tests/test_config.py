@@ -1,5 +1,7 @@
 """ModelConfig: published counts, its folds against the real model, config.json as `transformers` reads it."""
 
+from typing import get_args
+
 import jax
 import numpy as np
 import oracle
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
 import lfm_jax as lfm
+from lfm_jax.config import ConvGates, LayerType, Recurrence
 from lfm_jax.convert.hf import tensors
 from lfm_jax.testing import tiny_config
 
@@ -26,14 +29,15 @@ PUBLISHED = {
 
 @st.composite
 def configs(draw):
-    kinds = st.sampled_from(["conv", "full_attention"])
+    kinds = st.sampled_from(get_args(LayerType))
     group, K = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     flags = {name: draw(st.booleans()) for name in ("conv_bias", "qk_norm", "post_norm", "tie_embedding")}
     return tiny_config(
         layer_types=tuple(draw(st.lists(kinds, min_size=1, max_size=4))),
         vocab_size=draw(st.integers(8, 50)), hidden_size=draw(st.integers(1, 40)), ffn_size=draw(st.integers(1, 40)),
         num_heads=group * K, num_kv_heads=K, head_dim=2 * draw(st.integers(1, 8)), conv_taps=draw(st.integers(1, 7)),
-        **flags,
+        conv_gates=draw(st.sampled_from(get_args(ConvGates))), recurrence=draw(st.sampled_from(get_args(Recurrence))),
+        sliding_window=draw(st.integers(1, 20)), **flags,
     )
 
 
@@ -78,10 +82,24 @@ def test_num_params_and_state_bytes_count_what_is_there(config):
     assert config.num_params() == sum(x.size for x in abstract_params(config))
     state = jax.eval_shape(lambda: lfm.LFM(config, rngs=nnx.Rngs(0)).init_state(1, 9))
     assert config.state_bytes(9) == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    assert config.num_layers == config.conv_layers + config.attention_layers == len(config.layer_types)
+    assert config.num_layers == len(config.layer_types)
 
 
-@pytest.mark.parametrize(("kinds", "T"), [(("conv",) * 2, 32), (("full_attention",) * 2, 128), (oracle.HYBRID, 48)])
+@pytest.mark.parametrize("recurrence", get_args(Recurrence))
+def test_a_recurrence_takes_the_place_of_a_convolution_at_equal_parameters(recurrence):
+    config = lfm.ModelConfig.preset("lfm2.5-350m").replace(recurrence=recurrence)
+    types = tuple("recurrence" if kind == "conv" else kind for kind in config.layer_types)
+    other = config.replace(layer_types=types)
+    assert abs(other.num_params() / config.num_params() - 1) < 1e-4
+    assert (other.num_params() == config.num_params()) == (recurrence != "lti")
+    # The state of a recurrence is one float32 column where a convolution has two bfloat16 ones.
+    assert other.state_bytes(100) == config.state_bytes(100)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "T"),
+    [(("conv",) * 2, 32), (("full_attention",) * 2, 128), (("recurrence",) * 2, 32), (oracle.HYBRID, 48)],
+)
 def test_flops_are_those_that_xla_counts(kinds, T):
     config = tiny_config(layer_types=kinds, hidden_size=192, ffn_size=512, vocab_size=1000, head_dim=32, num_heads=6)
     graphdef, params = nnx.split(nnx.eval_shape(lambda: lfm.LFM(config, rngs=nnx.Rngs(0))), nnx.Param)
@@ -198,7 +216,8 @@ def test_presets_round_trip(name):
         (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1.0)), r"rope_type is 'yarn'"),
         (dict(rope_scaling=dict(type="linear", factor=2.0)), r"rope_type is 'linear'"),
         (dict(layer_types=["conv"]), r"layer_types has 1 entries but num_hidden_layers is 4"),
-        (dict(layer_types=["conv", "mamba", "conv", "conv"]), r"layer_types has mamba; choose from conv"),
+        (dict(layer_types=["conv", "mamba", "conv", "conv"]), r"layer_types has mamba; LFM2 has conv, full_attention"),
+        (dict(layer_types=["conv", "sliding_attention", "conv", "conv"]), r"layer_types has sliding_attention; LFM2"),
     ],
 )
 def test_from_hf_refuses(changes, match):
@@ -212,11 +231,27 @@ def test_from_hf_lists_every_missing_size():
                                  ("model_type", "vocab_size", "num_hidden_layers", "num_attention_heads")})
 
 
-@pytest.mark.parametrize("changes", [dict(post_norm=True), dict(qk_norm=False)])
+@pytest.mark.parametrize("changes", [dict(post_norm=True), dict(qk_norm=False), dict(conv_gates="input")])
 def test_to_hf_refuses_what_lfm2_cannot_express(changes):
     (field,) = changes
     with pytest.raises(ValueError, match=rf"{field}={changes[field]}"):
         tiny_config(**changes).to_hf()
+
+
+@pytest.mark.parametrize("kind", ["recurrence", "sliding_attention"])
+def test_to_hf_refuses_layers_that_lfm2_has_not(kind):
+    with pytest.raises(ValueError, match=f"LFM2 in transformers has no {kind} layers"):
+        tiny_config(layer_types=("conv", kind)).to_hf()
+
+
+def test_a_token_of_a_window_meets_no_more_keys_than_the_window():
+    """Mean over a document of min(t + 1, window), counted one by one."""
+    full = tiny_config(layer_types=("full_attention",), sliding_window=5)
+    sliding = full.replace(layer_types=("sliding_attention",))
+    per_key = 4 * full.num_heads * full.head_dim
+    for T in (1, 4, 5, 6, 33):
+        keys = sum(min(t + 1, 5) for t in range(T)) / T
+        assert sliding.flops_per_token(T) == pytest.approx(full.flops_per_token(T) + per_key * (keys - (T + 1) / 2))
 
 
 # ---------------------------------------------------------------- validation
@@ -230,6 +265,11 @@ BAD = {
     "param_dtype": ["float64"],
     "logits_dtype": [None],
     "conv_impl": ["pallas"],
+    "scan_impl": ["lax"],
+    "attention_impl": ["flash"],
+    "conv_gates": [True, "left"],
+    "recurrence": ["mamba"],
+    "sliding_window": [0, None],
     "conv_bias": [1],
     "tie_embedding": ["yes"],
     "layer_types": [(), ["conv"], None, ("conv", "mamba")],

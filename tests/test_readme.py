@@ -45,6 +45,7 @@ def test_python_blocks_run_in_order(desk, capsys):
     assert len(namespace["texts"]) == 2
     assert namespace["last_B1V"].shape == (2, 1, namespace["same"].config.vocab_size)
     assert namespace["small"].num_layers == 3
+    assert namespace["logits_B1V"].shape == (2, 1, 512)
     assert (desk / "LFM2.5-350M-copy" / "config.json").exists()
 
 

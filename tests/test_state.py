@@ -37,13 +37,22 @@ def assert_close(a, b):
             if x.tail_BVD.size:
                 np.testing.assert_allclose(x.tail_BVD, y.tail_BVD, atol=1e-5 * max(1e-3, np.abs(y.tail_BVD).max()))
             continue
+        if isinstance(x, state_lib.Hidden):
+            np.testing.assert_allclose(x.h_BD, y.h_BD, atol=1e-5 * max(1e-3, np.abs(y.h_BD).max()))
+            continue
         np.testing.assert_array_equal(x.end_B - x.start_B, y.end_B - y.start_B)
         for row in range(len(x.end_B)):
             for name in ("k_BSKH", "v_BSKH"):
-                mine = getattr(x, name)[row, int(x.start_B[row]) : int(x.end_B[row])]
-                other = getattr(y, name)[row, int(y.start_B[row]) : int(y.end_B[row])]
+                mine, other = (held(kv, name, row) for kv in (x, y))
                 if mine.size:
                     assert rel_err(mine, other) < 1e-5
+
+
+def held(kv, name, row):
+    """What a later query can see of a row's keys or values, oldest first."""
+    slots = getattr(kv, name)[row]
+    start, end = int(kv.start_B[row]), int(kv.end_B[row])
+    return np.asarray(slots)[np.arange(max(start, end - len(slots)), end) % len(slots)]
 
 
 class Stream:
@@ -139,7 +148,7 @@ def test_permuting_rows_permutes_state_and_a_fork_goes_its_own_way(kind, calls, 
 @given(calls=st.lists(batches(B, C), min_size=1, max_size=2), rows=st.lists(st.booleans(), min_size=B, max_size=B),
        seed=SEEDS)
 def test_reset_rows_start_afresh_and_the_others_stay(calls, rows, seed):
-    model = net("hybrid")
+    model = net("every-operator")
     state = model.init_state(B, SLOTS)
     for i, segment_ids in enumerate(calls):
         _, state = model(tokens_like((B, C), seed + i), segment_ids=segment_ids, state=state)
@@ -156,7 +165,7 @@ def test_reset_rows_start_afresh_and_the_others_stay(calls, rows, seed):
 
 def test_a_reset_row_forgets_nan():
     """A slot that once held numbers out of range must serve the next request."""
-    model = net("hybrid")
+    model = net("every-operator")
     poisoned = jax.tree.map(
         lambda x: x.at[1].set(jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x, model.init_state(B, SLOTS)
     )
@@ -231,8 +240,27 @@ def test_state_is_a_pytree_of_arrays_led_by_the_batch():
         state.position_B = 0
 
 
+def test_the_window_is_a_rolling_buffer_of_constant_size():
+    """A stream far longer than both window and state goes on without NaN; only full attention needs a slot a token."""
+    model = Net(layer_types=("sliding_attention", "recurrence", "conv"), sliding_window=4)
+    sizes = {max_len: sum(x.nbytes for x in jax.tree.leaves(model.init_state(1, max_len))) for max_len in (4, 8, 400)}
+    assert len(set(sizes.values())) == 1
+    tokens, state, parts = tokens_like((1, 30), 2), model.init_state(1, 8), []
+    for start, end in ((0, 7), (7, 8), (8, 19), (19, 20), (20, 21), (21, 30)):
+        hidden, state = model(tokens[:, start:end], state=state)
+        parts.append(hidden)
+    assert rel_err(np.concatenate(parts, axis=1)[0], model.reference(tokens[0])) < 1e-5
+
+
+def test_a_state_shorter_than_the_window_is_refused_with_nan_like_full_attention():
+    model = Net(layer_types=("sliding_attention",), sliding_window=6)
+    hidden, _ = model(tokens_like((1, 8), 2), state=model.init_state(1, 5))
+    assert np.isfinite(hidden[0, :5]).all()
+    assert np.isnan(hidden[0, 5:]).all()
+
+
 def test_a_state_in_bfloat16_serves_a_float32_model():
-    model = net("hybrid")
+    model = net("every-operator")
     tokens = tokens_like((B, C), 9)
     state = state_lib.init_state(model.config, B, SLOTS, "bfloat16")
     hidden, after = model(tokens, state=state)

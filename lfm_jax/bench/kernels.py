@@ -1,67 +1,293 @@
-"""`lfm bench kernels`: the implementations of a kernel beside one another, which is how defaults are chosen.
+"""`lfm bench kernels`: the implementations of each kernel beside one another, which is how defaults are chosen.
 
-Dimensions: B batch, T time, D channels, W taps, M rows, I inputs, O outputs.
+Needs jax and numpy only: `python -m lfm_jax.bench.kernels`. On an NVIDIA GPU it also times PyTorch and
+flash-linear-attention where they can be imported.
+
+Dimensions: B batch, T query time, S key slots, D channels, W taps, N query heads, K key/value heads, H head width, M
+rows, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
+from lfm_jax.bench import gpu_peers
+from lfm_jax.bench.passes import (
+    LONGEST,
+    Entry,
+    Pass,
+    call_overhead,
+    compiled,
+    copy_bandwidth,
+    gradient,
+    on_accelerator,
+    say,
+    times,
+)
 from lfm_jax.bench.timing import conditions, interleave
-from lfm_jax.kernels.causal_conv import causal_conv
+from lfm_jax.kernels import attention, causal_conv, linear_scan
 from lfm_jax.kernels.linear import linear
+from lfm_jax.selfcheck import needs
 
-CONV_SHAPES = ((1, 256, 1024, 3), (1, 2048, 1024, 3), (4, 512, 1024, 3), (1, 512, 1024, 7))
-LINEAR_ROWS = (1, 2, 8, 16, 64, 256, 512)
-LINEAR_WEIGHTS = 12
-"""Weight matrices of 4608 x 1024 that a timed call goes through: more bytes than a cache holds."""
+TIMES = (512, 2048, 8192, 32768)
 
 
-def bench_kernels(*, repeats: int = 5) -> str:
-    """Times every implementation in float32 on the default device; a Markdown report."""
-    head = f"{conditions('jax', 'jaxlib')}, {jax.default_backend()}; float32, medians of {repeats}."
-    return "\n\n".join([head, _conv_table(repeats), _linear_table(repeats)])
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is measured."""
+
+    dtype: str
+    conv: tuple[tuple[int, int, int, int], ...]
+    """B, T, D, W."""
+    scan: tuple[tuple[int, int, int], ...]
+    """B, T, D."""
+    attention: tuple[tuple[int, int, int, int, int, int], ...]
+    """B, T, S, N, K, H. T < S are queries to a decode state, forward only."""
+    linear_rows: tuple[int, ...] = (1, 2, 8, 16, 64, 256, 512)
+    linear_weights: int = 12
+    """Weight matrices of 4608 x 1024 that a timed call goes through: more bytes than a cache holds."""
+    copy_bytes: int = 2**28
+    seconds: float = float("inf")
+    """After so long no further shape is begun."""
 
 
-def _conv_table(repeats: int) -> str:
-    impls = ("lax", "shifted")
-    lines = [f"| causal_conv: B, T, D, W | pass | {' | '.join(impls)} | lax / shifted |", "|---|---|---|---|---|"]
-    for B, T, D, W in CONV_SHAPES:
-        keys = jax.random.split(jax.random.key(0), 2)
-        y_BTD, w_WD = jax.random.normal(keys[0], (B, T, D)), jax.random.normal(keys[1], (W, D))
-        for name in ("forward", "forward + gradient"):
-            times = interleave([_conv_task(impl, name, y_BTD, w_WD) for impl in impls], repeats)
-            cells = " | ".join(f"{t * 1e3:.2f} ms" for t in times)
-            lines.append(f"| {B}, {T}, {D}, {W} | {name} | {cells} | {times[0] / times[1]:.0f}x |")
+CPU = Sizes(
+    "float32",
+    conv=(*((1, T, 1024, 3) for T in TIMES), (4, 512, 1024, 3), (1, 512, 1024, 7)),
+    scan=tuple((1, T, 1024) for T in TIMES),
+    attention=(*((1, T, T, 4, 2, 64) for T in TIMES), (1, 1, 2048, 16, 8, 64), (8, 1, 2048, 16, 8, 64)),
+)
+ACCELERATOR = Sizes(
+    "bfloat16",
+    conv=((8, 4096, 1024, 3), (8, 4096, 2048, 3)),
+    scan=((8, 4096, 1024), (8, 4096, 2048)),
+    attention=((8, 4096, 4096, 16, 8, 64), (8, 4096, 4096, 32, 8, 64), (8, 1, 4096, 16, 8, 64)),
+    copy_bytes=2**30,
+    seconds=400,
+)
+
+
+def bench_kernels(*, repeats: int = 5, sizes: Sizes | None = None) -> str:
+    """Times every implementation that can run on the default device; a Markdown report. Progress goes to stderr.
+
+    Args:
+      repeats: timed rounds of which the median counts.
+      sizes: what is measured; None: CPU or ACCELERATOR, by the device.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # Peers need some of a GPU's memory.
+    sizes = sizes or (ACCELERATOR if on_accelerator() else CPU)
+    packages = ("jax", "jaxlib", *(gpu_peers.PACKAGES if jax.default_backend() == "gpu" else ()))
+    head = [f"{conditions(*packages)}, {jax.devices()[0].device_kind}; medians of {repeats}."]
+    say("copy bandwidth")
+    bench = _Bench(repeats, sizes, copy_bandwidth(sizes.copy_bytes, repeats), time.monotonic() + sizes.seconds)
+    head.append(f"Kernels in {sizes.dtype}. GB/s count every input and output once: forward, and forward plus backward "
+                f"pass. A copy of {sizes.copy_bytes / 1e6:.0f} MB runs at {bench.copy / 1e9:.1f} GB/s.")
+    if on_accelerator():
+        head.append(f"A call of nothing takes {call_overhead(repeats) * 1e6:.0f} us: times near that say little.")
+    idle = [f"{kernel} {impl} {reason}" for kernel, impls in IMPLS.items() for impl in impls if (reason := needs(impl))]
+    if idle:
+        head.append(f"Not run here: {', '.join(idle)}.")
+    parts = [" ".join(head), _conv_table(bench), _scan_table(bench), _attention_table(bench)]
+    return "\n\n".join([*parts, _linear_table(bench)])
+
+
+IMPLS: dict[str, Sequence[str]] = {
+    "causal_conv": causal_conv.IMPLS, "linear_scan": tuple(linear_scan.IMPLS), "attention": attention.IMPLS,
+}
+
+
+@dataclasses.dataclass
+class _Bench:
+    """A run: its settings, what a copy reaches, and what has been measured."""
+
+    repeats: int
+    sizes: Sizes
+    copy: float
+    deadline: float
+    seen: dict[tuple[str, str, str], tuple[float, float]] = dataclasses.field(default_factory=dict)
+    """(kernel, implementation, pass) -> its last (work, seconds), to tell beforehand what would take too long."""
+
+    def impls(self, kernel: str) -> list[str]:
+        return [impl for impl in IMPLS[kernel] if not needs(impl)]
+
+    def compile(self, key: tuple[str, str, str], work: float, function: Callable[..., Any], *args: Any) -> Pass:
+        """The pass; not even compiled if it would take too long, by what the last shape took."""
+        before, seconds = self.seen.get(key, (work, 0.0))
+        expected = seconds * work / before
+        if expected > LONGEST:
+            return Pass(None, reason=f"skipped: about {expected:.0f} s")
+        return compiled(function, *args)
+
+    def shapes(self, kernel: str, shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+        for shape in shapes:
+            if time.monotonic() > self.deadline:
+                say(f"{kernel} {shape} and what follows left out: out of time")
+                return
+            say(f"{kernel} {shape}")
+            yield shape
+
+    def rows(
+        self, kernel: str, shape: tuple[int, ...], work: float, entries: list[Entry], tokens: int, unit: int,
+        peak: float | None,
+    ) -> list[str]:  # fmt: skip
+        """Times the entries in turn, pass by pass; one line each. `unit`: bytes to compare temporary ones with."""
+        forward = times([entry.forward for entry in entries], self.repeats)
+        both = times([entry.both for entry in entries], self.repeats)
+        lines = []
+        for entry, *measured in zip(entries, forward, both, strict=True):
+            cells = []
+            passes = ((entry.forward, entry.forward_bytes), (entry.both, entry.both_bytes))
+            for name, seconds, (p, moved) in zip(("forward", "both"), measured, passes, strict=True):
+                if isinstance(seconds, float):
+                    self.seen[kernel, entry.name, name] = work, seconds
+                cells += _cells(seconds, p.temp_bytes, moved, tokens, unit, peak)
+            lines.append(f"| {', '.join(map(str, shape))} | {entry.name} | {' | '.join(cells)} |")
+        return lines
+
+
+def _cells(
+    seconds: float | str, temp: int | None, moved: int, tokens: int, unit: int, peak: float | None
+) -> list[str]:
+    temp_cell = "" if temp is None else f"{temp / 1e6:.1f} ({temp / unit:.2f})"
+    if isinstance(seconds, str):
+        return [seconds, "", "", *([] if peak is None else [""]), temp_cell]
+    rate = moved / seconds
+    share = [] if peak is None else [f"{100 * rate / peak:.0f} %"]
+    return [_time(seconds), f"{seconds / tokens * 1e9:.1f}", f"{rate / 1e9:.1f}", *share, temp_cell]
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
+
+
+def _head(kernel: str, dims: str, rate: str, unit: str) -> list[str]:
+    cells = ["ns a token", *rate.split(", "), f"temp MB (copies of {unit})"]
+    columns = [f"{kernel}: {dims}", "implementation", "forward", *cells, "forward + gradient", *cells]
+    return [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+
+
+def _arrays(dtype: str, **shapes: tuple[int, ...]) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    return {name: jnp.asarray(rng.standard_normal(shape, np.float32), dtype) for name, shape in shapes.items()}
+
+
+def _conv_table(bench: _Bench) -> str:
+    """Both gates, no bias, one document a row."""
+    kernel, lines = "causal_conv", _head("causal_conv, two gates", "B, T, D, W", "GB/s, of copy", "y")
+    for shape in bench.shapes(kernel, bench.sizes.conv):
+        B, T, D, W = shape
+        wide = (B, T, D)
+        arrays = _arrays(bench.sizes.dtype, y_BTD=wide, gate_in_BTD=wide, gate_out_BTD=wide, w_WD=(W, D))
+        dz_BTD = _arrays(bench.sizes.dtype, dz_BTD=wide)["dz_BTD"]
+        unit = dz_BTD.nbytes
+        entries = []
+        for impl in bench.impls(kernel):
+            run = partial(_conv, impl)
+            forward = bench.compile((kernel, impl, "forward"), B * T, run, arrays)
+            both = bench.compile((kernel, impl, "both"), B * T, gradient(run), arrays, dz_BTD)
+            # y, two gates -> z; then y, two gates, dz -> dy and the gradients of the gates.
+            entries.append(Entry(impl, forward, both, 4 * unit, 11 * unit))
+        if jax.default_backend() == "gpu":
+            entries += gpu_peers.conv(arrays, dz_BTD)
+        lines += bench.rows(kernel, shape, B * T, entries, B * T, unit, bench.copy)
     return "\n".join(lines)
 
 
-def _conv_task(impl: str, name: str, y_BTD: jax.Array, w_WD: jax.Array) -> Callable[[], object]:
-    conv = partial(causal_conv, impl=impl)
-    if name == "forward":
-        call = jax.jit(conv)
-    else:
-        call = jax.jit(jax.value_and_grad(lambda y, w: jnp.sum(jnp.sin(conv(y, w))), argnums=(0, 1)))
-    return lambda: jax.block_until_ready(call(y_BTD, w_WD))
+def _conv(impl: str, arrays: dict[str, jax.Array]) -> jax.Array:
+    y_BTD, w_WD, gate_in_BTD, gate_out_BTD = (arrays[name] for name in ("y_BTD", "w_WD", "gate_in_BTD", "gate_out_BTD"))
+    return causal_conv.causal_conv(y_BTD, w_WD, gate_in_BTD=gate_in_BTD, gate_out_BTD=gate_out_BTD, impl=impl)
 
 
-def _linear_table(repeats: int) -> str:
+def _scan_table(bench: _Bench) -> str:
+    kernel, lines = "linear_scan", _head("linear_scan", "B, T, D", "GB/s, of copy", "b")
+    for shape in bench.shapes(kernel, bench.sizes.scan):
+        B, T, _ = shape
+        arrays = _arrays(bench.sizes.dtype, a_BTD=shape, b_BTD=shape)
+        arrays["a_BTD"] = jax.nn.sigmoid(arrays["a_BTD"] + 4)  # Memories of ten to a few hundred tokens.
+        dh_BTD = _arrays(bench.sizes.dtype, dh_BTD=shape)["dh_BTD"]
+        unit = dh_BTD.nbytes
+        runs = {impl: partial(_scan, impl) for impl in bench.impls(kernel)}
+        runs["`lax.associative_scan` alone"] = _plain_scan
+        entries = []
+        for name, run in runs.items():
+            forward = bench.compile((kernel, name, "forward"), B * T, run, arrays)
+            both = bench.compile((kernel, name, "both"), B * T, gradient(run), arrays, dh_BTD)
+            # a, b -> h; then a, h, dh -> da, db.
+            entries.append(Entry(name, forward, both, 3 * unit, 8 * unit))
+        if jax.default_backend() == "gpu":
+            entries += gpu_peers.scan(arrays, dh_BTD)
+        lines += bench.rows(kernel, shape, B * T, entries, B * T, unit, bench.copy)
+    return "\n".join(lines)
+
+
+def _scan(impl: str, arrays: dict[str, jax.Array]) -> jax.Array:
+    return linear_scan.linear_scan(arrays["a_BTD"], arrays["b_BTD"], impl=impl)[0]
+
+
+def _plain_scan(arrays: dict[str, jax.Array]) -> jax.Array:
+    def after(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return second[0] * first[0], second[0] * first[1] + second[1]
+
+    return lax.associative_scan(after, (arrays["a_BTD"], arrays["b_BTD"]), axis=1)[1]
+
+
+def _attention_table(bench: _Bench) -> str:
+    """Rates in operations: two products of every visible pair forward, five more for the gradient."""
+    kernel, lines = "attention", _head("attention", "B, T, S, N, K, H", "GFLOP/s", "q, k and v")
+    for shape in bench.shapes(kernel, bench.sizes.attention):
+        B, T, S, N, K, H = shape
+        arrays = _arrays(bench.sizes.dtype, q_BTNH=(B, T, N, H), k_BSKH=(B, S, K, H), v_BSKH=(B, S, K, H))
+        dout_BTNH = _arrays(bench.sizes.dtype, dout_BTNH=(B, T, N, H))["dout_BTNH"]
+        decode = T < S
+        order_BT = jnp.full((B, T), S - 1, jnp.int32) if decode else None
+        pairs = T * S if decode else T * (T + 1) // 2
+        flops = 4 * B * N * H * pairs
+        # `direct` is for a query or two; the kernels for whole rows are for nothing else.
+        impls = [impl for impl in bench.impls(kernel)
+                 if impl not in (("splash", "cudnn") if decode else ("direct",))]
+        entries = []
+        for impl in impls:
+            run = partial(_attention, impl, order_BT)
+            forward = bench.compile((kernel, impl, "forward"), T * S, run, arrays)
+            both = Pass(None)
+            if not decode:
+                both = bench.compile((kernel, impl, "both"), T * S, gradient(run), arrays, dout_BTNH)
+            entries.append(Entry(impl, forward, both, flops, 7 * flops // 2))
+        unit = sum(x.nbytes for x in arrays.values())
+        lines += bench.rows(kernel, shape, T * S, entries, B * T, unit, None)
+    return "\n".join(lines)
+
+
+def _attention(impl: str, order_BT: jax.Array | None, arrays: dict[str, jax.Array]) -> jax.Array:
+    q_BTNH, k_BSKH, v_BSKH = (arrays[name] for name in ("q_BTNH", "k_BSKH", "v_BSKH"))
+    return attention.attention(q_BTNH, k_BSKH, v_BSKH, order_BT=order_BT, impl=impl)
+
+
+def _linear_table(bench: _Bench) -> str:
     impls = ("dot", "left")
-    inputs, outputs = 1024, 4608
-    keys = jax.random.split(jax.random.key(0), LINEAR_WEIGHTS)
+    inputs, outputs, count = 1024, 4608, bench.sizes.linear_weights
+    keys = jax.random.split(jax.random.key(0), count)
     weights = [jax.random.normal(key, (outputs, inputs)) for key in keys]
-    lines = [f"| linear: M rows, {inputs} -> {outputs} | {' | '.join(impls)} | dot / left | left, GB/s of weights |",
-             "|---|---|---|---|---|"]
-    for M in LINEAR_ROWS:
+    lines = [f"| linear, float32: M rows, {inputs} -> {outputs} | {' | '.join(impls)} | dot / left | "
+             "left, GB/s of weights |", "|---|---|---|---|---|"]
+    for (M,) in bench.shapes("linear", [(M,) for M in bench.sizes.linear_rows]):
         x_MI = jax.random.normal(jax.random.key(1), (M, inputs))
-        times = interleave([_linear_task(impl, x_MI, weights) for impl in impls], repeats)
-        times = [t / LINEAR_WEIGHTS for t in times]
-        cells = " | ".join(f"{t * 1e3:.2f} ms" for t in times)
-        lines.append(f"| {M} | {cells} | {times[0] / times[1]:.2f}x | {4e-9 * inputs * outputs / times[1]:.1f} |")
+        seconds = interleave([_linear_task(impl, x_MI, weights) for impl in impls], bench.repeats)
+        seconds = [t / count for t in seconds]
+        cells = " | ".join(f"{t * 1e3:.2f} ms" for t in seconds)
+        lines.append(f"| {M} | {cells} | {seconds[0] / seconds[1]:.2f}x | {4e-9 * inputs * outputs / seconds[1]:.1f} |")
     return "\n".join(lines)
 
 
@@ -73,3 +299,7 @@ def _linear_task(impl: str, x_MI: jax.Array, weights: list[jax.Array]) -> Callab
         return x_MI
 
     return lambda: call(x_MI, weights).block_until_ready()
+
+
+if __name__ == "__main__":
+    print(bench_kernels())

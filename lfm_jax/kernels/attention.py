@@ -1,6 +1,6 @@
-"""Causal grouped-query attention with document boundaries.
+"""Causal grouped-query attention with documents, windows and key slots in any order.
 
-Dimensions: B batch, T query time, S key slots, N query heads, K key/value heads, H head width.
+Dimensions: B batch, T query time, S key slots, N query heads, K key/value heads, G = N / K, H head width.
 """
 
 from __future__ import annotations
@@ -8,33 +8,165 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from lfm_jax.kernels.blockwise_attention import Place, blockwise_attention, visible
+from lfm_jax.sharding import platform
+
+IMPLS = ("xla", "direct", "blockwise", "splash", "cudnn")
+SCORE_BYTES = 2**30
+"""Bytes of float32 scores, 4 * B * N * T * S, above which `auto` never takes `xla`, which holds two or three such."""
+CPU_QUERIES, CPU_SCORES = 32, 2**16
+"""T and T * S from which `blockwise` is the faster one on a CPU (docs/benchmarks.md)."""
+
 
 def attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     *,
-    order_BT: jax.Array,
-    segment_ids_BT: jax.Array | None,
-    key_segment_ids_BS: jax.Array | None,
+    order_BT: jax.Array | None = None,
+    key_order_BS: jax.Array | None = None,
+    segment_ids_BT: jax.Array | None = None,
+    key_segment_ids_BS: jax.Array | None = None,
+    window: int | None = None,
+    impl: str = "auto",
+    interpret: bool = False,
 ) -> jax.Array:
-    """Softmax attention, scale H ** -0.5, softmax in float32 (`jax.nn.dot_product_attention`).
+    """Softmax attention, scale H ** -0.5, softmax in float32.
 
-    Key slot s is visible to a query when `s <= order` and both belong to the same document.
+    A key is visible to a query when `key_order <= order`, `order - key_order < window` and both belong to the same
+    document. The value of a key that is not visible meets the weight 0: it must be finite.
 
     Args:
       q_BTNH: queries; N is a multiple of K.
-      k_BSKH: keys, slot s at index s.
-      v_BSKH: values.
-      order_BT: the slot of each query's own token.
+      k_BSKH: keys, of q's dtype.
+      v_BSKH: values, of q's dtype.
+      order_BT: int32 below 2 ** 30 in size, place of each query in its row; None for 0 .. T - 1.
+      key_order_BS: the same of each key; None for 0 .. S - 1. An empty slot is one that no query sees by its order or
+        its document.
       segment_ids_BT: document of each query, or None when every row is one document.
-      key_segment_ids_BS: document of each key slot; None exactly when `segment_ids_BT` is.
+      key_segment_ids_BS: document of each key; None exactly when `segment_ids_BT` is.
+      window: how many tokens back a query sees, its own included; None for no limit.
+      impl:
+        `xla`: `jax.nn.dot_product_attention`, the reference, with all scores in memory.
+        `direct`: products as sums that XLA fuses. Keys and values are read once where they lie, while the products of
+          `xla` need them with heads first, copied on a CPU at each call. For one query a row, as in decoding.
+        `blockwise`: online softmax over blocks (`blockwise_attention`); memory of the order of q, k and v.
+        `splash`: JAX's Pallas kernel for TPU; whole rows only: T = S, both orders None.
+        `cudnn`: cuDNN's flash attention for NVIDIA GPUs; whole rows only, one document each, in
+          half precision.
+        `auto`: `blockwise` where the scores would exceed SCORE_BYTES. Below that `xla`, but on CPU, where
+          docs/benchmarks.md has their times, `direct` for one query and `blockwise` for long rows. Never `splash` or
+          `cudnn` before a benchmark on such a device is committed.
+      interpret: run `splash` without a TPU, slowly.
 
     Returns:
-      out_BTNH in q's dtype. A query that sees no key (padding) gets finite values that mean nothing.
+      out_BTNH in q's dtype. A query that sees no key gets finite values that mean nothing and, from `blockwise`, passes
+      no gradient on.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together, an unknown impl, or one that cannot do what is asked.
     """
-    slot_S = jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)
-    visible_BTS = slot_S[None, None, :] <= order_BT[:, :, None]
-    if segment_ids_BT is not None and key_segment_ids_BS is not None:
-        visible_BTS &= segment_ids_BT[:, :, None] == key_segment_ids_BS[:, None, :]
+    _check(q_BTNH, k_BSKH, v_BSKH, order_BT, key_order_BS, segment_ids_BT, key_segment_ids_BS, window)
+    if impl == "auto":
+        impl = _choose(q_BTNH.shape, k_BSKH.shape[1])
+    if impl not in IMPLS:
+        raise ValueError(f"impl is {impl!r}; choose one of auto, {', '.join(IMPLS)}")
+    if interpret and impl != "splash":
+        raise ValueError(f"interpret=True is for impl='splash'; {impl} has nothing to interpret")
+    if impl in ("splash", "cudnn"):
+        if order_BT is not None or key_order_BS is not None or q_BTNH.shape[1] != k_BSKH.shape[1]:
+            raise ValueError(f"impl={impl!r} does self-attention of whole rows only: order_BT and key_order_BS None, "
+                             f"T = S; here T = {q_BTNH.shape[1]}, S = {k_BSKH.shape[1]}; use impl='blockwise'")
+        if impl == "cudnn":
+            return _cudnn(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window)
+        from lfm_jax.kernels.splash import splash_attention  # Pallas is slow to import.
+
+        ids = (segment_ids_BT, key_segment_ids_BS)
+        return splash_attention(q_BTNH, k_BSKH, v_BSKH, *ids, window, interpret=interpret)
+    query_BT = Place(_order(order_BT, q_BTNH), segment_ids_BT)
+    key_BS = Place(_order(key_order_BS, k_BSKH), key_segment_ids_BS)
+    if impl == "blockwise":
+        return blockwise_attention(q_BTNH, k_BSKH, v_BSKH, query_BT, key_BS, window)
+    visible_BTS = visible(query_BT, key_BS, window)
+    if impl == "direct":
+        return _direct(q_BTNH, k_BSKH, v_BSKH, visible_BTS)
     return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=visible_BTS[:, None], implementation="xla")
+
+
+def _order(order: jax.Array | None, x: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2]) if order is None else order
+
+
+def _choose(shape_BTNH: tuple[int, ...], S: int) -> str:
+    B, T, N, _ = shape_BTNH
+    on_cpu = platform() == "cpu"
+    if on_cpu and T == 1:
+        return "direct"
+    faster = on_cpu and T >= CPU_QUERIES and T * S >= CPU_SCORES
+    return "blockwise" if faster or 4 * B * N * T * S > SCORE_BYTES else "xla"
+
+
+def _direct(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible_BTS: jax.Array) -> jax.Array:
+    """Heads stay where they lie in keys and values; what is summed is [B, T, S, K, G, H], and fused away."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BT1KGH = q_BTNH.reshape(B, T, 1, K, N // K, H).astype(jnp.float32)
+    k_B1SK1H, v_B1SK1H = (x[:, None, :, :, None].astype(jnp.float32) for x in (k_BSKH, v_BSKH))
+    scores_BTSKG = jnp.sum(q_BT1KGH * k_B1SK1H, axis=-1) * H**-0.5
+    scores_BTSKG = jnp.where(visible_BTS[..., None, None], scores_BTSKG, jnp.finfo(jnp.float32).min)
+    weight_BTSKG = jax.nn.softmax(scores_BTSKG, axis=2)
+    out_BTKGH = jnp.sum(weight_BTSKG[..., None] * v_B1SK1H, axis=2)
+    return out_BTKGH.reshape(q_BTNH.shape).astype(q_BTNH.dtype)
+
+
+def _cudnn(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array | None, window: int | None
+) -> jax.Array:
+    H, dtype = q_BTNH.shape[3], q_BTNH.dtype
+    if segment_ids_BT is not None:
+        raise ValueError("impl='cudnn' knows no documents: leave segment_ids_BT out or use impl='blockwise'")
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(f"impl='cudnn' takes q, k and v in bfloat16 or float16, not {dtype}: cast them or use "
+                         "impl='blockwise'")
+    if H % 8 or H > 128:
+        raise ValueError(f"impl='cudnn' takes head widths that are multiples of 8 up to 128, not {H}; "
+                         "use impl='blockwise'")
+    if platform() != "gpu":
+        raise ValueError(f"impl='cudnn' needs an NVIDIA GPU; this is {platform()}; use impl='blockwise'")
+    # Its left window leaves the query's own token out.
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BSKH, v_BSKH, is_causal=True, local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )
+
+
+def _check(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    order_BT: jax.Array | None,
+    key_order_BS: jax.Array | None,
+    segment_ids_BT: jax.Array | None,
+    key_segment_ids_BS: jax.Array | None,
+    window: int | None,
+) -> None:
+    if q_BTNH.ndim != 4 or k_BSKH.ndim != 4:
+        raise ValueError(f"q_BTNH {q_BTNH.shape} and k_BSKH {k_BSKH.shape} must have 4 axes: batch, token, head, width")
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    if k_BSKH.shape != (B, S, K, H) or N % K:
+        raise ValueError(f"k_BSKH has shape {k_BSKH.shape}; with q_BTNH {q_BTNH.shape} expected ({B}, slots, a divisor "
+                         f"of {N}, {H})")
+    if v_BSKH.shape != k_BSKH.shape:
+        raise ValueError(f"v_BSKH has shape {v_BSKH.shape}; expected that of k_BSKH, {k_BSKH.shape}")
+    if not q_BTNH.dtype == k_BSKH.dtype == v_BSKH.dtype:
+        raise ValueError(f"q, k and v are {q_BTNH.dtype}, {k_BSKH.dtype} and {v_BSKH.dtype}; cast them to one dtype")
+    given = {"order_BT": (order_BT, (B, T)), "key_order_BS": (key_order_BS, (B, S)),
+             "segment_ids_BT": (segment_ids_BT, (B, T)), "key_segment_ids_BS": (key_segment_ids_BS, (B, S))}
+    for name, (x, shape) in given.items():
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} has shape {x.shape}; expected {shape}")
+    if (segment_ids_BT is None) != (key_segment_ids_BS is None):
+        raise ValueError("segment_ids_BT and key_segment_ids_BS go together: give both or neither")
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; it counts the query's own token: give 1 or more, or None")

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lfm_jax.sharding import is_sharded, platform
+
 FEW_ROWS = 256
 """Rows up to which `auto` puts the weights on the left on CPU."""
 
@@ -27,7 +29,7 @@ def linear(
       dtype: of accumulation and result; None means x's.
       impl: `dot` (`lax.dot_general`, the reference), `left`: the same product as w @ x^T, which a CPU streams
         through memory up to twice as fast when there are few rows (docs/benchmarks.md), or `auto`: `left` on CPU up
-        to FEW_ROWS rows, `dot` elsewhere.
+        to FEW_ROWS rows, `dot` elsewhere and over a mesh, where rows split in two axes cannot become one.
 
     Returns:
       [..., *out].
@@ -42,7 +44,8 @@ def linear(
     w = w.astype(x.dtype)
     rows = math.prod(lead)
     if impl == "auto":
-        impl = "left" if rows <= FEW_ROWS and jax.default_backend() == "cpu" else "dot"
+        few = rows <= FEW_ROWS and platform() == "cpu" and not (is_sharded(x) or is_sharded(w))
+        impl = "left" if few else "dot"
     if impl == "dot":
         x_axes, w_axes = (tuple(range(a.ndim - inputs, a.ndim)) for a in (x, w))
         return lax.dot_general(x, w, ((x_axes, w_axes), ((), ())), preferred_element_type=dtype)

@@ -5,7 +5,8 @@ from typing import Any, Protocol
 
 import jax
 
-from lfm_jax.operators.attention import Attention
+from lfm_jax.operators.attention import Attention, SlidingAttention
+from lfm_jax.operators.linear_recurrence import LinearRecurrence
 from lfm_jax.operators.short_conv import ShortConv
 
 
@@ -17,5 +18,10 @@ class Operator(Protocol):
     ) -> tuple[jax.Array, Any]: ...
 
 
-OPERATORS: dict[str, Callable[..., Operator]] = {"conv": ShortConv, "full_attention": Attention}
+OPERATORS: dict[str, Callable[..., Operator]] = {
+    "conv": ShortConv,
+    "recurrence": LinearRecurrence,
+    "sliding_attention": SlidingAttention,
+    "full_attention": Attention,
+}
 """Layer type (`ModelConfig.layer_types`) -> operator."""

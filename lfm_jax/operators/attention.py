@@ -1,9 +1,11 @@
-"""Grouped-query attention with normed queries and keys (`Lfm2Attention`).
+"""Grouped-query attention with normed queries and keys (`Lfm2Attention`), over all of a document or a window of it.
 
 Dimensions: B batch, T time, S key slots, D width, N query heads, K key/value heads, H head width.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,8 @@ from flax import nnx
 
 from lfm_jax import state as state_lib
 from lfm_jax.config import ModelConfig
-from lfm_jax.kernels.attention import attention
 from lfm_jax.kernels.linear import linear
+from lfm_jax.kernels.sharded import attention
 from lfm_jax.layers import RMSNorm, normal_param, rotary
 from lfm_jax.state import KV
 
@@ -20,7 +22,7 @@ from lfm_jax.state import KV
 class Attention(nnx.Module):
     """Causal GQA: project, norm per head, rotate, attend, project."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, window: int | None = None):
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         self.q_proj = normal_param(rngs, (N, H, D), config)
         self.k_proj = normal_param(rngs, (K, H, D), config)
@@ -31,6 +33,8 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm(H, config)
             self.k_norm = RMSNorm(H, config)
         self.theta = config.rope_theta
+        self.window = window
+        self.impl = config.attention_impl
 
     def __call__(
         self,
@@ -49,43 +53,68 @@ class Attention(nnx.Module):
         q_BTNH = rotary(q_BTNH, positions_BT, self.theta)
         k_BTKH = rotary(k_BTKH, positions_BT, self.theta)
         if state is None:
-            order_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1], dtype=jnp.int32), x_BTD.shape[:2])
             out_BTNH = attention(
-                q_BTNH, k_BTKH, v_BTKH, order_BT=order_BT,
-                segment_ids_BT=segment_ids_BT, key_segment_ids_BS=segment_ids_BT,
+                q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=segment_ids_BT, key_segment_ids_BS=segment_ids_BT,
+                window=self.window, impl=self.impl,
             )
         else:
-            out_BTNH, state = _attend_to_state(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, state)
+            out_BTNH, state = _attend_to_state(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, state, self.window)
         return linear(out_BTNH, self.out_proj[...], inputs=2), state
 
 
+class SlidingAttention(Attention):
+    """Attention to the last `config.sliding_window` tokens of the document, the query's own included."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs, window=config.sliding_window)
+
+
 def _attend_to_state(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None, state: KV
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None, state: KV,
+    window: int | None,
 ) -> tuple[jax.Array, KV]:
-    """Appends this call's keys and values to the state and attends over all of its slots."""
+    """Attends over the state and this call's own tokens, and puts these into the state."""
     B, T = q_BTNH.shape[:2]
     S = state.k_BSKH.shape[1]
-    row_B1 = jnp.arange(B)[:, None]
-    slot_BT = state.end_B[:, None] + jnp.arange(T, dtype=jnp.int32)
     if segment_ids_BT is None:
         segment_ids_BT = jnp.ones((B, T), jnp.int32)
     real_BT = segment_ids_BT != 0
-    write_BT = jnp.where(real_BT, slot_BT, S)  # Slot S does not exist: the write is dropped.
-    dtype = state.k_BSKH.dtype
-    k_BSKH = state.k_BSKH.at[row_B1, write_BT].set(k_BTKH.astype(dtype), mode="drop")
-    v_BSKH = state.v_BSKH.at[row_B1, write_BT].set(v_BTKH.astype(dtype), mode="drop")
-    slot_S = jnp.arange(S, dtype=jnp.int32)
-    held_BS = (slot_S >= state.start_B[:, None]) & (slot_S < state.end_B[:, None])
-    document_BS = held_BS.astype(jnp.int32).at[row_B1, write_BT].set(segment_ids_BT, mode="drop")
-    out_BTNH = attention(
-        q_BTNH, k_BSKH.astype(q_BTNH.dtype), v_BSKH.astype(q_BTNH.dtype), order_BT=slot_BT,
-        segment_ids_BT=segment_ids_BT, key_segment_ids_BS=document_BS,
-    )
-    # A row that has outgrown its slots must not go on with missing keys as if nothing had happened.
-    overflow_BT = real_BT & (slot_BT >= S)
-    out_BTNH = jnp.where(overflow_BT[:, :, None, None], jnp.nan, out_BTNH)
+    index_BT = state.end_B[:, None] + jnp.arange(T, dtype=jnp.int32)
     end_B = state.end_B + state_lib.lengths(segment_ids_BT)
+    held_BS = _held(state.end_B, S)
+    document_BS = (held_BS >= state.start_B[:, None]).astype(jnp.int32)
+    # Of the tokens that share a slot the last one stays. Slot S does not exist: its writes are dropped.
+    write_BT = jnp.where(real_BT & (index_BT >= end_B[:, None] - S), index_BT % S, S)
+
+    def put(slots: jax.Array, new: jax.Array) -> jax.Array:
+        return slots.at[jnp.arange(B)[:, None], write_BT].set(new.astype(slots.dtype), mode="drop")
+
+    kept = KV(put(state.k_BSKH, k_BTKH), put(state.v_BSKH, v_BTKH), state.start_B, end_B)
+    if window is None or T == 1 or window > S:
+        # No token that a query still sees has been overwritten.
+        keys = (kept.k_BSKH, kept.v_BSKH, put(held_BS, index_BT), put(document_BS, segment_ids_BT))
+    else:
+        keys = tuple(
+            jnp.concatenate([old, new.astype(old.dtype)], axis=1)
+            for old, new in ((state.k_BSKH, k_BTKH), (state.v_BSKH, v_BTKH), (held_BS, index_BT),
+                             (document_BS, segment_ids_BT))
+        )
+    k_BSKH, v_BSKH, order_BS, document_BS = keys
+    out_BTNH = attention(
+        q_BTNH, k_BSKH.astype(q_BTNH.dtype), v_BSKH.astype(q_BTNH.dtype), order_BT=index_BT, key_order_BS=order_BS,
+        segment_ids_BT=segment_ids_BT, key_segment_ids_BS=document_BS, window=window,
+    )
+    if window is None or window > S:
+        # A row that has outgrown its slots must not go on with missing keys as if nothing had happened.
+        overflow_BT = real_BT & (index_BT >= S)
+        out_BTNH = jnp.where(overflow_BT[:, :, None, None], jnp.nan, out_BTNH)
     last_B = jnp.max(segment_ids_BT, axis=1)
     first_of_last_B = jnp.argmax(segment_ids_BT == last_B[:, None], axis=1).astype(jnp.int32)
     start_B = jnp.where(last_B > 1, state.end_B + first_of_last_B, state.start_B)
-    return out_BTNH, KV(k_BSKH, v_BSKH, start_B, end_B)
+    return out_BTNH, dataclasses.replace(kept, start_B=start_B)
+
+
+def _held(end_B: jax.Array, S: int) -> jax.Array:
+    """The token in each slot when tokens [0, end) have been put in slots modulo S; -1 or less where there is none."""
+    newest_B1 = end_B[:, None] - 1
+    return newest_B1 - (newest_B1 - jnp.arange(S, dtype=jnp.int32)) % S

@@ -1,6 +1,7 @@
 """The double-gated short convolution, the LIV block of LFM2 (`Lfm2ShortConv`).
 
-`(B, C, h) = in_proj(x)`; `z = causal_conv(B * h)`; `y = out_proj(C * z)`. No activation, no inner norm.
+`(B, C, h) = in_proj(x)`; `z = causal_conv(B * h)`; `y = out_proj(C * z)`. No activation, no inner norm. For ablations
+`ModelConfig.conv_gates` leaves out B, C or both, and with them their part of in_proj.
 
 Dimensions: B batch, T time, D width, W taps, V = W - 1.
 """
@@ -12,24 +13,26 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lfm_jax import state as state_lib
-from lfm_jax.config import ModelConfig
-from lfm_jax.kernels.causal_conv import causal_conv
+from lfm_jax.config import GATES, ModelConfig
 from lfm_jax.kernels.linear import linear
+from lfm_jax.kernels.sharded import causal_conv
 from lfm_jax.layers import normal_param, zeros_param
 from lfm_jax.state import ConvTail
 
 
 class ShortConv(nnx.Module):
-    """Two gates around a causal depthwise convolution of W taps."""
+    """Up to two gates around a causal depthwise convolution of W taps."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D, W = config.hidden_size, config.conv_taps
+        self.gates = config.conv_gates
+        streams = 1 + GATES[self.gates]
         # [3, D, D], not [3 D, D]: a tensor-parallel split of the output channels then needs no collective.
-        self.in_proj = normal_param(rngs, (3, D, D), config)
+        self.in_proj = normal_param(rngs, (streams, D, D), config)
         self.conv = normal_param(rngs, (W, D), config)
         self.out_proj = normal_param(rngs, (D, D), config)
         if config.conv_bias:
-            self.in_bias = zeros_param((3, D), config)
+            self.in_bias = zeros_param((streams, D), config)
             self.conv_bias = zeros_param((D,), config)
             self.out_bias = zeros_param((D,), config)
         self.bias = config.conv_bias
@@ -46,20 +49,23 @@ class ShortConv(nnx.Module):
         """One call for full pass, chunk and single token. Rows are aligned (`state.align`)."""
         del positions_BT  # A convolution knows distance, not position.
         dtype = x_BTD.dtype
-        gates_BTCD = linear(x_BTD, self.in_proj[...])
+        streams_BTCD = linear(x_BTD, self.in_proj[...])
         if self.bias:
-            gates_BTCD += self.in_bias[...].astype(dtype)
-        b_BTD, c_BTD, h_BTD = gates_BTCD[:, :, 0], gates_BTCD[:, :, 1], gates_BTCD[:, :, 2]
-        y_BTD = b_BTD * h_BTD
+            streams_BTCD += self.in_bias[...].astype(dtype)
+        b_BTD = streams_BTCD[:, :, 0] if self.gates in ("input", "both") else None
+        c_BTD = streams_BTCD[:, :, -2] if self.gates in ("output", "both") else None
+        h_BTD = streams_BTCD[:, :, -1]
         tail_BVD = None if state is None else state.tail_BVD
-        z_BTD = causal_conv(y_BTD, self.conv[...].astype(dtype), tail_BVD, segment_ids_BT, impl=self.impl)
-        if self.bias:
-            z_BTD += self.conv_bias[...].astype(dtype)
-        out_BTD = linear(c_BTD * z_BTD, self.out_proj[...])
+        z_BTD = causal_conv(
+            h_BTD, self.conv[...].astype(dtype), tail_BVD, segment_ids_BT, gate_in_BTD=b_BTD, gate_out_BTD=c_BTD,
+            bias_D=self.conv_bias[...].astype(dtype) if self.bias else None, impl=self.impl,
+        )
+        out_BTD = linear(z_BTD, self.out_proj[...])
         if self.bias:
             out_BTD += self.out_bias[...].astype(dtype)
-        new_state = None if tail_BVD is None else ConvTail(_new_tail(tail_BVD, y_BTD, segment_ids_BT))
-        return out_BTD, new_state
+        if tail_BVD is None:
+            return out_BTD, None
+        return out_BTD, ConvTail(_new_tail(tail_BVD, h_BTD if b_BTD is None else b_BTD * h_BTD, segment_ids_BT))
 
 
 def _new_tail(tail_BVD: jax.Array, y_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:

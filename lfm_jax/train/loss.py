@@ -9,6 +9,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from lfm_jax.sharding import axis_names, is_sharded, over_mesh, spec_of
 
 LOSS_IGNORE = -1
 """Target that carries no loss: padding, or a token whose successor is not in the row."""
@@ -19,7 +22,7 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Summed negative log-likelihood in nats and the number of targets that count.
 
-    Works on `chunk` tokens at a time, so the largest array is [chunk, V] float32. Under
+    Works on `chunk` tokens at a time on each device, so the largest array is [chunk, V] float32. Under
     differentiation the gradients of a chunk are made while its logits are at hand and the logits are
     dropped: three matrix products a chunk, as many as with all logits kept.
 
@@ -37,6 +40,15 @@ def cross_entropy(
     """
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be at least 1 token")
+    if is_sharded(hidden_BTD):
+        b, t, _ = spec_of(hidden_BTD)
+
+        def shard(**args: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return jax.lax.psum(cross_entropy(**args, chunk=chunk), axis_names((b, t)))
+
+        args = dict(hidden_BTD=hidden_BTD, table_VD=table_VD, targets_BT=targets_BT)
+        specs = dict(hidden_BTD=P(b, t, None), table_VD=P(), targets_BT=P(b, t))
+        return over_mesh(shard, args, specs, (P(), P()))
     D = hidden_BTD.shape[-1]
     hidden_MD, targets_M = hidden_BTD.reshape(-1, D), targets_BT.reshape(-1)
     chunk = min(chunk, targets_M.shape[0])

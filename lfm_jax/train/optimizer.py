@@ -10,8 +10,8 @@ import optax
 
 Schedule = Literal["wsd", "cosine", "constant"]
 
-NO_DECAY = frozenset({"weight", "conv", "in_bias", "conv_bias", "out_bias"})
-"""Last names of norm weights, conv taps and biases in the parameter tree: not decayed by default."""
+NO_DECAY = frozenset({"weight", "conv", "in_bias", "conv_bias", "out_bias", "rate", "gate_scale", "gate_bias", "gain"})
+"""Last names of norm weights, conv taps, biases and a recurrence's vectors: not decayed by default."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     decay_all: bool = False
-    """Decay norms, biases and conv taps too."""
+    """Decay norms, biases, conv taps and a recurrence's vectors too."""
     clip_norm: float = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it."""
 

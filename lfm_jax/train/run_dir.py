@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 CONFIG = "config.yaml"
 
-NUMERICS = frozenset({"param_dtype", "dtype", "logits_dtype", "conv_impl", "init_std", "max_position",
-                      "pad_id", "bos_id", "eos_ids"})
+NUMERICS = frozenset({"param_dtype", "dtype", "logits_dtype", "conv_impl", "scan_impl", "attention_impl", "init_std",
+                      "max_position", "pad_id", "bos_id", "eos_ids"})
 """Model fields that change no parameter's shape."""
 _PATHS = frozenset({"sources", "heldout", "exclude", "tokenizer"})
 """Data fields that may change when files move: whether the data is the same, its own fingerprint decides."""

@@ -16,7 +16,7 @@ from lfm_jax.testing import tiny_config
 
 @st.composite
 def configs(draw):
-    kinds = st.sampled_from(["conv", "full_attention"])
+    kinds = st.sampled_from(["conv", "full_attention"])  # What a checkpoint can hold.
     kv = draw(st.integers(1, 3))
     return tiny_config(
         layer_types=tuple(draw(st.lists(kinds, min_size=1, max_size=3))),

@@ -16,6 +16,14 @@ B, T, D = 2, 9, 32
 CONFIGS = {
     "conv": tiny_config(),
     "conv-bias-lax": tiny_config(conv_bias=True, conv_taps=4, conv_impl="lax"),
+    "conv-no-gate": tiny_config(conv_gates="none", conv_bias=True),
+    "conv-input-gate": tiny_config(conv_gates="input"),
+    "conv-output-gate": tiny_config(conv_gates="output", conv_taps=7, conv_impl="associative"),
+    "recurrence-rglru": tiny_config(recurrence="rglru"),
+    "recurrence-liquid": tiny_config(recurrence="liquid", scan_impl="sequential"),
+    "recurrence-lti": tiny_config(recurrence="lti", scan_impl="associative"),
+    "sliding_attention": tiny_config(sliding_window=3),
+    "sliding_attention-wide": tiny_config(sliding_window=100, attention_impl="blockwise"),
     "full_attention": tiny_config(),
     "full_attention-no-norm": tiny_config(qk_norm=False, num_kv_heads=1, head_dim=10, rope_theta=100.0),
 }
@@ -35,9 +43,7 @@ def make(name):
 
     def expected(x_TD, positions_T):
         p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
-        if kind == "conv":
-            return reference.short_conv_operator(p, x_TD.astype(np.float64))
-        return reference.attention_operator(p, x_TD.astype(np.float64), positions_T, config)
+        return reference.operator(kind, p, x_TD.astype(np.float64), positions_T, config)
 
     empty = state_lib.init_state(config.replace(layer_types=(kind,)), B, T).layers[0]
     return params, run, expected, empty

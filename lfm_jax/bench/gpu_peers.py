@@ -1,0 +1,113 @@
+"""Other people's kernels on the same tensors: PyTorch's depthwise convolution, flash-linear-attention's HGRN scan.
+
+Each is optional; where it cannot be imported or fails, its row says so.
+
+Dimensions: B batch, T time, D channels, W taps.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from lfm_jax.bench.passes import Entry, Pass
+
+PACKAGES = ("torch", "triton", "flash-linear-attention")
+"""Distributions whose versions belong to the figures."""
+
+Arrays = dict[str, jax.Array]
+
+
+def conv(arrays: Arrays, dz_BTD: jax.Array) -> list[Entry]:
+    """`torch.nn.functional.conv1d` of D groups in its own layout, [B, D, T]: alone, and between the gates."""
+    unit = dz_BTD.nbytes
+    names = {"PyTorch conv1d alone": (2, 5), "PyTorch gate, conv1d, gate": (4, 11)}
+    torch, reason = _cuda_torch()
+    if reason:
+        return _absent(names, unit, reason)
+    W = arrays["w_WD"].shape[0]
+    T = dz_BTD.shape[1]
+    y, gate_in, gate_out = (
+        _tensor(torch, arrays[name]).transpose(1, 2).contiguous().requires_grad_()
+        for name in ("y_BTD", "gate_in_BTD", "gate_out_BTD")
+    )
+    w = _tensor(torch, arrays["w_WD"]).T[:, None].contiguous().requires_grad_()
+    dz = _tensor(torch, dz_BTD).transpose(1, 2).contiguous()
+
+    def alone() -> Any:
+        return torch.nn.functional.conv1d(y, w, padding=W - 1, groups=y.shape[1])[..., :T]
+
+    def gated() -> Any:
+        u = gate_in * y
+        return gate_out * torch.nn.functional.conv1d(u, w, padding=W - 1, groups=y.shape[1])[..., :T]
+
+    calls = zip(names.items(), ((alone, (y, w)), (gated, (y, w, gate_in, gate_out))), strict=True)
+    return [_entry(torch, name, unit, copies, call, inputs, dz) for (name, copies), (call, inputs) in calls]
+
+
+def scan(arrays: Arrays, dh_BTD: jax.Array) -> list[Entry]:
+    """`h_t = exp(g_t) * h_{t-1} + x_t` of HGRN, g = log a."""
+    unit = dh_BTD.nbytes
+    names = {"fla chunk_hgrn": (3, 8), "fla fused_recurrent_hgrn": (3, 8)}
+    torch, reason = _cuda_torch()
+    ops, ops_reason = (None, reason) if reason else _imported("fla.ops.hgrn")
+    if ops_reason:
+        return _absent(names, unit, ops_reason)
+    x = _tensor(torch, arrays["b_BTD"]).requires_grad_()
+    g = _tensor(torch, arrays["a_BTD"]).log().requires_grad_()
+    dh = _tensor(torch, dh_BTD)
+
+    def call(kernel: Callable[..., Any]) -> Callable[[], Any]:
+        return lambda: kernel(x, g)[0]
+
+    return [
+        _entry(torch, name, unit, copies, call(getattr(ops, name.removeprefix("fla "))), (x, g), dh)
+        for name, copies in names.items()
+    ]
+
+
+def _entry(
+    torch: Any, name: str, unit: int, copies: tuple[int, int], call: Callable[[], Any], inputs: tuple[Any, ...],
+    cotangent: Any,
+) -> Entry:  # fmt: skip
+    def forward(calls: int) -> None:
+        with torch.no_grad():
+            for _ in range(calls):
+                call()
+        torch.cuda.synchronize()
+
+    def both(calls: int) -> None:
+        for _ in range(calls):
+            torch.autograd.grad(call(), inputs, cotangent)
+        torch.cuda.synchronize()
+
+    return Entry(name, Pass(forward), Pass(both), copies[0] * unit, copies[1] * unit)
+
+
+def _absent(names: dict[str, tuple[int, int]], unit: int, reason: str) -> list[Entry]:
+    absent = Pass(None, reason=f"absent: {reason}")
+    return [Entry(name, absent, absent, unit, unit) for name in names]
+
+
+def _cuda_torch() -> tuple[Any, str]:
+    torch, reason = _imported("torch")
+    if not reason and not torch.cuda.is_available():
+        reason = f"torch {torch.__version__} sees no CUDA device"
+    return torch, reason
+
+
+def _imported(name: str) -> tuple[Any, str]:
+    """(module, why it is absent)."""
+    try:
+        return importlib.import_module(name), ""
+    except Exception as error:  # Triton and its users fail to import in many ways.
+        return None, " ".join(str(error).split()).replace("|", "/")[:120]
+
+
+def _tensor(torch: Any, x: jax.Array) -> Any:
+    values = torch.from_numpy(np.asarray(x, np.float32).copy())
+    return values.to("cuda", getattr(torch, str(x.dtype)))

@@ -1,0 +1,388 @@
+"""The diagonal linear recurrence `h_t = a_t * h_{t-1} + b_t`, with document boundaries and carried state.
+
+A token maps the state before it to the state after it, h -> a h + b. Such maps are closed under composition,
+(a2, b2) after (a1, b1) = (a2 a1, a2 b1 + b2), so any run of tokens has a summary (a, b), and the states can be found
+in any order of work: one after another, by halves, by chunks, by devices. A new document is a = 0, padding is a = 1,
+b = 0. "a == 0" selects rather than multiplies, so that what is forgotten may be NaN.
+
+The derivative is the same recurrence run backwards: with e_t what the tokens after t want of h_t,
+`dh_t = g_t + e_t`, `e_{t-1} = a_t * dh_t`, `db_t = dh_t`, `da_t = dh_t * h_{t-1}`. It keeps a and h, nothing else.
+
+Dimensions: B batch, T time, D channels, C tokens of a chunk, N chunks.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lfm_jax.sharding import platform
+
+CHUNK = 8
+"""Tokens of a chunk: what `chunked` recomputes grows with it, the number of summaries shrinks."""
+CPU_LOOP = 1024
+"""Summaries that `chunked` takes one after another on CPU, where a step of a loop costs less than another level."""
+CPU_MANY = 2**20
+"""Elements B * T * D from which the passes of `chunked`, spread over the cores, beat the single one of `sequential`."""
+PALLAS = ("pallas_tpu", "pallas_gpu")
+
+
+def linear_scan(
+    a_BTD: jax.Array,
+    b_BTD: jax.Array,
+    h0_BD: jax.Array | None = None,
+    segment_ids_BT: jax.Array | None = None,
+    *,
+    impl: str = "auto",
+    interpret: bool = False,
+    axis: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """All states of `h_t = a_t * h_{t-1} + b_t`, and the last one. float32 inside, whatever the dtypes.
+
+    Exact for |a| <= 1, which is what a stable recurrence has: all implementations but `sequential` multiply runs of a,
+    and such a product may underflow (a memory that has faded) but must not overflow.
+
+    Args:
+      a_BTD: what is kept of the state, by channel. Exactly 0 forgets it, NaN included.
+      b_BTD: what is added.
+      h0_BD: the state before the first token, which belongs to its document; None means zeros.
+      segment_ids_BT: document of each token; ids differ between neighbouring documents, each of which starts from
+        zero. 0 is padding, at a row's right end (see `state.align`), and leaves the state alone. None means one
+        document per row.
+      impl: `sequential` (a loop over tokens, the reference), `associative` (`jax.lax.associative_scan`), `chunked` (a
+        loop over the tokens of a chunk, for all chunks side by side), `pallas_tpu`, `pallas_gpu` (kernels), or `auto`:
+        on CPU `sequential` for small arrays and `chunked` for the others, by measurement (docs/benchmarks.md);
+        elsewhere `chunked` until a benchmark on that platform is committed.
+      interpret: runs a Pallas implementation in interpret mode, on any platform, for tests.
+      axis: the mesh axis over which time is split into contiguous shards of equal length; the arguments are one
+        shard, h0 and the last state those of whole rows. For use inside `jax.shard_map(..., check_vma=False)`.
+
+    Returns:
+      (h_BTD in b's dtype, the state after each row's last real token, [B, D] float32). h means nothing at padding, and
+      a gradient that arrives there is dropped.
+
+    Raises:
+      ValueError: an unknown impl, `interpret` for one that is not a Pallas kernel, shapes that do not fit, or an axis
+        that is not there.
+    """
+    B, T, D = b_BTD.shape
+    if T == 0:
+        raise ValueError(f"b_BTD has shape {b_BTD.shape}; a scan needs at least one token")
+    expected = (("a_BTD", a_BTD, (B, T, D)), ("h0_BD", h0_BD, (B, D)), ("segment_ids_BT", segment_ids_BT, (B, T)))
+    for name, x, shape in expected:
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} has shape {x.shape}; expected {shape} to match b_BTD {b_BTD.shape}")
+    if impl == "auto":
+        small = platform() == "cpu" and B * T * D < CPU_MANY
+        impl = "sequential" if small else "chunked"
+    if impl not in IMPLS:
+        raise ValueError(f"impl is {impl!r}; choose one of auto, {', '.join(IMPLS)}")
+    if interpret and impl not in PALLAS:
+        raise ValueError(f"interpret is for {' and '.join(PALLAS)}; leave it out with impl={impl!r}")
+    if axis is not None:
+        _check_axis(axis)
+    marks = None if segment_ids_BT is None else _mark(segment_ids_BT, axis)
+    h0_BD = jnp.zeros((B, D), jnp.float32) if h0_BD is None else h0_BD.astype(jnp.float32)
+    h_BTD, last_BD = _scan(a_BTD, b_BTD, h0_BD, marks, _How(impl, interpret, axis))
+    if axis is not None:  # Out here, so that nothing moves where nobody asks for it.
+        on_last_shard = lax.axis_index(axis) == lax.axis_size(axis) - 1
+        last_BD = lax.psum(jnp.where(on_last_shard, last_BD, 0), axis)
+    return h_BTD, last_BD
+
+
+def _check_axis(axis: str) -> None:
+    try:
+        lax.axis_size(axis)
+    except NameError:
+        raise ValueError(
+            f"axis is {axis!r}, which is no mesh axis here; call inside a shard_map over it, or leave it out"
+        ) from None
+
+
+class _How(NamedTuple):
+    """What of the arguments is not an array."""
+
+    impl: str
+    interpret: bool
+    axis: str | None
+
+
+class _Marks(NamedTuple):
+    """Tokens that are special, bool; [B, T, 1], so that what slices time slices them too."""
+
+    start_BT1: jax.Array
+    padding_BT1: jax.Array
+
+
+def _mark(segment_ids_BT: jax.Array, axis: str | None) -> _Marks:
+    """A row's first token starts nothing: the incoming state is its own document's."""
+    before_B1 = segment_ids_BT[:, :1]
+    if axis is not None:
+        of_neighbour_B1 = lax.ppermute(segment_ids_BT[:, -1:], axis, _towards(axis, 1))
+        before_B1 = jnp.where(lax.axis_index(axis) == 0, before_B1, of_neighbour_B1)
+    before_BT = jnp.concatenate([before_B1, segment_ids_BT[:, :-1]], axis=1)
+    real_BT = segment_ids_BT != 0
+    return _Marks((real_BT & (segment_ids_BT != before_BT))[:, :, None], ~real_BT[:, :, None])
+
+
+Pick = Callable[[jax.Array], jax.Array]
+Token = tuple[jax.Array, jax.Array, "jax.Array | None"]
+"""Coefficients a and b, and where tokens are padding (None: nowhere)."""
+Read = Callable[[Pick], Token]
+"""The tokens that a slice along time picks. What is made after slicing fuses into its reader."""
+
+
+def _masked(a_BTD: jax.Array, b_BTD: jax.Array, marks: _Marks | None) -> tuple[jax.Array, jax.Array]:
+    """Documents and padding as coefficients."""
+    if marks is None:
+        return a_BTD, b_BTD
+    a_BTD = jnp.where(marks.start_BT1, 0, jnp.where(marks.padding_BT1, 1, a_BTD))
+    return a_BTD, jnp.where(marks.padding_BT1, 0, b_BTD)
+
+
+def _reader(a_BTD: jax.Array, b_BTD: jax.Array, marks: _Marks | None = None) -> Read:
+    def read(pick: Pick) -> Token:
+        a, b, picked = jax.tree.map(pick, (a_BTD, b_BTD, marks))
+        a, b = _masked(a, b, picked)
+        return a.astype(jnp.float32), b.astype(jnp.float32), None if picked is None else picked.padding_BT1
+
+    return read
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _scan(
+    a_BTD: jax.Array, b_BTD: jax.Array, h0_BD: jax.Array, marks: _Marks | None, how: _How
+) -> tuple[jax.Array, jax.Array]:
+    """(h, state after this shard's last token)."""
+    return _forward(a_BTD, b_BTD, h0_BD, marks, how)[0]
+
+
+def _forward(a_BTD, b_BTD, h0_BD, marks, how):
+    read, shape = _reader(a_BTD, b_BTD, marks), b_BTD.shape
+    if how.axis is not None:
+        h0_BD = _arriving(_after, read, shape, h0_BD, how.axis, reverse=False)
+    if how.impl in _STEPPED:
+        h_BTD, last_BD = _STEPPED[how.impl](_after, read, shape, h0_BD, reverse=False, dtype=b_BTD.dtype)
+    else:
+        coefficients = _masked(a_BTD, b_BTD, marks)
+        h_BTD, last_BD = IMPLS[how.impl](*coefficients, h0_BD, reverse=False, interpret=how.interpret)
+    return (h_BTD, last_BD), (a_BTD, h0_BD, h_BTD, marks)
+
+
+def _backward(how, kept, cotangents):
+    a_BTD, h0_BD, h_BTD, marks = kept
+    g_BTD, e_BD = cotangents
+    read, shape = _reader(a_BTD, g_BTD, marks), g_BTD.shape
+    if how.axis is not None:
+        e_BD = _arriving(_adjoint, read, shape, e_BD, how.axis, reverse=True)
+    if how.impl in _STEPPED:
+        db_BTD, dh0_BD = _STEPPED[how.impl](_adjoint, read, shape, e_BD, reverse=True, dtype=g_BTD.dtype)
+    else:  # dh_t = a_{t+1} dh_{t+1} + g_t; e holds its factor already.
+        a_masked_BTD, g_masked_BTD = _masked(a_BTD, g_BTD, marks)
+        next_BTD = jnp.concatenate([a_masked_BTD[:, 1:], jnp.ones_like(a_BTD[:, :1])], axis=1)
+        db_BTD, first_BD = IMPLS[how.impl](next_BTD, g_masked_BTD, e_BD, reverse=True, interpret=how.interpret)
+        dh0_BD = _times(a_masked_BTD[:, 0].astype(jnp.float32), first_BD)
+        if marks is not None:
+            db_BTD = jnp.where(marks.padding_BT1, 0, db_BTD)
+    before_BTD = jnp.concatenate([h0_BD.astype(h_BTD.dtype)[:, None], h_BTD[:, :-1]], axis=1)
+    da_BTD = db_BTD.astype(jnp.float32) * before_BTD.astype(jnp.float32)
+    if marks is not None:  # What stands before a document may be NaN.
+        da_BTD = jnp.where(marks.start_BT1 | marks.padding_BT1, 0, da_BTD)
+    if how.axis is not None:  # h0 is the same array on every shard, and only the first uses it.
+        dh0_BD = jnp.where(lax.axis_index(how.axis) == 0, dh0_BD, 0)
+    return da_BTD.astype(a_BTD.dtype), db_BTD, dh0_BD, None
+
+
+_scan.defvjp(_forward, _backward)
+
+
+Step = Callable[[jax.Array, Token], tuple[jax.Array, jax.Array]]
+"""One token of a recurrence: (state after it, output), from the state before it."""
+Shape = tuple[int, ...]
+"""(B, T, D)."""
+
+
+def _times(a: jax.Array, h: jax.Array) -> jax.Array:
+    return jnp.where(a == 0, 0, a * h)
+
+
+def _after(h: jax.Array, token: Token) -> tuple[jax.Array, jax.Array]:
+    a, b, _ = token
+    h = _times(a, h) + b
+    return h, h
+
+
+def _before(h: jax.Array, token: Token) -> tuple[jax.Array, jax.Array]:
+    return _after(h, token)[0], h
+
+
+def _adjoint(e: jax.Array, token: Token) -> tuple[jax.Array, jax.Array]:
+    """The derivative's step: gives db."""
+    a, g, padding = token
+    dh = e + g
+    return _times(a, dh), dh if padding is None else jnp.where(padding, 0, dh)
+
+
+def _sequential(
+    step: Step, read: Read, shape: Shape, state_BD: jax.Array, *, reverse: bool, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """A loop over tokens, which are read where they lie: (output [B, T, D], state at the end)."""
+    T = shape[1]
+
+    def token(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        state_B1D, out_BTD = carry
+        t = T - 1 - i if reverse else i
+        state_B1D, out_B1D = step(state_B1D, read(lambda x: lax.dynamic_slice_in_dim(x, t, 1, axis=1)))
+        return state_B1D, lax.dynamic_update_slice_in_dim(out_BTD, out_B1D.astype(dtype), t, axis=1)
+
+    state_B1D, out_BTD = lax.fori_loop(0, T, token, (state_BD[:, None], jnp.zeros(shape, dtype)))
+    return out_BTD, state_B1D[:, 0]
+
+
+def _chunked(
+    step: Step, read: Read, shape: Shape, state_BD: jax.Array, *, reverse: bool, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The same by chunks of C tokens: their summaries, the states between them, then all of them at once.
+
+    Reads the coefficients twice and writes the output once, in two fusions that run on all cores. Every output goes
+    through its chunk from the start; its neighbours have the rows in the cache. Tokens that fill no chunk come last.
+    """
+    B, T, D = shape
+    N, C = T // CHUNK, CHUNK
+    if N > 0:
+        first, order = (T % C, range(C - 1, 0, -1)) if reverse else (0, range(C - 1))
+        summaries_BN2D = _summaries(step, read, shape, reverse)
+        middle = _sequential if platform() == "cpu" and N <= CPU_LOOP else _chunked
+        states_BND, state_BD = middle(
+            _before, _summary_reader(summaries_BN2D), (B, N, D), state_BD, reverse=reverse, dtype=jnp.float32
+        )
+        own_1NC1 = lax.broadcasted_iota(jnp.int32, (1, 1, C, 1), 2)
+        state_BNCD = lax.optimization_barrier(states_BND)[:, :, None]
+        for k in order:
+            passed = own_1NC1 < k if reverse else own_1NC1 > k
+            state_BNCD = jnp.where(passed, step(state_BNCD, read(partial(_kth, k=k, first=first, N=N)))[0], state_BNCD)
+        _, out_BNCD = step(state_BNCD, read(lambda x: x[:, first : first + N * C].reshape(B, N, C, *x.shape[2:])))
+        pieces = [out_BNCD.reshape(B, N * C, D).astype(dtype)]
+    else:
+        pieces = []
+    for t in _left_over(T, reverse):
+        state_B1D, out_B1D = step(state_BD[:, None], read(lambda x, t=t: x[:, t : t + 1]))
+        state_BD = state_B1D[:, 0]
+        pieces.append(out_B1D.astype(dtype))
+    # A barrier, or XLA makes the output anew in each of its readers rather than read it.
+    return lax.optimization_barrier(jnp.concatenate(pieces[::-1] if reverse else pieces, axis=1)), state_BD
+
+
+def _summaries(step: Step, read: Read, shape: Shape, reverse: bool) -> jax.Array:
+    """(a, b) of every chunk: what its tokens make of the state 1 without their b, and of the state 0 with it."""
+    _, T, _ = shape
+    N, C = T // CHUNK, CHUNK
+    is_a_112 = jnp.asarray([True, False])[None, None, :, None]
+    summary_BN2D = is_a_112.astype(jnp.float32)
+    for k in range(C - 1, -1, -1) if reverse else range(C):
+        a_BN1D, b_BN1D, padding_BN11 = read(partial(_kth, k=k, first=T % C if reverse else 0, N=N))
+        summary_BN2D, _ = step(summary_BN2D, (a_BN1D, jnp.where(is_a_112, 0, b_BN1D), padding_BN11))
+    return lax.optimization_barrier(summary_BN2D)  # Or XLA makes it again wherever it is used.
+
+
+def _summary_reader(summaries_BN2D: jax.Array) -> Read:
+    def read(pick: Pick) -> Token:
+        picked = pick(summaries_BN2D)
+        return picked[..., 0, :], picked[..., 1, :], None
+
+    return read
+
+
+def _kth(x: jax.Array, k: int, first: int, N: int) -> jax.Array:
+    """[B, T, ...] -> [B, N, 1, ...], the k-th token of every chunk. Strided, as XLA copies what it would reshape."""
+    return lax.slice_in_dim(x, first + k, first + k + (N - 1) * CHUNK + 1, CHUNK, axis=1)[:, :, None]
+
+
+def _left_over(T: int, reverse: bool) -> range:
+    """The tokens that fill no chunk, in the order of the recurrence."""
+    return range(T % CHUNK - 1, -1, -1) if reverse else range(T - T % CHUNK, T)
+
+
+_STEPPED = {"sequential": _sequential, "chunked": _chunked}
+
+
+def _raw(name: str, a_BTD: jax.Array, b_BTD: jax.Array, h0_BD: jax.Array, *, reverse: bool, interpret: bool):
+    del interpret
+    read = _reader(a_BTD, b_BTD)
+    return _STEPPED[name](_after, read, b_BTD.shape, h0_BD, reverse=reverse, dtype=b_BTD.dtype)
+
+
+def _associative(a_BTD: jax.Array, b_BTD: jax.Array, h0_BD: jax.Array, *, reverse: bool, interpret: bool):
+    """Summaries of all beginnings by `jax.lax.associative_scan`: a logarithmic number of passes over the sequence."""
+    del interpret
+
+    def compose(first: tuple[jax.Array, jax.Array], then: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return _times(then[0], first[0]), _times(then[0], first[1]) + then[1]
+
+    pairs = (a_BTD.astype(jnp.float32), b_BTD.astype(jnp.float32))
+    a_BTD, h_BTD = lax.associative_scan(compose, pairs, reverse=reverse, axis=1)
+    h_BTD += _times(a_BTD, h0_BD[:, None])
+    return h_BTD.astype(b_BTD.dtype), h_BTD[:, 0 if reverse else -1]
+
+
+def _pallas(name: str, a_BTD: jax.Array, b_BTD: jax.Array, h0_BD: jax.Array, *, reverse: bool, interpret: bool):
+    module = importlib.import_module(f"lfm_jax.kernels.{name}")  # Pallas is slow to import.
+    return module.scan(a_BTD, b_BTD, h0_BD, reverse=reverse, interpret=interpret)
+
+
+IMPLS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
+    "sequential": partial(_raw, "sequential"),
+    "associative": _associative,
+    "chunked": partial(_raw, "chunked"),
+    **{name: partial(_pallas, name) for name in PALLAS},
+}
+"""`scan(a_BTD, b_BTD, h0_BD, *, reverse, interpret) -> (h_BTD, last_BD)`, without documents or a derivative."""
+
+
+def _arriving(step: Step, read: Read, shape: Shape, first_BD: jax.Array, axis: str, *, reverse: bool) -> jax.Array:
+    """The state that comes into this shard of time; `first_BD` comes into the one where the recurrence begins.
+
+    Each shard hands on its summary, and as far as it goes already, in steps of 1, 2, 4, ... shards. The first one's
+    neighbour gets (0, first): all before it is known. What nobody sends arrives as (0, 0), and where that happens a
+    is 0 by then.
+    """
+    shards = lax.axis_size(axis)
+    way = -1 if reverse else 1
+
+    def from_behind(x: tuple[jax.Array, jax.Array], distance: int) -> tuple[jax.Array, jax.Array]:
+        return lax.ppermute(x, axis, _towards(axis, way * distance))
+
+    a_BD, b_BD = from_behind(_total(step, read, shape, reverse), 1)
+    begins = lax.axis_index(axis) == (shards - 1 if reverse else 0)
+    a_BD, b_BD = jnp.where(begins, 0, a_BD), jnp.where(begins, first_BD, b_BD)
+    distance = 1
+    while distance < shards:
+        a_behind_BD, b_behind_BD = from_behind((a_BD, b_BD), distance)
+        a_BD, b_BD = _times(a_BD, a_behind_BD), _times(a_BD, b_behind_BD) + b_BD
+        distance *= 2
+    return b_BD
+
+
+def _towards(axis: str, distance: int) -> list[tuple[int, int]]:
+    shards = lax.axis_size(axis)
+    return [(i, i + distance) for i in range(shards) if 0 <= i + distance < shards]
+
+
+def _total(step: Step, read: Read, shape: Shape, reverse: bool) -> tuple[jax.Array, jax.Array]:
+    """(a, b) of all tokens. Nothing but summaries is written; XLA finds those that `chunked` makes to be the same."""
+    B, T, D = shape
+    N = T // CHUNK
+    a_BD, b_BD = jnp.ones((B, D), jnp.float32), jnp.zeros((B, D), jnp.float32)
+    if N > 0:
+        summaries = _summary_reader(_summaries(step, read, shape, reverse))
+        a_BD, b_BD = _total(_after, summaries, (B, N, D), reverse)
+    for t in _left_over(T, reverse):
+        token = read(lambda x, t=t: x[:, t])
+        a_BD, b_BD = _times(token[0], a_BD), step(b_BD, token)[0]
+    return a_BD, b_BD

@@ -1,0 +1,98 @@
+"""A whole model with time split over devices equals one device: hidden states, loss, gradients, an optimizer step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from helpers import KINDS, Net, rel_err, tokens_like
+from jax.sharding import PartitionSpec as P
+from meshes import collectives, mesh_of
+
+from lfm_jax.train.loss import LOSS_IGNORE
+from lfm_jax.train.step import batch_loss, compile_train_step, init_train_state
+
+B, T = 2, 32
+KIND = KINDS["every-operator"] | dict(conv_gates="both", num_kv_heads=4)
+TOKENS = P(("data", "fsdp"), "context")
+MESHES = [dict(context=2), dict(context=4), dict(context=8), dict(data=2, context=4)]
+
+
+def batch():
+    ids = np.asarray([[1] * 13 + [2] * 2 + [3] * 17, [1] * 5 + [2] * 6 + [0] * 21], np.int32)
+    positions = np.stack([np.concatenate([np.arange(n) for n in row]) for row in ((13, 2, 17), (5, 6, 21))])
+    targets = np.where((ids != 0) & (np.roll(ids, -1, 1) == ids), tokens_like((B, T), 1), LOSS_IGNORE)
+    return dict(tokens=tokens_like((B, T), 0), targets=targets, segment_ids=ids, positions=positions.astype(np.int32))
+
+
+@functools.cache
+def net(kind):
+    return Net(**(KIND if kind == "every-operator" else KINDS[kind]))
+
+
+def loss_and_gradients(model, params, data):
+    def loss(params, data):
+        total, count = batch_loss(model.graphdef, params, data, 16)
+        return total / count
+
+    return jax.jit(jax.value_and_grad(loss))(params, data)
+
+
+@functools.cache
+def on_one_device(kind):
+    return loss_and_gradients(net(kind), net(kind).params, batch())
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("every-operator", sizes) for sizes in MESHES] + [("liquid", dict(context=4)), ("lti", dict(context=8))],
+)
+def test_loss_and_the_gradient_of_every_parameter(kind, sizes):
+    expected, grads = on_one_device(kind)
+    with jax.set_mesh(mesh_of(**sizes)):
+        placed = {name: jax.device_put(x, TOKENS) for name, x in batch().items()}
+        split, split_grads = loss_and_gradients(net(kind), jax.device_put(net(kind).params, P()), placed)
+    assert rel_err(split, expected) < 1e-5
+    expected_grads = jax.tree_util.tree_leaves_with_path(grads)
+    for (path, theirs), mine in zip(expected_grads, jax.tree.leaves(split_grads), strict=True):
+        assert rel_err(mine, theirs) < 1e-5, jax.tree_util.keystr(path)
+
+
+def test_a_training_step_along_time():
+    model, data = Net(**KIND), batch()
+    optimizer = optax.adamw(1e-2)
+    step = compile_train_step(model.graphdef, optimizer, loss_chunk=16)
+    alone, metrics = step(init_train_state(jax.tree.map(jnp.copy, model.params), optimizer), data)
+    with jax.set_mesh(mesh_of(data=2, context=4)):
+        placed = {name: jax.device_put(x, TOKENS) for name, x in data.items()}
+        state = jax.jit(lambda params: init_train_state(params, optimizer))(jax.device_put(model.params, P()))
+        split, split_metrics = step(state, placed)
+    assert rel_err(split_metrics["loss"], metrics["loss"]) < 1e-5
+    assert rel_err(split_metrics["grad_norm"], metrics["grad_norm"]) < 1e-5
+    for mine, theirs in zip(jax.tree.leaves(split.params), jax.tree.leaves(alone.params), strict=True):
+        assert rel_err(mine, theirs) < 1e-4  # AdamW divides by a gradient's own size, also where that is rounding.
+
+
+def test_no_layer_but_attention_moves_the_sequence():
+    model = Net(layer_types=("conv", "recurrence", "conv"))
+    with jax.set_mesh(mesh_of(context=8)):
+        tokens = jax.device_put(batch()["tokens"], TOKENS)
+        params = jax.device_put(model.params, P())
+        run = jax.jit(lambda params, tokens: nnx.merge(model.graphdef, params)(tokens, logits=None)[0])
+        moved = collectives(run.lower(params, tokens).compile())
+    D = model.config.hidden_size
+    assert moved
+    assert all(shape in ((B, 2, D), (B, 1, D), (B, D)) for _, dtype, shape in moved if dtype == "f32")
+
+
+def test_what_time_over_devices_does_not_go_with_is_refused():
+    model, data = Net(**KIND), batch()
+    net = nnx.merge(model.graphdef, model.params)
+    with jax.set_mesh(mesh_of(context=4)):
+        tokens, ids = (jax.device_put(data[name], TOKENS) for name in ("tokens", "segment_ids"))
+        for kwargs in (dict(state=net.init_state(B, T)), dict(logits="last"), dict(segment_ids_BT=ids)):
+            with pytest.raises(ValueError, match="tokens_BT is split along time; that goes without a state"):
+                net(tokens, **kwargs)
