@@ -1,8 +1,12 @@
 """The benchmarks run, on shapes too small to say anything about speed."""
 
+import subprocess
+import sys
+
+import jax.numpy as jnp
 import pytest
 
-from lfm_jax.bench import kernels, model, timing
+from lfm_jax.bench import gpu_peers, kernels, model, passes, timing
 from lfm_jax.testing import tiny_config
 
 
@@ -24,14 +28,89 @@ def test_model_suite_says_when_the_peer_is_absent(monkeypatch):
     assert model.bench_model(tiny_config(), repeats=1).count("absent") >= 4
 
 
-def test_kernels_suite_has_a_row_for_every_shape(monkeypatch):
-    monkeypatch.setattr(kernels, "CONV_SHAPES", ((1, 8, 16, 3),))
-    monkeypatch.setattr(kernels, "LINEAR_ROWS", (1, 2))
-    monkeypatch.setattr(kernels, "LINEAR_WEIGHTS", 1)
-    report = kernels.bench_kernels(repeats=1)
-    assert report.count("\n| 1, 8, 16, 3 |") == 2
-    assert report.count("GB/s") == 1
+TOY = kernels.Sizes(
+    "float32", conv=((1, 8, 16, 3),), scan=((2, 8, 16),), attention=((1, 8, 8, 4, 2, 8), (2, 1, 8, 4, 2, 8)),
+    linear_rows=(1, 2), linear_weights=1, copy_bytes=2**16,
+)  # fmt: skip
+
+
+def cells_of(report, start):
+    """First cells after the shape -> the row's cells, of the rows whose shape begins so."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines()]
+    return {row[1]: row[2:] for row in rows if row and row[0] == start}
+
+
+@pytest.mark.slow
+def test_kernels_suite_has_a_row_for_every_implementation_that_runs_here(capsys):
+    report = kernels.bench_kernels(repeats=1, sizes=TOY)
+    conv, scan = cells_of(report, "1, 8, 16, 3"), cells_of(report, "2, 8, 16")
+    rows, decode = cells_of(report, "1, 8, 8, 4, 2, 8"), cells_of(report, "2, 1, 8, 4, 2, 8")
+    assert set(conv) == {"lax", "shifted", "associative"}
+    assert set(scan) == {"sequential", "associative", "chunked", "`lax.associative_scan` alone"}
+    assert set(rows) == {"xla", "blockwise"}
+    assert set(decode) == {"xla", "direct", "blockwise"}
+    for cells in (*conv.values(), *scan.values()):
+        assert [bool(cell) for cell in cells] == [True] * 10
+        assert all(cell.endswith("%") for cell in (cells[3], cells[8]))
+    assert not any(cells[4:] != [""] * 4 for cells in decode.values())  # No gradient through a decode state.
+    assert report.count("GB/s of weights") == 1
     assert "\n| 2 | " in report
+    assert "Not run here: causal_conv pallas_tpu needs a TPU" in report
+    assert "causal_conv (1, 8, 16, 3)" in capsys.readouterr().err
+
+
+def test_rates_count_every_input_and_output_once():
+    cells = kernels._cells(1e-3, temp=500, moved=4_000_000, tokens=100, unit=1000, peak=8e9)
+    assert cells == ["1.00 ms", "10000.0", "4.0", "50 %", "0.0 (0.50)"]
+
+
+def test_what_would_take_too_long_is_not_run_and_what_fails_loses_only_its_cell():
+    bench = kernels._Bench(1, TOY, 1e9, float("inf"))
+    bench.seen["k", "slow", "forward"] = 10, 3.0
+    assert bench.compile(("k", "slow", "forward"), 1000, None).reason == "skipped: about 300 s"
+
+    def broken(calls):
+        raise RuntimeError("out of | memory")
+
+    wrong = passes.compiled(lambda x: x @ x, jnp.ones((2, 3)))
+    fine = passes.compiled(lambda x: x + 1, jnp.ones(3))
+    found = passes.times([wrong, passes.Pass(broken), fine], repeats=2)
+    assert found[0].startswith("failed: TypeError")
+    assert found[1] == "failed: RuntimeError: out of / memory"
+    assert found[2] > 0
+
+
+def test_what_does_not_fit_in_memory_is_not_run(monkeypatch):
+    monkeypatch.setattr(passes, "_free_memory", lambda: 1e6)
+    assert passes.compiled(lambda x: jnp.tile(x, 10**6), jnp.ones(8)).reason == "does not fit in memory"
+    assert passes.compiled(lambda x: x + 1, jnp.ones(8)).run is not None
+
+
+def test_no_shape_is_begun_after_the_deadline():
+    bench = kernels._Bench(1, TOY, 1e9, deadline=0)
+    assert list(bench.shapes("k", [(1,)])) == []
+
+
+def test_peers_that_cannot_be_imported_say_why(monkeypatch):
+    arrays = {name: jnp.ones((1, 4, 2)) for name in ("y_BTD", "a_BTD", "b_BTD")}
+    monkeypatch.setitem(sys.modules, "torch", None)
+    found = gpu_peers.conv(arrays, arrays["y_BTD"]) + gpu_peers.scan(arrays, arrays["y_BTD"])
+    assert {entry.name for entry in found} == {
+        "PyTorch conv1d alone", "PyTorch gate, conv1d, gate", "fla chunk_hgrn", "fla fused_recurrent_hgrn",
+    }
+    assert all(entry.forward.reason.startswith("absent: import of torch halted") for entry in found)
+
+
+def test_kernels_suite_and_selfcheck_need_jax_and_numpy_only():
+    """On a GPU machine nothing else may be there."""
+    others = ("flax", "optax", "orbax", "grain", "chex", "safetensors", "tokenizers", "jinja2", "rich", "tyro", "yaml")
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({others}))
+import lfm_jax.bench.kernels
+import lfm_jax.selfcheck
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_interleave_runs_in_turn_after_one_uncounted_round():

@@ -71,7 +71,7 @@ def blockwise_attention(
 def _forward(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, query_BT: Place, key_BS: Place, window: int | None
 ) -> tuple[jax.Array, jax.Array]:
-    """The output and, by block of queries, the log-sum-exp of the scores (infinite where no key is seen)."""
+    """The output and, by block of queries, the log-sum-exp of the scores."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     queries, keys = _query_blocks(query_BT), _key_blocks(key_BS)
@@ -91,14 +91,12 @@ def _forward(
             part_KXH = _dot("KXY,KYH->KXH", weight_KXY.astype(q_KXH.dtype), v_BJKYH[b, j])
             return higher_KX, total_KX, out_KXH * shrink_KX[:, :, None] + part_KXH
 
-        # The peak starts finite and invisible scores are -inf: a query that sees no key weighs nothing, without NaN.
+        # The peak starts finite and invisible scores are -inf: where no key is seen, weights are 0 and never NaN.
         start_KX = jnp.full(q_KXH.shape[:2], jnp.finfo(jnp.float32).min)
         zero_KXH = jnp.zeros(q_KXH.shape, jnp.float32)
         peak_KX, total_KX, out_KXH = lax.fori_loop(0, count, meet, (start_KX, jnp.zeros_like(start_KX), zero_KXH))
-        seen_KX = total_KX > 0
-        total_KX = jnp.where(seen_KX, total_KX, 1)
-        lse_KX = jnp.where(seen_KX, peak_KX + jnp.log(total_KX), jnp.inf)
-        return (out_KXH / total_KX[:, :, None]).astype(q_BTNH.dtype), lse_KX
+        total_KX = jnp.where(total_KX == 0, 1, total_KX)
+        return (out_KXH / total_KX[:, :, None]).astype(q_BTNH.dtype), peak_KX + jnp.log(total_KX)
 
     blocks = (_split_queries(q_BTNH, K), *_flat((queries, *_rows_and_partners(queries, keys, window))))
     out, lse = lax.map(block, blocks)

@@ -132,10 +132,33 @@ def _mark(segment_ids_BT: jax.Array, axis: str | None) -> _Marks:
 
 
 Pick = Callable[[jax.Array], jax.Array]
-Token = tuple[jax.Array, jax.Array, "jax.Array | None"]
-"""Coefficients a and b, and where tokens are padding (None: nowhere)."""
-Read = Callable[[Pick], Token]
-"""The tokens that a slice along time picks. What is made after slicing fuses into its reader."""
+
+
+class Token(NamedTuple):
+    """Coefficients of single tokens, and where they are padding (None: nowhere)."""
+
+    a: jax.Array
+    b: jax.Array
+    padding: jax.Array | None
+
+    @property
+    def loss(self) -> jax.Array:
+        return 1 - self.a
+
+
+class Run(NamedTuple):
+    """What runs of tokens amount to: h -> h - loss h + b.
+
+    Near a = 1, where memory is long, loss = 1 - a keeps the digits that a rounds away. Products of a would add up
+    their rounding errors, which over thousands of tokens with the same a have the same sign.
+    """
+
+    loss: jax.Array
+    b: jax.Array
+
+
+Read = Callable[[Pick], Any]
+"""The tokens or runs that a slice along time picks. What is made after slicing fuses into its reader."""
 
 
 def _masked(a_BTD: jax.Array, b_BTD: jax.Array, marks: _Marks | None) -> tuple[jax.Array, jax.Array]:
@@ -150,7 +173,8 @@ def _reader(a_BTD: jax.Array, b_BTD: jax.Array, marks: _Marks | None = None) -> 
     def read(pick: Pick) -> Token:
         a, b, picked = jax.tree.map(pick, (a_BTD, b_BTD, marks))
         a, b = _masked(a, b, picked)
-        return a.astype(jnp.float32), b.astype(jnp.float32), None if picked is None else picked.padding_BT1
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        return Token(a, b, None if picked is None else picked.padding_BT1)
 
     return read
 
@@ -202,8 +226,8 @@ def _backward(how, kept, cotangents):
 _scan.defvjp(_forward, _backward)
 
 
-Step = Callable[[jax.Array, Token], tuple[jax.Array, jax.Array]]
-"""One token of a recurrence: (state after it, output), from the state before it."""
+Step = Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
+"""One token or run of a recurrence: (state after it, output), from the state before it."""
 Shape = tuple[int, ...]
 """(B, T, D)."""
 
@@ -213,20 +237,19 @@ def _times(a: jax.Array, h: jax.Array) -> jax.Array:
 
 
 def _after(h: jax.Array, token: Token) -> tuple[jax.Array, jax.Array]:
-    a, b, _ = token
-    h = _times(a, h) + b
+    h = _times(token.a, h) + token.b
     return h, h
-
-
-def _before(h: jax.Array, token: Token) -> tuple[jax.Array, jax.Array]:
-    return _after(h, token)[0], h
 
 
 def _adjoint(e: jax.Array, token: Token) -> tuple[jax.Array, jax.Array]:
     """The derivative's step: gives db."""
-    a, g, padding = token
-    dh = e + g
-    return _times(a, dh), dh if padding is None else jnp.where(padding, 0, dh)
+    dh = e + token.b
+    return _times(token.a, dh), dh if token.padding is None else jnp.where(token.padding, 0, dh)
+
+
+def _across(h: jax.Array, run: Run) -> tuple[jax.Array, jax.Array]:
+    """Past a run of tokens: gives the state before it."""
+    return jnp.where(run.loss == 1, run.b, h + (run.b - run.loss * h)), h
 
 
 def _sequential(
@@ -260,7 +283,7 @@ def _chunked(
         summaries_BN2D = _summaries(step, read, shape, reverse)
         middle = _sequential if platform() == "cpu" and N <= CPU_LOOP else _chunked
         states_BND, state_BD = middle(
-            _before, _summary_reader(summaries_BN2D), (B, N, D), state_BD, reverse=reverse, dtype=jnp.float32
+            _across, _summary_reader(summaries_BN2D), (B, N, D), state_BD, reverse=reverse, dtype=jnp.float32
         )
         own_1NC1 = lax.broadcasted_iota(jnp.int32, (1, 1, C, 1), 2)
         state_BNCD = lax.optimization_barrier(states_BND)[:, :, None]
@@ -280,21 +303,32 @@ def _chunked(
 
 
 def _summaries(step: Step, read: Read, shape: Shape, reverse: bool) -> jax.Array:
-    """(a, b) of every chunk: what its tokens make of the state 1 without their b, and of the state 0 with it."""
-    _, T, _ = shape
+    """(loss, b) of every chunk."""
+    B, T, D = shape
     N, C = T // CHUNK, CHUNK
-    is_a_112 = jnp.asarray([True, False])[None, None, :, None]
-    summary_BN2D = is_a_112.astype(jnp.float32)
+    is_loss_112 = jnp.asarray([True, False])[None, None, :, None]
+    summary_BN2D = jnp.zeros((B, N, 2, D), jnp.float32)
     for k in range(C - 1, -1, -1) if reverse else range(C):
-        a_BN1D, b_BN1D, padding_BN11 = read(partial(_kth, k=k, first=T % C if reverse else 0, N=N))
-        summary_BN2D, _ = step(summary_BN2D, (a_BN1D, jnp.where(is_a_112, 0, b_BN1D), padding_BN11))
+        token_BN1D = read(partial(_kth, k=k, first=T % C if reverse else 0, N=N))
+        summary_BN2D = jnp.where(
+            is_loss_112, _lost(summary_BN2D, token_BN1D.loss), step(summary_BN2D, token_BN1D)[0]
+        )
     return lax.optimization_barrier(summary_BN2D)  # Or XLA makes it again wherever it is used.
 
 
+def _lost(first: jax.Array, then: jax.Array) -> jax.Array:
+    """The loss of two runs of tokens together."""
+    return jnp.where(then == 1, 1, first + (then - first * then))
+
+
+def _joined(first: Run, then: Run) -> Run:
+    return Run(_lost(first.loss, then.loss), _across(first.b, then)[0])
+
+
 def _summary_reader(summaries_BN2D: jax.Array) -> Read:
-    def read(pick: Pick) -> Token:
+    def read(pick: Pick) -> Run:
         picked = pick(summaries_BN2D)
-        return picked[..., 0, :], picked[..., 1, :], None
+        return Run(picked[..., 0, :], picked[..., 1, :])
 
     return read
 
@@ -322,12 +356,8 @@ def _associative(a_BTD: jax.Array, b_BTD: jax.Array, h0_BD: jax.Array, *, revers
     """Summaries of all beginnings by `jax.lax.associative_scan`: a logarithmic number of passes over the sequence."""
     del interpret
 
-    def compose(first: tuple[jax.Array, jax.Array], then: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return _times(then[0], first[0]), _times(then[0], first[1]) + then[1]
-
-    pairs = (a_BTD.astype(jnp.float32), b_BTD.astype(jnp.float32))
-    a_BTD, h_BTD = lax.associative_scan(compose, pairs, reverse=reverse, axis=1)
-    h_BTD += _times(a_BTD, h0_BD[:, None])
+    tokens = Run(1 - a_BTD.astype(jnp.float32), b_BTD.astype(jnp.float32))
+    h_BTD, _ = _across(h0_BD[:, None], lax.associative_scan(_joined, tokens, reverse=reverse, axis=1))
     return h_BTD.astype(b_BTD.dtype), h_BTD[:, 0 if reverse else -1]
 
 
@@ -348,25 +378,23 @@ IMPLS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
 def _arriving(step: Step, read: Read, shape: Shape, first_BD: jax.Array, axis: str, *, reverse: bool) -> jax.Array:
     """The state that comes into this shard of time; `first_BD` comes into the one where the recurrence begins.
 
-    Each shard hands on its summary, and as far as it goes already, in steps of 1, 2, 4, ... shards. The first one's
-    neighbour gets (0, first): all before it is known. What nobody sends arrives as (0, 0), and where that happens a
-    is 0 by then.
+    Each shard hands on its summary, and what it has of those behind it, in steps of 1, 2, 4, ... shards. What nobody
+    sends arrives as (0, 0), the summary of no tokens; the first shard begins with (1, first), all is lost but `first`.
     """
     shards = lax.axis_size(axis)
     way = -1 if reverse else 1
 
-    def from_behind(x: tuple[jax.Array, jax.Array], distance: int) -> tuple[jax.Array, jax.Array]:
-        return lax.ppermute(x, axis, _towards(axis, way * distance))
+    def from_behind(run: Run, distance: int) -> Run:
+        return lax.ppermute(run, axis, _towards(axis, way * distance))
 
-    a_BD, b_BD = from_behind(_total(step, read, shape, reverse), 1)
+    behind = from_behind(_total(step, read, shape, reverse), 1)
     begins = lax.axis_index(axis) == (shards - 1 if reverse else 0)
-    a_BD, b_BD = jnp.where(begins, 0, a_BD), jnp.where(begins, first_BD, b_BD)
+    behind = Run(jnp.where(begins, 1, behind.loss), jnp.where(begins, first_BD, behind.b))
     distance = 1
     while distance < shards:
-        a_behind_BD, b_behind_BD = from_behind((a_BD, b_BD), distance)
-        a_BD, b_BD = _times(a_BD, a_behind_BD), _times(a_BD, b_behind_BD) + b_BD
+        behind = _joined(from_behind(behind, distance), behind)
         distance *= 2
-    return b_BD
+    return behind.b
 
 
 def _towards(axis: str, distance: int) -> list[tuple[int, int]]:
@@ -374,15 +402,14 @@ def _towards(axis: str, distance: int) -> list[tuple[int, int]]:
     return [(i, i + distance) for i in range(shards) if 0 <= i + distance < shards]
 
 
-def _total(step: Step, read: Read, shape: Shape, reverse: bool) -> tuple[jax.Array, jax.Array]:
-    """(a, b) of all tokens. Nothing but summaries is written; XLA finds those that `chunked` makes to be the same."""
+def _total(step: Step, read: Read, shape: Shape, reverse: bool) -> Run:
+    """All tokens as one run. Only summaries are written; XLA finds those that `chunked` makes to be the same."""
     B, T, D = shape
     N = T // CHUNK
-    a_BD, b_BD = jnp.ones((B, D), jnp.float32), jnp.zeros((B, D), jnp.float32)
+    total = Run(jnp.zeros((B, D), jnp.float32), jnp.zeros((B, D), jnp.float32))
     if N > 0:
-        summaries = _summary_reader(_summaries(step, read, shape, reverse))
-        a_BD, b_BD = _total(_after, summaries, (B, N, D), reverse)
+        total = _total(_across, _summary_reader(_summaries(step, read, shape, reverse)), (B, N, D), reverse)
     for t in _left_over(T, reverse):
-        token = read(lambda x, t=t: x[:, t])
-        a_BD, b_BD = _times(token[0], a_BD), step(b_BD, token)[0]
-    return a_BD, b_BD
+        token_BD = read(lambda x, t=t: x[:, t])
+        total = Run(_lost(total.loss, token_BD.loss), step(total.b, token_BD)[0])
+    return total

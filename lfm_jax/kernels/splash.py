@@ -29,7 +29,8 @@ def splash_attention(
 ) -> jax.Array:
     """Softmax attention of each token to itself and the tokens before it, as `attention` defines it.
 
-    Rows are filled up to whole blocks at their right end, where no real token looks.
+    Rows are filled up to whole blocks at their right end, where no real token looks. On a TPU bfloat16 does not compile
+    under `jax_default_matmul_precision=highest`: Mosaic refuses it.
 
     Args:
       q_BTNH: queries; N is a multiple of K.

@@ -83,15 +83,17 @@ def _attend_to_state(
     end_B = state.end_B + state_lib.lengths(segment_ids_BT)
     held_BS = _held(state.end_B, S)
     document_BS = (held_BS >= state.start_B[:, None]).astype(jnp.int32)
-    # Of the tokens that share a slot the last one stays. Slot S does not exist: its writes are dropped.
-    write_BT = jnp.where(real_BT & (index_BT >= end_B[:, None] - S), index_BT % S, S)
+    rolling = window is not None and window <= S
+    # Slot S does not exist: writes there and beyond are dropped.
+    write_BT = jnp.where(real_BT, index_BT, S)
+    if rolling:  # Of the tokens that share a slot the last one stays.
+        write_BT = jnp.where(real_BT & (index_BT >= end_B[:, None] - S), index_BT % S, S)
 
     def put(slots: jax.Array, new: jax.Array) -> jax.Array:
         return slots.at[jnp.arange(B)[:, None], write_BT].set(new.astype(slots.dtype), mode="drop")
 
     kept = KV(put(state.k_BSKH, k_BTKH), put(state.v_BSKH, v_BTKH), state.start_B, end_B)
-    if window is None or T == 1 or window > S:
-        # No token that a query still sees has been overwritten.
+    if not rolling or T == 1:  # No token that a query still sees has been overwritten.
         keys = (kept.k_BSKH, kept.v_BSKH, put(held_BS, index_BT), put(document_BS, segment_ids_BT))
     else:
         keys = tuple(
@@ -104,7 +106,7 @@ def _attend_to_state(
         q_BTNH, k_BSKH.astype(q_BTNH.dtype), v_BSKH.astype(q_BTNH.dtype), order_BT=index_BT, key_order_BS=order_BS,
         segment_ids_BT=segment_ids_BT, key_segment_ids_BS=document_BS, window=window,
     )
-    if window is None or window > S:
+    if not rolling:
         # A row that has outgrown its slots must not go on with missing keys as if nothing had happened.
         overflow_BT = real_BT & (index_BT >= S)
         out_BTNH = jnp.where(overflow_BT[:, :, None, None], jnp.nan, out_BTNH)

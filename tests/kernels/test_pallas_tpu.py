@@ -75,6 +75,13 @@ def test_scan_walks_several_groups_of_lanes_together(small_tiles):
         assert_scan_exact(scan_inputs(1, 256, 256, seed=1), reverse=True)
 
 
+@pytest.mark.slow
+def test_scan_stays_exact_over_a_long_row(small_tiles):
+    with small_tiles.context() as patch:
+        patch.setattr(pallas_tpu_tiles, "MAX_ROWS", 1024)
+        assert_scan_exact(scan_inputs(1, 32768, 5, seed=4), reverse=False)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @given(resets=st.lists(st.integers(0, 300), min_size=1, max_size=20))
 def test_nothing_passes_a_reset(resets, reverse):
@@ -181,6 +188,14 @@ def test_conv_and_every_gradient_equal_float64(T, D, W, documents, parts):
     inputs, dz_BTD = conv_inputs(2, T, D, W, seed=T, **parts)
     ids_BT = np.random.default_rng(T).integers(0, 2, (2, T)).cumsum(1) // 2 if documents else None
     assert_conv_exact(inputs, ids_BT, dz_BTD)
+
+
+@pytest.mark.slow
+def test_conv_gradients_stay_exact_over_a_long_row(small_tiles):
+    inputs, dz_BTD = conv_inputs(1, 32768, 5, 3, seed=5)
+    with small_tiles.context() as patch:
+        patch.setattr(pallas_tpu_tiles, "MAX_ROWS", 1024)
+        assert_conv_exact(inputs, np.arange(32768)[None] // 1000, dz_BTD)
 
 
 @given(segment_ids_BT=batches(2, 130))
