@@ -28,7 +28,7 @@ from lfm_jax.bench.passes import (
     Pass,
     call_overhead,
     compiled,
-    copy_bandwidth,
+    copy,
     gradient,
     on_accelerator,
     say,
@@ -88,12 +88,12 @@ def bench_kernels(*, repeats: int = 5, sizes: Sizes | None = None) -> str:
     sizes = sizes or (ACCELERATOR if on_accelerator() else CPU)
     packages = ("jax", "jaxlib", *(gpu_peers.PACKAGES if jax.default_backend() == "gpu" else ()))
     head = [f"{conditions(*packages)}, {jax.devices()[0].device_kind}; medians of {repeats}."]
-    say("copy bandwidth")
-    bench = _Bench(repeats, sizes, copy_bandwidth(sizes.copy_bytes, repeats), time.monotonic() + sizes.seconds)
+    bench = _Bench(repeats, sizes, copy(sizes.copy_bytes), time.monotonic() + sizes.seconds)
     head.append(f"Kernels in {sizes.dtype}. GB/s count every input and output once: forward, and forward plus backward "
-                f"pass. A copy of {sizes.copy_bytes / 1e6:.0f} MB runs at {bench.copy / 1e9:.1f} GB/s.")
+                f"pass. `of copy` compares them with a copy of {sizes.copy_bytes / 1e6:.0f} MB in turn with them; what "
+                "fits in a cache can be faster.")
     if on_accelerator():
-        head.append(f"A call of nothing takes {call_overhead(repeats) * 1e6:.0f} us: times near that say little.")
+        head.append(f"A call of nothing takes {_time(call_overhead(repeats))}: times near that say little.")
     idle = [f"{kernel} {impl} {reason}" for kernel, impls in IMPLS.items() for impl in impls if (reason := needs(impl))]
     if idle:
         head.append(f"Not run here: {', '.join(idle)}.")
@@ -108,11 +108,11 @@ IMPLS: dict[str, Sequence[str]] = {
 
 @dataclasses.dataclass
 class _Bench:
-    """A run: its settings, what a copy reaches, and what has been measured."""
+    """A run: its settings, the copy that rates are compared with, and what has been measured."""
 
     repeats: int
     sizes: Sizes
-    copy: float
+    copy: Pass
     deadline: float
     seen: dict[tuple[str, str, str], tuple[float, float]] = dataclasses.field(default_factory=dict)
     """(kernel, implementation, pass) -> its last (work, seconds), to tell beforehand what would take too long."""
@@ -137,36 +137,43 @@ class _Bench:
             yield shape
 
     def rows(
-        self, kernel: str, shape: tuple[int, ...], work: float, entries: list[Entry], tokens: int, unit: int,
-        peak: float | None,
-    ) -> list[str]:  # fmt: skip
+        self, kernel: str, shape: tuple[int, ...], work: float, entries: list[Entry], tokens: int, unit: int
+    ) -> list[str]:
         """Times the entries in turn, pass by pass; one line each. `unit`: bytes to compare temporary ones with."""
-        forward = times([entry.forward for entry in entries], self.repeats)
+        copied, *forward = times([self.copy, *(entry.forward for entry in entries)], self.repeats)
         both = times([entry.both for entry in entries], self.repeats)
+        peak = None
+        if kernel != "attention":  # It is bound by arithmetic.
+            peak = 2 * self.sizes.copy_bytes / copied if isinstance(copied, float) else float("nan")
         lines = []
         for entry, *measured in zip(entries, forward, both, strict=True):
             cells = []
-            passes = ((entry.forward, entry.forward_bytes), (entry.both, entry.both_bytes))
-            for name, seconds, (p, moved) in zip(("forward", "both"), measured, passes, strict=True):
+            passes = ((entry.forward, entry.forward_work), (entry.both, entry.both_work))
+            for name, seconds, (p, done) in zip(("forward", "both"), measured, passes, strict=True):
                 if isinstance(seconds, float):
                     self.seen[kernel, entry.name, name] = work, seconds
-                cells += _cells(seconds, p.temp_bytes, moved, tokens, unit, peak)
+                cells += _cells(seconds, p.temp_bytes, done, tokens, unit, peak)
             lines.append(f"| {', '.join(map(str, shape))} | {entry.name} | {' | '.join(cells)} |")
+        if peak is not None:
+            seconds, _, rate, share, _ = _cells(copied, None, 2 * self.sizes.copy_bytes, tokens, unit, peak)
+            lines.append(f"| {', '.join(map(str, shape))} | *copy* | {seconds} | | {rate} | {share} |" + " |" * 6)
         return lines
 
 
 def _cells(
-    seconds: float | str, temp: int | None, moved: int, tokens: int, unit: int, peak: float | None
+    seconds: float | str, temp: int | None, work: int, tokens: int, unit: int, peak: float | None
 ) -> list[str]:
     temp_cell = "" if temp is None else f"{temp / 1e6:.1f} ({temp / unit:.2f})"
     if isinstance(seconds, str):
         return [seconds, "", "", *([] if peak is None else [""]), temp_cell]
-    rate = moved / seconds
+    rate = work / seconds
     share = [] if peak is None else [f"{100 * rate / peak:.0f} %"]
     return [_time(seconds), f"{seconds / tokens * 1e9:.1f}", f"{rate / 1e9:.1f}", *share, temp_cell]
 
 
-def _time(seconds: float) -> str:
+def _time(seconds: float | str) -> str:
+    if isinstance(seconds, str):
+        return seconds
     if seconds >= 1:
         return f"{seconds:.2f} s"
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
@@ -201,7 +208,7 @@ def _conv_table(bench: _Bench) -> str:
             entries.append(Entry(impl, forward, both, 4 * unit, 11 * unit))
         if jax.default_backend() == "gpu":
             entries += gpu_peers.conv(arrays, dz_BTD)
-        lines += bench.rows(kernel, shape, B * T, entries, B * T, unit, bench.copy)
+        lines += bench.rows(kernel, shape, B * T, entries, B * T, unit)
     return "\n".join(lines)
 
 
@@ -228,7 +235,7 @@ def _scan_table(bench: _Bench) -> str:
             entries.append(Entry(name, forward, both, 3 * unit, 8 * unit))
         if jax.default_backend() == "gpu":
             entries += gpu_peers.scan(arrays, dh_BTD)
-        lines += bench.rows(kernel, shape, B * T, entries, B * T, unit, bench.copy)
+        lines += bench.rows(kernel, shape, B * T, entries, B * T, unit)
     return "\n".join(lines)
 
 
@@ -266,7 +273,7 @@ def _attention_table(bench: _Bench) -> str:
                 both = bench.compile((kernel, impl, "both"), T * S, gradient(run), arrays, dout_BTNH)
             entries.append(Entry(impl, forward, both, flops, 7 * flops // 2))
         unit = sum(x.nbytes for x in arrays.values())
-        lines += bench.rows(kernel, shape, T * S, entries, B * T, unit, None)
+        lines += bench.rows(kernel, shape, T * S, entries, B * T, unit)
     return "\n".join(lines)
 
 
