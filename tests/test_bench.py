@@ -4,9 +4,11 @@ import subprocess
 import sys
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lfm_jax.bench import gpu_peers, kernels, model, passes, timing
+from lfm_jax.kernels import reference
 from lfm_jax.testing import tiny_config
 
 
@@ -100,6 +102,14 @@ def test_peers_that_cannot_be_imported_say_why(monkeypatch):
         "PyTorch conv1d alone", "PyTorch gate, conv1d, gate", "fla chunk_hgrn", "fla fused_recurrent_hgrn",
     }
     assert all(entry.forward.reason.startswith("absent: import of torch halted") for entry in found)
+
+
+def test_the_peer_s_convolution_is_ours():
+    torch = pytest.importorskip("torch")
+    y_BTD, w_WD = np.random.default_rng(0).standard_normal((2, 9, 4)), np.arange(12.0).reshape(3, 4)
+    z_BDT = gpu_peers.conv1d(torch, torch.tensor(y_BTD).transpose(1, 2), torch.tensor(w_WD).T[:, None])
+    expected, _ = reference.causal_conv(y_BTD, w_WD)
+    np.testing.assert_allclose(z_BDT.transpose(1, 2).numpy(), expected, atol=1e-12)
 
 
 def test_kernels_suite_and_selfcheck_need_jax_and_numpy_only():

@@ -29,8 +29,6 @@ def conv(arrays: Arrays, dz_BTD: jax.Array) -> list[Entry]:
     torch, reason = _cuda_torch()
     if reason:
         return _absent(names, unit, reason)
-    W = arrays["w_WD"].shape[0]
-    T = dz_BTD.shape[1]
     y, gate_in, gate_out = (
         _tensor(torch, arrays[name]).transpose(1, 2).contiguous().requires_grad_()
         for name in ("y_BTD", "gate_in_BTD", "gate_out_BTD")
@@ -39,14 +37,19 @@ def conv(arrays: Arrays, dz_BTD: jax.Array) -> list[Entry]:
     dz = _tensor(torch, dz_BTD).transpose(1, 2).contiguous()
 
     def alone() -> Any:
-        return torch.nn.functional.conv1d(y, w, padding=W - 1, groups=y.shape[1])[..., :T]
+        return conv1d(torch, y, w)
 
     def gated() -> Any:
-        u = gate_in * y
-        return gate_out * torch.nn.functional.conv1d(u, w, padding=W - 1, groups=y.shape[1])[..., :T]
+        return gate_out * conv1d(torch, gate_in * y, w)
 
     calls = zip(names.items(), ((alone, (y, w)), (gated, (y, w, gate_in, gate_out))), strict=True)
     return [_entry(torch, name, unit, copies, call, inputs, dz) for (name, copies), (call, inputs) in calls]
+
+
+def conv1d(torch: Any, y_BDT: Any, w_D1W: Any) -> Any:
+    """PyTorch's causal depthwise convolution, as `Lfm2ShortConv` calls it."""
+    D, T, W = y_BDT.shape[1], y_BDT.shape[2], w_D1W.shape[2]
+    return torch.nn.functional.conv1d(y_BDT, w_D1W, padding=W - 1, groups=D)[..., :T]
 
 
 def scan(arrays: Arrays, dh_BTD: jax.Array) -> list[Entry]:

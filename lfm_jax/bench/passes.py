@@ -91,7 +91,7 @@ def times(passes: Sequence[Pass], repeats: int) -> list[float | str]:
             continue
         try:
             seconds = _seconds(p.run, 1)
-            if seconds < SLOW:  # The first call may have had more to do than the next.
+            if seconds < LONGEST:  # The first call may have had more to do than the next.
                 seconds = _seconds(p.run, 1)
         except Exception as error:
             found[i] = f"failed: {_first_line(error)}"

@@ -1,1 +1,1 @@
-"""Pure functions: a reference and fast paths each. `sharded` has the same functions over a mesh; operators call those."""
+"""Pure functions: a reference and fast paths each. `sharded` has them over a mesh too; operators call those."""

@@ -49,8 +49,8 @@ def causal_conv(
       bias_D: added to the convolution, before `gate_out`; None leaves it out.
       impl: `lax` (`lax.conv_general_dilated`, the reference), `shifted` (W multiply-adds that XLA fuses),
         `associative` (the shift register as an associative scan), `pallas_tpu`, `pallas_gpu` (fused kernels), or
-        `auto`: `shifted` on CPU, where docs/benchmarks.md measures it many times faster, `lax` elsewhere
-        until a benchmark on that platform is committed.
+        `auto`: `shifted` on CPU and TPU, `lax` on GPU until a benchmark there is committed. docs/benchmarks.md has the
+        times on CPU and, for TPU, the bytes that its compiler counts.
       interpret: runs a Pallas implementation in interpret mode, on any platform, for tests.
 
     Returns:
@@ -76,7 +76,7 @@ def causal_conv(
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} has shape {x.shape}; expected {shape} to match y_BTD {y_BTD.shape}")
     if impl == "auto":
-        impl = "shifted" if platform() == "cpu" else "lax"
+        impl = "lax" if platform() == "gpu" else "shifted"
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; choose one of auto, {', '.join(IMPLS)}")
     if interpret and impl not in PALLAS:

@@ -42,18 +42,21 @@ def values_and_gradients(a, b, h0, dh, dlast, ids, impl):
     return values, pull((dh, dlast))
 
 
-def assert_is_reference(args, ids, impl, bound=2e-5):
-    """Padding gets no cotangent, and h means nothing there."""
+forward = jax.jit(linear_scan, static_argnames="impl")
+
+
+def assert_is_reference(args, ids, impl):
+    """To 2e-5 of each array's largest value. Padding gets no cotangent, and h means nothing there."""
     a, b, h0, dh, dlast = args
     real = np.ones(b.shape[:2], bool) if ids is None else ids != 0
     dh = np.where(real[:, :, None], dh, 0)
     (h, last), gradients = reference.linear_scan(a, b, h0, ids)
     expected = gradients(dh, dlast)
     (my_h, my_last), mine = values_and_gradients(a, b, h0, dh, dlast, ids, impl)
-    assert rel_err(np.where(real[:, :, None], my_h, 0), np.where(real[:, :, None], h, 0)) < bound
-    assert rel_err(my_last, last) < bound
-    for name, x in zip(NAMES, mine, strict=True):
-        assert rel_err(x, expected[name]) < bound, name
+    pairs = dict(h=(np.asarray(my_h)[real], h[real]), last=(my_last, last))
+    pairs |= {name: (x, expected[name]) for name, x in zip(NAMES, mine, strict=True)}
+    for name, (x, y) in pairs.items():
+        assert np.abs(x - y).max(initial=0) <= 2e-5 * np.abs(y).max(initial=0), name
 
 
 @each_impl
@@ -66,12 +69,13 @@ def test_values_and_gradients_equal_numpy(shape, packed, impl):
 @pytest.mark.slow
 @each_impl
 def test_32768_tokens(impl):
-    """Two levels of chunks; a product of 32,768 a underflows, and of 0.9999 it does not."""
+    """Two levels of chunks. Products of a underflow, or their rounding adds up if the same 0.9999 is in all of them."""
     B, T, D = 2, 32768, 3
     a, *rest = arrays(B, T, D)
     a[:, :, 0], a[:, :, 1] = 0.9999, 0.5
-    assert_is_reference((a, *rest), None, impl)
-    assert_is_reference((a, *rest), documents(B, T), impl)
+    ids = documents(B, T)
+    ids[1] = 1
+    assert_is_reference((a, *rest), ids, impl)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -117,17 +121,17 @@ def test_any_layout_of_documents(rows, seed):
         assert_is_reference(arrays(2, T_DRAWN, 4, seed), ids, impl)
 
 
-@given(layout=aligned_rows(), cut=st.integers(1, T_DRAWN - 1))
+@given(layout=aligned_rows(), cut=st.sampled_from([1, 11]))
 def test_in_two_pieces_is_in_one(layout, cut):
     """The second piece starts from the last state of the first, unless a document starts with it."""
     ids = np.stack([layout, np.ones(T_DRAWN)]).astype(np.int32)
     a, b, h0, dh, dlast = arrays(2, T_DRAWN, 4)
     for impl in IMPLS:
         (h, last), _ = values_and_gradients(a, b, h0, dh, dlast, ids, impl)
-        first, state = linear_scan(a[:, :cut], b[:, :cut], h0, ids[:, :cut], impl=impl)
+        first, state = forward(a[:, :cut], b[:, :cut], h0, ids[:, :cut], impl=impl)
         starts = (ids[:, cut] != ids[:, cut - 1]) & (ids[:, cut] != 0)
         state = np.where(starts[:, None], 0, state)
-        second, end = linear_scan(a[:, cut:], b[:, cut:], state, ids[:, cut:], impl=impl)
+        second, end = forward(a[:, cut:], b[:, cut:], state, ids[:, cut:], impl=impl)
         real = ids != 0
         np.testing.assert_allclose(np.concatenate([first, second], 1)[real], np.asarray(h)[real], rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(end, last, rtol=1e-5, atol=1e-5)
@@ -136,8 +140,8 @@ def test_in_two_pieces_is_in_one(layout, cut):
 @each_impl
 def test_no_state_and_no_documents_are_zeros_and_one_document(impl):
     a, b, h0, _, _ = arrays(2, 19, 3)
-    plain = linear_scan(a, b, impl=impl)
-    for mine, theirs in zip(plain, linear_scan(a, b, 0 * h0, np.full((2, 19), 3, np.int32), impl=impl), strict=True):
+    plain = forward(a, b, impl=impl)
+    for mine, theirs in zip(plain, forward(a, b, 0 * h0, np.full((2, 19), 3, np.int32), impl=impl), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-6, atol=1e-6)
 
 
@@ -167,7 +171,7 @@ def test_nothing_of_a_document_reaches_another_even_if_it_is_nan(impl, bad):
 def test_a_of_zero_forgets_nan(impl):
     a, b, h0, _, _ = arrays(1, 30, 2)
     a[:, 11], b[:, 3] = 0, np.nan
-    h, last = linear_scan(a, b, h0, impl=impl)
+    h, last = forward(a, b, h0, impl=impl)
     assert np.isnan(h[:, 3:11]).any()
     assert np.isfinite(h[:, 11:]).all()
     assert np.isfinite(last).all()
@@ -177,7 +181,7 @@ def test_a_of_zero_forgets_nan(impl):
 def test_bfloat16_in_and_out_is_float32_inside(impl):
     """Adding 1 to 256 rounds back to 256 in bfloat16."""
     ones = jnp.ones((1, 300, 2), jnp.bfloat16)
-    h, last = linear_scan(ones, ones, impl=impl)
+    h, last = forward(ones, ones, impl=impl)
     assert (h.dtype, last.dtype) == (jnp.bfloat16, jnp.float32)
     np.testing.assert_array_equal(last, 300)
     args = [jnp.asarray(x, jnp.bfloat16) for x in arrays(2, 40, 3)]
@@ -207,14 +211,12 @@ def test_long_rows_want_little_memory_beside_inputs_and_outputs(packed):
     array, state = jax.ShapeDtypeStruct((B, T, D), np.float32), jax.ShapeDtypeStruct((B, D), np.float32)
     ids = jax.ShapeDtypeStruct((B, T), np.int32) if packed else None
 
-    def forward(a, b, h0, ids):
-        return linear_scan(a, b, h0, ids)
-
     def gradient(a, b, h0, ids, dh, dlast):
         values, pull = jax.vjp(lambda a, b, h0: linear_scan(a, b, h0, ids), a, b, h0)
         return values, pull((dh, dlast))
 
-    for fn, args in ((forward, (array, array, state, ids)), (gradient, (array, array, state, ids, array, state))):
+    inputs = (array, array, state, ids)
+    for fn, args in ((linear_scan, inputs), (gradient, (*inputs, array, state))):
         memory = jax.jit(fn).lower(*args).compile().memory_analysis()
         assert memory.temp_size_in_bytes < 0.5 * 4 * B * T * D
 
