@@ -1,12 +1,19 @@
-"""lfm_jax: the LFM2 family of hybrid language models in JAX."""
+"""lfm_jax: the LFM2 family of hybrid language models in JAX.
 
-from lfm_jax.config import ModelConfig
-from lfm_jax.convert.hf import from_state_dict, save_hf, to_state_dict
-from lfm_jax.infer.generate import generate, stream
-from lfm_jax.infer.sampling import Sampling
-from lfm_jax.load import load
-from lfm_jax.model import LFM
-from lfm_jax.state import State
+Names are imported when first used: kernels, their benchmark and `lfm_jax.selfcheck` need jax and numpy only.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lfm_jax.config import ModelConfig
+    from lfm_jax.convert.hf import from_state_dict, save_hf, to_state_dict
+    from lfm_jax.infer.generate import generate, stream
+    from lfm_jax.infer.sampling import Sampling
+    from lfm_jax.loading import load
+    from lfm_jax.model import LFM
+    from lfm_jax.state import State
 
 __all__ = [
     "LFM",
@@ -20,3 +27,21 @@ __all__ = [
     "stream",
     "to_state_dict",
 ]
+
+_MODULES = {
+    "LFM": "model", "ModelConfig": "config", "Sampling": "infer.sampling", "State": "state",
+    "from_state_dict": "convert.hf", "generate": "infer.generate", "load": "loading", "save_hf": "convert.hf",
+    "stream": "infer.generate", "to_state_dict": "convert.hf",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

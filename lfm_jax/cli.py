@@ -173,7 +173,7 @@ def bench(
 
 
 def _load(path: Path, dtype: str | None, *, need_tokenizer: bool = True) -> tuple[LFM, Any]:
-    from lfm_jax.load import load
+    from lfm_jax.loading import load
 
     model, tokenizer = load(path, dtype)
     if tokenizer is None and need_tokenizer:

@@ -45,8 +45,8 @@ def linear_scan(
 ) -> tuple[jax.Array, jax.Array]:
     """All states of `h_t = a_t * h_{t-1} + b_t`, and the last one. float32 inside, whatever the dtypes.
 
-    Exact for |a| <= 1, which is what a stable recurrence has: all implementations but `sequential` multiply runs of a,
-    and such a product may underflow (a memory that has faded) but must not overflow.
+    Made for |a| <= 1, as a stable recurrence has: all implementations but `sequential` multiply runs of a, and such a
+    product may underflow (a memory that has faded) but must not overflow.
 
     Args:
       a_BTD: what is kept of the state, by channel. Exactly 0 forgets it, NaN included.

@@ -256,7 +256,7 @@ def _initial_params(config: TrainConfig) -> Any:
             return nnx.to_pure_dict(nnx.split(LFM(config.model, rngs=nnx.Rngs(config.seed)), nnx.Param)[1])
 
         return init()
-    from lfm_jax.load import load
+    from lfm_jax.loading import load
 
     model, _ = load(config.init_from)
     differing = run_directory.differences(
