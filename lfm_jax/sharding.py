@@ -44,8 +44,12 @@ def spec_of(x: jax.Array) -> P:
 
 def is_sharded(x: jax.Array) -> bool:
     """Whether x lives on an explicit mesh of several devices, split or whole; False inside a shard_map."""
+    return _is_explicit(x) and jax.typeof(x).sharding.mesh.size > 1
+
+
+def _is_explicit(x: jax.Array) -> bool:
     mesh = jax.typeof(x).sharding.mesh
-    return not mesh.empty and mesh.size > 1 and AxisType.Explicit in mesh.axis_types
+    return not mesh.empty and AxisType.Explicit in mesh.axis_types
 
 
 def parts(x: jax.Array, axis: int) -> int:
@@ -62,8 +66,8 @@ def axis_names(entries: Any) -> tuple[str, ...]:
 
 
 def reshard(x: jax.Array, spec: P) -> jax.Array:
-    """x laid out as `spec` says; x itself where there is no mesh."""
-    return x if jax.typeof(x).sharding.mesh.empty else jax.sharding.reshard(x, spec)
+    """x laid out as `spec` says; x itself where there is no mesh of explicit axes."""
+    return jax.sharding.reshard(x, spec) if _is_explicit(x) else x
 
 
 def over_mesh(

@@ -96,3 +96,13 @@ def test_what_time_over_devices_does_not_go_with_is_refused():
         for kwargs in (dict(state=net.init_state(B, T)), dict(logits="last"), dict(segment_ids_BT=ids)):
             with pytest.raises(ValueError, match="tokens_BT is split along time; that goes without a state"):
                 net(tokens, **kwargs)
+
+
+def test_a_mesh_of_automatic_axes_is_left_to_the_compiler():
+    model, data = Net(**KIND), batch()
+    expected, _ = loss_and_gradients(model, model.params, data)
+    devices = np.asarray(jax.devices()[:2])
+    with jax.set_mesh(jax.sharding.Mesh(devices, ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
+        placed = {name: jax.device_put(x, P("data")) for name, x in data.items()}
+        split, _ = loss_and_gradients(model, jax.device_put(model.params, P()), placed)
+    assert rel_err(split, expected) < 1e-5
