@@ -111,8 +111,9 @@ class LFM(nnx.Module):
           padding: `any` lets padding stand anywhere. `right` promises that it stands at the right end of
             every row, and saves the gather that brings it there.
 
-        Over a mesh (`jax.set_mesh`) rows may be split over devices, and time over the axis `context` in training:
-        then padding must be promised to be at the right, there is no state, and logits are `all` or None.
+        Over a mesh of explicit axes (`jax.set_mesh`) rows may be split over devices, without a state, and time over the
+        axis `context`: then padding must be promised to be at the right, and logits are `all` or None. Parameters are
+        whole on every device.
 
         Returns:
           (logits or hidden states, new state or None). Values at padding mean nothing. A row that
@@ -125,6 +126,10 @@ class LFM(nnx.Module):
         B, T = tokens_BT.shape
         first_B = jnp.zeros((B,), jnp.int32) if state is None else state.position_B
         split = spec_of(tokens_BT)
+        if parts(tokens_BT, 1) == 1:  # An axis of one device in the type would still be in the way of a gather.
+            split = P(split[0], None)
+            tokens_BT = reshard(tokens_BT, split)
+            positions_BT = None if positions_BT is None else reshard(positions_BT, split)
         if segment_ids_BT is not None:
             # Documents are counted along whole rows; ids are small beside what a layer computes of them.
             segment_ids_BT = reshard(segment_ids_BT, P(split[0], None))
@@ -194,6 +199,8 @@ class LFM(nnx.Module):
         )):
             raise ValueError("tokens_BT is split along time; that goes without a state, with logits 'all' or None, and "
                              "with padding='right' if there are segment ids")
+        if parts(tokens_BT, 0) > 1 and state is not None:
+            raise ValueError("tokens_BT is split over devices; with a decode state give every device all rows")
         if state is None:
             return
         if len(state.layers) != self.config.num_layers:

@@ -43,11 +43,7 @@ def spec_of(x: jax.Array) -> P:
 
 
 def is_sharded(x: jax.Array) -> bool:
-    """Whether x lives on an explicit mesh of several devices, split or whole; False inside a shard_map."""
-    return _is_explicit(x) and jax.typeof(x).sharding.mesh.size > 1
-
-
-def _is_explicit(x: jax.Array) -> bool:
+    """Whether x lives on a mesh of explicit axes, split or whole; False inside a shard_map."""
     mesh = jax.typeof(x).sharding.mesh
     return not mesh.empty and AxisType.Explicit in mesh.axis_types
 
@@ -67,7 +63,7 @@ def axis_names(entries: Any) -> tuple[str, ...]:
 
 def reshard(x: jax.Array, spec: P) -> jax.Array:
     """x laid out as `spec` says; x itself where there is no mesh of explicit axes."""
-    return jax.sharding.reshard(x, spec) if _is_explicit(x) else x
+    return jax.sharding.reshard(x, spec) if is_sharded(x) else x
 
 
 def over_mesh(

@@ -69,7 +69,8 @@ def _conv_shard(local: Callable[..., jax.Array], **args: Any) -> jax.Array:
     y_BTD, gate_BTD, ids_BT = args["y_BTD"], args.get("gate_in_BTD"), args.get("segment_ids_BT")
     V, shards = args["w_WD"].shape[0] - 1, lax.axis_size(CONTEXT)
     to_right = [(i, i + 1) for i in range(shards - 1)]  # What nobody sends arrives as zeros.
-    edge_BVD = y_BTD[:, -V:] if gate_BTD is None else y_BTD[:, -V:] * gate_BTD[:, -V:]
+    edge_BVD = y_BTD[:, -V:].astype(jnp.promote_types(y_BTD.dtype, jnp.float32))  # As the kernels keep this product.
+    edge_BVD = edge_BVD if gate_BTD is None else edge_BVD * gate_BTD[:, -V:]
     halo_BVD = lax.ppermute(edge_BVD, CONTEXT, to_right)
     if ids_BT is not None:
         # Of the halo only the columns that belong to the document that goes on here; they are its last ones.
@@ -118,7 +119,8 @@ def attention(
     """`kernels.attention.attention`, over a mesh too.
 
     Raises:
-      ValueError: as there; or time is split and the keys are not those of the queries' own tokens (a decode state).
+      ValueError: as there; or time is split and the keys are not those of the queries' own tokens (a decode state); or
+        the key/value heads do not divide over the devices that heads are split over.
     """
     local = partial(attention_kernel.attention, window=window, impl=impl, interpret=interpret)
     args = dict(
@@ -129,6 +131,9 @@ def attention(
         return local(**args)
     b, t, n, _ = spec_of(q_BTNH)
     shards, body = _time_shards(q_BTNH), local
+    if k_BSKH.shape[2] % parts(q_BTNH, 2):
+        raise ValueError(f"{k_BSKH.shape[2]} key/value heads do not divide over the {parts(q_BTNH, 2)} devices of "
+                         f"{n!r}; give that axis a divisor of them")
     if shards > 1:
         if order_BT is not None or key_order_BS is not None:
             raise ValueError(f"attention to a decode state cannot split time over `{CONTEXT}`; give it whole rows")

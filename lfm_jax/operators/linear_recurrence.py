@@ -3,7 +3,7 @@
 `(B, C, x) = in_proj(u)`; `h_t = a_t * h_{t-1} + b_t` with a and b made from (B, x); `y = out_proj(C * h)`. It takes the
 place of `ShortConv` with as many parameters: 4 D^2 and, like three taps, 3 D more.
 
-Every form has 0 < a < 1 by construction and keeps a and h in float32, since a near 1 is what a long memory is made of.
+Every form has 0 <= a <= 1 by construction and keeps a and h in float32, since a near 1 is what a long memory is.
 At the start a channel's share of the past that survives one token, a, is drawn from [0.9, 0.999] as in Griffin: time
 constants of 10 to 1,000 tokens.
 

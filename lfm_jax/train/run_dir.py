@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from lfm_jax import recipe
+from lfm_jax.config import ModelConfig
 from lfm_jax.convert import sidecars
 from lfm_jax.data import load_tokenizer, make_tokenizer
 from lfm_jax.data.tokenizer import TOKENIZER_FILE
@@ -42,6 +43,8 @@ def check_resumable(config: TrainConfig, saved: dict[str, Any], step: int) -> li
       ValueError: another model, another order of the data, another structure of the optimizer, or `steps` behind.
     """
     plain = recipe.to_plain(config)
+    # A run older than a field was made with what is now the field's default.
+    saved = saved | {"model": recipe.to_plain(ModelConfig()) | saved["model"]}
     problems = [f"model.{line}" for line in differences(saved["model"], plain["model"], NUMERICS)]
     problems += [f"data.{line}" for line in differences(saved["data"], plain["data"], _PATHS)]
     if saved["optimizer"].get("decay_all") != config.optimizer.decay_all:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from lfm_jax.sharding import is_sharded
 from lfm_jax.train.loss import LOSS_IGNORE, cross_entropy
 
 Batch = Mapping[str, jax.Array]
@@ -52,6 +53,9 @@ def train_step(
     The batch is cut into `micro_batches` of equal rows. Each part's summed loss is divided by the number of
     targets of the whole batch, so how many parts there are changes memory and rounding only.
 
+    Raises:
+      ValueError: several micro-batches over a mesh.
+
     Returns:
       The new state, and float32 scalars: loss (nats per target), grad_norm (before clipping), targets.
     """
@@ -60,6 +64,8 @@ def train_step(
     grad_fn = jax.value_and_grad(lambda params, part: scale * batch_loss(graphdef, params, part, loss_chunk)[0])
     if micro_batches == 1:
         loss, grads = grad_fn(state.params, batch)
+    elif is_sharded(batch["tokens"]):
+        raise ValueError(f"micro_batches is {micro_batches}; over a mesh only 1 works so far")
     else:
         parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), dict(batch))
 

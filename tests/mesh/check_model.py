@@ -106,3 +106,32 @@ def test_a_mesh_of_automatic_axes_is_left_to_the_compiler():
         placed = {name: jax.device_put(x, P("data")) for name, x in data.items()}
         split, _ = loss_and_gradients(model, jax.device_put(model.params, P()), placed)
     assert rel_err(split, expected) < 1e-5
+
+
+@pytest.mark.parametrize("sizes", [dict(data=1), dict(data=2)], ids=str)
+@pytest.mark.parametrize("padding", ["any", "right"])
+def test_rows_over_devices_and_a_mesh_of_one(sizes, padding):
+    """The same specs as for time over devices, on meshes whose `context` is one device."""
+    model, data = Net(layer_types=("conv", "recurrence", "full_attention")), batch()
+    expected, _ = model(data["tokens"], segment_ids=data["segment_ids"])
+    with jax.set_mesh(mesh_of(**sizes)):
+        tokens, ids = (jax.device_put(data[name], TOKENS) for name in ("tokens", "segment_ids"))
+        params = jax.device_put(model.params, P())
+        run = jax.jit(lambda params, tokens, ids: nnx.merge(model.graphdef, params)(
+            tokens, segment_ids_BT=ids, logits=None, padding=padding)[0])
+        hidden = np.asarray(run(params, tokens, ids))
+    real = data["segment_ids"] != 0
+    assert rel_err(hidden[real], expected[real]) < 1e-5
+
+
+def test_what_rows_over_devices_do_not_go_with_is_refused():
+    model, data = Net(**KIND), batch()
+    with jax.set_mesh(mesh_of(data=2)):
+        placed = {name: jax.device_put(x, TOKENS) for name, x in data.items()}
+        net = nnx.merge(model.graphdef, model.params)
+        with pytest.raises(ValueError, match="with a decode state give every device all rows"):
+            net(placed["tokens"], state=net.init_state(B, T))
+        optimizer = optax.adamw(1e-2)
+        step = compile_train_step(model.graphdef, optimizer, micro_batches=2)
+        with pytest.raises(ValueError, match="micro_batches is 2; over a mesh only 1"):
+            step(init_train_state(jax.device_put(model.params, P()), optimizer), placed)

@@ -13,16 +13,17 @@ def mesh_of(**sizes):
 
 
 COLLECTIVE = re.compile(
-    r"= \(?(?P<dtype>[a-z]+\d+)\[(?P<shape>[\d,]*)\].*? (?P<kind>all-gather|all-reduce|all-to-all|collective-permute|"
-    r"reduce-scatter)(?:-start)?\("
+    r"= (?P<results>.*?) (?P<kind>all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 )
+RESULT = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 
 
 def collectives(compiled):
-    """(kind, dtype, shape of the result on one device) of every collective in the compiled program."""
+    """(kind, dtype, shape on one device) of everything that a collective of the compiled program brings."""
     found = []
     for line in compiled.as_text().splitlines():
         match = COLLECTIVE.search(line)
         if match:
-            found.append((match["kind"], match["dtype"], tuple(int(n) for n in match["shape"].split(",") if n)))
+            found += [(match["kind"], dtype, tuple(int(n) for n in shape.split(",") if n))
+                      for dtype, shape in RESULT.findall(match["results"])]
     return found

@@ -16,8 +16,9 @@ import yaml
 
 import lfm_jax as lfm
 from lfm_jax.convert.hf import chat_template
-from lfm_jax.recipe import load_recipe
+from lfm_jax.recipe import load_recipe, to_plain
 from lfm_jax.testing import tiny_tokenizer
+from lfm_jax.train import run_dir as run_dirs
 from lfm_jax.train.loop import TrainConfig, train
 from lfm_jax.train.metrics import read_metrics
 
@@ -275,3 +276,15 @@ def test_a_metrics_line_cut_by_a_kill_is_dropped(tmp_path):
     whole = json.dumps({"step": 1, "loss": 2.0})
     (tmp_path / "metrics.jsonl").write_text(whole + "\n" + '{"step": 2, "lo')
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_a_run_older_than_a_field_has_its_default(corpus, tmp_path):
+    """Runs saved before the operators of this version resume, but not as another model."""
+    config = load(recipe(corpus, tmp_path / "run"))
+    saved = to_plain(config)
+    for field in ("conv_gates", "recurrence", "sliding_window", "scan_impl", "attention_impl"):
+        del saved["model"][field]
+    assert run_dirs.check_resumable(config, saved, 1) == []
+    other = dataclasses.replace(config, model=config.model.replace(conv_gates="input"))
+    with pytest.raises(ValueError, match=r"model.conv_gates: 'both' there, 'input' here"):
+        run_dirs.check_resumable(other, saved, 1)
