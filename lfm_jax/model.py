@@ -5,7 +5,7 @@ Dimensions: B batch, T time, D width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,43 @@ def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, Any]:
     """(graphdef, parameters as a plain dict of shapes and dtypes) of a model, without making any array."""
     graphdef, params = nnx.split(nnx.eval_shape(lambda: LFM(config, rngs=nnx.Rngs(0))), nnx.Param)
     return graphdef, nnx.to_pure_dict(params)
+
+
+class _Aligned(NamedTuple):
+    """Rows as the operators take them (`state.align`)."""
+
+    tokens_BT: jax.Array
+    positions_BT: jax.Array
+    segment_ids_BT: jax.Array | None
+    gather_BT: jax.Array | None
+    """Aligned index -> index in the caller's row; None where nothing moved."""
+    length_B: jax.Array
+    """Real tokens."""
+
+
+def _aligned(
+    tokens_BT: jax.Array, positions_BT: jax.Array | None, segment_ids_BT: jax.Array | None, first_B: jax.Array,
+    padding: str,
+) -> _Aligned:
+    """Brings padding to the right end and counts documents and positions, in the caller's layout over a mesh."""
+    B, T = tokens_BT.shape
+    split = spec_of(tokens_BT)
+    if parts(tokens_BT, 1) == 1:  # An axis of one device in the type would still be in the way of a gather.
+        split = P(split[0], None)
+        tokens_BT = reshard(tokens_BT, split)
+        positions_BT = None if positions_BT is None else reshard(positions_BT, split)
+    if segment_ids_BT is None:
+        positions_BT = first_B[:, None] + jnp.arange(T, dtype=jnp.int32) if positions_BT is None else positions_BT
+        return _Aligned(tokens_BT, reshard(positions_BT, split), None, None, jnp.full((B,), T, jnp.int32))
+    # Documents are counted along whole rows; ids are small beside what a layer computes of them.
+    gather_BT, ids_BT = state_lib.align(reshard(segment_ids_BT, P(split[0], None)), right_padded=padding == "right")
+    if gather_BT is not None:
+        tokens_BT = jnp.take_along_axis(tokens_BT, gather_BT, axis=1)
+        positions_BT = None if positions_BT is None else jnp.take_along_axis(positions_BT, gather_BT, axis=1)
+    if positions_BT is None:
+        positions_BT = state_lib.count_positions(ids_BT, first_B)
+    length_B = state_lib.lengths(ids_BT)
+    return _Aligned(tokens_BT, reshard(positions_BT, split), reshard(ids_BT, split), gather_BT, length_B)
 
 
 class LFM(nnx.Module):
@@ -123,34 +160,13 @@ class LFM(nnx.Module):
           ValueError: shapes or options that do not fit together.
         """
         self._check(tokens_BT, positions_BT, segment_ids_BT, state, logits, padding)
-        B, T = tokens_BT.shape
-        first_B = jnp.zeros((B,), jnp.int32) if state is None else state.position_B
-        split = spec_of(tokens_BT)
-        if parts(tokens_BT, 1) == 1:  # An axis of one device in the type would still be in the way of a gather.
-            split = P(split[0], None)
-            tokens_BT = reshard(tokens_BT, split)
-            positions_BT = None if positions_BT is None else reshard(positions_BT, split)
-        if segment_ids_BT is not None:
-            # Documents are counted along whole rows; ids are small beside what a layer computes of them.
-            segment_ids_BT = reshard(segment_ids_BT, P(split[0], None))
-        if segment_ids_BT is None:
-            gather_BT = None
-            default_BT = first_B[:, None] + jnp.arange(T, dtype=jnp.int32)
-            length_B = jnp.full((B,), T, jnp.int32)
-        else:
-            gather_BT, segment_ids_BT = state_lib.align(segment_ids_BT, right_padded=padding == "right")
-            default_BT = state_lib.count_positions(segment_ids_BT, first_B)
-            length_B = state_lib.lengths(segment_ids_BT)
-        if gather_BT is not None:
-            tokens_BT = jnp.take_along_axis(tokens_BT, gather_BT, axis=1)
-            if positions_BT is not None:
-                positions_BT = jnp.take_along_axis(positions_BT, gather_BT, axis=1)
-        positions_BT = reshard(default_BT if positions_BT is None else positions_BT, split)
-        if segment_ids_BT is not None:
-            segment_ids_BT = reshard(segment_ids_BT, split)
+        first_B = jnp.zeros((tokens_BT.shape[0],), jnp.int32) if state is None else state.position_B
+        tokens_BT, positions_BT, segment_ids_BT, gather_BT, length_B = _aligned(
+            tokens_BT, positions_BT, segment_ids_BT, first_B, padding
+        )
 
         with jax.named_scope("embed"):
-            out_sharding = P(*split, None) if is_sharded(tokens_BT) else None
+            out_sharding = P(*spec_of(tokens_BT), None) if is_sharded(tokens_BT) else None
             x_BTD = self.embed[...].astype(self.config.dtype).at[tokens_BT].get(out_sharding=out_sharding)
         last_B1 = jnp.maximum(length_B - 1, 0)[:, None]
         layer_states: list[LayerState] = []
