@@ -21,6 +21,8 @@ Recurrence = Literal["rglru", "liquid", "lti"]
 ConvImpl = Literal["auto", "lax", "shifted", "associative", "pallas_tpu", "pallas_gpu"]
 ScanImpl = Literal["auto", "sequential", "associative", "chunked", "pallas_tpu", "pallas_gpu"]
 AttentionImpl = Literal["auto", "xla", "blockwise", "splash", "cudnn"]
+Init = Literal["normal", "scaled"]
+Remat = Literal["none", "ffn", "dots", "full"]
 
 GATES: dict[str, int] = {"none": 0, "input": 1, "output": 1, "both": 2}
 """Gates around the convolution by `conv_gates`; in_proj makes one stream for each, and one for the input."""
@@ -35,6 +37,28 @@ _HF_LAYER_TYPES = ("conv", "full_attention")
 def hybrid_pattern(num_layers: int, attention_at: tuple[int, ...]) -> tuple[LayerType, ...]:
     """Layer types with `full_attention` at the given indices and `conv` everywhere else."""
     return tuple("full_attention" if i in attention_at else "conv" for i in range(num_layers))
+
+
+def repeated_units(layer_types: tuple[LayerType, ...]) -> list[tuple[tuple[LayerType, ...], int]]:
+    """The pattern as runs of a repeated unit, [(unit, repeats), ...], with as few layers as possible to compile.
+
+    LFM2-350M is `(c c a) x 3, (c a) x 3, (c) x 1`.
+    """
+    # best[i]: (layers in units, runs, last run's start, its unit's length) for the first i layers.
+    best: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)]
+    for end in range(1, len(layer_types) + 1):
+        options = []
+        for start in range(end):
+            run = layer_types[start:end]
+            length = next(n for n in range(1, len(run) + 1) if len(run) % n == 0 and run == run[:n] * (len(run) // n))
+            options.append((best[start][0] + length, best[start][1] + 1, start, length))
+        best.append(min(options))
+    units, end = [], len(layer_types)
+    while end:
+        _, _, start, length = best[end]
+        units.append((layer_types[start : start + length], (end - start) // length))
+        end = start
+    return units[::-1]
 
 
 _PATTERN_16 = hybrid_pattern(16, (2, 5, 8, 10, 12, 14))
@@ -82,8 +106,12 @@ class ModelConfig:
     rope_theta: float = 1e6
     max_position: int = 128_000
     """Longest context that `init_state` grants."""
+    init: Init = "normal"
+    """How random weights begin. normal: every matrix from N(0, init_std), as in `transformers`. scaled: each matrix
+    keeps the size of its input, N(0, 1 / inputs), those that write to the residual stream divided by sqrt(2 L);
+    embedding tables from N(0, init_std). docs/training.md compares them."""
     init_std: float = 0.02
-    """Standard deviation of the normal initialisation of every matrix."""
+    """Standard deviation of the normal initialisation."""
     pad_id: int = 0
     bos_id: int = 1
     eos_ids: tuple[int, ...] = (7,)
@@ -99,6 +127,11 @@ class ModelConfig:
     attention_impl: AttentionImpl = "auto"
     """Implementation of attention in passes over whole rows; see `kernels/attention.py`. Attention to a decode state
     is always chosen by platform and size."""
+    remat: Remat = "none"
+    """What a training step computes again in the backward pass instead of keeping it: none; ffn: the hidden layer of
+    each feed-forward; dots: all but the results of matrix products; full: all but the input of each layer."""
+    scan_layers: bool = False
+    """Passes without a state compile each run of repeated layers once (`repeated_units`), as a loop over them."""
 
     def __post_init__(self) -> None:
         problems = _problems(self)
@@ -348,10 +381,10 @@ def _problems(c: ModelConfig) -> list[str]:
              f"{name} is {value!r}; it must be a positive number")
     for name, kind in (("param_dtype", DType), ("dtype", DType), ("logits_dtype", DType), ("conv_gates", ConvGates),
                        ("recurrence", Recurrence), ("conv_impl", ConvImpl), ("scan_impl", ScanImpl),
-                       ("attention_impl", AttentionImpl)):
+                       ("attention_impl", AttentionImpl), ("init", Init), ("remat", Remat)):
         value, choices = getattr(c, name), get_args(kind)
         need(value in choices, f"{name} is {value!r}; choose one of {', '.join(choices)}")
-    for name in ("conv_bias", "qk_norm", "post_norm", "tie_embedding"):
+    for name in ("conv_bias", "qk_norm", "post_norm", "tie_embedding", "scan_layers"):
         value = getattr(c, name)
         need(type(value) is bool, f"{name} is {value!r}; it must be true or false")
     if isinstance(c.layer_types, tuple) and c.layer_types:

@@ -12,22 +12,40 @@ from flax import nnx
 from lfm_jax.config import ModelConfig
 from lfm_jax.kernels.linear import linear
 
-
-def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], config: ModelConfig) -> nnx.Param:
-    """A matrix drawn from N(0, init_std), as `Lfm2PreTrainedModel` initialises every weight."""
-    w = config.init_std * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(w.astype(config.param_dtype))
+Axes = tuple[str | None, ...]
+"""Logical axes of a parameter, one a dimension (`sharding.LOGICAL_AXES`)."""
 
 
-def zeros_param(shape: tuple[int, ...], config: ModelConfig) -> nnx.Param:
-    return nnx.Param(jnp.zeros(shape, config.param_dtype))
+def param(w: jax.Array, axes: Axes, config: ModelConfig) -> nnx.Param:
+    """A parameter in `param_dtype`, with its logical axes as metadata (read by `model.param_axes`)."""
+    return nnx.Param(w.astype(config.param_dtype), axes=axes)
+
+
+def normal_param(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, config: ModelConfig, *, fan_in: int | None = None,
+    residual: bool = False,
+) -> nnx.Param:
+    """A matrix drawn from a normal distribution (`ModelConfig.init`).
+
+    Args:
+      fan_in: terms in the sum that makes one output; None where there is no sum (an embedding table).
+      residual: the matrix writes to the residual stream, one of 2 L that do.
+    """
+    std = config.init_std
+    if config.init == "scaled" and fan_in is not None:
+        std = fan_in**-0.5 / ((2 * config.num_layers) ** 0.5 if residual else 1.0)
+    return param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes, config)
+
+
+def zeros_param(shape: tuple[int, ...], axes: Axes, config: ModelConfig) -> nnx.Param:
+    return param(jnp.zeros(shape), axes, config)
 
 
 class RMSNorm(nnx.Module):
     """`w * x / rms(x)` over the last axis; the variance in float32, the product in x's dtype (`Lfm2RMSNorm`)."""
 
     def __init__(self, size: int, config: ModelConfig):
-        self.weight = nnx.Param(jnp.ones((size,), config.param_dtype))
+        self.weight = param(jnp.ones((size,)), (None,), config)
         self.eps = config.norm_eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -56,9 +74,9 @@ class SwiGLU(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.ffn_size
-        self.w1 = normal_param(rngs, (F, D), config)
-        self.w3 = normal_param(rngs, (F, D), config)
-        self.w2 = normal_param(rngs, (D, F), config)
+        self.w1 = normal_param(rngs, (F, D), ("ffn", "width"), config, fan_in=D)
+        self.w3 = normal_param(rngs, (F, D), ("ffn", "width"), config, fan_in=D)
+        self.w2 = normal_param(rngs, (D, F), ("width", "ffn"), config, fan_in=F, residual=True)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         gate_BTF, up_BTF = linear(x_BTD, self.w1[...]), linear(x_BTD, self.w3[...])

@@ -5,6 +5,7 @@ Dimensions: B batch, T time, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,15 +14,17 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from lfm_jax import state as state_lib
-from lfm_jax.config import ModelConfig
+from lfm_jax.config import ModelConfig, repeated_units
 from lfm_jax.kernels.linear import linear
 from lfm_jax.layers import RMSNorm, SwiGLU, normal_param
 from lfm_jax.operators import OPERATORS
-from lfm_jax.sharding import is_sharded, parts, reshard, spec_of
+from lfm_jax.sharding import FSDP, axis_names, is_sharded, parts, reshard, spec_of
 from lfm_jax.state import LayerState, State
 
 Logits = Literal["all", "last"]
 Padding = Literal["any", "right"]
+Squares = dict[str, jax.Array]
+"""Mean squares of the outputs of each kind of operator and of the feed-forwards, summed over layers, float32 [B, T]."""
 
 
 class Block(nnx.Module):
@@ -33,33 +36,56 @@ class Block(nnx.Module):
         self.operator = OPERATORS[kind](config, rngs=rngs)
         self.ffn_norm = RMSNorm(D, config)
         self.feed_forward = SwiGLU(config, rngs=rngs)
-        self.post_norm = config.post_norm
+        self.kind, self.remat, self.post_norm = kind, config.remat, config.post_norm
         if config.post_norm:
             self.post_operator_norm = RMSNorm(D, config)
             self.post_ffn_norm = RMSNorm(D, config)
 
     def __call__(
-        self, x_BTD: jax.Array, *, positions_BT: jax.Array, segment_ids_BT: jax.Array | None, state: LayerState | None,
-        only_B1: jax.Array | None = None,
-    ) -> tuple[jax.Array, LayerState | None]:
+        self, x_BTD: jax.Array, squares: Squares | None = None, *, positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None, state: LayerState | None, only_B1: jax.Array | None = None,
+    ) -> tuple[jax.Array, Squares | None, LayerState | None]:
         """`only_B1` drops all but one token a row once the operator has seen them all: [B, 1, D] comes out."""
-        with jax.named_scope("operator"):
+        with jax.named_scope("operator"), jax.named_scope(self.kind):
             y_BTD, state = self.operator(
                 self.operator_norm(x_BTD), positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, state=state
             )
+            squares = _add_squares(squares, self.kind, y_BTD)
             x_BTD += self.post_operator_norm(y_BTD) if self.post_norm else y_BTD
             if only_B1 is not None:
                 x_BTD = jnp.take_along_axis(x_BTD, only_B1[:, :, None], axis=1)
         with jax.named_scope("feed_forward"):
-            y_BTD = self.feed_forward(self.ffn_norm(x_BTD))
+
+            def feed_forward(x_BTD: jax.Array) -> jax.Array:
+                return self.feed_forward(self.ffn_norm(x_BTD))
+
+            y_BTD = (jax.checkpoint(feed_forward) if self.remat == "ffn" else feed_forward)(x_BTD)
+            squares = _add_squares(squares, "feed_forward", y_BTD)
             x_BTD += self.post_ffn_norm(y_BTD) if self.post_norm else y_BTD
-        return x_BTD, state
+        return x_BTD, squares, state
+
+
+def _add_squares(squares: Squares | None, name: str, y_BTD: jax.Array) -> Squares | None:
+    if squares is None:
+        return None
+    y32_BTD = jax.lax.stop_gradient(y_BTD).astype(jnp.float32)
+    return squares | {name: squares[name] + jnp.mean(y32_BTD * y32_BTD, axis=-1)}
+
+
+REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+"""`ModelConfig.remat` of whole layers -> what a backward pass finds kept."""
 
 
 def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, Any]:
     """(graphdef, parameters as a plain dict of shapes and dtypes) of a model, without making any array."""
     graphdef, params = nnx.split(nnx.eval_shape(lambda: LFM(config, rngs=nnx.Rngs(0))), nnx.Param)
     return graphdef, nnx.to_pure_dict(params)
+
+
+def param_axes(config: ModelConfig) -> Any:
+    """The logical axes of every parameter (`sharding.LOGICAL_AXES`): the dict of parameters, tuples for arrays."""
+    _, params = nnx.split(nnx.eval_shape(lambda: LFM(config, rngs=nnx.Rngs(0))), nnx.Param)
+    return nnx.to_pure_dict(params, extract_fn=lambda param: param.get_metadata()["axes"])
 
 
 class _Aligned(NamedTuple):
@@ -109,11 +135,12 @@ class LFM(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.embed = normal_param(rngs, (config.vocab_size, config.hidden_size), config)
+        table, axes = (config.vocab_size, config.hidden_size), ("vocab", "width")
+        self.embed = normal_param(rngs, table, axes, config)
         self.blocks = nnx.List([Block(kind, config, rngs=rngs) for kind in config.layer_types])
         self.norm = RMSNorm(config.hidden_size, config)
         if not config.tie_embedding:
-            self.head = normal_param(rngs, (config.vocab_size, config.hidden_size), config)
+            self.head = normal_param(rngs, table, axes, config)
 
     @property
     def head_VD(self) -> jax.Array:
@@ -150,7 +177,7 @@ class LFM(nnx.Module):
 
         Over a mesh of explicit axes (`jax.set_mesh`) rows may be split over devices, without a state, and time over the
         axis `context`: then padding must be promised to be at the right, and logits are `all` or None. Parameters are
-        whole on every device.
+        whole, or split as `param_axes` says.
 
         Returns:
           (logits or hidden states, new state or None). Values at padding mean nothing. A row that
@@ -165,19 +192,19 @@ class LFM(nnx.Module):
             tokens_BT, positions_BT, segment_ids_BT, first_B, padding
         )
 
-        with jax.named_scope("embed"):
-            out_sharding = P(*spec_of(tokens_BT), None) if is_sharded(tokens_BT) else None
-            x_BTD = self.embed[...].astype(self.config.dtype).at[tokens_BT].get(out_sharding=out_sharding)
+        x_BTD = self._embed(tokens_BT)
         last_B1 = jnp.maximum(length_B - 1, 0)[:, None]
+        only_B1 = last_B1 if logits == "last" else None
         layer_states: list[LayerState] = []
-        for i, block in enumerate(self.blocks):
-            with jax.named_scope(f"layer_{i}"):
-                x_BTD, layer_state = block(
-                    x_BTD, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT,
-                    state=None if state is None else state.layers[i],
-                    only_B1=last_B1 if logits == "last" and i == self.config.num_layers - 1 else None,
-                )
-            if layer_state is not None:
+        if state is None:
+            x_BTD, _ = self._run_layers(x_BTD, None, positions_BT, segment_ids_BT, only_B1)
+        else:
+            for i, block in enumerate(self.blocks):
+                with jax.named_scope(f"layer_{i}"):
+                    x_BTD, _, layer_state = block(
+                        x_BTD, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, state=state.layers[i],
+                        only_B1=only_B1 if i == self.config.num_layers - 1 else None,
+                    )
                 layer_states.append(layer_state)
         if gather_BT is not None and logits != "last":
             x_BTD = jnp.take_along_axis(x_BTD, jnp.argsort(gather_BT, axis=1)[:, :, None], axis=1)
@@ -188,6 +215,98 @@ class LFM(nnx.Module):
             after_B = jnp.take_along_axis(positions_BT, last_B1, axis=1)[:, 0] + 1
             new_state = State(tuple(layer_states), jnp.where(length_B > 0, after_B, state.position_B))
         return (x_BTD if logits is None else self.project(x_BTD)), new_state
+
+    def hidden(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array | None, segment_ids_BT: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """What a training step needs: as a call without logits and state, with padding at the right.
+
+        Returns:
+          (normed hidden states [B, T, D], squares). Squares by kind of operator, and `feed_forward`, of what it adds to
+          the residual stream (before any post norm): the mean over width and layers, summed over real tokens, float32
+          scalars without a gradient. Over the number of real tokens they are mean squares.
+        """
+        self._check(tokens_BT, positions_BT, segment_ids_BT, None, None, "right")
+        first_B = jnp.zeros((tokens_BT.shape[0],), jnp.int32)
+        tokens_BT, positions_BT, segment_ids_BT, _, _ = _aligned(
+            tokens_BT, positions_BT, segment_ids_BT, first_B, "right"
+        )
+        kinds = self.config.layer_types
+        counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)} | {"feed_forward": len(kinds)}
+        zeros_BT = jnp.zeros_like(tokens_BT, jnp.float32)
+        x_BTD, squares = self._run_layers(
+            self._embed(tokens_BT), dict.fromkeys(counts, zeros_BT), positions_BT, segment_ids_BT, None
+        )
+        real_BT = True if segment_ids_BT is None else segment_ids_BT != 0
+        sums = {kind: jnp.sum(jnp.where(real_BT, squares[kind], 0.0)) / n for kind, n in counts.items()}
+        return self.norm(x_BTD), sums
+
+    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """Rows of the table, in `config.dtype`.
+
+        Over a mesh every device looks up its columns for the rows of all devices along `fsdp`, and columns are traded
+        for rows (all-to-all): far less to move than the table.
+        """
+        with jax.named_scope("embed"):
+            table_VD = self.embed[...]
+            if not is_sharded(tokens_BT):
+                return table_VD.at[tokens_BT].get().astype(self.config.dtype)
+            b, t = spec_of(tokens_BT)
+            columns = spec_of(table_VD)[1]
+            if columns is None:
+                return table_VD.at[tokens_BT].get(out_sharding=P(b, t, None)).astype(self.config.dtype)
+            rows = tuple(name for name in axis_names(b) if name != FSDP) or None
+            x_BTD = table_VD.at[reshard(tokens_BT, P(rows, t))].get(out_sharding=P(rows, t, columns))
+            return reshard(x_BTD.astype(self.config.dtype), P(b, t, None))
+
+    def _run_layers(
+        self, x_BTD: jax.Array, squares: Squares | None, positions_BT: jax.Array, segment_ids_BT: jax.Array | None,
+        only_B1: jax.Array | None,
+    ) -> tuple[jax.Array, Squares | None]:
+        """All layers without a state, with `config.remat` and `config.scan_layers`."""
+        remat, last = self.config.remat, self.config.num_layers - 1
+
+        def run(block: Block, carry: Any, only_B1: jax.Array | None = None) -> Any:
+            def layer(carry: Any) -> Any:
+                x_BTD, squares = carry
+                return block(x_BTD, squares, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, state=None,
+                             only_B1=only_B1)[:2]
+
+            if remat in REMAT_POLICIES:
+                layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat])
+            return layer(carry)
+
+        carry, first = (x_BTD, squares), 0
+        units = repeated_units(self.config.layer_types) if self.config.scan_layers else [(self.config.layer_types, 1)]
+        for unit, repeats in units:
+            stop = first + len(unit) * repeats
+            if repeats == 1 or (only_B1 is not None and stop > last):
+                for i in range(first, stop):
+                    with jax.named_scope(f"layer_{i}"):
+                        carry = run(self.blocks[i], carry, only_B1 if i == last else None)
+            else:
+                with jax.named_scope(f"layers_{first}_to_{stop - 1}"):
+                    carry = self._scan_layers(run, carry, first, len(unit), repeats)
+            first = stop
+        return carry
+
+    def _scan_layers(self, run: Callable[[Block, Any], Any], carry: Any, first: int, length: int, repeats: int) -> Any:
+        """`repeats` runs of the unit of `length` layers that begins at layer `first`, compiled once."""
+        split = [nnx.split(block, nnx.Param) for block in self.blocks[first : first + length * repeats]]
+        graphdefs = [graphdef for graphdef, _ in split[:length]]
+
+        def stack(*layers: jax.Array) -> jax.Array:
+            # Matrices in the dtype they are used in, which halves what is copied; vectors may be used in float32.
+            return jnp.stack([w.astype(self.config.dtype) if w.ndim > 1 else w for w in layers])
+
+        params = [jax.tree.map(stack, *(p for _, p in split[i::length])) for i in range(length)]
+
+        def unit(carry: Any, params: list[Any]) -> tuple[Any, None]:
+            for graphdef, layer_params in zip(graphdefs, params, strict=True):
+                carry = run(nnx.merge(graphdef, layer_params), carry)
+            return carry, None
+
+        return jax.lax.scan(unit, carry, params)[0]
 
     def project(self, x_BTD: jax.Array) -> jax.Array:
         """Logits of normed hidden states, accumulated and returned in `config.logits_dtype`."""

@@ -1,22 +1,41 @@
 """Meshes, and how an array is laid out over one.
 
-Sharding is written for explicit mesh axes: how an array is split is part of its type, so code asks the array
-(`spec_of`) and needs no table of its own. Without a mesh every answer is "not split".
+Sharding is written for explicit mesh axes: how an array is split is part of its type. Where an array is made, one
+table of logical axes (`LOGICAL_AXES`, through `spec`) says how it is laid out; code that computes with it asks the
+array (`spec_of`). Without a mesh every answer is "not split".
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 CONTEXT = "context"
 """The mesh axis that time is split over."""
+FSDP = "fsdp"
+"""The mesh axis that splits rows of a batch and, between uses, parameters: each is gathered where it is used."""
+TENSOR = "tensor"
+"""The mesh axis that heads, channels, feed-forward units and the vocabulary are split over."""
+
+LOGICAL_AXES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", FSDP),  # Rows of a batch, of activations and of decode state.
+    "time": (CONTEXT,),
+    "width": (FSDP,),  # Of parameters; the residual stream is whole.
+    "channels": (TENSOR,),  # Inside a short convolution or a recurrence.
+    "heads": (TENSOR,),
+    "kv_heads": (TENSOR,),
+    "ffn": (TENSOR,),
+    "vocab": (TENSOR,),
+}
+"""The one table: logical axis -> the mesh axes that split it. An axis without a name (None) is whole on every device.
+Optimizer state is laid out as the parameters it belongs to."""
 
 
 def make_mesh(
@@ -34,6 +53,107 @@ def make_mesh(
         named = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
         raise ValueError(f"{named} make a mesh of {count} devices, but there are {len(devices)}; change a size")
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * len(sizes), devices=devices)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices each mesh axis has.
+
+    Raises:
+      ValueError: on construction, one message that lists every bad field.
+    """
+
+    data: int = 0
+    """Copies of the model that share a batch's rows. 0: as many as the other axes leave devices for."""
+    fsdp: int = 1
+    """Devices that share rows and keep a part of every parameter and of its optimizer state."""
+    tensor: int = 1
+    """Devices that share heads, channels, feed-forward units and vocabulary; a divisor of the key/value heads."""
+    context: int = 1
+    """Devices that share the tokens of a row."""
+
+    def __post_init__(self) -> None:
+        least = {name: 0 if name == "data" else 1 for name in MESH_AXES}
+        problems = [f"mesh.{name} is {getattr(self, name)}; it must be at least {low}"
+                    for name, low in least.items() if getattr(self, name) < low]
+        if problems:
+            raise ValueError("MeshConfig is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """Devices along each axis, `data` filled in.
+
+        Raises:
+          ValueError: the axes do not make up that number of devices.
+        """
+        others = self.fsdp * self.tensor * self.context
+        data = self.data or max(num_devices // others, 1)
+        if data * others != num_devices:
+            named = ", ".join(f"{name}={getattr(self, name)}" for name in MESH_AXES)
+            raise ValueError(f"mesh of {named} does not make up {num_devices} devices; change a size")
+        return dict(zip(MESH_AXES, (data, self.fsdp, self.tensor, self.context), strict=True))
+
+    def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The mesh over `devices` (None: all there are)."""
+        devices = jax.devices() if devices is None else devices
+        return make_mesh(**self.sizes(len(devices)), devices=devices)
+
+
+def spec(*logical: str | None) -> P | None:
+    """Layout of an array whose axes have these logical names, over the mesh in use; None without a mesh.
+
+    Mesh axes of one device are left out: in an array's type they would only be in the way.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Explicit not in mesh.axis_types:
+        return None
+    entries = []
+    for name in logical:
+        split = tuple(axis for axis in (() if name is None else LOGICAL_AXES[name]) if mesh.shape.get(axis, 1) > 1)
+        entries.append(split[0] if len(split) == 1 else split or None)
+    return P(*entries)
+
+
+def shardings(abstract: Any, axes: Any) -> Any:
+    """The layout of every array of a tree over the mesh in use (`jax.set_mesh`).
+
+    Args:
+      abstract: nested dicts of arrays or of their shapes.
+      axes: the same dicts with a tuple of logical names (or None) for each array, one a dimension.
+
+    Returns:
+      The tree with a NamedSharding for each array.
+
+    Raises:
+      ValueError: dimensions that do not divide over their mesh axes, all in one message.
+    """
+    mesh = jax.sharding.get_mesh()
+    problems: dict[str, None] = {}
+
+    def leaf(x: Any, names: tuple[str | None, ...]) -> NamedSharding:
+        layout = spec(*names)
+        for name, size, entry in zip(names, x.shape, layout, strict=True):
+            count = math.prod(mesh.shape[axis] for axis in axis_names(entry))
+            if size % count:
+                over = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axis_names(entry))
+                problems[f"{name} ({size}) does not divide over {over}; give the mesh a divisor of {size}"] = None
+        return NamedSharding(mesh, layout)
+
+    tree = jax.tree.map(leaf, abstract, axes)
+    if problems:
+        raise ValueError("the mesh does not fit the model:\n" + "\n".join(f"  - {p}" for p in problems))
+    return tree
+
+
+def whole(x: jax.Array, *axes: str) -> jax.Array:
+    """x gathered over some mesh axes; what else splits it stays. x itself where there is no explicit mesh."""
+    if not is_sharded(x):
+        return x
+
+    def without(entry: Any) -> Any:
+        left = tuple(name for name in axis_names(entry) if name not in axes)
+        return left[0] if len(left) == 1 else left or None
+
+    return jax.sharding.reshard(x, P(*map(without, spec_of(x))))
 
 
 def spec_of(x: jax.Array) -> P:

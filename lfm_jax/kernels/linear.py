@@ -10,8 +10,9 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
-from lfm_jax.sharding import is_sharded, platform
+from lfm_jax.sharding import FSDP, is_sharded, platform, spec_of, whole
 
 FEW_ROWS = 256
 """Rows up to which `auto` puts the weights on the left on CPU."""
@@ -21,6 +22,9 @@ def linear(
     x: jax.Array, w: jax.Array, *, inputs: int = 1, dtype: str | jnp.dtype | None = None, impl: str = "auto"
 ) -> jax.Array:
     """Contracts the last `inputs` axes of x with the last `inputs` axes of w.
+
+    Over a mesh of explicit axes w is first gathered over `fsdp`, in x's dtype; the result is split as the rows of x and
+    the outputs of w are, and summed over what splits the contracted axes (`tensor`).
 
     Args:
       x: [..., *in].
@@ -41,14 +45,17 @@ def linear(
     if x.shape[x.ndim - inputs :] != w.shape[w.ndim - inputs :]:
         raise ValueError(f"x {x.shape} and w {w.shape} differ in their last {inputs} axes")
     dtype = jnp.dtype(dtype or x.dtype)
-    w = w.astype(x.dtype)
+    w = whole(w.astype(x.dtype), FSDP)
     rows = math.prod(lead)
     if impl == "auto":
         few = rows <= FEW_ROWS and platform() == "cpu" and not (is_sharded(x) or is_sharded(w))
         impl = "left" if few else "dot"
     if impl == "dot":
         x_axes, w_axes = (tuple(range(a.ndim - inputs, a.ndim)) for a in (x, w))
-        return lax.dot_general(x, w, ((x_axes, w_axes), ((), ())), preferred_element_type=dtype)
+        out_sharding = P(*spec_of(x)[: len(lead)], *spec_of(w)[: len(out)]) if is_sharded(x) else None
+        return lax.dot_general(
+            x, w, ((x_axes, w_axes), ((), ())), preferred_element_type=dtype, out_sharding=out_sharding
+        )
     if impl != "left":
         raise ValueError(f"impl is {impl!r}; choose one of auto, dot, left")
     x_MI, w_OI = x.reshape(rows, -1), w.reshape(math.prod(out), -1)

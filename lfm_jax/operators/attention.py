@@ -24,10 +24,12 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, window: int | None = None):
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        self.q_proj = normal_param(rngs, (N, H, D), config)
-        self.k_proj = normal_param(rngs, (K, H, D), config)
-        self.v_proj = normal_param(rngs, (K, H, D), config)
-        self.out_proj = normal_param(rngs, (D, N, H), config)
+        self.q_proj = normal_param(rngs, (N, H, D), ("heads", None, "width"), config, fan_in=D)
+        self.k_proj = normal_param(rngs, (K, H, D), ("kv_heads", None, "width"), config, fan_in=D)
+        self.v_proj = normal_param(rngs, (K, H, D), ("kv_heads", None, "width"), config, fan_in=D)
+        self.out_proj = normal_param(
+            rngs, (D, N, H), ("width", "heads", None), config, fan_in=N * H, residual=True
+        )
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = RMSNorm(H, config)

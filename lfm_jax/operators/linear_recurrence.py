@@ -22,11 +22,13 @@ from flax import nnx
 from lfm_jax.config import ModelConfig
 from lfm_jax.kernels.linear import linear
 from lfm_jax.kernels.sharded import linear_scan
-from lfm_jax.layers import normal_param, zeros_param
+from lfm_jax.layers import normal_param, param, zeros_param
 from lfm_jax.state import Hidden
 
 SLOWEST, FASTEST = 0.999, 0.9
 """Range of the initial decay a of a channel."""
+CHANNELS = ("channels",)
+"""Logical axes of a cell's vectors."""
 RGLRU_SHARPNESS = 8.0
 """c in Griffin's `a = sigmoid(Lambda) ** (c r)`."""
 
@@ -49,9 +51,9 @@ class RGLRU(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D = config.hidden_size
         decay_D = _initial_decay(rngs, D)
-        self.rate = nnx.Param(_inverse_softplus(-jnp.log(decay_D) / RGLRU_SHARPNESS).astype(config.param_dtype))
-        self.gate_scale = nnx.Param(jax.random.normal(rngs.params(), (D,)).astype(config.param_dtype))
-        self.gate_bias = zeros_param((D,), config)
+        self.rate = param(_inverse_softplus(-jnp.log(decay_D) / RGLRU_SHARPNESS), CHANNELS, config)
+        self.gate_scale = param(jax.random.normal(rngs.params(), (D,)), CHANNELS, config)
+        self.gate_bias = zeros_param((D,), CHANNELS, config)
 
     def __call__(self, gate_BTD: jax.Array, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         r_BTD = jax.nn.sigmoid(_float32(self.gate_scale) * x_BTD + _float32(self.gate_bias))
@@ -73,9 +75,9 @@ class Liquid(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         decay_D = _initial_decay(rngs, config.hidden_size)
         share_D = -jnp.log(decay_D) / 2  # Leak and conductance begin equal.
-        self.rate = nnx.Param(jnp.log(share_D).astype(config.param_dtype))
-        self.gate_bias = nnx.Param(_inverse_softplus(share_D).astype(config.param_dtype))
-        self.gain = nnx.Param((2 * jnp.sqrt((1 + decay_D) / (1 - decay_D))).astype(config.param_dtype))
+        self.rate = param(jnp.log(share_D), CHANNELS, config)
+        self.gate_bias = param(_inverse_softplus(share_D), CHANNELS, config)
+        self.gain = param(2 * jnp.sqrt((1 + decay_D) / (1 - decay_D)), CHANNELS, config)
 
     def __call__(self, gate_BTD: jax.Array, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         f_BTD = jax.nn.softplus(gate_BTD + _float32(self.gate_bias))
@@ -93,7 +95,7 @@ class LTI(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         decay_D = _initial_decay(rngs, config.hidden_size)
-        self.rate = nnx.Param(jnp.log(-jnp.log(decay_D)).astype(config.param_dtype))
+        self.rate = param(jnp.log(-jnp.log(decay_D)), CHANNELS, config)
 
     def __call__(self, gate_BTD: jax.Array, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         log_a_D = -jnp.exp(_float32(self.rate))
@@ -109,9 +111,9 @@ class LinearRecurrence(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D = config.hidden_size
-        self.in_proj = normal_param(rngs, (3, D, D), config)
+        self.in_proj = normal_param(rngs, (3, D, D), (None, "channels", "width"), config, fan_in=D)
         self.cell = CELLS[config.recurrence](config, rngs=rngs)
-        self.out_proj = normal_param(rngs, (D, D), config)
+        self.out_proj = normal_param(rngs, (D, D), ("width", "channels"), config, fan_in=D, residual=True)
         self.impl = config.scan_impl
 
     def __call__(

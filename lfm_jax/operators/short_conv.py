@@ -28,13 +28,13 @@ class ShortConv(nnx.Module):
         self.gates = config.conv_gates
         streams = 1 + GATES[self.gates]
         # [3, D, D], not [3 D, D]: a tensor-parallel split of the output channels then needs no collective.
-        self.in_proj = normal_param(rngs, (streams, D, D), config)
-        self.conv = normal_param(rngs, (W, D), config)
-        self.out_proj = normal_param(rngs, (D, D), config)
+        self.in_proj = normal_param(rngs, (streams, D, D), (None, "channels", "width"), config, fan_in=D)
+        self.conv = normal_param(rngs, (W, D), (None, "channels"), config, fan_in=W)
+        self.out_proj = normal_param(rngs, (D, D), ("width", "channels"), config, fan_in=D, residual=True)
         if config.conv_bias:
-            self.in_bias = zeros_param((streams, D), config)
-            self.conv_bias = zeros_param((D,), config)
-            self.out_bias = zeros_param((D,), config)
+            self.in_bias = zeros_param((streams, D), (None, "channels"), config)
+            self.conv_bias = zeros_param((D,), ("channels",), config)
+            self.out_bias = zeros_param((D,), (None,), config)
         self.bias = config.conv_bias
         self.impl = config.conv_impl
 

@@ -1,62 +1,99 @@
 """Next-token cross-entropy that never holds the logits of a whole batch.
 
-Dimensions: B batch, T time, D width, V vocabulary, M = B * T tokens, C tokens of one chunk.
+Dimensions: B batch, T time, D width, V vocabulary (of one device where it is split), M = B * T tokens, C tokens of one
+chunk.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from lfm_jax.sharding import axis_names, is_sharded, over_mesh, spec_of
+from lfm_jax.sharding import FSDP, axis_names, is_sharded, over_mesh, spec_of, whole
 
 LOSS_IGNORE = -1
 """Target that carries no loss: padding, or a token whose successor is not in the row."""
 
 
+class Loss(NamedTuple):
+    """Sums over the targets that count."""
+
+    total: jax.Array
+    """What to differentiate: nll plus the z-loss; float32 scalar."""
+    nll: jax.Array
+    """Negative log-likelihood in nats, float32 scalar; carries no gradient."""
+    count: jax.Array
+    """Targets that count, int32 scalar."""
+
+
 def cross_entropy(
-    hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *, chunk: int = 512
-) -> tuple[jax.Array, jax.Array]:
+    hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *, chunk: int = 512, z_loss: float = 0.0
+) -> Loss:
     """Summed negative log-likelihood in nats and the number of targets that count.
 
     Works on `chunk` tokens at a time on each device, so the largest array is [chunk, V] float32. Under
     differentiation the gradients of a chunk are made while its logits are at hand and the logits are
     dropped: three matrix products a chunk, as many as with all logits kept.
 
+    Over a mesh every device works on its own tokens, and on its own part of the vocabulary where that is split
+    (`tensor`): of the logits only two numbers a token are exchanged, and the gradient of hidden is summed.
+
     Args:
       hidden_BTD: normed hidden states.
       table_VD: output matrix, one row a token id; cast to the dtype of hidden for the products.
       targets_BT: id of the next token, or LOSS_IGNORE.
       chunk: tokens per chunk.
-
-    Returns:
-      (sum of losses, float32 scalar; count of targets, int32 scalar).
+      z_loss: weight of the penalty `log(Z)^2`, which keeps the softmax's normaliser Z near 1 (PaLM, arXiv 2204.02311,
+        section 5, uses 1e-4).
 
     Raises:
-      ValueError: chunk below 1.
+      ValueError: chunk below 1, or a negative z_loss.
     """
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be at least 1 token")
+    if z_loss < 0:
+        raise ValueError(f"z_loss is {z_loss}; it must not be negative")
     if is_sharded(hidden_BTD):
-        b, t, _ = spec_of(hidden_BTD)
+        table_VD = whole(table_VD.astype(hidden_BTD.dtype), FSDP)
+        (b, t, _), v = spec_of(hidden_BTD), spec_of(table_VD)[0]
+        tokens, vocab = axis_names((b, t)), axis_names(v)
 
-        def shard(**args: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return jax.lax.psum(cross_entropy(**args, chunk=chunk), axis_names((b, t)))
+        def shard(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, ...]:
+            sums = _sums(hidden_BTD, table_VD, targets_BT, _How(chunk, z_loss, vocab[0] if vocab else None))
+            return *jax.lax.psum(sums, tokens + vocab), jax.lax.psum(_count(targets_BT), tokens)
 
         args = dict(hidden_BTD=hidden_BTD, table_VD=table_VD, targets_BT=targets_BT)
-        specs = dict(hidden_BTD=P(b, t, None), table_VD=P(), targets_BT=P(b, t))
-        return over_mesh(shard, args, specs, (P(), P()))
+        specs = dict(hidden_BTD=P(b, t, None), table_VD=P(v, None), targets_BT=P(b, t))
+        return Loss(*over_mesh(shard, args, specs, (P(), P(), P())))
+    return Loss(*_sums(hidden_BTD, table_VD, targets_BT, _How(chunk, z_loss, None)), _count(targets_BT))
+
+
+class _How(NamedTuple):
+    """What of the arguments is not an array."""
+
+    chunk: int
+    z_loss: float
+    vocab: str | None
+    """The mesh axis that the vocabulary is split over."""
+
+
+def _count(targets_BT: jax.Array) -> jax.Array:
+    return jnp.sum(targets_BT != LOSS_IGNORE, dtype=jnp.int32)
+
+
+def _sums(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, how: _How) -> tuple[jax.Array, jax.Array]:
+    """(total, nll) of this device; with the vocabulary split, of this device's part of it."""
     D = hidden_BTD.shape[-1]
     hidden_MD, targets_M = hidden_BTD.reshape(-1, D), targets_BT.reshape(-1)
-    chunk = min(chunk, targets_M.shape[0])
+    chunk = min(how.chunk, targets_M.shape[0])
     short = -targets_M.shape[0] % chunk
     hidden_MD = jnp.pad(hidden_MD, ((0, short), (0, 0)))
     targets_M = jnp.pad(targets_M, (0, short), constant_values=LOSS_IGNORE)
-    loss = _summed_loss(hidden_MD, table_VD, targets_M, chunk)
-    return loss, jnp.sum(targets_BT != LOSS_IGNORE, dtype=jnp.int32)
+    return _summed_loss(hidden_MD, table_VD, targets_M, how._replace(chunk=chunk))
 
 
 def reference_cross_entropy(
@@ -73,42 +110,42 @@ def reference_cross_entropy(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _summed_loss(hidden_MD: jax.Array, table_VD: jax.Array, targets_M: jax.Array, chunk: int) -> jax.Array:
-    def step(total: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+def _summed_loss(
+    hidden_MD: jax.Array, table_VD: jax.Array, targets_M: jax.Array, how: _How
+) -> tuple[jax.Array, jax.Array]:
+    def step(sums: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         hidden_CD, targets_C = inputs
-        loss, _ = _chunk_loss(hidden_CD, table, targets_C)
-        return total + loss, None
+        return sums + _chunk_loss(hidden_CD, table, targets_C, how)[0], None
 
     table = table_VD.astype(hidden_MD.dtype)
-    total, _ = jax.lax.scan(step, jnp.zeros((), jnp.float32), _split(hidden_MD, targets_M, chunk))
-    return total
+    sums, _ = jax.lax.scan(step, jnp.zeros((2,), jnp.float32), _split(hidden_MD, targets_M, how.chunk))
+    return sums[0], sums[1]
 
 
-def _summed_loss_fwd(
-    hidden_MD: jax.Array, table_VD: jax.Array, targets_M: jax.Array, chunk: int
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _summed_loss_fwd(hidden_MD: jax.Array, table_VD: jax.Array, targets_M: jax.Array, how: _How) -> tuple[Any, Any]:
     table = table_VD.astype(hidden_MD.dtype)
 
     def step(carry: tuple, inputs: tuple[jax.Array, jax.Array]) -> tuple[tuple, jax.Array]:
-        total, d_table_VD = carry
+        sums, d_table_VD = carry
         hidden_CD, targets_C = inputs
-        loss, d_logits_CV = _chunk_loss(hidden_CD, table, targets_C)
+        chunk_sums, d_logits_CV = _chunk_loss(hidden_CD, table, targets_C, how)
         d_logits_CV = d_logits_CV.astype(hidden_CD.dtype)
         d_hidden_CD = d_logits_CV @ table
         d_table_VD += jnp.einsum("CV,CD->VD", d_logits_CV, hidden_CD, preferred_element_type=jnp.float32)
-        return (total + loss, d_table_VD), d_hidden_CD
+        return (sums + chunk_sums, d_table_VD), d_hidden_CD
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(table_VD.shape, jnp.float32))
-    (total, d_table_VD), d_hidden = jax.lax.scan(step, start, _split(hidden_MD, targets_M, chunk))
-    return total, (d_hidden.reshape(hidden_MD.shape), d_table_VD.astype(table_VD.dtype))
+    start = (jnp.zeros((2,), jnp.float32), jnp.zeros(table_VD.shape, jnp.float32))
+    (sums, d_table_VD), d_hidden = jax.lax.scan(step, start, _split(hidden_MD, targets_M, how.chunk))
+    return (sums[0], sums[1]), (d_hidden.reshape(hidden_MD.shape), d_table_VD.astype(table_VD.dtype))
 
 
 def _summed_loss_bwd(
-    chunk: int, gradients: tuple[jax.Array, jax.Array], g: jax.Array
+    how: _How, gradients: tuple[jax.Array, jax.Array], g: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, None]:
-    del chunk
+    del how
     d_hidden_MD, d_table_VD = gradients
-    return (g * d_hidden_MD).astype(d_hidden_MD.dtype), (g * d_table_VD).astype(d_table_VD.dtype), None
+    g_total, _ = g
+    return (g_total * d_hidden_MD).astype(d_hidden_MD.dtype), (g_total * d_table_VD).astype(d_table_VD.dtype), None
 
 
 _summed_loss.defvjp(_summed_loss_fwd, _summed_loss_bwd)
@@ -118,14 +155,30 @@ def _split(hidden_MD: jax.Array, targets_M: jax.Array, chunk: int) -> tuple[jax.
     return hidden_MD.reshape(-1, chunk, hidden_MD.shape[-1]), targets_M.reshape(-1, chunk)
 
 
-def _chunk_loss(hidden_CD: jax.Array, table_VD: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Summed loss of a chunk and its gradient by the logits, softmax minus one-hot."""
+def _chunk_loss(
+    hidden_CD: jax.Array, table_VD: jax.Array, targets_C: jax.Array, how: _How
+) -> tuple[jax.Array, jax.Array]:
+    """[total, nll] of a chunk and the gradient of the total by this device's logits.
+
+    With the vocabulary split, the devices' sums add up to those of the chunk: each counts its own targets, the first
+    one the normaliser.
+    """
     logits_CV = jnp.einsum("CD,VD->CV", hidden_CD, table_VD, preferred_element_type=jnp.float32)
     log_z_C1 = jax.nn.logsumexp(logits_CV, axis=-1, keepdims=True)
-    # An iota comparison instead of a gather: it fuses, and it still works with V sharded.
-    hit_CV = jnp.arange(logits_CV.shape[-1]) == targets_C[:, None]
+    ids_V, first = jnp.arange(logits_CV.shape[-1]), 1.0
+    if how.vocab is not None:
+        largest_C1 = jax.lax.pmax(log_z_C1, how.vocab)
+        log_z_C1 = largest_C1 + jnp.log(jax.lax.psum(jnp.exp(log_z_C1 - largest_C1), how.vocab))
+        ids_V += jax.lax.axis_index(how.vocab) * ids_V.shape[0]
+        first = jnp.where(jax.lax.axis_index(how.vocab) == 0, 1.0, 0.0)
+    # An iota comparison instead of a gather: it fuses, and it works with the vocabulary split.
+    hit_CV = ids_V == targets_C[:, None]
     picked_C = jnp.sum(jnp.where(hit_CV, logits_CV, 0.0), axis=-1)
-    kept_C = targets_C != LOSS_IGNORE
-    loss = jnp.sum(jnp.where(kept_C, log_z_C1[:, 0] - picked_C, 0.0))
-    d_logits_CV = jnp.where(kept_C[:, None], jnp.exp(logits_CV - log_z_C1) - hit_CV, 0.0)
-    return loss, d_logits_CV
+    kept_C, log_z_C = targets_C != LOSS_IGNORE, log_z_C1[:, 0]
+    nll = jnp.sum(jnp.where(kept_C, first * log_z_C - picked_C, 0.0))
+    total, slope_C1 = nll, 1.0
+    if how.z_loss:
+        total = nll + how.z_loss * first * jnp.sum(jnp.where(kept_C, log_z_C**2, 0.0))
+        slope_C1 = 1.0 + 2 * how.z_loss * log_z_C1
+    d_logits_CV = jnp.where(kept_C[:, None], slope_C1 * jnp.exp(logits_CV - log_z_C1) - hit_CV, 0.0)
+    return jnp.stack([total, nll]), d_logits_CV

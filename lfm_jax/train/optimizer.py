@@ -1,27 +1,46 @@
-"""AdamW, its learning-rate schedule and which parameters decay."""
+"""AdamW and Muon, their learning-rate schedule and which parameters decay."""
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
 import optax
+from optax.contrib import MuonDimensionNumbers
+
+from lfm_jax.sharding import is_sharded, spec_of
 
 Schedule = Literal["wsd", "cosine", "constant"]
+Algorithm = Literal["adamw", "muon"]
 
 NO_DECAY = frozenset({"weight", "conv", "in_bias", "conv_bias", "out_bias", "rate", "gate_scale", "gate_bias", "gain"})
 """Last names of norm weights, conv taps, biases and a recurrence's vectors: not decayed by default."""
 
 
+_OUT_IN = MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
+_HEADS_IN = MuonDimensionNumbers(reduction_axis=2, output_axis=(0, 1))
+MATRICES = {
+    "in_proj": _OUT_IN, "w1": _OUT_IN, "w2": _OUT_IN, "w3": _OUT_IN,
+    "q_proj": _HEADS_IN, "k_proj": _HEADS_IN, "v_proj": _HEADS_IN,
+}
+"""Last names of the matrices that Muon orthogonalises, each with its input and output axes; out_proj by its rank. Each
+stream of an in_proj is a matrix of its own."""
+MUON_RMS = 0.2
+"""Muon's updates are scaled to the size of AdamW's (arXiv 2502.16982, section 2.2), so that one peak_lr serves both."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with warm-up, a schedule and global-norm clipping.
+    """AdamW or Muon with warm-up, a schedule and global-norm clipping.
 
     Raises:
       ValueError: on construction, one message that lists every bad field.
     """
 
+    algorithm: Algorithm = "adamw"
+    """muon: Muon for matrices between activations, AdamW for embedding tables, norms, taps and vectors."""
     peak_lr: float = 3e-4
     """Learning rate after warm-up."""
     schedule: Schedule = "wsd"
@@ -33,6 +52,9 @@ class OptimizerConfig:
     final_lr_fraction: float = 0.1
     """Learning rate at the end of the run, as a fraction of peak_lr (wsd and cosine)."""
     b1: float = 0.9
+    """Memory of AdamW's first moment."""
+    momentum: float = 0.95
+    """Memory of Muon's momentum."""
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -43,7 +65,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        for name, low, high in (("b1", 0.0, 1.0), ("b2", 0.0, 1.0)):
+        for name, low, high in (("b1", 0.0, 1.0), ("b2", 0.0, 1.0), ("momentum", 0.0, 1.0)):
             if not low <= getattr(self, name) < high:
                 problems.append(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
         for name in ("peak_lr", "eps", "clip_norm"):
@@ -54,8 +76,9 @@ class OptimizerConfig:
                 problems.append(f"{name} is {getattr(self, name)}; it must not be negative")
         if not 0 <= self.final_lr_fraction <= 1:
             problems.append(f"final_lr_fraction is {self.final_lr_fraction}; it must lie in [0, 1]")
-        if self.schedule not in get_args(Schedule):
-            problems.append(f"schedule is {self.schedule!r}; choose one of {', '.join(get_args(Schedule))}")
+        for name, kind in (("schedule", Schedule), ("algorithm", Algorithm)):
+            if getattr(self, name) not in get_args(kind):
+                problems.append(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(get_args(kind))}")
         if problems:
             raise ValueError("OptimizerConfig is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
 
@@ -90,11 +113,48 @@ def decay_mask(params: Any) -> Any:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW on the schedule, as one optax transformation."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate(config, steps), b1=config.b1, b2=config.b2, eps=config.eps,
-            weight_decay=config.weight_decay, mask=None if config.decay_all else decay_mask,
-        ),
+    """Clipping by global norm, then AdamW or Muon on the schedule, as one optax transformation."""
+    rate = learning_rate(config, steps)
+    adamw = optax.adamw(
+        rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay,
+        mask=None if config.decay_all else decay_mask,
     )
+    if config.algorithm == "adamw":
+        return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    muon = optax.contrib.muon(
+        rate, beta=config.momentum, weight_decay=config.weight_decay, consistent_rms=MUON_RMS,
+        muon_weight_dimension_numbers=muon_dimensions,
+    )
+    labels = partial(jax.tree.map, lambda dims: "adamw" if dims is None else "muon", is_leaf=_is_dimensions)
+    by_kind = optax.partition(
+        {"muon": _over_auto_axes(muon), "adamw": adamw}, lambda params: labels(muon_dimensions(params))
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), by_kind)
+
+
+def muon_dimensions(params: Any) -> Any:
+    """Input and output axes of each matrix that Muon orthogonalises, None for every other leaf."""
+
+    def leaf(path: Any, w: Any) -> MuonDimensionNumbers | None:
+        name = path[-1].key
+        if name == "out_proj":
+            return MuonDimensionNumbers(reduction_axis=tuple(range(1, w.ndim)), output_axis=0)
+        return MATRICES.get(name)
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def _is_dimensions(x: Any) -> bool:
+    return x is None or isinstance(x, MuonDimensionNumbers)
+
+
+def _over_auto_axes(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The transformation with its layout inside left to the compiler: it multiplies matrices split in any way."""
+
+    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        if not any(is_sharded(x) for x in jax.tree.leaves(grads)):
+            return transformation.update(grads, state, params)
+        out = jax.tree.map(spec_of, (grads, state))
+        return jax.sharding.auto_axes(transformation.update, out_sharding=out)(grads, state, params)
+
+    return optax.GradientTransformation(transformation.init, update)

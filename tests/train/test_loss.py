@@ -22,7 +22,7 @@ def test_equals_reference_forward_and_gradient(chunk):
 
     def mean(f):
         def g(h, t):
-            loss, count = f(h, t)
+            loss, *_, count = f(h, t)
             return loss / count
         return jax.jit(jax.value_and_grad(g, argnums=(0, 1)))
 
@@ -31,8 +31,30 @@ def test_equals_reference_forward_and_gradient(chunk):
     np.testing.assert_allclose(ours, want, rtol=1e-6)
     for a, b in zip(ours_grads, want_grads, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6 * float(jnp.abs(b).max()))
-    plain, count = cross_entropy(hidden, table, targets, chunk=chunk)
+    plain, nll, count = cross_entropy(hidden, table, targets, chunk=chunk)
     np.testing.assert_allclose(plain / count, want, rtol=1e-6)
+    assert nll == plain
+
+
+@pytest.mark.parametrize("chunk", [4, 512])
+def test_z_loss_is_the_square_of_the_normaliser(chunk):
+    hidden, table, targets = example()
+
+    def reference(h, t):
+        log_z = jax.nn.logsumexp(h @ t.T, axis=-1)
+        return reference_cross_entropy(h, t, targets)[0] + 0.3 * jnp.sum(jnp.where(targets == LOSS_IGNORE, 0, log_z**2))
+
+    def ours(h, t):
+        return cross_entropy(h, t, targets, chunk=chunk, z_loss=0.3).total
+
+    (a, ours_grads), (b, want) = (jax.value_and_grad(f, argnums=(0, 1))(hidden, table) for f in (ours, reference))
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+    for x, y in zip(ours_grads, want, strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-6 * float(jnp.abs(y).max()))
+    with_z, plain = (cross_entropy(hidden, table, targets, z_loss=z).nll for z in (0.3, 0.0))
+    np.testing.assert_allclose(with_z, plain, rtol=1e-6)
+    with pytest.raises(ValueError, match="z_loss is -1"):
+        cross_entropy(hidden, table, targets, z_loss=-1)
 
 
 def test_ignored_targets_have_no_gradient_and_are_not_counted():
@@ -40,7 +62,7 @@ def test_ignored_targets_have_no_gradient_and_are_not_counted():
     grad = jax.grad(lambda h: cross_entropy(h, table, targets, chunk=4)[0])(hidden)
     assert not np.any(np.asarray(grad)[np.asarray(targets) == LOSS_IGNORE])
     assert np.all(np.any(np.asarray(grad)[np.asarray(targets) != LOSS_IGNORE], axis=-1))
-    assert int(cross_entropy(hidden, table, targets)[1]) == 21 - 4 - 1
+    assert int(cross_entropy(hidden, table, targets).count) == 21 - 4 - 1
 
 
 def test_a_batch_without_targets_is_zero_not_nan():

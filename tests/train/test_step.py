@@ -1,5 +1,7 @@
 """Dimensions: B rows, T time."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,14 @@ from lfm_jax.convert.hf import to_state_dict
 from lfm_jax.testing import tiny_model
 from lfm_jax.train.loss import LOSS_IGNORE, reference_cross_entropy
 from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
-from lfm_jax.train.step import batch_loss, compile_eval_step, compile_train_step, init_train_state
+from lfm_jax.train.step import (
+    Guard,
+    GuardConfig,
+    batch_loss,
+    compile_eval_step,
+    compile_train_step,
+    init_train_state,
+)
 
 OPTIMIZER = OptimizerConfig(peak_lr=1e-2, warmup_steps=0, schedule="constant")
 
@@ -42,7 +51,7 @@ def packed_batch(B=4, T=16, vocab=97, seed=0):
 def test_loss_of_a_packed_batch_equals_that_of_its_documents_alone():
     model = tiny_model()
     batch = packed_batch()
-    loss, count = jax.jit(lambda p, b: batch_loss(split(model)[0], p, b, 7))(split(model)[1], batch)
+    (loss, _, count), _ = jax.jit(lambda p, b: batch_loss(split(model)[0], p, b, 7))(split(model)[1], batch)
     total, targets = 0.0, 0
     for b in range(4):
         for document in (1, 2):
@@ -84,6 +93,67 @@ def test_training_learns_and_counts_steps():
     assert losses[-1] < 0.5 * losses[0]
     loss, count = compile_eval_step(graphdef)(state.params, batch)
     assert float(loss / count) < losses[-1]
+
+
+def test_an_update_that_is_not_finite_is_skipped_to_the_bit_and_the_next_is_made():
+    graphdef, params = split(tiny_model())
+    optimizer = make_optimizer(OPTIMIZER, 10)
+    step = compile_train_step(graphdef, optimizer)
+    state, metrics = step(init_train_state(params, optimizer), packed_batch())
+    assert (metrics["skipped"], metrics["skipped_in_row"]) == (0, 0)
+    before = jax.tree.map(np.asarray, state)
+    scale = before.params["norm"]["weight"]
+    broken = dataclasses.replace(state, params=state.params | {"norm": {"weight": scale * np.inf}})
+    for in_row in (1, 2):
+        broken, metrics = step(broken, packed_batch())
+        assert (metrics["skipped"], metrics["skipped_in_row"]) == (1, in_row)
+    assert int(broken.step) == 3
+    assert int(broken.guard.made) == 1
+    for a, b in zip(jax.tree.leaves(broken.opt_state), jax.tree.leaves(before.opt_state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(broken.params["embed"], before.params["embed"])
+    assert float(broken.guard.mean_norm) == before.guard.mean_norm
+    mended = dataclasses.replace(broken, params=broken.params | {"norm": {"weight": jnp.asarray(scale)}})
+    state, metrics = step(mended, packed_batch())
+    assert (metrics["skipped"], metrics["skipped_in_row"], int(state.guard.made)) == (0, 0, 2)
+
+
+def test_a_spike_is_skipped_once_the_mean_is_trusted():
+    graphdef, params = split(tiny_model())
+    optimizer = make_optimizer(OPTIMIZER, 10)
+    fresh = init_train_state(params, optimizer)
+    steps = {spike: compile_train_step(graphdef, optimizer, guard=GuardConfig(spike=spike)) for spike in (10, 0)}
+    norm = float(steps[10](jax.tree.map(jnp.copy, fresh), packed_batch())[1]["grad_norm"])
+    for made, factor, spike, skipped in ((100, 11, 10, 1), (100, 9, 10, 0), (99, 11, 10, 0), (100, 11, 0, 0)):
+        guard = Guard(jnp.float32(norm / factor), jnp.int32(made), jnp.int32(0))
+        state = dataclasses.replace(jax.tree.map(jnp.copy, fresh), guard=guard)
+        assert steps[spike](state, packed_batch())[1]["skipped"] == skipped
+
+
+def test_norms_by_kind_are_those_of_the_parts():
+    model = tiny_model()
+    graphdef, params = split(model)
+    batch = packed_batch()
+    _, metrics = compile_train_step(graphdef, make_optimizer(OPTIMIZER, 10))(
+        init_train_state(jax.tree.map(jnp.copy, params), make_optimizer(OPTIMIZER, 10)), batch
+    )
+    by_kind = {name: float(x) for name, x in metrics.items() if name.startswith("grad_norm/")}
+    assert set(by_kind) == {f"grad_norm/{k}" for k in ("conv", "full_attention", "feed_forward", "norm", "table")}
+    assert sum(x**2 for x in by_kind.values()) ** 0.5 == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)
+    # The operators' outputs, caught by hand.
+    real = np.asarray(batch["segment_ids"]) != 0
+    x = model.embed[...][batch["tokens"]]
+    squares = {}
+    for block, kind in zip(model.blocks, model.config.layer_types, strict=True):
+        how = dict(positions_BT=batch["positions"], segment_ids_BT=batch["segment_ids"], state=None)
+        y, _ = block.operator(block.operator_norm(x), **how)
+        squares.setdefault(kind, []).append(np.mean(np.square(y), axis=-1)[real].mean())
+        x += y
+        y = block.feed_forward(block.ffn_norm(x))
+        squares.setdefault("feed_forward", []).append(np.mean(np.square(y), axis=-1)[real].mean())
+        x += y
+    for kind, values in squares.items():
+        assert float(metrics[f"act_norm/{kind}"]) == pytest.approx(np.mean(values) ** 0.5, rel=1e-4)
 
 
 def test_bf16_compute_keeps_float32_parameters_and_moments():

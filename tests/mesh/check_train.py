@@ -1,0 +1,218 @@
+"""Training over meshes equals one device (loss, norms, every updated parameter), and what is exchanged is counted."""
+
+import functools
+import math
+
+import jax
+import numpy as np
+import optax
+import pytest
+from helpers import KINDS, Net, rel_err, tokens_like
+from jax.sharding import PartitionSpec as P
+from meshes import collectives, mesh_of
+
+from lfm_jax import ModelConfig
+from lfm_jax.model import param_axes
+from lfm_jax.sharding import shardings, spec
+from lfm_jax.train.loss import LOSS_IGNORE
+from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from lfm_jax.train.step import (
+    GuardConfig,
+    abstract_train_state,
+    compile_eval_step,
+    compile_train_step,
+    place_train_state,
+    random_train_state,
+)
+
+B, T = 16, 32
+MESHES = [
+    dict(data=8), dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, tensor=2, context=2), dict(context=8),
+]
+EVERY = KINDS["every-operator"] | dict(num_heads=8, num_kv_heads=4, hidden_size=32, vocab_size=104, conv_bias=True)
+ADAMW = OptimizerConfig(peak_lr=1e-2, warmup_steps=0, schedule="constant", eps=1e-3)
+# Newton-Schulz multiplies by about 3 in each of its steps what rounding left.
+MUON = OptimizerConfig(peak_lr=1e-2, warmup_steps=0, schedule="constant", eps=1e-3, algorithm="muon")
+
+
+def batch(rows=B):
+    rng = np.random.default_rng(0)
+    ids = np.zeros((rows, T), np.int32)
+    positions = np.zeros((rows, T), np.int32)
+    for row in range(rows):
+        at, segment = 0, 1
+        for length in rng.integers(1, 15, 4):
+            stop = min(at + length, T)
+            ids[row, at:stop], positions[row, at:stop] = segment, np.arange(stop - at)
+            at, segment = stop, segment + 1
+    targets = np.where(ids != 0, tokens_like((rows, T), 1), LOSS_IGNORE)
+    return dict(tokens=tokens_like((rows, T), 0), targets=targets, segment_ids=ids, positions=positions)
+
+
+@functools.cache
+def net(**changes):
+    return Net(**(EVERY | changes))
+
+
+def place(data):
+    return {name: jax.device_put(x, spec("batch", "time")) for name, x in data.items()}
+
+
+def one_step(model, config, data, *, micro_batches=1, z_loss=1e-3, steps=1):
+    """State and metrics after some steps on the same batch, and the loss without the z-loss afterwards."""
+    optimizer = make_optimizer(config, 10)
+    state = place_train_state(jax.tree.map(np.asarray, model.params), model.config, optimizer)
+    step = compile_train_step(
+        model.graphdef, optimizer, micro_batches=micro_batches, loss_chunk=16, z_loss=z_loss, guard=GuardConfig()
+    )
+    data = place(data) if spec() is not None else data
+    for _ in range(steps):
+        state, metrics = step(state, data)
+    loss, count = compile_eval_step(model.graphdef, loss_chunk=16)(state.params, data)
+    return jax.tree.map(np.asarray, (state, metrics, loss, count))
+
+
+@functools.cache
+def on_one_device(optimizer, micro_batches=1, changes=()):
+    return one_step(net(**dict(changes)), optimizer, batch(), micro_batches=micro_batches)
+
+
+def assert_equal_steps(mine, theirs, tolerance=1e-5):
+    (state, metrics, loss, count), (state1, metrics1, loss1, count1) = mine, theirs
+    assert count == count1
+    assert rel_err(loss, loss1) < tolerance
+    assert metrics.keys() == metrics1.keys()
+    for name in metrics:
+        assert rel_err(metrics[name] + 1, metrics1[name] + 1) < tolerance, name
+    leaves = jax.tree_util.tree_leaves_with_path(state.params)
+    for (path, a), b in zip(leaves, jax.tree.leaves(state1.params), strict=True):
+        assert rel_err(a, b) < tolerance, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_a_step_of_adamw(sizes):
+    with jax.set_mesh(mesh_of(**sizes)):
+        mine = one_step(net(), ADAMW, batch())
+    assert_equal_steps(mine, on_one_device(ADAMW))
+
+
+@pytest.mark.parametrize("sizes", [dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, tensor=2, context=2)], ids=str)
+def test_a_step_of_muon(sizes):
+    with jax.set_mesh(mesh_of(**sizes)):
+        mine = one_step(net(), MUON, batch())
+    assert_equal_steps(mine, on_one_device(MUON), 1e-4)
+
+
+@pytest.mark.parametrize("sizes", [dict(data=2, fsdp=4), dict(fsdp=2, tensor=2, context=2)], ids=str)
+def test_micro_batches(sizes):
+    with jax.set_mesh(mesh_of(**sizes)):
+        mine = one_step(net(), ADAMW, batch(), micro_batches=2)
+    assert_equal_steps(mine, on_one_device(ADAMW, 2))
+    alone = on_one_device(ADAMW)
+    assert rel_err(mine[1]["loss"], alone[1]["loss"]) < 1e-5
+
+
+SCANNED = dict(layer_types=("conv", "conv", "full_attention") * 2 + ("recurrence",) * 2 + ("conv",))
+
+
+@pytest.mark.parametrize("remat", ["none", "ffn", "dots", "full"])
+def test_scanned_and_rematerialised_layers(remat):
+    plain = on_one_device(ADAMW, changes=tuple(SCANNED.items()))
+    with jax.set_mesh(mesh_of(fsdp=2, tensor=2, context=2)):
+        mine = one_step(net(**SCANNED, scan_layers=True, remat=remat), ADAMW, batch())
+    assert_equal_steps(mine, plain)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_random_states_are_the_same_numbers_on_any_mesh_and_lie_where_they_should(tie):
+    config = net(tie_embedding=tie).config
+    optimizer = make_optimizer(MUON, 10)
+    alone = random_train_state(config, optimizer, 3)
+    with jax.set_mesh(mesh_of(fsdp=2, tensor=2, context=2)):
+        split = random_train_state(config, optimizer, 3)
+        layout = abstract_train_state(config, optimizer)
+    for a, b, expected in zip(*map(jax.tree.leaves, (split, alone, layout)), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.sharding.is_equivalent_to(expected.sharding, a.ndim)
+    embed = split.params["embed"]
+    assert embed.addressable_shards[0].data.shape == (embed.shape[0] // 2, embed.shape[1] // 2)
+    moments = [x for x in jax.tree.leaves(split.opt_state) if x.shape == embed.shape]
+    assert moments
+    assert all(x.sharding == embed.sharding for x in moments)
+
+
+def test_what_does_not_divide_is_named():
+    config = net().config.replace(num_kv_heads=2, vocab_size=101)
+    with jax.set_mesh(mesh_of(tensor=4, fsdp=2)), pytest.raises(ValueError, match="does not fit the model") as error:
+        abstract_train_state(config, make_optimizer(ADAMW, 10))
+    assert "kv_heads (2) does not divide over tensor=4" in str(error.value)
+    assert "vocab (101) does not divide over tensor=4" in str(error.value)
+
+
+def compiled_step(config, sizes):
+    """The optimised program of a step, and the parameters' shapes and layouts."""
+    model, optimizer = Net(**config), make_optimizer(ADAMW, 10)
+    with jax.set_mesh(mesh_of(**sizes)):
+        state = abstract_train_state(model.config, optimizer)
+        step = compile_train_step(model.graphdef, optimizer, loss_chunk=64)
+        return step.lower(state, place(batch())).compile(), state.params
+
+
+THREE = dict(layer_types=("conv", "full_attention", "recurrence"), num_kv_heads=4, vocab_size=104)
+
+
+def test_fsdp_gathers_each_weight_once_and_no_activation():
+    compiled, params = compiled_step(THREE, dict(fsdp=8))
+    split = [x.shape for x in jax.tree.leaves(params) if "fsdp" in x.sharding.spec]
+    found = [(dtype, shape) for kind, dtype, shape in collectives(compiled) if kind == "all-gather"]
+    # Compilers may turn a matrix before they gather it.
+    shapes = {tuple(sorted(shape)) for shape in split}
+    assert {tuple(sorted(shape)) for dtype, shape in found if dtype == "f32"} <= shapes
+    assert [shape for dtype, shape in found if dtype != "f32"] == [(B, T)]  # Token ids, to look up columns.
+    moved = sum(math.prod(shape) for dtype, shape in found if dtype == "f32")
+    on_paper = sum(math.prod(shape) for shape in split)
+    assert moved == pytest.approx(on_paper, rel=0.1)
+
+
+def test_data_parallel_gathers_nothing():
+    compiled, _ = compiled_step(THREE, dict(data=8))
+    assert {kind for kind, _, _ in collectives(compiled)} == {"all-reduce"}
+
+
+@pytest.mark.parametrize("kind", ["conv", "recurrence"])
+def test_channels_over_devices_exchange_nothing_inside_an_operator(kind):
+    """A layer sums its two outputs forward and the gradients of its inputs (in_proj, w1, w3) backward."""
+    sums = []
+    for layers in (1, 3):
+        compiled, _ = compiled_step(dict(layer_types=(kind,) * layers, vocab_size=104), dict(tensor=4, data=2))
+        found = collectives(compiled)
+        assert {kind for kind, _, _ in found} == {"all-reduce"}
+        activations = [shape for _, _, shape in found if shape[:2] == (B // 2, T)]
+        assert set(activations) == {(B // 2, T, 32)}
+        sums.append(len(activations))
+    assert sums[1] - sums[0] == 2 * 5
+
+
+def test_specs_follow_the_table():
+    assert spec("batch", "time") is None
+    with jax.set_mesh(mesh_of(data=2, fsdp=2, tensor=2)):
+        assert spec("batch", "time", None) == P(("data", "fsdp"), None, None)
+        assert spec("vocab", "width") == P("tensor", "fsdp")
+        layout = shardings(dict(a=np.zeros((4, 6))), dict(a=("heads", "width")))
+    assert layout["a"].spec == P("tensor", "fsdp")
+
+
+def test_every_parameter_has_axes():
+    for config in (ModelConfig(), net().config, net(tie_embedding=False, recurrence="liquid").config):
+        axes = param_axes(config)
+        assert axes["embed"] == ("vocab", "width")
+        assert all(isinstance(a, tuple) for a in jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple)))
+
+
+def test_optax_updates_keep_layouts():
+    model, optimizer = net(), optax.adamw(1e-3)
+    with jax.set_mesh(mesh_of(fsdp=2, tensor=2, context=2)):
+        state = place_train_state(model.params, model.config, optimizer)
+        before = jax.tree.map(lambda x: x.sharding, state)
+        state, _ = compile_train_step(model.graphdef, optimizer, loss_chunk=16)(state, place(batch()))
+        assert jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, before)
