@@ -131,7 +131,8 @@ class ModelConfig:
     """What a training step computes again in the backward pass instead of keeping it: none; ffn: the hidden layer of
     each feed-forward; dots: all but the results of matrix products; full: all but the input of each layer."""
     scan_layers: bool = False
-    """Passes without a state compile each run of repeated layers once (`repeated_units`), as a loop over them."""
+    """A training step compiles each run of repeated layers once (`repeated_units`), as a loop over them; its parameters
+    and optimizer state are stacked (`stacking.py`), checkpoints never."""
 
     def __post_init__(self) -> None:
         problems = _problems(self)

@@ -5,7 +5,6 @@ Dimensions: B batch, T time, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -14,11 +13,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from lfm_jax import state as state_lib
-from lfm_jax.config import ModelConfig, repeated_units
+from lfm_jax.config import ModelConfig
 from lfm_jax.kernels.linear import linear
 from lfm_jax.layers import RMSNorm, SwiGLU, normal_param
 from lfm_jax.operators import OPERATORS
 from lfm_jax.sharding import FSDP, axis_names, is_sharded, parts, reshard, spec_of
+from lfm_jax.stacking import Run, runs, stack_layers, unit_types
 from lfm_jax.state import LayerState, State
 
 Logits = Literal["all", "last"]
@@ -76,16 +76,23 @@ REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveab
 """`ModelConfig.remat` of whole layers -> what a backward pass finds kept."""
 
 
-def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, Any]:
-    """(graphdef, parameters as a plain dict of shapes and dtypes) of a model, without making any array."""
+def abstract_model(config: ModelConfig, *, stacked: bool = False) -> tuple[nnx.GraphDef, Any]:
+    """(graphdef, parameters as a plain dict of shapes and dtypes) of a model, without making any array.
+
+    With `stacked`, the graphdef is that of a model whose parameters are stacked (`stacking.stack_layers`).
+    """
     graphdef, params = nnx.split(nnx.eval_shape(lambda: LFM(config, rngs=nnx.Rngs(0))), nnx.Param)
+    if stacked:
+        graphdef, _ = nnx.split(nnx.eval_shape(lambda: LFM(config, rngs=nnx.Rngs(0), stacked=True)), nnx.Param)
+        return graphdef, jax.eval_shape(lambda params: stack_layers(params, config), nnx.to_pure_dict(params))
     return graphdef, nnx.to_pure_dict(params)
 
 
-def param_axes(config: ModelConfig) -> Any:
+def param_axes(config: ModelConfig, *, stacked: bool = False) -> Any:
     """The logical axes of every parameter (`sharding.LOGICAL_AXES`): the dict of parameters, tuples for arrays."""
     _, params = nnx.split(nnx.eval_shape(lambda: LFM(config, rngs=nnx.Rngs(0))), nnx.Param)
-    return nnx.to_pure_dict(params, extract_fn=lambda param: param.get_metadata()["axes"])
+    axes = nnx.to_pure_dict(params, extract_fn=lambda param: param.get_metadata()["axes"])
+    return stack_layers(axes, config, lambda first, *_: (None, *first)) if stacked else axes
 
 
 class _Aligned(NamedTuple):
@@ -131,13 +138,17 @@ class LFM(nnx.Module):
     Args:
       config: shape and numerics.
       rngs: streams for initialisation; nothing of it is kept.
+      stacked: only the frame of a model: one block for each entry of a stacked tree of parameters, to be merged with
+        one. Passes without a state scan over its runs of layers; with a state it does not work.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stacked: bool = False):
         self.config = config
+        self.runs = runs(config) if stacked else [Run(0, config.num_layers, 1)]
+        kinds = unit_types(config) if stacked else config.layer_types
         table, axes = (config.vocab_size, config.hidden_size), ("vocab", "width")
         self.embed = normal_param(rngs, table, axes, config)
-        self.blocks = nnx.List([Block(kind, config, rngs=rngs) for kind in config.layer_types])
+        self.blocks = nnx.List([Block(kind, config, rngs=rngs) for kind in kinds])
         self.norm = RMSNorm(config.hidden_size, config)
         if not config.tie_embedding:
             self.head = normal_param(rngs, table, axes, config)
@@ -263,50 +274,37 @@ class LFM(nnx.Module):
         self, x_BTD: jax.Array, squares: Squares | None, positions_BT: jax.Array, segment_ids_BT: jax.Array | None,
         only_B1: jax.Array | None,
     ) -> tuple[jax.Array, Squares | None]:
-        """All layers without a state, with `config.remat` and `config.scan_layers`."""
-        remat, last = self.config.remat, self.config.num_layers - 1
+        """All layers without a state, with `config.remat`; runs of stacked layers as one scan each."""
 
-        def run(block: Block, carry: Any, only_B1: jax.Array | None = None) -> Any:
+        def run_block(block: Block, carry: Any, only_B1: jax.Array | None = None) -> Any:
             def layer(carry: Any) -> Any:
                 x_BTD, squares = carry
                 return block(x_BTD, squares, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, state=None,
                              only_B1=only_B1)[:2]
 
-            if remat in REMAT_POLICIES:
-                layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat])
-            return layer(carry)
+            remat = self.config.remat
+            return (jax.checkpoint(layer, policy=REMAT_POLICIES[remat]) if remat in REMAT_POLICIES else layer)(carry)
 
         carry, first = (x_BTD, squares), 0
-        units = repeated_units(self.config.layer_types) if self.config.scan_layers else [(self.config.layer_types, 1)]
-        for unit, repeats in units:
-            stop = first + len(unit) * repeats
-            if repeats == 1 or (only_B1 is not None and stop > last):
-                for i in range(first, stop):
+        for run in self.runs:
+            blocks = self.blocks[run.first : run.first + run.length]
+            stop = first + run.length * run.repeats
+            if run.repeats == 1:
+                for i, block in enumerate(blocks, first):
                     with jax.named_scope(f"layer_{i}"):
-                        carry = run(self.blocks[i], carry, only_B1 if i == last else None)
+                        carry = run_block(block, carry, only_B1 if i == self.config.num_layers - 1 else None)
             else:
                 with jax.named_scope(f"layers_{first}_to_{stop - 1}"):
-                    carry = self._scan_layers(run, carry, first, len(unit), repeats)
+                    split = [nnx.split(block, nnx.Param) for block in blocks]
+
+                    def unit(carry: Any, params: list[Any], split: list[Any] = split) -> tuple[Any, None]:
+                        for (graphdef, _), layer_params in zip(split, params, strict=True):
+                            carry = run_block(nnx.merge(graphdef, layer_params), carry)
+                        return carry, None
+
+                    carry, _ = jax.lax.scan(unit, carry, [params for _, params in split])
             first = stop
         return carry
-
-    def _scan_layers(self, run: Callable[[Block, Any], Any], carry: Any, first: int, length: int, repeats: int) -> Any:
-        """`repeats` runs of the unit of `length` layers that begins at layer `first`, compiled once."""
-        split = [nnx.split(block, nnx.Param) for block in self.blocks[first : first + length * repeats]]
-        graphdefs = [graphdef for graphdef, _ in split[:length]]
-
-        def stack(*layers: jax.Array) -> jax.Array:
-            # Matrices in the dtype they are used in, which halves what is copied; vectors may be used in float32.
-            return jnp.stack([w.astype(self.config.dtype) if w.ndim > 1 else w for w in layers])
-
-        params = [jax.tree.map(stack, *(p for _, p in split[i::length])) for i in range(length)]
-
-        def unit(carry: Any, params: list[Any]) -> tuple[Any, None]:
-            for graphdef, layer_params in zip(graphdefs, params, strict=True):
-                carry = run(nnx.merge(graphdef, layer_params), carry)
-            return carry, None
-
-        return jax.lax.scan(unit, carry, params)[0]
 
     def project(self, x_BTD: jax.Array) -> jax.Array:
         """Logits of normed hidden states, accumulated and returned in `config.logits_dtype`."""
@@ -338,6 +336,8 @@ class LFM(nnx.Module):
             raise ValueError("tokens_BT is split over devices; with a decode state give every device all rows")
         if state is None:
             return
+        if len(self.blocks) != self.config.num_layers:
+            raise ValueError("a model of stacked layers runs without a state; unstack its parameters to decode")
         if len(state.layers) != self.config.num_layers:
             raise ValueError(f"state has {len(state.layers)} layers; the model has {self.config.num_layers}")
         if state.position_B.shape[0] != tokens_BT.shape[0]:

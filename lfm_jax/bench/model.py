@@ -43,7 +43,7 @@ def bench_model(config: ModelConfig, *, repeats: int = 5, seed: int = 0) -> str:
     rows = [_prefill_row(graphdef, params, peer, tokens(1, PREFILL), repeats)]
     rows += [_decode_row(model, peer, tokens(batch, 16), repeats) for batch in (1, 8)]
     del model, state
-    rows.append(_train_row(graphdef, params, peer, tokens(2, PREFILL), repeats))
+    rows.append(_train_row(config, params, peer, tokens(2, PREFILL), repeats))
     head = f"{config.num_params():,} parameters, float32, medians of {repeats}.\n"
     return head + conditions("jax", "jaxlib", "flax", "torch", "transformers") + "\n\n" + table(rows, "transformers")
 
@@ -83,13 +83,13 @@ def _decode_row(model: LFM, peer: _Peer | None, tokens_BT: np.ndarray, repeats: 
 
 
 def _train_row(
-    graphdef: nnx.GraphDef, params: dict, peer: _Peer | None, tokens_BT: np.ndarray, repeats: int
+    config: ModelConfig, params: dict, peer: _Peer | None, tokens_BT: np.ndarray, repeats: int
 ) -> Row:
     from lfm_jax.train.step import compile_train_step, init_train_state
 
     optimizer = optax.adamw(1e-4)
     state = init_train_state(params, optimizer)
-    step = compile_train_step(graphdef, optimizer)
+    step = compile_train_step(config, optimizer)
     ones_BT = np.ones_like(tokens_BT)
     batch = {
         "tokens": tokens_BT, "targets": np.roll(tokens_BT, -1, axis=1), "segment_ids": ones_BT,

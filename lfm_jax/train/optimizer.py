@@ -20,13 +20,14 @@ NO_DECAY = frozenset({"weight", "conv", "in_bias", "conv_bias", "out_bias", "rat
 
 
 _OUT_IN = MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
-_HEADS_IN = MuonDimensionNumbers(reduction_axis=2, output_axis=(0, 1))
+_HEADS_IN = MuonDimensionNumbers(reduction_axis=-1, output_axis=(-3, -2))
+_OUT_HEADS = MuonDimensionNumbers(reduction_axis=(-2, -1), output_axis=-3)
 MATRICES = {
     "in_proj": _OUT_IN, "w1": _OUT_IN, "w2": _OUT_IN, "w3": _OUT_IN,
     "q_proj": _HEADS_IN, "k_proj": _HEADS_IN, "v_proj": _HEADS_IN,
 }
-"""Last names of the matrices that Muon orthogonalises, each with its input and output axes; out_proj by its rank. Each
-stream of an in_proj is a matrix of its own."""
+"""Last names of the matrices that Muon orthogonalises, each with its input and output axes; out_proj depends on what it
+projects. Axes before these (streams of an in_proj, stacked layers) count matrices."""
 MUON_RMS = 0.2
 """Muon's updates are scaled to the size of AdamW's (arXiv 2502.16982, section 2.2), so that one peak_lr serves both."""
 
@@ -134,14 +135,12 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 def muon_dimensions(params: Any) -> Any:
     """Input and output axes of each matrix that Muon orthogonalises, None for every other leaf."""
-
-    def leaf(path: Any, w: Any) -> MuonDimensionNumbers | None:
-        name = path[-1].key
-        if name == "out_proj":
-            return MuonDimensionNumbers(reduction_axis=tuple(range(1, w.ndim)), output_axis=0)
-        return MATRICES.get(name)
-
-    return jax.tree_util.tree_map_with_path(leaf, params)
+    if not isinstance(params, dict):
+        return None
+    out_proj = _OUT_HEADS if "q_proj" in params else _OUT_IN
+    named = MATRICES | {"out_proj": out_proj}
+    return {name: named.get(name) if not isinstance(value, dict) else muon_dimensions(value)
+            for name, value in params.items()}
 
 
 def _is_dimensions(x: Any) -> bool:

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from lfm_jax.config import ModelConfig
 from lfm_jax.model import LFM, abstract_model, param_axes
 from lfm_jax.sharding import is_sharded, shardings, spec, spec_of
+from lfm_jax.stacking import stack_layers, unstack_layers
 from lfm_jax.train.loss import LOSS_IGNORE, Loss, cross_entropy
 
 Batch = Mapping[str, jax.Array]
@@ -78,7 +79,11 @@ GUARD_MEMORY = 0.98
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that an optimizer step changes. `params` is a plain nested dict, unstacked by layer."""
+    """All that an optimizer step changes.
+
+    `params` is a plain nested dict. With `ModelConfig.scan_layers` repeated layers are stacked, in `opt_state` too
+    (`stacking.py`); `unstacked` gives the form of checkpoints.
+    """
 
     params: Any
     opt_state: Any
@@ -100,13 +105,13 @@ def abstract_train_state(config: ModelConfig, optimizer: optax.GradientTransform
     Raises:
       ValueError: parameters that do not divide over the mesh, all in one message.
     """
-    _, params = abstract_model(config)
+    _, params = abstract_model(config, stacked=config.scan_layers)
     if spec() is None:
         return jax.eval_shape(lambda params: init_train_state(params, optimizer), params)
     mesh = jax.sharding.get_mesh()
     params = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), params,
-        shardings(params, param_axes(config)),
+        shardings(params, param_axes(config, stacked=config.scan_layers)),
     )
     state = jax.eval_shape(lambda params: init_train_state(params, optimizer), params)
 
@@ -122,7 +127,7 @@ def random_train_state(config: ModelConfig, optimizer: optax.GradientTransformat
 
     def init() -> TrainState:
         params = nnx.to_pure_dict(nnx.split(LFM(config, rngs=nnx.Rngs(seed)), nnx.Param)[1])
-        return init_train_state(params, optimizer)
+        return init_train_state(stack_layers(params, config) if config.scan_layers else params, optimizer)
 
     if spec() is None:
         return jax.jit(init)()
@@ -132,11 +137,39 @@ def random_train_state(config: ModelConfig, optimizer: optax.GradientTransformat
 
 
 def place_train_state(params: Any, config: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh state around given parameters (numpy or jax arrays, whole), laid out over the mesh in use."""
+    """A fresh state around given parameters (whole arrays, unstacked), laid out over the mesh in use."""
     if spec() is not None:
         params = jax.device_put(params, shardings(params, param_axes(config)))
+
+    def init(params: Any) -> TrainState:
+        return init_train_state(stack_layers(params, config) if config.scan_layers else params, optimizer)
+
     layout = jax.tree.map(lambda x: x.sharding, abstract_train_state(config, optimizer))
-    return jax.jit(lambda params: init_train_state(params, optimizer), out_shardings=layout)(params)
+    return jax.jit(init, out_shardings=layout)(params)
+
+
+def unstacked(state: TrainState, config: ModelConfig) -> TrainState:
+    """The state as checkpoints hold it: every layer's arrays by themselves; shapes or arrays. See `restacked`."""
+    return _convert(unstack_layers, state, config)
+
+
+def restacked(state: TrainState, config: ModelConfig) -> TrainState:
+    """The state as a training step holds it, of what `unstacked` gave."""
+    return _convert(stack_layers, state, config)
+
+
+def _convert(convert: Callable[[Any, ModelConfig], Any], state: TrainState, config: ModelConfig) -> TrainState:
+    if not config.scan_layers:
+        return state
+    if all(isinstance(x, jax.Array) for x in jax.tree.leaves(state)):
+        return jax.jit(lambda state: convert(state, config))(state)
+    mesh = jax.sharding.get_mesh()
+    shapes = jax.eval_shape(lambda state: convert(state, config), state)
+    if spec() is None:
+        return shapes
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), shapes
+    )
 
 
 def batch_loss(
@@ -188,7 +221,7 @@ def train_step(
         # Sums in float32, whatever the parameters are kept in.
         zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (state.params, sums))
         (grads, (loss, act_squares)), _ = jax.lax.scan(add, zeros, parts)
-    squares = _squares_by_kind(graphdef, grads)
+    squares = _squares_by_kind(nnx.merge(graphdef, grads), grads)
     norm = jnp.sqrt(sum(squares.values()))
     ok = jnp.isfinite(norm) & jnp.isfinite(loss)
     if guard.spike:
@@ -223,23 +256,23 @@ def _split_rows(x_BT: jax.Array, parts: int) -> jax.Array:
     return jnp.swapaxes(jax.lax.reshape(x_BT, (B // parts, parts, T), out_sharding=out_sharding), 0, 1)
 
 
-def _squares_by_kind(graphdef: nnx.GraphDef, grads: Any) -> Metrics:
+def _squares_by_kind(model: LFM, grads: Any) -> Metrics:
     """Sums of squares of a gradient by kind of operator, feed_forward, norm and table; together those of all of it."""
-    layer_types = nnx.merge(graphdef, grads).config.layer_types
     squares: Metrics = {}
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         name, *rest = (entry.key for entry in path)
-        kind = name if name != "blocks" else layer_types[rest[0]] if rest[1] == "operator" else rest[1]
+        kind = name if name != "blocks" else model.blocks[rest[0]].kind if rest[1] == "operator" else rest[1]
         kind = "table" if kind in ("embed", "head") else "norm" if kind.endswith("norm") else kind
         squares[kind] = squares.get(kind, 0.0) + jnp.sum(jnp.square(grad.astype(jnp.float32)))
     return squares
 
 
 def compile_train_step(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, *, micro_batches: int = 1, loss_chunk: int = 512,
+    config: ModelConfig, optimizer: optax.GradientTransformation, *, micro_batches: int = 1, loss_chunk: int = 512,
     z_loss: float = 0.0, guard: GuardConfig = GuardConfig(),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """`train_step` jitted over (state, batch), the old state donated."""
+    graphdef, _ = abstract_model(config, stacked=config.scan_layers)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return train_step(
@@ -251,9 +284,10 @@ def compile_train_step(
 
 
 def compile_eval_step(
-    graphdef: nnx.GraphDef, *, loss_chunk: int = 512
+    config: ModelConfig, *, loss_chunk: int = 512
 ) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
-    """Over (params, batch): the summed loss in nats and the number of targets it counts."""
+    """Over (params of a `TrainState`, batch): the summed loss in nats and the number of targets it counts."""
+    graphdef, _ = abstract_model(config, stacked=config.scan_layers)
 
     def step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         loss, _ = batch_loss(graphdef, params, batch, loss_chunk)

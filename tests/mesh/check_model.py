@@ -64,7 +64,7 @@ def test_loss_and_the_gradient_of_every_parameter(kind, sizes):
 def test_a_training_step_along_time():
     model, data = Net(**KIND), batch()
     optimizer = optax.adamw(1e-2)
-    step = compile_train_step(model.graphdef, optimizer, loss_chunk=16)
+    step = compile_train_step(model.config, optimizer, loss_chunk=16)
     alone, metrics = step(init_train_state(jax.tree.map(jnp.copy, model.params), optimizer), data)
     with jax.set_mesh(mesh_of(data=2, context=4)):
         placed = {name: jax.device_put(x, TOKENS) for name, x in data.items()}

@@ -23,6 +23,7 @@ from lfm_jax.train.step import (
     compile_train_step,
     place_train_state,
     random_train_state,
+    unstacked,
 )
 
 B, T = 16, 32
@@ -63,13 +64,13 @@ def one_step(model, config, data, *, micro_batches=1, z_loss=1e-3, steps=1):
     optimizer = make_optimizer(config, 10)
     state = place_train_state(jax.tree.map(np.asarray, model.params), model.config, optimizer)
     step = compile_train_step(
-        model.graphdef, optimizer, micro_batches=micro_batches, loss_chunk=16, z_loss=z_loss, guard=GuardConfig()
+        model.config, optimizer, micro_batches=micro_batches, loss_chunk=16, z_loss=z_loss, guard=GuardConfig()
     )
     data = place(data) if spec() is not None else data
     for _ in range(steps):
         state, metrics = step(state, data)
-    loss, count = compile_eval_step(model.graphdef, loss_chunk=16)(state.params, data)
-    return jax.tree.map(np.asarray, (state, metrics, loss, count))
+    loss, count = compile_eval_step(model.config, loss_chunk=16)(state.params, data)
+    return jax.tree.map(np.asarray, (unstacked(state, model.config), metrics, loss, count))
 
 
 @functools.cache
@@ -154,7 +155,7 @@ def compiled_step(config, sizes):
     model, optimizer = Net(**config), make_optimizer(ADAMW, 10)
     with jax.set_mesh(mesh_of(**sizes)):
         state = abstract_train_state(model.config, optimizer)
-        step = compile_train_step(model.graphdef, optimizer, loss_chunk=64)
+        step = compile_train_step(model.config, optimizer, loss_chunk=64)
         return step.lower(state, place(batch())).compile(), state.params
 
 
@@ -214,5 +215,5 @@ def test_optax_updates_keep_layouts():
     with jax.set_mesh(mesh_of(fsdp=2, tensor=2, context=2)):
         state = place_train_state(model.params, model.config, optimizer)
         before = jax.tree.map(lambda x: x.sharding, state)
-        state, _ = compile_train_step(model.graphdef, optimizer, loss_chunk=16)(state, place(batch()))
+        state, _ = compile_train_step(model.config, optimizer, loss_chunk=16)(state, place(batch()))
         assert jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, before)

@@ -27,8 +27,7 @@ OPTIMIZER = OptimizerConfig(peak_lr=1e-2, warmup_steps=0, schedule="constant")
 
 
 def split(model):
-    graphdef, params = nnx.split(model, nnx.Param)
-    return graphdef, nnx.to_pure_dict(params)
+    return model.config, nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
 
 
 def packed_batch(B=4, T=16, vocab=97, seed=0):
@@ -51,7 +50,7 @@ def packed_batch(B=4, T=16, vocab=97, seed=0):
 def test_loss_of_a_packed_batch_equals_that_of_its_documents_alone():
     model = tiny_model()
     batch = packed_batch()
-    (loss, _, count), _ = jax.jit(lambda p, b: batch_loss(split(model)[0], p, b, 7))(split(model)[1], batch)
+    (loss, _, count), _ = jax.jit(lambda p, b: batch_loss(nnx.graphdef(model), p, b, 7))(split(model)[1], batch)
     total, targets = 0.0, 0
     for b in range(4):
         for document in (1, 2):
@@ -65,11 +64,11 @@ def test_loss_of_a_packed_batch_equals_that_of_its_documents_alone():
 
 @pytest.mark.slow
 def test_micro_batches_change_nothing_but_rounding():
-    graphdef, params = split(tiny_model())
+    config, params = split(tiny_model())
     optimizer = make_optimizer(OPTIMIZER, 10)
     results = []
     for micro_batches in (1, 2, 4):
-        step = compile_train_step(graphdef, optimizer, micro_batches=micro_batches, loss_chunk=8)
+        step = compile_train_step(config, optimizer, micro_batches=micro_batches, loss_chunk=8)
         state = init_train_state(jax.tree.map(jnp.copy, params), optimizer)
         state, metrics = step(state, packed_batch())
         results.append((metrics, state.opt_state))
@@ -81,9 +80,9 @@ def test_micro_batches_change_nothing_but_rounding():
 
 
 def test_training_learns_and_counts_steps():
-    graphdef, params = split(tiny_model(init_std=0.02))
+    config, params = split(tiny_model(init_std=0.02))
     optimizer = make_optimizer(OPTIMIZER, 30)
-    step = compile_train_step(graphdef, optimizer)
+    step = compile_train_step(config, optimizer)
     state, batch, losses = init_train_state(params, optimizer), packed_batch(), []
     for _ in range(30):
         state, metrics = step(state, batch)
@@ -91,14 +90,14 @@ def test_training_learns_and_counts_steps():
     assert int(state.step) == 30
     assert losses[0] == pytest.approx(np.log(97), rel=0.05)
     assert losses[-1] < 0.5 * losses[0]
-    loss, count = compile_eval_step(graphdef)(state.params, batch)
+    loss, count = compile_eval_step(config)(state.params, batch)
     assert float(loss / count) < losses[-1]
 
 
 def test_an_update_that_is_not_finite_is_skipped_to_the_bit_and_the_next_is_made():
-    graphdef, params = split(tiny_model())
+    config, params = split(tiny_model())
     optimizer = make_optimizer(OPTIMIZER, 10)
-    step = compile_train_step(graphdef, optimizer)
+    step = compile_train_step(config, optimizer)
     state, metrics = step(init_train_state(params, optimizer), packed_batch())
     assert (metrics["skipped"], metrics["skipped_in_row"]) == (0, 0)
     before = jax.tree.map(np.asarray, state)
@@ -119,10 +118,10 @@ def test_an_update_that_is_not_finite_is_skipped_to_the_bit_and_the_next_is_made
 
 
 def test_a_spike_is_skipped_once_the_mean_is_trusted():
-    graphdef, params = split(tiny_model())
+    config, params = split(tiny_model())
     optimizer = make_optimizer(OPTIMIZER, 10)
     fresh = init_train_state(params, optimizer)
-    steps = {spike: compile_train_step(graphdef, optimizer, guard=GuardConfig(spike=spike)) for spike in (10, 0)}
+    steps = {spike: compile_train_step(config, optimizer, guard=GuardConfig(spike=spike)) for spike in (10, 0)}
     norm = float(steps[10](jax.tree.map(jnp.copy, fresh), packed_batch())[1]["grad_norm"])
     for made, factor, spike, skipped in ((100, 11, 10, 1), (100, 9, 10, 0), (99, 11, 10, 0), (100, 11, 0, 0)):
         guard = Guard(jnp.float32(norm / factor), jnp.int32(made), jnp.int32(0))
@@ -132,9 +131,9 @@ def test_a_spike_is_skipped_once_the_mean_is_trusted():
 
 def test_norms_by_kind_are_those_of_the_parts():
     model = tiny_model()
-    graphdef, params = split(model)
+    config, params = split(model)
     batch = packed_batch()
-    _, metrics = compile_train_step(graphdef, make_optimizer(OPTIMIZER, 10))(
+    _, metrics = compile_train_step(config, make_optimizer(OPTIMIZER, 10))(
         init_train_state(jax.tree.map(jnp.copy, params), make_optimizer(OPTIMIZER, 10)), batch
     )
     by_kind = {name: float(x) for name, x in metrics.items() if name.startswith("grad_norm/")}
@@ -157,9 +156,9 @@ def test_norms_by_kind_are_those_of_the_parts():
 
 
 def test_bf16_compute_keeps_float32_parameters_and_moments():
-    graphdef, params = split(tiny_model(dtype="bfloat16"))
+    config, params = split(tiny_model(dtype="bfloat16"))
     optimizer = make_optimizer(OPTIMIZER, 10)
-    state, metrics = compile_train_step(graphdef, optimizer)(init_train_state(params, optimizer), packed_batch())
+    state, metrics = compile_train_step(config, optimizer)(init_train_state(params, optimizer), packed_batch())
     floats = [x.dtype for x in jax.tree.leaves((state, metrics)) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert set(floats) == {jnp.dtype("float32")}
     assert np.isfinite(float(metrics["loss"]))
@@ -170,10 +169,11 @@ def test_equals_transformers_and_torch_adamw():
     """Loss, gradient norm and parameters after three of our own steps against PyTorch's."""
     hf = oracle.hf_model(oracle.hf_config(**oracle.CASES["hybrid"]), "loud")
     graphdef, params = oracle.ours(hf)
+    config = nnx.merge(graphdef, params).config
     lr, decay, clip = 1e-3, 0.1, 1.0
     optimizer = make_optimizer(OptimizerConfig(peak_lr=lr, warmup_steps=0, schedule="constant", weight_decay=decay,
                                                decay_all=True, clip_norm=clip), 10)
-    step, state = compile_train_step(graphdef, optimizer, loss_chunk=16), init_train_state(params, optimizer)
+    step, state = compile_train_step(config, optimizer, loss_chunk=16), init_train_state(params, optimizer)
     theirs = torch.optim.AdamW(hf.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay)
     rng = np.random.default_rng(0)
     for _ in range(3):

@@ -1,0 +1,100 @@
+"""Repeated layers: the pattern as runs, trees stacked and back, a stacked model, and what it saves the compiler."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import Net, rel_err, tokens_like
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lfm_jax import ModelConfig
+from lfm_jax.config import repeated_units
+from lfm_jax.model import abstract_model
+from lfm_jax.stacking import runs, stack_layers, unit_types, unstack_layers
+from lfm_jax.testing import tiny_config
+from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from lfm_jax.train.step import (
+    abstract_train_state,
+    compile_eval_step,
+    compile_train_step,
+    place_train_state,
+    restacked,
+    unstacked,
+)
+
+C, A, R = "conv", "full_attention", "recurrence"
+OPTIMIZER = OptimizerConfig(peak_lr=1e-2, warmup_steps=0, schedule="constant", eps=1e-3, algorithm="muon")
+
+
+def test_the_runs_of_the_published_patterns():
+    assert repeated_units(ModelConfig().layer_types) == [((C, C, A), 3), ((C, A), 3), ((C,), 1)]
+    larger = repeated_units(ModelConfig.preset("lfm2-2.6b").layer_types)
+    assert sum(len(unit) for unit, _ in larger) == 10
+    assert repeated_units((C,) * 7) == [((C,), 7)]
+    assert repeated_units((C, A, R)) == [((C, A, R), 1)]
+
+
+@given(st.lists(st.sampled_from([C, A, R]), min_size=1, max_size=14).map(tuple))
+def test_runs_are_the_pattern_and_trees_come_back(pattern):
+    assert sum((unit * repeats for unit, repeats in repeated_units(pattern)), ()) == pattern
+    config = tiny_config(layer_types=pattern)
+    assert sum(run.length for run in runs(config)) == len(unit_types(config)) <= len(pattern)
+    tree = (7, {"embed": np.ones(2), "blocks": {i: {kind: np.full((2,), i)} for i, kind in enumerate(pattern)}})
+    there = stack_layers(tree, config, lambda *x: np.stack(x))
+    assert len(there[1]["blocks"]) == len(unit_types(config))
+    back = unstack_layers(there, config)
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    jax.tree.map(np.testing.assert_array_equal, back, tree)
+
+
+SCANNED = dict(layer_types=(C, C, A) * 2 + (R,) * 2 + (C,))
+
+
+@pytest.mark.slow
+def test_a_step_on_stacked_layers_is_a_step():
+    batch = dict(tokens=tokens_like((2, 12), 0), targets=tokens_like((2, 12), 1),
+                 segment_ids=np.ones((2, 12), np.int32), positions=np.tile(np.arange(12, dtype=np.int32), (2, 1)))
+    optimizer = make_optimizer(OPTIMIZER, 10)
+    results = []
+    for scan in (False, True):
+        net = Net(**SCANNED, scan_layers=scan)
+        state = place_train_state(jax.tree.map(np.asarray, net.params), net.config, optimizer)
+        assert len(state.params["blocks"]) == (5 if scan else 9)
+        state, metrics = compile_train_step(net.config, optimizer, loss_chunk=8)(state, batch)
+        loss, _ = compile_eval_step(net.config)(state.params, batch)
+        plain = unstacked(state, net.config)
+        results.append((plain, metrics, loss))
+        again = restacked(plain, net.config)
+        jax.tree.map(np.testing.assert_array_equal, again, state)
+        shapes = unstacked(abstract_train_state(net.config, optimizer), net.config)
+        assert jax.tree.map(jnp.shape, plain) == jax.tree.map(jnp.shape, shapes)
+    (one, metrics1, loss1), (two, metrics2, loss2) = results
+    assert rel_err(loss2, loss1) < 1e-5
+    assert metrics1.keys() == metrics2.keys()
+    for name in metrics1:
+        assert rel_err(metrics2[name] + 1, metrics1[name] + 1) < 1e-5, name
+    for a, b in zip(jax.tree.leaves(two.params), jax.tree.leaves(one.params), strict=True):
+        assert rel_err(a, b) < 1e-4  # Newton-Schulz enlarges what rounding left.
+
+
+def test_three_times_the_layers_are_no_larger_a_program():
+    """What is compiled, forward, backward and optimizer, does not grow with the repeats of a unit."""
+    sizes = []
+    for repeats in (3, 9):
+        config = tiny_config(layer_types=(C, C, A) * repeats + (C,), scan_layers=True, remat="full")
+        optimizer = make_optimizer(OPTIMIZER, 10)
+        batch = {name: jax.ShapeDtypeStruct((2, 8), jnp.int32) for name in
+                 ("tokens", "targets", "segment_ids", "positions")}
+        lowered = compile_train_step(config, optimizer).lower(abstract_train_state(config, optimizer), batch)
+        sizes.append(len(lowered.as_text().splitlines()))
+    assert sizes[1] < 1.01 * sizes[0]
+
+
+def test_a_stacked_model_refuses_a_state():
+    config = tiny_config(layer_types=(C, C, A))
+    graphdef, shapes = abstract_model(config, stacked=True)
+    model = nnx.merge(graphdef, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+    with pytest.raises(ValueError, match="runs without a state"):
+        model(np.ones((1, 2), np.int32), state=model.init_state(1, 4))
