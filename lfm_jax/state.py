@@ -13,12 +13,13 @@ Dimensions: B batch, T time, S key/value slots, K key/value heads, H head width,
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lfm_jax.config import ModelConfig
+from lfm_jax.sharding import spec
 
 
 @jax.tree_util.register_dataclass
@@ -73,6 +74,8 @@ def init_state(config: ModelConfig, batch: int, max_len: int, dtype: str | jnp.d
       max_len: slots for keys and values; a row that outgrows them gets NaN, never a wrong number.
       dtype: of keys, values and conv tails; None means `config.dtype`. Recurrences are float32 always.
 
+    Over a mesh (`jax.set_mesh`) heads and channels are split over `tensor`; every device has all rows.
+
     Raises:
       ValueError: batch or max_len below 1, or max_len above `config.max_position`.
     """
@@ -84,15 +87,22 @@ def init_state(config: ModelConfig, batch: int, max_len: int, dtype: str | jnp.d
 
     def layer(kind: str) -> LayerState:
         if kind == "conv":
-            return ConvTail(jnp.zeros((batch, config.conv_taps - 1, config.hidden_size), dtype))
+            shape = (batch, config.conv_taps - 1, config.hidden_size)
+            return ConvTail(_zeros(shape, dtype, (None, None, "channels")))
         if kind == "recurrence":
-            return Hidden(jnp.zeros((batch, config.hidden_size), jnp.float32))
+            return Hidden(_zeros((batch, config.hidden_size), jnp.float32, (None, "channels")))
         slots = max_len if kind == "full_attention" else min(max_len, config.sliding_window)
         shape = (batch, slots, config.num_kv_heads, config.head_dim)
-        zero_B = jnp.zeros((batch,), jnp.int32)
-        return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), zero_B, zero_B + 0)
+        zero_B, axes = jnp.zeros((batch,), jnp.int32), (None, None, "kv_heads", None)
+        return KV(_zeros(shape, dtype, axes), _zeros(shape, dtype, axes), zero_B, zero_B + 0)
 
     return State(tuple(layer(kind) for kind in config.layer_types), jnp.zeros((batch,), jnp.int32))
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, axes: tuple[str | None, ...]) -> jax.Array:
+    """Zeros laid out over the mesh in use, heads and channels as those of the parameters."""
+    zeros, layout = jnp.zeros(shape, dtype), spec(*axes)
+    return zeros if layout is None else jax.sharding.reshard(zeros, layout)
 
 
 def reset(state: State, rows_B: jax.Array) -> State:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from helpers import KINDS, Net, rel_err, tokens_like
 from jax.sharding import PartitionSpec as P
 from meshes import collectives, mesh_of
@@ -217,3 +218,24 @@ def test_optax_updates_keep_layouts():
         before = jax.tree.map(lambda x: x.sharding, state)
         state, _ = compile_train_step(model.config, optimizer, loss_chunk=16)(state, place(batch()))
         assert jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, before)
+
+
+@pytest.mark.parametrize("sizes", [dict(tensor=2), dict(fsdp=2, tensor=4)], ids=str)
+def test_prefill_and_decode_with_heads_and_channels_over_devices(sizes):
+    model, tokens = net(), tokens_like((4, 12), 0)
+
+    def run(params, tokens):
+        built = nnx.merge(model.graphdef, params)
+        first, state = built(tokens[:, :8], state=built.init_state(4, 16), logits="last")
+        chunk, state = built(tokens[:, 8:11], state=state)
+        last, state = built(tokens[:, 11:], state=state)
+        return first, chunk, last, state
+
+    expected = jax.jit(run)(model.params, tokens)
+    with jax.set_mesh(mesh_of(**sizes)):
+        params = jax.device_put(model.params, shardings(model.params, param_axes(model.config)))
+        mine = jax.jit(run)(params, jax.device_put(tokens, P()))
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(float(np.abs(b).max()), 1))
+    assert mine[3].layers[3].k_BSKH.sharding.spec == P(None, None, "tensor", None)
+    assert mine[3].layers[1].tail_BVD.sharding.spec == P(None, None, "tensor")
