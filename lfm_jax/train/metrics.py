@@ -1,18 +1,35 @@
-"""metrics.jsonl: one JSON object a line, and the loss curve drawn from it."""
+"""metrics.jsonl, one JSON object a line; the curves drawn from it; and model FLOPs utilisation."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import jax
+
+    from lfm_jax.config import ModelConfig
 
 METRICS = "metrics.jsonl"
-CURVE = "loss.png"
+LOSS_CURVE = "loss.png"
+CURVES = "curves.png"
+
+_PANELS = (
+    ("loss", "loss (nats per token)"), ("grad_norm", "gradient norm, before clipping"),
+    ("learning_rate", "learning rate"), ("tokens_per_second", "tokens/s"),
+)
+_DRAWN = 5_000
+"""Most points of one line."""
 
 
 class MetricsLog:
-    """Appends records to `run_dir/metrics.jsonl`, each flushed whole.
+    """Appends records to `run_dir/metrics.jsonl`, each flushed whole, so that a kill loses none.
 
     Args:
       run_dir: the run's directory.
@@ -20,15 +37,19 @@ class MetricsLog:
     """
 
     def __init__(self, run_dir: Path, *, resume_step: int):
-        self.path = run_dir / METRICS
-        kept = [r for r in read_metrics(run_dir) if r["step"] <= resume_step]
-        fresh = self.path.with_suffix(".tmp")
-        fresh.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(fresh, self.path)
-        self._file = self.path.open("a")
+        self.path = Path(run_dir) / METRICS
+        self._file = self.path.open("ab")
+        whole = 0
+        for line in _lines(self.path):
+            if json.loads(line)["step"] > resume_step:
+                break
+            whole += len(line)
+        os.truncate(self.path, whole)
 
-    def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+    def log(self, step: int, record: Mapping[str, Any]) -> None:
+        """Appends `record` with its step first. A number that is not finite becomes null: JSON has none."""
+        content = {"step": step} | {name: _finite(value) for name, value in record.items()}
+        self._file.write(json.dumps(content, allow_nan=False).encode() + b"\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -38,36 +59,104 @@ class MetricsLog:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """All whole records of a run; a last line that a kill cut short is left out."""
     path = Path(run_dir) / METRICS
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    return [json.loads(line) for line in _lines(path)] if path.exists() else []
+
+
+def mfu(
+    config: ModelConfig, T: int, tokens_per_second: float | None, devices: Sequence[jax.Device]
+) -> float | None:
+    """Model FLOPs utilisation, 0 to 1: the model's own arithmetic over what the devices could do in the same time.
+
+    `3 * config.flops_per_token(T) * tokens_per_second / (sum of the devices' peak bfloat16 FLOP/s)`: forward FLOPs at
+    the row length T (head and causal attention counted, as if each row were one document), times three for the backward
+    pass. What remat computes again, the optimizer and padding do not count. The peak is the dense bfloat16 one of
+    `chips.py`, whatever dtype is computed in.
+
+    Args:
+      config: the model.
+      T: tokens of a row.
+      tokens_per_second: real tokens of all devices together.
+      devices: all devices of the run, other processes' included.
+
+    Returns:
+      None where the speed is None, or the peak of a device is not known, as on CPU.
+    """
+    from lfm_jax.chips import chip_of
+
+    chips = [chip_of(device) for device in devices]
+    if tokens_per_second is None or not chips or any(chip is None for chip in chips):
+        return None
+    peak = sum(chip.peak_bf16_flops for chip in chips if chip is not None)
+    return 3 * config.flops_per_token(T) * tokens_per_second / peak
 
 
 def plot_loss(run_dir: Path) -> Path | None:
     """Draws training and held-out loss against step into `run_dir/loss.png`; None without any record."""
+    return _draw(run_dir, _PANELS[:1], LOSS_CURVE, f"{Path(run_dir).resolve().name}: loss")
+
+
+def plot_curves(run_dir: Path) -> Path | None:
+    """Draws loss, gradient norm, learning rate and tokens/s as panels into `run_dir/curves.png`; None without any."""
+    return _draw(run_dir, _PANELS, CURVES, Path(run_dir).resolve().name)
+
+
+def _draw(run_dir: Path, panels: Sequence[tuple[str, str]], name: str, title: str) -> Path | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     records = read_metrics(run_dir)
-    train = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    heldout = [(r["step"], r["heldout_loss"]) for r in records if "heldout_loss" in r]
-    if not train:
+    if not any("loss" in record for record in records):
         return None
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(*zip(*train, strict=True), color="0.7", linewidth=0.8, label="training, each step")
-    window = max(1, len(train) // 50)
-    smooth = [
-        sum(loss for _, loss in train[max(0, i - window + 1) : i + 1]) / len(train[max(0, i - window + 1) : i + 1])
-        for i in range(len(train))
-    ]
-    axes.plot([step for step, _ in train], smooth, color="C0", label=f"training, mean of {window} steps")
-    if heldout:
-        axes.plot(*zip(*heldout, strict=True), "o-", color="C3", markersize=4, label="held out")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=f"{Path(run_dir).name}: loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path = Path(run_dir) / CURVE
+    columns = 1 if len(panels) == 1 else 2
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(8, 4.5) if columns == 1 else (12, 3.6 * rows), layout="constrained")
+    figure.suptitle(title)
+    for axes, (key, label) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=True):
+        steps, values = _series(records, key)
+        smooth = key in ("loss", "grad_norm", "tokens_per_second")
+        stride = max(1, len(steps) // _DRAWN)
+        color, width = ("0.7", 0.8) if smooth else ("C0", 1.5)
+        axes.plot(steps[::stride], values[::stride], color=color, linewidth=width, label="training, each step")
+        if smooth:
+            window = max(1, len(values) // 50)
+            means = _running_mean(values, window)
+            axes.plot(steps[::stride], means[::stride], color="C0", label=f"training, mean of {window} steps")
+        if key == "loss":
+            held_steps, held = _series(records, "heldout_loss")
+            if len(held):
+                axes.plot(held_steps, held, "o-", color="C3", markersize=4, label="held out")
+            axes.legend()
+        if key == "tokens_per_second":
+            axes.set_ylim(bottom=0)
+        axes.set(xlabel="optimizer step", ylabel=label)
+        axes.grid(alpha=0.3)
+    path = Path(run_dir) / name
     FigureCanvasAgg(figure).print_png(path)
     return path
+
+
+def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of the records that have a value for `key`."""
+    points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+    steps, values = zip(*points, strict=True) if points else ((), ())
+    return np.asarray(steps), np.asarray(values, np.float64)
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of each value and up to `window` - 1 before it."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Whole lines, each with its newline."""
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield line

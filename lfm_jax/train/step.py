@@ -25,8 +25,9 @@ from lfm_jax.sharding import is_sharded, shardings, spec, spec_of
 from lfm_jax.stacking import stack_layers, unstack_layers
 from lfm_jax.train.loss import LOSS_IGNORE, Loss, cross_entropy
 
-Batch = Mapping[str, jax.Array]
-"""tokens, targets, segment_ids and positions, each int32 [B, T]; padding at the right end of a row."""
+Batch = Mapping[str, Any]
+"""tokens, targets, segment_ids and positions, each int32 [B, T]; padding at the right end of a row. segment_ids may be
+None: one document a row, no padding."""
 Metrics = dict[str, jax.Array]
 
 
@@ -216,7 +217,7 @@ def train_step(
         def add(carry: Any, part: Batch) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, carry, grad_fn(state.params, part)), None
 
-        parts = {name: _split_rows(x, micro_batches) for name, x in batch.items()}
+        parts = jax.tree.map(lambda x: _split_rows(x, micro_batches), dict(batch))
         sums = jax.eval_shape(grad_fn, state.params, jax.tree.map(lambda x: x[0], parts))[1]
         # Sums in float32, whatever the parameters are kept in.
         zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (state.params, sums))
@@ -227,10 +228,14 @@ def train_step(
     if guard.spike:
         ok &= (state.guard.made < guard.after) | (norm <= guard.spike * state.guard.mean_norm)
     with jax.named_scope("optimizer"):
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(ok, new, old), (params, opt_state), (state.params, state.opt_state)
+
+        def update(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        # A branch, not a selection of each leaf, for which XLA copies the old moments.
+        params, opt_state = jax.lax.cond(
+            ok, update, lambda grads, opt_state, params: (params, opt_state), grads, state.opt_state, state.params
         )
     made, in_row = state.guard.made + ok, jnp.where(ok, 0, state.guard.in_row + 1)
     # The mean of the first updates is a plain one.
@@ -240,7 +245,8 @@ def train_step(
         "loss": loss, "grad_norm": norm, "targets": count, "skipped": 1.0 - ok,
         "skipped_in_row": in_row.astype(jnp.float32),
     }
-    tokens = jnp.maximum(jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32), 1.0)
+    ids = batch["segment_ids"]
+    tokens = batch["tokens"].size if ids is None else jnp.maximum(jnp.sum(ids != 0, dtype=jnp.float32), 1.0)
     metrics |= {f"grad_norm/{kind}": jnp.sqrt(square) for kind, square in squares.items()}
     metrics |= {f"act_norm/{kind}": jnp.sqrt(square / tokens) for kind, square in act_squares.items()}
     return TrainState(params, opt_state, state.step + 1, Guard(mean_norm, made, in_row)), metrics

@@ -3,9 +3,18 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from optax.contrib import MuonDimensionNumbers
 
+from lfm_jax import LFM
 from lfm_jax.testing import tiny_model
-from lfm_jax.train.optimizer import OptimizerConfig, decay_mask, learning_rate, make_optimizer
+from lfm_jax.train.optimizer import (
+    OptimizerConfig,
+    clip_by_global_norm,
+    decay_mask,
+    learning_rate,
+    make_optimizer,
+    muon_dimensions,
+)
 
 
 def lr(config, steps):
@@ -81,3 +90,39 @@ def test_gradients_above_the_clip_norm_are_scaled_down():
         optax.tree.get(optimizer.update(g, optimizer.init(params), params)[1], "mu")["w1"] for g in (big, unit)
     ]
     np.testing.assert_allclose(moments[0], moments[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e3])
+def test_clipping_is_that_of_optax(limit):
+    grads = {"a": np.arange(6.0, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float32)}
+    ours, theirs = (clip.update(grads, clip.init(grads))[0]
+                    for clip in (clip_by_global_norm(limit), optax.clip_by_global_norm(limit)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
+    zeros = jax.tree.map(np.zeros_like, grads)
+    assert not np.any(clip_by_global_norm(limit).update(zeros, optax.EmptyState())[0]["a"])
+
+
+def test_muon_orthogonalises_matrices_between_activations_and_nothing_else():
+    config = tiny_model(layer_types=("conv", "full_attention", "recurrence"), hidden_size=16, num_heads=4).config
+    params = nnx.to_pure_dict(nnx.split(LFM(config, rngs=nnx.Rngs(0)), nnx.Param)[1])
+    paths = {
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, dims in jax.tree_util.tree_flatten_with_path(
+            muon_dimensions(params), is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers))[0] if dims
+    }
+    assert {path.split(".")[-1] for path in paths} == {
+        "in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "w1", "w2", "w3"
+    }
+    optimizer = make_optimizer(OptimizerConfig(algorithm="muon", peak_lr=1.0, warmup_steps=0, schedule="constant",
+                                               weight_decay=0.0, clip_norm=1e9), 10)
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda w: rng.standard_normal(w.shape).astype(np.float32), params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    operators = [updates["blocks"][i]["operator"] for i in range(3)]
+    matrices = [operators[0]["in_proj"][1], operators[0]["out_proj"], operators[1]["q_proj"].reshape(-1, 16),
+                operators[1]["out_proj"].reshape(16, -1), updates["blocks"][0]["feed_forward"]["w1"]]
+    for update in matrices:  # All singular values about the same, of the size of an AdamW step.
+        values = np.linalg.svd(np.asarray(update), compute_uv=False)
+        assert values.max() / values.min() < 2
+        assert 0.1 < np.sqrt(np.mean(np.square(update))) < 0.3
+    np.testing.assert_allclose(np.abs(updates["embed"]), 1.0, rtol=1e-3)  # Adam's first step.

@@ -11,12 +11,13 @@ import torch
 from flax import nnx
 
 from lfm_jax.convert.hf import to_state_dict
-from lfm_jax.testing import tiny_model
+from lfm_jax.testing import tiny_config, tiny_model
 from lfm_jax.train.loss import LOSS_IGNORE, reference_cross_entropy
 from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lfm_jax.train.step import (
     Guard,
     GuardConfig,
+    abstract_train_state,
     batch_loss,
     compile_eval_step,
     compile_train_step,
@@ -127,6 +128,32 @@ def test_a_spike_is_skipped_once_the_mean_is_trusted():
         guard = Guard(jnp.float32(norm / factor), jnp.int32(made), jnp.int32(0))
         state = dataclasses.replace(jax.tree.map(jnp.copy, fresh), guard=guard)
         assert steps[spike](state, packed_batch())[1]["skipped"] == skipped
+
+
+def test_without_segment_ids_a_row_is_one_document():
+    config, params = split(tiny_model())
+    batch = packed_batch() | {"segment_ids": jnp.ones((4, 16), jnp.int32)}
+    optimizer = make_optimizer(OPTIMIZER, 10)
+    results = []
+    for ids, micro_batches in ((batch["segment_ids"], 1), (None, 1), (None, 2)):
+        step = compile_train_step(config, optimizer, micro_batches=micro_batches)
+        state = init_train_state(jax.tree.map(jnp.copy, params), optimizer)
+        results.append(step(state, batch | {"segment_ids": ids})[1])
+    for metrics in results[1:]:
+        for name, value in results[0].items():
+            np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
+
+
+def test_a_step_holds_one_gradient_beside_the_state():
+    """With few tokens, temporaries are a gradient and little more; the new state takes the place of the old one."""
+    config = tiny_config(hidden_size=128, ffn_size=512, vocab_size=2048)
+    optimizer = make_optimizer(OPTIMIZER, 10)
+    state = abstract_train_state(config, optimizer)
+    batch = {name: jax.ShapeDtypeStruct((1, 8), jnp.int32) for name in packed_batch()}
+    memory = compile_train_step(config, optimizer).lower(state, batch).compile().memory_analysis()
+    size = 4 * config.num_params()
+    assert memory.alias_size_in_bytes >= 3 * size
+    assert memory.temp_size_in_bytes < 1.5 * size
 
 
 def test_norms_by_kind_are_those_of_the_parts():
