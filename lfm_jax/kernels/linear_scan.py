@@ -147,12 +147,14 @@ class Token(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What runs of tokens amount to: h -> h - loss h + b.
+    """What runs of tokens amount to: h -> a h + b = h - loss h + b.
 
-    Near a = 1, where memory is long, loss = 1 - a keeps the digits that a rounds away. Products of a would add up
-    their rounding errors, which over thousands of tokens with the same a have the same sign.
+    Near a = 1, where memory is long, loss = 1 - a keeps the digits that a rounds away: products of a would add up their
+    rounding errors, which over thousands of tokens with the same a have the same sign. Near a = 0, where a far larger
+    past is forgotten, it is a that keeps them.
     """
 
+    a: jax.Array
     loss: jax.Array
     b: jax.Array
 
@@ -249,7 +251,7 @@ def _adjoint(e: jax.Array, token: Token) -> tuple[jax.Array, jax.Array]:
 
 def _across(h: jax.Array, run: Run) -> tuple[jax.Array, jax.Array]:
     """Past a run of tokens: gives the state before it."""
-    return jnp.where(run.loss == 1, run.b, h + (run.b - run.loss * h)), h
+    return jnp.where(run.loss > 0.5, _times(run.a, h) + run.b, h + (run.b - run.loss * h)), h
 
 
 def _sequential(
@@ -280,10 +282,10 @@ def _chunked(
     N, C = T // CHUNK, CHUNK
     if N > 0:
         first, order = (T % C, range(C - 1, 0, -1)) if reverse else (0, range(C - 1))
-        summaries_BN2D = _summaries(step, read, shape, reverse)
+        summaries_BN3D = _summaries(step, read, shape, reverse)
         middle = _sequential if platform() == "cpu" and N <= CPU_LOOP else _chunked
         states_BND, state_BD = middle(
-            _across, _summary_reader(summaries_BN2D), (B, N, D), state_BD, reverse=reverse, dtype=jnp.float32
+            _across, _summary_reader(summaries_BN3D), (B, N, D), state_BD, reverse=reverse, dtype=jnp.float32
         )
         own_1NC1 = lax.broadcasted_iota(jnp.int32, (1, 1, C, 1), 2)
         state_BNCD = lax.optimization_barrier(states_BND)[:, :, None]
@@ -303,17 +305,17 @@ def _chunked(
 
 
 def _summaries(step: Step, read: Read, shape: Shape, reverse: bool) -> jax.Array:
-    """(loss, b) of every chunk."""
+    """(product of a, loss, b) of every chunk."""
     B, T, D = shape
     N, C = T // CHUNK, CHUNK
-    is_loss_112 = jnp.asarray([True, False])[None, None, :, None]
-    summary_BN2D = jnp.zeros((B, N, 2, D), jnp.float32)
+    field_113 = jnp.arange(3)[None, None, :, None]
+    summary_BN3D = jnp.broadcast_to(jnp.where(field_113 == 0, 1.0, 0.0), (B, N, 3, D))
     for k in range(C - 1, -1, -1) if reverse else range(C):
         token_BN1D = read(partial(_kth, k=k, first=T % C if reverse else 0, N=N))
-        summary_BN2D = jnp.where(
-            is_loss_112, _lost(summary_BN2D, token_BN1D.loss), step(summary_BN2D, token_BN1D)[0]
-        )
-    return lax.optimization_barrier(summary_BN2D)  # Or XLA makes it again wherever it is used.
+        kept, lost = _times(token_BN1D.a, summary_BN3D), _lost(summary_BN3D, token_BN1D.loss)
+        after = step(summary_BN3D, token_BN1D)[0]
+        summary_BN3D = jnp.where(field_113 == 0, kept, jnp.where(field_113 == 1, lost, after))
+    return lax.optimization_barrier(summary_BN3D)  # Or XLA makes it again wherever it is used.
 
 
 def _lost(first: jax.Array, then: jax.Array) -> jax.Array:
@@ -321,14 +323,21 @@ def _lost(first: jax.Array, then: jax.Array) -> jax.Array:
     return jnp.where(then == 1, 1, first + (then - first * then))
 
 
+def _kept(product: jax.Array, loss: jax.Array) -> jax.Array:
+    """a of a run, of the product of those in it and their loss together: of the two the one with more digits."""
+    return jnp.where(loss > 0.5, product, 1 - loss)
+
+
 def _joined(first: Run, then: Run) -> Run:
-    return Run(_lost(first.loss, then.loss), _across(first.b, then)[0])
+    loss = _lost(first.loss, then.loss)
+    return Run(_kept(_times(then.a, first.a), loss), loss, _across(first.b, then)[0])
 
 
-def _summary_reader(summaries_BN2D: jax.Array) -> Read:
+def _summary_reader(summaries_BN3D: jax.Array) -> Read:
     def read(pick: Pick) -> Run:
-        picked = pick(summaries_BN2D)
-        return Run(picked[..., 0, :], picked[..., 1, :])
+        picked = pick(summaries_BN3D)
+        product, loss, b = (picked[..., i, :] for i in range(3))
+        return Run(_kept(product, loss), loss, b)
 
     return read
 
@@ -356,7 +365,8 @@ def _associative(a_BTD: jax.Array, b_BTD: jax.Array, h0_BD: jax.Array, *, revers
     """Summaries of all beginnings by `jax.lax.associative_scan`: a logarithmic number of passes over the sequence."""
     del interpret
 
-    tokens = Run(1 - a_BTD.astype(jnp.float32), b_BTD.astype(jnp.float32))
+    a_BTD = a_BTD.astype(jnp.float32)
+    tokens = Run(a_BTD, 1 - a_BTD, b_BTD.astype(jnp.float32))
     h_BTD, _ = _across(h0_BD[:, None], lax.associative_scan(_joined, tokens, reverse=reverse, axis=1))
     return h_BTD.astype(b_BTD.dtype), h_BTD[:, 0 if reverse else -1]
 
@@ -379,7 +389,7 @@ def _arriving(step: Step, read: Read, shape: Shape, first_BD: jax.Array, axis: s
     """The state that comes into this shard of time; `first_BD` comes into the one where the recurrence begins.
 
     Each shard hands on its summary, and what it has of those behind it, in steps of 1, 2, 4, ... shards. What nobody
-    sends arrives as (0, 0), the summary of no tokens; the first shard begins with (1, first), all is lost but `first`.
+    sends arrives as zeros and changes nothing; the first shard begins with a run that loses all but `first`.
     """
     shards = lax.axis_size(axis)
     way = -1 if reverse else 1
@@ -389,7 +399,7 @@ def _arriving(step: Step, read: Read, shape: Shape, first_BD: jax.Array, axis: s
 
     behind = from_behind(_total(step, read, shape, reverse), 1)
     begins = lax.axis_index(axis) == (shards - 1 if reverse else 0)
-    behind = Run(jnp.where(begins, 1, behind.loss), jnp.where(begins, first_BD, behind.b))
+    behind = jax.tree.map(partial(jnp.where, begins), Run(jnp.zeros_like(behind.a), 1, first_BD), behind)
     distance = 1
     while distance < shards:
         behind = _joined(from_behind(behind, distance), behind)
@@ -406,10 +416,12 @@ def _total(step: Step, read: Read, shape: Shape, reverse: bool) -> Run:
     """All tokens as one run. Only summaries are written; XLA finds those that `chunked` makes to be the same."""
     B, T, D = shape
     N = T // CHUNK
-    total = Run(jnp.zeros((B, D), jnp.float32), jnp.zeros((B, D), jnp.float32))
+    nothing = jnp.zeros((B, D), jnp.float32)
+    total = Run(nothing + 1, nothing, nothing)
     if N > 0:
         total = _total(_across, _summary_reader(_summaries(step, read, shape, reverse)), (B, N, D), reverse)
     for t in _left_over(T, reverse):
         token_BD = read(lambda x, t=t: x[:, t])
-        total = Run(_lost(total.loss, token_BD.loss), step(total.b, token_BD)[0])
+        loss = _lost(total.loss, token_BD.loss)
+        total = Run(_kept(_times(token_BD.a, total.a), loss), loss, step(total.b, token_BD)[0])
     return total
