@@ -8,6 +8,7 @@ one kind of error, with the nearest name.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,15 @@ def _flags(content: Mapping[str, Any], prefix: str = "") -> list[str]:
         if isinstance(value, Mapping):
             flags += _flags(value, f"{name}.")
         elif isinstance(value, (list, tuple)):
-            flags += [f"--{name}", *map(str, value)]
+            # A mapping in a list is one argument, in YAML again.
+            flags += [f"--{name}", *(_flow(v) if isinstance(v, Mapping) else str(v) for v in value)]
         else:
             flags += [f"--{name}", str(value)]
     return flags
+
+
+def _flow(value: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(value), default_flow_style=True, width=math.inf, sort_keys=False).strip()
 
 
 def _expand_preset(flags: list[str]) -> list[str]:

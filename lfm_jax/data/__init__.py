@@ -1,11 +1,15 @@
-"""Text files to packed training batches: sources, tokenizer, pipeline."""
+"""Text files to packed training batches: sources, tokenizer, pipeline, built datasets."""
 
+from lfm_jax.data.build import BuildConfig, build
+from lfm_jax.data.config import DataConfig, MixturePart
+from lfm_jax.data.manifest import Manifest, load_manifest
 from lfm_jax.data.pipeline import (
-    DataConfig,
+    check_lasts,
     heldout_batches,
     heldout_bytes,
     heldout_documents,
     make_tokenizer,
+    rows_available,
     train_documents,
     train_iterator,
 )
@@ -14,15 +18,22 @@ from lfm_jax.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_bpe
 
 __all__ = [
     "SPECIAL_TOKENS",
+    "BuildConfig",
     "DataConfig",
     "Documents",
+    "Manifest",
+    "MixturePart",
     "SourceFile",
+    "build",
+    "check_lasts",
     "find_files",
     "heldout_batches",
     "heldout_bytes",
     "heldout_documents",
+    "load_manifest",
     "load_tokenizer",
     "make_tokenizer",
+    "rows_available",
     "split_files",
     "train_bpe",
     "train_documents",

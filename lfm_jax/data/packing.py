@@ -16,24 +16,18 @@ import grain
 import numpy as np
 from tokenizers import Tokenizer
 
+from lfm_jax.data.encoding import BATCH_DOCUMENTS, DocumentEncoder, cuts
 from lfm_jax.train.loss import LOSS_IGNORE
 
 PACKING_ROWS = 128
 """Rows open at a time: more waste less padding, but resuming packs up to this many rows again."""
 
-ENCODE_DOCUMENTS = 16
-"""Documents encoded at a time, in parallel where there are cores."""
-
 
 class Pieces:
     """Documents as tokens, cut into pieces of at most T predictions: a Grain `RandomAccessDataSource`.
 
-    A document is bos, its tokens, eos. It makes (input, target) pairs of neighbours, so its eos is only
-    ever a target and its bos only an input. Pieces are runs of at most T pairs: the input that opens a
-    piece is the target that closed the piece before, so every token but bos is a target exactly once.
-
-    All tokens are held in memory, in 2 bytes each (4 for a vocabulary beyond 65,536), which makes the order
-    of pieces free: rows mix all documents, however long one is.
+    What a document and a piece are: see `encoding.py`. All tokens are held in memory, in 2 bytes each (4 for a
+    vocabulary beyond 65,536), which makes the order of pieces free: rows mix all documents, however long one is.
 
     Args:
       documents: texts, iterated once. The names of special tokens in them are text like any other.
@@ -41,24 +35,14 @@ class Pieces:
     """
 
     def __init__(self, documents: Iterable[str], tokenizer: Tokenizer, T: int, *, bos_id: int, eos_id: int):
-        encoder = Tokenizer.from_str(tokenizer.to_str())
-        encoder.encode_special_tokens = True
-        encoder.no_truncation()
-        encoder.no_padding()
-        size = max(encoder.get_vocab(with_added_tokens=True).values()) + 1
-        bad = [f"{name} {i}" for name, i in (("bos_id", bos_id), ("eos_id", eos_id)) if not 0 <= i < size]
-        if bad:
-            raise ValueError(f"the tokenizer has no {' and no '.join(bad)}; its ids lie in 0..{size - 1}")
-        dtype = np.uint16 if size <= 2**16 else np.uint32
-        chunks = [np.zeros(0, dtype)]
+        encode = DocumentEncoder(tokenizer, bos_id=bos_id, eos_id=eos_id)
+        chunks = [np.zeros(0, encode.dtype)]
         starts, stops, base = [], [], 0
-        for texts in batched(documents, ENCODE_DOCUMENTS):
-            for encoding in encoder.encode_batch_fast(list(texts), add_special_tokens=False):
-                ids = np.array([bos_id, *encoding.ids, eos_id], dtype)
-                pairs = len(ids) - 1
-                first = np.arange(0, pairs, T)
+        for texts in batched(documents, BATCH_DOCUMENTS):
+            for ids in encode(texts):
+                first, last = cuts(len(ids), T)
                 starts.append(base + first)
-                stops.append(base + np.minimum(first + T, pairs))
+                stops.append(base + last)
                 chunks.append(ids)
                 base += len(ids)
         self._ids = np.concatenate(chunks)
@@ -112,7 +96,13 @@ class GuardedIterator(grain.DatasetIterator):
         self._fingerprint = fingerprint
 
     def __next__(self) -> Any:
-        return next(self._parent)
+        try:
+            return next(self._parent)
+        except StopIteration:
+            raise ValueError(
+                "the epoch limits of data.mixture are met, and the run asks for more; lower steps, or raise epochs "
+                "or leave them out"
+            ) from None
 
     def get_state(self) -> dict[str, Any]:
         """Plain dicts and integers, fit for JSON."""

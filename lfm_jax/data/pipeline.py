@@ -1,7 +1,8 @@
 """From files to batches: what `lfm train` learns from, and what it is measured on.
 
-Files are split into training and held-out ones; their documents are tokenised when an iterator is made,
-cut and packed into rows (`packing.py`), and batched. A batch is a dict of int32 arrays [B, T]:
+Text is for small runs: files are split into training and held-out ones; their documents are tokenised when an
+iterator is made, cut and packed into rows (`packing.py`), and batched. Built datasets are read as they are
+(`mixture.py`, `shards.py`). A batch is a dict of int32 arrays [B, T]:
 
   tokens       inputs; 0 at padding
   targets      the next token of the same document, or LOSS_IGNORE at padding and only there
@@ -13,54 +14,22 @@ Dimensions: B rows, T time.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
+from itertools import batched
 from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from lfm_jax.data.config import DataConfig
+from lfm_jax.data.mixture import check_made_for, load_manifests, mixture_iterator, mixture_rows, mixture_tokenizer
 from lfm_jax.data.sources import Documents, SourceFile, find_files, split_files
-from lfm_jax.data.tokenizer import TOKENIZER_FILE, load_tokenizer, train_bpe
-from lfm_jax.train.loss import LOSS_IGNORE
+from lfm_jax.data.tokenizer import load_tokenizer, train_bpe
 
 if TYPE_CHECKING:
     import grain
 
 Batch = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which text to train on, and the shape of a batch of it.
-
-    Raises:
-      ValueError: on construction, one message that lists every bad field and how to mend it.
-    """
-
-    sources: tuple[str, ...]
-    """Files (.txt, .md, .py, .jsonl), directories (read recursively) and globs to train on."""
-    seq_len: int
-    """T, tokens of a row; a longer document is cut into pieces."""
-    batch_size: int
-    """B, rows of one optimizer step over all devices."""
-    heldout: tuple[str, ...] = ()
-    """Files, directories and globs never trained on, for the held-out loss; overrides heldout_fraction."""
-    heldout_fraction: float = 0.02
-    """Share of the source files held out, chosen by a hash of their names. 0: none."""
-    exclude: tuple[str, ...] = ()
-    """Shell patterns of files and directories to leave out, for example `tests` or `lib/old`."""
-    text_field: str = "text"
-    """Key of the text in the JSON object on each line of a .jsonl file."""
-    tokenizer: str | None = None
-    """A tokenizer.json or a directory with one. None: train one on the training files."""
-    seed: int = 0
-    """Of the order of the data; the held-out files do not depend on it."""
-
-    def __post_init__(self) -> None:
-        problems = _problems(self)
-        if problems:
-            raise ValueError("DataConfig is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
 def train_documents(config: DataConfig) -> Documents:
@@ -89,35 +58,72 @@ def heldout_documents(config: DataConfig) -> Documents:
 
 def heldout_bytes(config: DataConfig) -> int:
     """UTF-8 bytes of the held-out text: the loss summed over `heldout_batches` is spent on these."""
+    if config.mixture:
+        return sum(manifest.heldout.text_bytes for manifest in load_manifests(config))
     return heldout_documents(config).num_bytes
 
 
 def make_tokenizer(config: DataConfig, *, vocab_size: int) -> Tokenizer:
     """`config.tokenizer` where that is set, else one of `vocab_size` ids trained on the training documents.
 
+    That of a mixture is the one it was built with, whatever vocab_size says.
+
     Raises:
-      ValueError: a tokenizer or a source file that cannot be read.
+      ValueError: a tokenizer, a source file or a dataset that cannot be read.
     """
+    if config.mixture:
+        return mixture_tokenizer(config)
     if config.tokenizer is not None:
         return load_tokenizer(config.tokenizer)
     return train_bpe(train_documents(config), vocab_size)
 
 
+def rows_available(config: DataConfig) -> int | None:
+    """How many training rows there are before an epoch limit is met; None: any number.
+
+    A run takes `batch_size` of them each step.
+
+    Raises:
+      ValueError: a dataset that cannot be used.
+    """
+    return mixture_rows(config) if config.mixture else None
+
+
+def check_lasts(config: DataConfig, steps: int) -> None:
+    """Checks before a run that its data lasts to its end.
+
+    Raises:
+      ValueError: an epoch limit is met before; says after how many steps. Or a dataset cannot be used.
+    """
+    available = rows_available(config)
+    if available is not None and available < steps * config.batch_size:
+        raise ValueError(
+            f"the epoch limits of data.mixture allow {available} rows, which is {available // config.batch_size} steps "
+            f"of batch_size {config.batch_size}, and steps is {steps}; lower steps, or raise epochs or leave them out"
+        )
+
+
 def train_iterator(
-    config: DataConfig, tokenizer: Tokenizer, *, bos_id: int = 1, eos_id: int = 7
+    config: DataConfig, tokenizer: Tokenizer, *, rows: np.ndarray | None = None, bos_id: int = 1, eos_id: int = 7
 ) -> grain.DatasetIterator:
-    """Endless batches of the training documents, in a new order each epoch.
+    """Batches of the training documents, in a new order each epoch; endless but for the epoch limits of a mixture.
 
     `get_state()` gives a small JSON-able dict; a new iterator of the same config and data continues after
-    `set_state` with exactly the batches that were to come. Tokenising (about a million tokens a second and
-    core) is done before this returns.
+    `set_state` with exactly the batches that were to come. The state does not depend on `rows`, so a run goes on
+    with another number of processes. Text is tokenised (about a million tokens a second and core) before this returns.
 
     Args:
+      rows: sorted places in a batch that this process needs, of [0, batch_size); it gets [len(rows), T] of each
+        batch. None: all.
       bos_id, eos_id: what a document begins and ends with; the defaults are those of `ModelConfig`.
 
     Raises:
-      ValueError: files that cannot be found or read, no text, or ids that the tokenizer does not have.
+      ValueError: files that cannot be found or read, no text, ids that the tokenizer does not have, a dataset that was
+        built otherwise, or rows that do not fit the batch. While iterating: the epoch limits are met.
     """
+    _check_rows(rows, config.batch_size)
+    if config.mixture:
+        return mixture_iterator(config, tokenizer, rows, bos_id=bos_id, eos_id=eos_id)
     import grain
 
     from lfm_jax.data.packing import GuardedIterator, Pieces, pack
@@ -126,8 +132,10 @@ def train_iterator(
     # Grain shuffles epoch e with seed + e, so seeds as close as 0 and 1 would share their orders.
     order_seed, row_seed = np.random.SeedSequence(config.seed).generate_state(2).tolist()
     endless = grain.MapDataset.source(pieces).shuffle(seed=order_seed).repeat()
-    rows = pack(endless, config.seq_len, shuffle_seed=row_seed)
-    batches = rows.batch(config.batch_size, drop_remainder=True)
+    batches = pack(endless, config.seq_len, shuffle_seed=row_seed).batch(config.batch_size, drop_remainder=True)
+    if rows is not None:
+        # Packing goes from row to row, so that each process packs them all.
+        batches = batches.map(lambda batch: {key: x[rows] for key, x in batch.items()})
     fingerprint = f"{pieces.digest()}-{config.seq_len}-{config.batch_size}-{config.seed}"
     return GuardedIterator(iter(batches), fingerprint)
 
@@ -144,18 +152,44 @@ def heldout_batches(
     Raises:
       ValueError: see `train_iterator`.
     """
+    from lfm_jax.train.loss import LOSS_IGNORE
+
+    for rows in batched(_heldout_rows(config, tokenizer, bos_id, eos_id), config.batch_size):
+        short = config.batch_size - len(rows)
+        yield {
+            key: np.pad(
+                np.stack([row[key] for row in rows]),
+                ((0, short), (0, 0)), constant_values=LOSS_IGNORE if key == "targets" else 0,
+            )
+            for key in rows[0]
+        }
+
+
+def _heldout_rows(config: DataConfig, tokenizer: Tokenizer, bos_id: int, eos_id: int) -> Iterator[Batch]:
+    if config.mixture:
+        from lfm_jax.data.shards import heldout_rows
+
+        manifests = load_manifests(config)
+        check_made_for(manifests, tokenizer, bos_id=bos_id, eos_id=eos_id)
+        return heldout_rows(manifests)
     import grain
 
     from lfm_jax.data.packing import Pieces, pack
 
     pieces = Pieces(heldout_documents(config), tokenizer, config.seq_len, bos_id=bos_id, eos_id=eos_id)
-    rows = pack(grain.MapDataset.source(pieces), config.seq_len, shuffle_seed=None)
-    for batch in rows.batch(config.batch_size, drop_remainder=False):
-        short = config.batch_size - len(batch["tokens"])
-        yield {
-            key: np.pad(x, ((0, short), (0, 0)), constant_values=LOSS_IGNORE if key == "targets" else 0)
-            for key, x in batch.items()
-        }
+    return iter(pack(grain.MapDataset.source(pieces), config.seq_len, shuffle_seed=None))
+
+
+def _check_rows(rows: np.ndarray | None, batch_size: int) -> None:
+    if rows is None:
+        return
+    if not len(rows) or batch_size % len(rows):
+        raise ValueError(
+            f"this process needs {len(rows)} rows of each batch, which does not divide batch_size {batch_size}; choose "
+            "a batch_size that all processes share evenly"
+        )
+    if rows[0] < 0 or rows[-1] >= batch_size or np.any(np.diff(rows) < 1):
+        raise ValueError(f"rows {rows} must be sorted, distinct places in a batch of {batch_size}")
 
 
 def _split(config: DataConfig) -> tuple[list[SourceFile], list[SourceFile]]:
@@ -169,28 +203,3 @@ def _split(config: DataConfig) -> tuple[list[SourceFile], list[SourceFile]]:
     if not train:
         raise ValueError(f"heldout {list(config.heldout)} takes every file of sources; name fewer, or add sources")
     return train, heldout
-
-
-def _problems(c: DataConfig) -> list[str]:
-    problems = []
-
-    def need(ok: bool, message: str) -> None:
-        if not ok:
-            problems.append(message)
-
-    for name in ("sources", "heldout", "exclude"):
-        value = getattr(c, name)
-        need(isinstance(value, tuple) and all(isinstance(v, str) and v for v in value),
-             f"{name} is {value!r}; it must be a tuple of non-empty strings")
-    need(c.sources != (), "sources is empty; name at least one file, directory or glob")
-    for name, least in (("seq_len", 1), ("batch_size", 1), ("seed", 0)):
-        value = getattr(c, name)
-        need(type(value) is int and value >= least,
-             f"{name} is {value!r}; it must be a whole number of at least {least}")
-    fraction = c.heldout_fraction
-    need(isinstance(fraction, (int, float)) and 0 <= fraction < 1,
-         f"heldout_fraction is {fraction!r}; it must be a number from 0 up to but not including 1")
-    need(isinstance(c.text_field, str) and c.text_field != "", f"text_field is {c.text_field!r}; name a JSON key")
-    need(c.tokenizer is None or (isinstance(c.tokenizer, str) and c.tokenizer != ""),
-         f"tokenizer is {c.tokenizer!r}; give the path of a {TOKENIZER_FILE} or of its directory, or leave it out")
-    return problems

@@ -64,7 +64,7 @@ def find_files(patterns: Iterable[str], exclude: Sequence[str] = ()) -> list[Sou
             )
         for match in matches:
             found.setdefault(match.path, match)
-    _raise_problems("source files cannot be used", problems)
+    raise_problems("source files cannot be used", problems)
     return sorted(found.values(), key=lambda file: (file.name, file.path))
 
 
@@ -166,18 +166,18 @@ class Documents:
         """UTF-8 bytes of the text of all documents together."""
         for number, file in enumerate(self.files):
             try:
-                for offset, raw, line in _raw_documents(file.path):
+                for offset, raw in _raw_documents(file.path):
                     try:
-                        size = len(self._text(file.path, raw).encode())
+                        size = len(_text(file.path, raw, text_field).encode())
                     except ValueError as error:
-                        problems.append(_explain(file.path, line, raw, error, text_field))
+                        problems.append(_explain(file.path, offset, raw, error, text_field))
                         continue
                     if size:
                         self.num_bytes += size
                         spans.append((number, offset, len(raw)))
             except OSError as error:
                 problems.append(f"{file.path}: {error.strerror}; make it readable or exclude it")
-        _raise_problems("documents cannot be read", problems)
+        raise_problems("documents cannot be read", problems)
         self._spans = np.array(spans, np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
@@ -188,7 +188,7 @@ class Documents:
         path = self.files[number].path
         with open(path, "rb") as handle:
             handle.seek(offset)
-            return self._text(path, handle.read(length))
+            return _text(path, handle.read(length), self.text_field)
 
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
@@ -196,31 +196,84 @@ class Documents:
     def __repr__(self) -> str:
         return f"Documents({len(self)} documents in {len(self.files)} files, {self.num_bytes} bytes)"
 
-    def _text(self, path: Path, raw: bytes) -> str:
-        text = raw.decode()
-        if path.suffix.lower() != JSONL_SUFFIX:
-            return text
-        value = json.loads(text)
-        if not isinstance(value, dict) or not isinstance(value.get(self.text_field), str):
-            found = f"its keys are {', '.join(map(repr, value))}" if isinstance(value, dict) else "it is not an object"
-            raise ValueError(f"expected a JSON object with a string under {self.text_field!r}, but {found}")
-        return value[self.text_field]
+
+class Stretch(NamedTuple):
+    """Part of a source file: the documents that begin at bytes `start` to `stop` - 1."""
+
+    path: Path
+    start: int
+    stop: int
 
 
-def _raw_documents(path: Path) -> Iterator[tuple[int, bytes, int]]:
-    """(byte offset, bytes, line number) of each document of a file, still encoded."""
+def stretches(path: Path, size: int, longest: int) -> list[Stretch]:
+    """A file of `size` bytes in stretches of at most `longest` bytes; a file that is one document in one."""
+    if path.suffix.lower() != JSONL_SUFFIX:
+        return [Stretch(path, 0, size)]
+    return [Stretch(path, start, min(start + longest, size)) for start in range(0, size, longest)]
+
+
+def read_stretch(stretch: Stretch, text_field: str, problems: list[str]) -> Iterator[tuple[bytes, str]]:
+    """(bytes as stored, text) of each document of a stretch that is not empty, in turn.
+
+    Args:
+      problems: gets a line for each document that cannot be read; it is passed over.
+
+    Raises:
+      OSError: the file cannot be opened or read.
+    """
+    for offset, raw in _raw_documents(stretch.path, stretch.start, stretch.stop):
+        try:
+            text = _text(stretch.path, raw, text_field)
+            text.encode()
+        except ValueError as error:
+            problems.append(_explain(stretch.path, offset, raw, error, text_field))
+            continue
+        if text:
+            yield raw, text
+
+
+def _text(path: Path, raw: bytes, text_field: str) -> str:
+    text = raw.decode()
+    if path.suffix.lower() != JSONL_SUFFIX:
+        return text
+    value = json.loads(text)
+    if not isinstance(value, dict) or not isinstance(value.get(text_field), str):
+        found = f"its keys are {', '.join(map(repr, value))}" if isinstance(value, dict) else "it is not an object"
+        raise ValueError(f"expected a JSON object with a string under {text_field!r}, but {found}")
+    return value[text_field]
+
+
+def _raw_documents(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """(byte offset, bytes) of each document of a file that begins from start up to stop, still encoded."""
     with open(path, "rb") as handle:
         if path.suffix.lower() != JSONL_SUFFIX:
-            yield 0, handle.read(), 1
+            yield 0, handle.read()
             return
-        offset = 0
-        for line, raw in enumerate(handle, start=1):
+        if start:
+            # A line belongs to where it begins: pass over one that began before.
+            handle.seek(start - 1)
+            handle.readline()
+        offset = handle.tell()
+        for raw in handle:
+            if stop is not None and offset >= stop:
+                return
             if raw.strip():
-                yield offset, raw, line
+                yield offset, raw
             offset += len(raw)
 
 
-def _explain(path: Path, line: int, raw: bytes, error: ValueError, text_field: str) -> str:
+def _line_of(path: Path, offset: int) -> int:
+    """Number of the line that begins at a byte of a file."""
+    line = 1
+    with open(path, "rb") as handle:
+        while offset > 0 and (chunk := handle.read(min(offset, 2**20))):
+            line += chunk.count(b"\n")
+            offset -= len(chunk)
+    return line
+
+
+def _explain(path: Path, offset: int, raw: bytes, error: ValueError, text_field: str) -> str:
+    line = _line_of(path, offset)
     if isinstance(error, UnicodeDecodeError):
         line += raw.count(b"\n", 0, error.start)
         reason = f"not UTF-8 (byte {raw[error.start]:#04x}); convert the file with iconv or exclude it"
@@ -233,7 +286,8 @@ def _explain(path: Path, line: int, raw: bytes, error: ValueError, text_field: s
     return f"{path}, line {line}: {reason}"
 
 
-def _raise_problems(what: str, problems: list[str]) -> None:
+def raise_problems(what: str, problems: Sequence[str]) -> None:
+    """Raises a ValueError of one line a problem, MAX_PROBLEMS at most, if there are any."""
     if problems:
         shown = [f"  - {problem}" for problem in problems[:MAX_PROBLEMS]]
         if len(problems) > MAX_PROBLEMS:
