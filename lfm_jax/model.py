@@ -144,7 +144,7 @@ class LFM(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stacked: bool = False):
         self.config = config
-        self.runs = runs(config) if stacked else [Run(0, config.num_layers, 1)]
+        self.runs = tuple(runs(config)) if stacked else (Run(0, config.num_layers, 1),)
         kinds = unit_types(config) if stacked else config.layer_types
         table, axes = (config.vocab_size, config.hidden_size), ("vocab", "width")
         self.embed = normal_param(rngs, table, axes, config)

@@ -31,13 +31,10 @@ def test_arguments_of_the_compiled_step():
 
 
 def test_gathers_of_weights_are_those_on_paper():
-    model = dict(remat="full", scan_layers=True, layer_types=("conv", "full_attention") * 2, dtype="float32")
+    model = dict(remat="full", scan_layers=True, layer_types=("conv",) * 4, dtype="float32")
     config, mesh = recipe(mesh=dict(fsdp=8), model=model), mesh_of(fsdp=8)
     found = budget(config, mesh)
-    step = compiled(config, mesh)
-    arguments = step.memory_analysis().argument_size_in_bytes
-    assert 0 <= arguments - (found.parameters + found.optimizer + found.batch) <= 128
-    module = Module(step.as_text())
+    module = Module(compiled(config, mesh).as_text())
     gathered = sum(c.times * c.bytes for c in collectives(module, dict(mesh.shape)) if c.kind == "all-gather")
     paper = {row.kind: row.bytes for row in expected_collectives(config, found)}
     assert gathered == pytest.approx(paper["all-gather"], rel=0.1)
