@@ -39,7 +39,7 @@ check: lint
 	@$(PY) -m pytest -m "not slow and not long"
 
 test-long: .venv/test
-	@$(PY) -m pytest -m long
+	@$(PY) -m pytest -s -m long
 
 lint: .venv/test
 	@$(PY) -m ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
 else:
     Preset = Literal[*sorted(PRESETS)]  # So that --help lists them.
 
-INTERRUPTED = 130
-"""Exit status of a run that was stopped and can be resumed."""
-
 
 def train(recipe: tyro.conf.Positional[Path]) -> int:
     """Train or resume a run: `lfm train RECIPE.yaml [--optimizer.peak-lr 1e-3 ...]`; every key is a flag."""
@@ -29,14 +27,50 @@ def train(recipe: tyro.conf.Positional[Path]) -> int:
 
 
 def _train(args: list[str]) -> int:
+    """Exit status: 0 at the run's end, `launch.STOPPED`, `launch.LOST` or `launch.FAILED`."""
     from lfm_jax import recipe
-    from lfm_jax.train.loop import TrainConfig
-    from lfm_jax.train.loop import train as run
+    from lfm_jax.train.config import TrainCommand
+    from lfm_jax.train.launch import LOST, STOPPED, start
 
     path = args[0] if args and not args[0].startswith("-") else None
-    config = recipe.load_recipe(TrainConfig, path, args[1:] if path else args, prog="lfm train [RECIPE]")
+    command = recipe.load_recipe(TrainCommand, path, args[1:] if path else args, prog="lfm train [RECIPE]")
+    if command.launch.processes > 1:
+        return start([sys.executable, "-m", "lfm_jax.cli", "train", *args], command.launch)
+    from lfm_jax.train import processes
+    from lfm_jax.train.loop import train as run
+
+    processes.join(command.launch)
+    try:
+        result = run(command.run)
+        status = 0 if result.step == command.run.steps else STOPPED
+    except (ValueError, OSError) as error:
+        status = _refuse(error)
+    except Exception as error:
+        if not command.launch.many:
+            raise
+        traceback.print_exc()
+        status = LOST if processes.device_failed(error) else 1
+    processes.leave(status)
+    return status
+
+
+def plan(recipe: tyro.conf.Positional[Path]) -> int:
+    """What a run needs and costs on a machine: `lfm plan RECIPE.yaml --topology v5e:16x16`; every key is a flag."""
+    return _plan([str(recipe)])
+
+
+def _plan(args: list[str]) -> int:
+    from lfm_jax import recipe
+    from lfm_jax.plan import PlanConfig
+    from lfm_jax.plan import plan as run
+
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Nothing runs here; a TPU or GPU need not be taken for it.
+    path = args[0] if args and not args[0].startswith("-") else None
+    config = recipe.load_recipe(PlanConfig, path, args[1:] if path else args, prog="lfm plan [RECIPE]")
     result = run(config)
-    return 0 if result.step == config.steps else INTERRUPTED
+    print(result.to_json() if config.format == "json" else result)
+    result.check()
+    return 0
 
 
 def generate(
@@ -132,6 +166,22 @@ def convert(
     return 0
 
 
+def data(action: tyro.conf.Positional[Literal["build", "show"]]) -> int:
+    """Build a dataset of packed rows from text, or look into one: `lfm data build --help`, `lfm data show --help`."""
+    return _data([action])
+
+
+def _data(args: list[str]) -> int:
+    from lfm_jax.data import verbs
+
+    if args[:1] == ["build"]:  # As with train, its flags come from a dataclass.
+        return verbs.build(args[1:])
+    return tyro.extras.subcommand_cli_from_dict(
+        {"build": verbs.build_help, "show": verbs.show}, args=args, prog="lfm data",
+        description="Build a dataset of packed rows from text, or look into one.",
+    )
+
+
 def selfcheck() -> int:
     """Check every kernel and collective against its reference on this device, and print a table.
 
@@ -145,7 +195,7 @@ def selfcheck() -> int:
 
 
 def bench(
-    suite: tyro.conf.Positional[Literal["model", "kernels"]] = "model",
+    suite: tyro.conf.Positional[Literal["model", "kernels", "train", "data"]] = "model",
     /,
     preset: Preset = "lfm2.5-350m",
     repeats: int = 5,
@@ -153,18 +203,28 @@ def bench(
     """Measure on this machine, beside a peer in the same process, and print a Markdown table.
 
     Args:
-      suite: model: prefill, decode and training step beside transformers; kernels: implementations of each kernel.
-      preset: shape for the model suite.
+      suite: model: prefill, decode and training step beside transformers; kernels: implementations of each kernel;
+        train: training steps and their memory beside transformers, each side in a process of its own;
+        data: packed tokens a second from shards, beside packing text on the fly.
+      preset: shape for the model and train suites.
       repeats: timed runs of which the median counts.
     """
     from lfm_jax.config import ModelConfig
 
-    if suite == "kernels":
-        if preset != "lfm2.5-350m":
-            raise ValueError("--preset belongs to the model suite; leave it out of `bench kernels`")
+    if suite in ("kernels", "data") and preset != "lfm2.5-350m":
+        raise ValueError(f"--preset belongs to the other suites; leave it out of `bench {suite}`")
+    if suite == "data":
+        from lfm_jax.bench.data import bench_data
+
+        print(bench_data(repeats=repeats))
+    elif suite == "kernels":
         from lfm_jax.bench.kernels import bench_kernels
 
         print(bench_kernels(repeats=repeats))
+    elif suite == "train":
+        from lfm_jax.bench.train import bench_train
+
+        print(bench_train(preset=preset, repeats=repeats))
     else:
         from lfm_jax.bench.model import bench_model
 
@@ -182,7 +242,8 @@ def _load(path: Path, dtype: str | None, *, need_tokenizer: bool = True) -> tupl
 
 
 VERBS = {
-    "train": train, "generate": generate, "chat": chat, "convert": convert, "bench": bench, "selfcheck": selfcheck,
+    "train": train, "plan": plan, "data": data, "generate": generate, "chat": chat, "convert": convert, "bench": bench,
+    "selfcheck": selfcheck,
 }
 
 
@@ -192,11 +253,24 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args[:1] == ["train"]:  # Its flags come from the recipe's dataclass, not from a signature.
             status = _train(args[1:])
+        elif args[:1] == ["plan"]:
+            status = _plan(args[1:])
+        elif args[:1] == ["data"]:
+            status = _data(args[1:])
         else:
             status = tyro.extras.subcommand_cli_from_dict(VERBS, args=args, prog="lfm")
     except (ValueError, OSError) as error:
-        if os.environ.get("LFM_TRACEBACK"):
-            raise
-        print(f"lfm: {error}", file=sys.stderr)
-        status = 2
+        status = _refuse(error)
     sys.exit(status)
+
+
+def _refuse(error: Exception) -> int:
+    """One clear line; LFM_TRACEBACK=1 shows where it comes from."""
+    if os.environ.get("LFM_TRACEBACK"):
+        raise error
+    print(f"lfm: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from types import TracebackType
@@ -19,12 +20,13 @@ class Console:
     Args:
       steps: steps in all.
       log_every: steps between lines where standard error is not a terminal.
+      quiet: show nothing, in all processes of a run but one; the clock goes on.
     """
 
-    def __init__(self, steps: int, *, log_every: int):
+    def __init__(self, steps: int, *, log_every: int, quiet: bool = False):
         self._steps, self._log_every = steps, log_every
-        self._rich = RichConsole(stderr=True)
-        self._live = sys.stderr.isatty()
+        self._rich = RichConsole(stderr=True, quiet=quiet)
+        self._live = sys.stderr.isatty() and not quiet
         self._progress = Progress(
             TextColumn("[bold]train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
             TimeElapsedColumn(), console=self._rich, disable=not self._live,
@@ -45,7 +47,11 @@ class Console:
 
     def note(self, text: str) -> None:
         """A line that stays."""
-        self._rich.print(text, highlight=False)
+        self._rich.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """A line that stays and stands out."""
+        self._rich.print(f"warning: {text}", style="bold yellow", highlight=False, markup=False, soft_wrap=True)
 
     def restart_clock(self) -> None:
         """Leaves what happened since the last step (compilation, evaluation) out of the next step's time."""
@@ -56,12 +62,13 @@ class Console:
         now = time.monotonic()
         seconds = None if self._clock is None else max(now - self._clock, 1e-9)
         self._clock = now
-        self._loss = loss if self._loss is None else _SMOOTHING * self._loss + (1 - _SMOOTHING) * loss
+        if math.isfinite(loss):  # One that is not would never leave the mean again.
+            self._loss = loss if self._loss is None else _SMOOTHING * self._loss + (1 - _SMOOTHING) * loss
         if seconds is not None:
             past = seconds if self._seconds_per_step is None else self._seconds_per_step
             self._seconds_per_step = _SMOOTHING * past + (1 - _SMOOTHING) * seconds
         speed = None if seconds is None else tokens / seconds
-        text = f"loss {self._loss:.4f}"
+        text = f"loss {math.nan if self._loss is None else self._loss:.4f}"
         if speed is not None and self._seconds_per_step is not None:
             left = (self._steps - step) * self._seconds_per_step
             text += f"  {tokens / self._seconds_per_step:,.0f} tokens/s  {_clock_time(left)} left"

@@ -2,99 +2,49 @@
 
 A run directory holds everything about a run: config.yaml, tokenizer.json, metrics.jsonl, loss.png and
 checkpoints/. Starting again in the same directory resumes from the latest checkpoint, and the losses that
-follow equal those of an uninterrupted run to the bit.
+follow equal those of an uninterrupted run to the bit. Over many processes every one runs this loop; the first
+writes the files and lines.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
+from tokenizers import Tokenizer
 
 from lfm_jax import recipe
-from lfm_jax.config import ModelConfig
-from lfm_jax.data import DataConfig, heldout_batches, heldout_bytes, train_iterator
-from lfm_jax.data.sources import contains
+from lfm_jax.data import check_lasts, heldout_batches, heldout_bytes, load_tokenizer, train_iterator
 from lfm_jax.infer.text import check_tokenizer
-from lfm_jax.model import LFM, abstract_model
+from lfm_jax.train import processes
 from lfm_jax.train import run_dir as run_directory
-from lfm_jax.train.checkpoint import CheckpointManager
+from lfm_jax.train.checkpoint import CheckpointManager, Restored
+from lfm_jax.train.config import TrainConfig
 from lfm_jax.train.console import Console
-from lfm_jax.train.metrics import MetricsLog, plot_loss
-from lfm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from lfm_jax.train.step import compile_eval_step, compile_train_step, init_train_state
+from lfm_jax.train.goodput import Ledger, describe
+from lfm_jax.train.metrics import plot_curves, plot_loss
+from lfm_jax.train.optimizer import make_optimizer
+from lfm_jax.train.profiling import Profiler, parse_profile
+from lfm_jax.train.record import Recorder
+from lfm_jax.train.step import (
+    abstract_train_state,
+    compile_eval_step,
+    compile_train_step,
+    place_train_state,
+    random_train_state,
+    restacked,
+    unstacked,
+)
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """One training run.
-
-    Raises:
-      ValueError: on construction, one message that lists every bad field.
-    """
-
-    run_dir: str
-    """Directory of the run; an existing run in it is resumed."""
-    steps: int
-    """Optimizer steps in all."""
-    data: DataConfig
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    init_from: str | None = None
-    """Start from these weights: a Hugging Face directory, or the directory of another run. None: random."""
-    seed: int = 0
-    """Of the random initialisation."""
-    micro_batches: int = 1
-    """Gradient accumulation: the batch is worked through in this many equal parts."""
-    loss_chunk: int = 512
-    """Tokens whose logits are in memory at one time."""
-    eval_every: int = 200
-    """Steps between held-out losses; the run's end has one always. 0: only there."""
-    checkpoint_every: int = 200
-    """Steps between checkpoints; the run's end and an interrupt have one always. 0: only there."""
-    keep_checkpoints: int = 2
-    """How many of the latest checkpoints to keep."""
-    log_every: int = 10
-    """Steps between lines on a console that is not a terminal."""
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"{name} is {getattr(self, name)}; it must be at least {least}"
-            for name, least in (("steps", 1), ("micro_batches", 1), ("loss_chunk", 1), ("keep_checkpoints", 1),
-                                ("log_every", 1), ("eval_every", 0), ("checkpoint_every", 0))
-            if getattr(self, name) < least
-        ]
-        if self.micro_batches >= 1 and self.data.batch_size % self.micro_batches:
-            problems.append(
-                f"data.batch_size {self.data.batch_size} is not a multiple of micro_batches {self.micro_batches}"
-            )
-        if not self.model.eos_ids:
-            problems.append("model.eos_ids is empty; name the id that ends a document")
-        if self.data.seq_len > self.model.max_position:
-            problems.append(f"data.seq_len {self.data.seq_len} exceeds model.max_position {self.model.max_position}")
-        problems += [
-            f"run_dir {self.run_dir} lies inside data source {source!r}, which would then train on it; choose another "
-            "run_dir or name it in data.exclude"
-            for source in (*self.data.sources, *self.data.heldout)
-            if contains(source, self.run_dir, self.data.exclude)
-        ]
-        try:
-            learning_rate(self.optimizer, max(self.steps, 1))
-        except ValueError as error:
-            problems.append(str(error))
-        if problems:
-            raise ValueError("TrainConfig is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+Metrics = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,126 +64,259 @@ def train(config: TrainConfig) -> TrainResult:
     SIGINT or SIGTERM finishes the step under way, saves a checkpoint and returns; a second one kills.
 
     Raises:
-      ValueError: the directory holds a run of another model or other data, the data cannot be read, or the loss
-        is no longer finite.
+      ValueError: the directory holds a run of another model or other data, the data cannot be read, the mesh does not
+        fit, or updates had to be skipped again and again.
+      OSError: a file of the run cannot be written.
     """
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    mesh = _mesh(config)
     manager = CheckpointManager(run_dir, keep=config.keep_checkpoints)
     try:
-        return _Run(config, run_dir, manager).loop()
+        # Before the mesh is in use: loading is each process's own.
+        weights = _given_weights(config) if config.init_from is not None and not manager.steps() else None
+        with nullcontext() if mesh is None else jax.set_mesh(mesh):
+            result = _Run(config, run_dir, manager, mesh, weights).loop()
+        manager.wait()
+        return result
     finally:
         manager.close()
+
+
+def _mesh(config: TrainConfig) -> Mesh | None:
+    """The mesh of all devices; None where there is one device and no more are asked for."""
+    if jax.device_count() == 1 and math.prod(config.mesh.sizes(1).values()) == 1:
+        return None
+    return config.mesh.make()
+
+
+def _given_weights(config: TrainConfig) -> Any:
+    """The parameters of `init_from` as a plain dict of numpy arrays in `param_dtype`."""
+    from lfm_jax.loading import load
+
+    assert config.init_from is not None
+    model, _ = load(config.init_from)
+    differing = run_directory.differences(
+        recipe.to_plain(model.config), recipe.to_plain(config.model), run_directory.NUMERICS
+    )
+    if differing:
+        lines = "".join(f"\n  - {line}" for line in differing)
+        raise ValueError(f"init_from {config.init_from} holds another model; make these model fields equal:{lines}")
+    params = nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
+    return jax.tree.map(lambda x: np.asarray(x.astype(config.model.param_dtype)), params)
 
 
 class _Run:
     """The objects of one run, and its loop."""
 
-    def __init__(self, config: TrainConfig, run_dir: Path, manager: CheckpointManager):
+    def __init__(
+        self, config: TrainConfig, run_dir: Path, manager: CheckpointManager, mesh: Mesh | None, weights: Any
+    ):
         self.config, self.run_dir, self.manager = config, run_dir, manager
-        resume_step = manager.latest_step()
-        self.console = Console(config.steps, log_every=config.log_every)
-        if resume_step is None:
-            self.tokenizer = run_directory.start(config, run_dir)
-        else:
-            for change in run_directory.check_resumable(config, manager.metadata()["config"], resume_step):
-                self.console.note(f"resuming with a changed setting: {change}")
-            self.tokenizer = run_directory.resume(config, run_dir)
+        self.main = processes.is_main()
+        self.console = Console(config.steps, log_every=config.log_every, quiet=not self.main)
+        self.place = processes.BatchPlacer(config.data.batch_size, config.data.seq_len)
+        self._tell_budget(mesh)
+        resuming = bool(manager.steps())
+        self.tokenizer = self._kept_tokenizer() if resuming else self._new_tokenizer()
         check_tokenizer(self.tokenizer, config.model)
         self.optimizer = make_optimizer(config.optimizer, config.steps)
-        self.graphdef, abstract = abstract_model(config.model)
-        self.data = train_iterator(config.data, self.tokenizer, **self._document_ids())
-        if resume_step is None:
-            self.state = init_train_state(_initial_params(config), self.optimizer)
+        self.data = train_iterator(config.data, self.tokenizer, rows=self.place.rows, **self._document_ids())
+        check_lasts(config.data, config.steps)
+        self.step = 0
+        if resuming:
+            self._resume()
+        elif weights is not None:
+            self.state = place_train_state(weights, config.model, self.optimizer)
         else:
-            shape = jax.eval_shape(lambda p: init_train_state(p, self.optimizer), abstract)
-            self.state, data_state = manager.restore(shape)
-            self.data.set_state(data_state)
-            self.console.note(f"resumed {run_dir} at step {resume_step}")
+            self.state = random_train_state(config.model, self.optimizer, config.seed)
         # Only now: a resume that was refused must leave the run as it was.
-        run_directory.write_config(config, run_dir)
-        self.step = resume_step or 0
-        self.schedule = learning_rate(config.optimizer, config.steps)
-        self.train_step = compile_train_step(
-            self.graphdef, self.optimizer, micro_batches=config.micro_batches, loss_chunk=config.loss_chunk
+        if self.main:
+            run_directory.write_config(config, run_dir)
+        self.ledger = Ledger(run_dir if self.main else None, resume_step=self.step)
+        self.recorder = Recorder(
+            config, run_dir, self.console, self.ledger, resume_step=self.step, updates=int(self.state.guard.made),
+            main=self.main,
         )
-        self.eval_step = compile_eval_step(self.graphdef, loss_chunk=config.loss_chunk)
+        traced = parse_profile(config.profile, config.steps) if config.profile and self.main else None
+        self.profiler = Profiler(traced, run_dir)
+        self.train_step = compile_train_step(
+            config.model, self.optimizer, micro_batches=config.micro_batches, loss_chunk=config.loss_chunk,
+            z_loss=config.z_loss, guard=config.guard,
+        )
+        self.eval_step = compile_eval_step(config.model, loss_chunk=config.loss_chunk)
+        self.pending: list[tuple[int, Metrics]] = []
+        self.compiled = self.save_due = False
+        self.began_at = self.saved_at = self.step
+        self.skipped_in_row = self.rollbacks = 0
+
+    def _tell_budget(self, mesh: Mesh | None) -> None:
+        """What the run needs, before anything is made; an estimate, so it warns and does not refuse."""
+        from lfm_jax.plan import budget
+
+        needed = budget(self.config, mesh)
+        self.console.note(str(needed))
+        try:
+            needed.check()
+        except ValueError as error:
+            self.console.warn(str(error))
+
+    def _kept_tokenizer(self) -> Tokenizer:
+        """That of the run that is resumed, unless this is another run; tells what changed."""
+        saved = self.manager.latest_config()
+        if saved is not None:
+            for change in run_directory.check_resumable(self.config, saved, self.manager.steps()[0]):
+                self.console.note(f"resuming with a changed setting: {change}")
+        return run_directory.resume(self.config, self.run_dir)
+
+    def _new_tokenizer(self) -> Tokenizer:
+        tokenizer = run_directory.start(self.config, self.run_dir) if self.main else None
+        processes.barrier("tokenizer")
+        return tokenizer or load_tokenizer(self.run_dir)
+
+    def _resume(self) -> None:
+        found = self._restore()
+        self.data.set_state(found.data)
+        self._go_to(found)
+        self.console.note(f"resumed {self.run_dir} at step {self.step}")
+
+    def _restore(self) -> Restored:
+        model = self.config.model
+        return self.manager.restore_latest(unstacked(abstract_train_state(model, self.optimizer), model))
+
+    def _go_to(self, found: Restored) -> None:
+        """Goes on from a checkpoint; later ones that cannot be read are put aside."""
+        self.state = restacked(found.state, self.config.model)
+        self.step = self.saved_at = found.step
+        for step, reason in found.damaged.items():
+            path = self.manager.set_aside(step)
+            self.console.warn(f"the checkpoint of step {step} cannot be read and now lies in {path}: {reason}")
 
     def loop(self) -> TrainResult:
         config = self.config
-        log = MetricsLog(self.run_dir, resume_step=self.step)
-        pending: tuple[int, dict[str, jax.Array]] | None = None
         heldout: tuple[float, float] | None = None
-        saved_at = self.step
-        with self.console, _stop_requested() as stop:
-            while self.step < config.steps and not stop:
-                batch = jax.tree.map(jnp.asarray, next(self.data))
-                self.state, metrics = self.train_step(self.state, batch)
-                # The step before is fetched only now, so that the device never waits for the host.
-                self._log(log, pending)
-                self.step += 1
-                pending = (self.step, metrics)
+        with self.console, processes.StopRequest() as stop:
+            while self.step < config.steps and not stop.due():
+                self._dispatch()
                 last = self.step == config.steps
-                if last or (config.eval_every and self.step % config.eval_every == 0):
-                    self._log(log, pending)
-                    pending = None
-                    heldout = self._evaluate(log)
-                if last or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
-                    self._log(log, pending)
-                    pending = None
+                evaluate = last or (config.eval_every and self.step % config.eval_every == 0)
+                self.save_due |= last or bool(config.checkpoint_every and self.step % config.checkpoint_every == 0)
+                # The step before is fetched only now, so that the device never waits for the host.
+                if self._fetch(0 if evaluate or self.save_due else 1):
+                    continue
+                if evaluate:
+                    heldout = self._evaluate(self.recorder)
+                # While updates are being skipped none is saved: each checkpoint is one to go back to.
+                if self.save_due and (last or not self.skipped_in_row):
                     self._save()
-                    saved_at = self.step
-            self._log(log, pending)
-            if self.step != saved_at:
-                self._save()
+                self.manager.check()
             if self.step < config.steps:
-                self.console.note(f"stopped at step {self.step}; the same command resumes from there")
-        log.close()
-        plot_loss(self.run_dir)
+                self._stop()
+            if self.saved_at > self.began_at:
+                self.console.note(describe(self.ledger.summary()))
+        self.profiler.close()
+        self.recorder.close()
+        self.ledger.close()
+        if self.main:
+            plot_loss(self.run_dir)
+            plot_curves(self.run_dir)
         done = self.step == config.steps
         if done and heldout is None:
             # Started again after its end: nothing to train, but the result is still owed.
             heldout = self._evaluate(None)
         return TrainResult(self.run_dir, self.step, *(heldout if done and heldout else (None, None)))
 
-    def _log(self, log: MetricsLog, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
-        if pending is None:
-            return
-        step, metrics = pending
-        record: dict[str, Any] = {"step": step, **{name: float(value) for name, value in metrics.items()}}
-        if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
-            saved = self.manager.latest_step()
-            raise ValueError(
-                f"the loss is {record['loss']} and the gradient norm {record['grad_norm']} at step {step}, so nothing "
-                "more is saved; lower optimizer.peak_lr, then "
-                + (f"resume from the checkpoint of step {saved}" if saved else "start again")
-            )
-        record["learning_rate"] = float(jnp.asarray(self.schedule(step - 1)))
-        record["tokens_per_second"] = self.console.step(step, record["loss"], int(record["targets"]))
-        record["time"] = time.time()
-        log.write(record)
+    def _dispatch(self) -> None:
+        """Hands the next step to the device."""
+        with self.ledger("data"):
+            batch = self.place(next(self.data))
+        with self.ledger("step" if self.compiled else "compile"), self.profiler.step(self.step + 1):
+            self.state, metrics = self.train_step(self.state, batch)
+        self.compiled = True
+        self.ledger.running(metrics["loss"])
+        self.step += 1
+        self.profiler.after(self.step, metrics)
+        self.pending.append((self.step, metrics))
 
-    def _evaluate(self, log: MetricsLog | None) -> tuple[float, float] | None:
+    def _fetch(self, keep: int) -> bool:
+        """Records all finished steps but the last `keep`. True if the run went back to a checkpoint."""
+        while len(self.pending) > keep:
+            step, metrics = self.pending.pop(0)
+            values = self.recorder.step(step, metrics)
+            self.skipped_in_row = int(values["skipped_in_row"])
+            if self.skipped_in_row >= self.config.guard.max_in_row:
+                self._roll_back(step, values)
+                return True
+        return False
+
+    def _roll_back(self, step: int, values: dict[str, float]) -> None:
+        """Goes back to the last checkpoint and on with new data: that behind what led here is passed over.
+
+        It is the same after a kill: what is replayed from the checkpoint comes to the same end.
+
+        Raises:
+          ValueError: there is no checkpoint, or no new one was reached since too many rollbacks.
+        """
+        limit = self.config.guard.max_rollbacks
+        what = (f"{self.skipped_in_row} updates in a row were skipped up to step {step} (loss {values['loss']:.4g}, "
+                f"gradient norm {values['grad_norm']:.4g})")
+        mend = "lower optimizer.peak_lr, mend the data, or raise guard.spike if the gradients are sound"
+        self.manager.wait()
+        latest = self.manager.latest_step()
+        if latest is None:
+            raise ValueError(f"{what}, and there is no checkpoint to go back to; {mend}, then start again")
+        if self.rollbacks == limit:
+            raise ValueError(
+                f"{what}, after {limit} rollbacks to the checkpoint of step {latest}; {mend}, then start the same "
+                "command again, which resumes from there"
+            )
+        self.rollbacks += 1
+        self.pending.clear()
+        del self.state  # Its memory is needed.
+        with self.ledger("restart"):
+            self._go_to(self._restore())
+        self.skipped_in_row, self.save_due = 0, False
+        self.ledger.undo(self.step)
+        self.recorder.rewind(self.step, int(self.state.guard.made))
+        # Under the first step done again, so that a kill before the next checkpoint undoes the record too.
+        self.recorder.write(self.step + 1, {"rolled_back_from": step, "rollbacks": self.rollbacks})
+        self.console.warn(f"{what}: back to the checkpoint of step {self.step}; the data behind it is passed over")
+        self.console.restart_clock()
+
+    def _stop(self) -> None:
+        """Saves what is done."""
+        again = "the same command resumes from there"
+        while self.pending:
+            step, metrics = self.pending.pop(0)
+            self.skipped_in_row = int(self.recorder.step(step, metrics)["skipped_in_row"])
+        if self.skipped_in_row:
+            self.console.note(f"stopped while updates were skipped; the checkpoint of step {self.saved_at} stands")
+        else:
+            if self.step != self.saved_at:
+                self._save()
+            self.console.note(f"stopped at step {self.step}; {again}")
+
+    def _evaluate(self, recorder: Recorder | None) -> tuple[float, float] | None:
         """Held-out loss in nats per token and in bits per byte of text; None where nothing is held out."""
         if not self._heldout:
             return None
         self.console.note("held-out loss ...")
         total, count = 0.0, 0
-        for batch in self._heldout:
-            loss, targets = self.eval_step(self.state.params, jax.tree.map(jnp.asarray, batch))
-            total, count = total + float(loss), count + int(targets)
-        nats = total / count
-        bits_per_byte = total / math.log(2) / self._heldout_bytes
+        with self.ledger("eval"):
+            for batch in self._heldout:
+                loss, targets = self.eval_step(self.state.params, self.place(batch))
+                total, count = total + float(loss), count + int(targets)
+        nats, bits_per_byte = total / count, total / math.log(2) / self._heldout_bytes
         self.console.note(f"step {self.step}: held-out loss {nats:.4f} nats/token, {bits_per_byte:.4f} bits/byte")
         self.console.restart_clock()
-        if log is not None:
-            log.write({"step": self.step, "heldout_loss": nats, "heldout_bits_per_byte": bits_per_byte,
-                       "time": time.time()})
+        if recorder is not None:
+            recorder.write(self.step, {"heldout_loss": nats, "heldout_bits_per_byte": bits_per_byte})
         return nats, bits_per_byte
 
     @cached_property
     def _heldout(self) -> list[dict[str, np.ndarray]]:
-        return list(heldout_batches(self.config.data, self.tokenizer, **self._document_ids()))
+        whole = heldout_batches(self.config.data, self.tokenizer, **self._document_ids())
+        return [self.place.local(batch) for batch in whole]
 
     @cached_property
     def _heldout_bytes(self) -> int:
@@ -245,48 +328,9 @@ class _Run:
         return {"bos_id": model.bos_id, "eos_id": model.eos_ids[0]}
 
     def _save(self) -> None:
-        self.manager.save(self.step, self.state, self.data.get_state(), recipe.to_plain(self.config))
-
-
-def _initial_params(config: TrainConfig) -> Any:
-    """Random parameters, or those of `init_from`, as a plain dict in `param_dtype`."""
-    if config.init_from is None:
-        @jax.jit
-        def init() -> Any:
-            return nnx.to_pure_dict(nnx.split(LFM(config.model, rngs=nnx.Rngs(config.seed)), nnx.Param)[1])
-
-        return init()
-    from lfm_jax.loading import load
-
-    model, _ = load(config.init_from)
-    differing = run_directory.differences(
-        recipe.to_plain(model.config), recipe.to_plain(config.model), run_directory.NUMERICS
-    )
-    if differing:
-        lines = "".join(f"\n  - {line}" for line in differing)
-        raise ValueError(f"init_from {config.init_from} holds another model; make these model fields equal:{lines}")
-    params = nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
-    return jax.tree.map(lambda x: x.astype(config.model.param_dtype), params)
-
-
-@contextmanager
-def _stop_requested() -> Iterator[list[int]]:
-    """A list that a first SIGINT or SIGTERM makes non-empty; a second one acts as usual."""
-    received: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    def on_signal(number: int, frame: Any) -> None:
-        del frame
-        received.append(number)
-        restore()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, on_signal)
-    try:
-        yield received
-    finally:
-        restore()
+        with self.ledger("checkpoint"):
+            state, plain = unstacked(self.state, self.config.model), recipe.to_plain(self.config)
+            seconds = self.manager.save(self.step, state, self.data.get_state(), plain)
+        self.ledger.saved(self.step)
+        self.saved_at, self.save_due, self.rollbacks = self.step, False, 0
+        self.recorder.write(self.step, {"checkpoint_blocked_seconds": seconds, "goodput": self.ledger.goodput})

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 CONFIG = "config.yaml"
 
-NUMERICS = frozenset({"param_dtype", "dtype", "logits_dtype", "conv_impl", "scan_impl", "attention_impl", "init_std",
+NUMERICS = frozenset({"param_dtype", "dtype", "logits_dtype", "conv_impl", "scan_impl", "attention_impl", "init",
+                      "init_std",
+                      "remat", "scan_layers",
                       "max_position", "pad_id", "bos_id", "eos_ids"})
 """Model fields that change no parameter's shape."""
-_PATHS = frozenset({"sources", "heldout", "exclude", "tokenizer"})
-"""Data fields that may change when files move: whether the data is the same, its own fingerprint decides."""
+_PATHS = frozenset({"sources", "mixture", "heldout", "exclude", "tokenizer", "prefetch"})
+"""Data fields that may change, as when files move: whether the data is the same, its own fingerprint decides."""
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], ignore: frozenset[str] = frozenset()) -> list[str]:
@@ -56,6 +58,7 @@ def check_resumable(config: TrainConfig, saved: dict[str, Any], step: int) -> li
         raise ValueError(f"steps is {config.steps}, but run_dir {config.run_dir} is at step {step}; raise steps")
     changed = [f"optimizer.{line}" for line in differences(saved["optimizer"], plain["optimizer"])]
     changed += [f"model.{line}" for line in differences(saved["model"], plain["model"])]
+    changed += [f"mesh.{line}" for line in differences(saved.get("mesh", {}), plain["mesh"])]
     return changed + differences({"steps": saved["steps"]}, {"steps": config.steps})
 
 

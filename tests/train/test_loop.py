@@ -6,49 +6,22 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
-import yaml
+from tiny_runs import STEPS, finish, load, losses, recipe, start, steps_in_order, wait_for_step
 
 import lfm_jax as lfm
 from lfm_jax.convert.hf import chat_template
-from lfm_jax.recipe import load_recipe, to_plain
+from lfm_jax.recipe import to_plain
 from lfm_jax.testing import tiny_tokenizer
 from lfm_jax.train import run_dir as run_dirs
-from lfm_jax.train.loop import TrainConfig, train
+from lfm_jax.train.loop import train
 from lfm_jax.train.metrics import read_metrics
 
-STEPS = 12
-
-
-def recipe(corpus, run_dir, **changes):
-    content = {
-        "run_dir": str(run_dir), "steps": STEPS, "eval_every": 5, "checkpoint_every": 4, "log_every": 100,
-        "model": {
-            "layer_types": ["conv", "full_attention"], "vocab_size": 300, "hidden_size": 16, "ffn_size": 24,
-            "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "max_position": 64, "dtype": "float32",
-        },
-        "data": {"sources": [str(corpus)], "seq_len": 32, "batch_size": 4, "heldout_fraction": 0.1},
-        "optimizer": {"peak_lr": 1.0e-2, "warmup_steps": 2},
-    }
-    for key, value in changes.items():
-        section, _, field = key.rpartition("__")
-        (content[section] if section else content)[field] = value
-    path = run_dir.parent / f"{run_dir.name}.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
-
-
-def load(path):
-    return load_recipe(TrainConfig, path)
-
-
-def losses(run_dir):
-    return {r["step"]: r["loss"] for r in read_metrics(run_dir) if "loss" in r}
+pytestmark = pytest.mark.usefixtures("cached")
 
 
 @pytest.fixture(scope="module")
@@ -90,31 +63,28 @@ def test_the_latest_checkpoint_loads_as_a_model(whole_run):
 
 @pytest.mark.parametrize(
     ("steps", "kills"),
-    [pytest.param(STEPS, 2, marks=pytest.mark.slow), pytest.param(200, 20, marks=pytest.mark.long)],
+    [pytest.param(30, 5, marks=pytest.mark.slow), pytest.param(300, 50, marks=pytest.mark.long)],
 )
-def test_kill_9_at_random_moments_and_resume_gives_the_same_losses_to_the_bit(corpus, tmp_path, steps, kills):
+def test_kill_9_at_random_moments_and_resume_gives_the_same_losses_to_the_bit(corpus, tmp_path, cache, steps, kills):
     undisturbed = train(load(recipe(corpus, tmp_path / "undisturbed", steps=steps)))
     run_dir = tmp_path / "killed"
-    command = [sys.executable, "-c", "from lfm_jax.cli import main; main()", "train",
-               str(recipe(corpus, run_dir, steps=steps))]
-    # Restarting is mostly compiling; the programs are the same each time.
-    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
-                        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    path = recipe(corpus, run_dir, steps=steps)
     rng = random.Random(1)
-    for kill in range(kills):
+    for kill in range(1, kills + 1):
         # Killed at a random moment after new steps are on record, checkpoints being written or not.
         least = max(losses(run_dir), default=0) + rng.randint(1, max(1, (steps - 6) // kills))
-        process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
-        while process.poll() is None and max(losses(run_dir), default=0) < least:
-            time.sleep(0.005)
-        time.sleep(rng.random() * 0.01)
+        process = start(path, cache)
+        wait_for_step(process, run_dir, least)
+        time.sleep(rng.random() * 0.02)
         process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, f"the run ended before kill {kill}"
-    assert subprocess.run(command, env=env, stderr=subprocess.DEVNULL).returncode == 0
+        assert finish(process)[0] == -signal.SIGKILL, f"the run ended before kill {kill}"
+        print(f"kill {kill} of {kills} at step {max(losses(run_dir))} of {steps}", file=sys.stderr)
+    assert finish(start(path, cache))[0] == 0
+    assert steps_in_order(run_dir) == list(range(1, steps + 1))
     assert losses(run_dir) == losses(undisturbed.run_dir)
-    assert len(losses(run_dir)) == steps
     a, b = (lfm.to_state_dict(lfm.load(d)[0]) for d in (run_dir, undisturbed.run_dir))
     assert all(np.array_equal(a[name], b[name]) for name in b)
+    print(f"{kills} kills: {steps} losses and all parameters equal to the bit", file=sys.stderr)
 
 
 @pytest.mark.slow
@@ -203,16 +173,6 @@ def test_without_held_out_files_no_held_out_loss_is_claimed(corpus, tmp_path):
     assert result.step == 2
     assert result.heldout_loss is None
     assert not [r for r in read_metrics(result.run_dir) if "heldout_loss" in r]
-
-
-@pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(corpus, tmp_path):
-    run_dir = tmp_path / "run"
-    with pytest.raises(ValueError, match=r"(nan|inf) at step \d+, so nothing more is saved; lower optimizer.peak_lr"):
-        train(load(recipe(corpus, run_dir, optimizer__peak_lr=1e30, checkpoint_every=1, model__dtype="bfloat16")))
-    assert all(np.isfinite(loss) for loss in losses(run_dir).values())
-    model, _ = lfm.load(run_dir)
-    assert all(np.isfinite(np.asarray(w, np.float32)).all() for w in lfm.to_state_dict(model).values())
 
 
 def test_a_run_directory_inside_its_own_data_is_refused(corpus):

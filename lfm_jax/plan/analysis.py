@@ -1,0 +1,288 @@
+"""What a training step needs, by analysis: bytes on each device and FLOPs, in under a second and without a compiler.
+
+Parameters, optimizer state, gradients and the batch are exact: shapes from `jax.eval_shape`, split as the mesh splits
+them. Activations and working memory follow the formulas here, which tests/plan compares with compiled programs.
+
+Dimensions: B rows, T time, D width, F feed-forward width, N query heads, K key/value heads, H head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from lfm_jax.chips import Chip, chip_of
+from lfm_jax.config import GATES, ITEMSIZE, LayerType, ModelConfig
+from lfm_jax.kernels.attention import CPU_SCORES, SCORE_BYTES
+from lfm_jax.plan.units import si, size
+from lfm_jax.sharding import MESH_AXES
+from lfm_jax.train.config import TrainConfig
+from lfm_jax.train.optimizer import make_optimizer
+from lfm_jax.train.step import TrainState, abstract_train_state
+
+BATCH_ARRAYS = 4
+"""Arrays of a batch, int32 [B, T] each: tokens, targets, segment ids, positions."""
+
+TPU_LANES = 128
+"""A TPU fills the last dimension of an array up to a multiple of this: heads of width 64 take twice their bytes."""
+LAYER_FACTOR = 2.5
+"""Bytes alive while a layer is computed again and differentiated, over those that it keeps without remat: its values,
+their gradients and XLA's copies. Fitted to the compiled programs of docs/plan.md."""
+
+DOTS_FACTOR = 1.25
+"""The same for what `remat: dots` keeps: XLA holds some of it in two layouts."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Bytes on one device, and FLOPs of one optimizer step over all devices."""
+
+    chip: Chip | None
+    mesh: dict[str, int]
+    """Devices along each mesh axis."""
+    num_params: int
+    tokens: int
+    """Of one optimizer step, over all devices."""
+    micro_batches: int
+    parameters: float
+    optimizer: float
+    gradients: float
+    batch: float
+    activations: float
+    """What the forward pass keeps for the backward pass (`kept_bytes`)."""
+    working: float
+    """The most that is alive beside that at one time (`working_bytes`)."""
+    model_flops: float
+    """3 x `ModelConfig.flops_per_token` for each token: forward pass, gradient by inputs, gradient by weights."""
+    remat_flops: float
+    """What `ModelConfig.remat` computes a second time; not counted as useful (MFU)."""
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.mesh.values())
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Bytes on one device by what takes them."""
+        names = ("parameters", "optimizer", "gradients", "batch", "activations", "working")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+    def check(self) -> None:
+        """Refuses what does not fit.
+
+        Raises:
+          ValueError: more bytes than the device has, with the largest parts and what makes them smaller.
+        """
+        if self.chip is not None and self.total > self.chip.hbm_bytes:
+            raise ValueError(too_large(self.parts, self.total, self.chip))
+
+    def __str__(self) -> str:
+        axes = ", ".join(f"{name} {n}" for name, n in self.mesh.items() if n > 1) or "one device"
+        parts = ", ".join(f"{name} {size(n)}" for name, n in self.parts.items())
+        hbm = f" of {size(self.chip.hbm_bytes)}" if self.chip else ""
+        again = f" and {si(self.remat_flops, 'FLOP')} again for remat" if self.remat_flops else ""
+        return (f"{si(self.num_params)} parameters; mesh: {axes}\n"
+                f"on each device, by analysis: {size(self.total)}{hbm} ({parts})\n"
+                f"a step of {self.tokens:,} tokens: {si(self.model_flops, 'FLOP')}{again}")
+
+
+def budget(config: TrainConfig, mesh: Mesh | None) -> Budget:
+    """The budget of a recipe over a mesh; None for one device."""
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        state = abstract_train_state(config.model, optimizer)
+    sizes = dict.fromkeys(MESH_AXES, 1) if mesh is None else dict(mesh.shape)
+    device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
+    return budget_of(config, state, sizes, chip_of(device))
+
+
+def budget_of(config: TrainConfig, state: TrainState, sizes: dict[str, int], chip: Chip | None) -> Budget:
+    """The budget of an abstract training state."""
+    model, tokens = config.model, config.data.batch_size * config.data.seq_len
+    shards = sizes["data"] * sizes["fsdp"] * sizes["context"]
+    share = Share(tokens / shards / config.micro_batches, config.data.seq_len, sizes["tensor"], chip)
+    parameters = tree_bytes(state.params, share.lanes)
+    # A gradient has its parameter's dtype; a sum over micro-batches is float32, beside the part being added.
+    gradients = parameters
+    if config.micro_batches > 1:
+        gradients += parameters * 4 / ITEMSIZE[model.param_dtype]
+    return Budget(
+        chip=chip, mesh=sizes, num_params=model.num_params(), tokens=tokens, micro_batches=config.micro_batches,
+        parameters=parameters, optimizer=tree_bytes(state.opt_state, share.lanes), gradients=gradients,
+        batch=4.0 * BATCH_ARRAYS * tokens / shards,
+        activations=kept_bytes(model, share), working=working_bytes(model, share, config.loss_chunk),
+        model_flops=3 * model.flops_per_token(config.data.seq_len) * tokens,
+        remat_flops=recomputed_flops_per_token(model, config.data.seq_len) * tokens,
+    )
+
+
+class Share(NamedTuple):
+    """What of a micro-batch one device works on."""
+
+    tokens: float
+    seq_len: int
+    tensor: int
+    """Devices that share the channels, heads and units of each layer."""
+    chip: Chip | None
+
+    @property
+    def lanes(self) -> int:
+        """What the last dimension of an array is filled up to a multiple of."""
+        return TPU_LANES if self.chip is not None and self.chip.torus_dims else 1
+
+    def scores(self, config: ModelConfig) -> float:
+        """Elements of `dtype` a token that attention keeps of its scores (`kernels/attention.py`)."""
+        held = config.num_heads / self.tensor * self.seq_len
+        if config.attention_impl == "auto":
+            blockwise = self.chip is None and self.seq_len**2 >= CPU_SCORES
+            blockwise |= 4 * self.tokens * held > SCORE_BYTES
+        else:
+            blockwise = config.attention_impl != "xla"
+        return 0.0 if blockwise else held * (4 / ITEMSIZE[config.dtype] + 1)
+
+
+def tree_bytes(tree: Any, lanes: int = 1) -> float:
+    """Bytes that one device holds of a tree of arrays, or of their shapes with layouts.
+
+    With `lanes` the dimension of a matrix that fills them best is filled up to a multiple of them.
+    """
+
+    def leaf(x: Any) -> float:
+        shape = x.shape if getattr(x, "sharding", None) is None else x.sharding.shard_shape(x.shape)
+        filled = min((math.ceil(n / lanes) * lanes / n for n in shape), default=1.0) if len(shape) > 1 else 1.0
+        return math.prod(shape) * x.dtype.itemsize * filled
+
+    return float(sum(map(leaf, jax.tree.leaves(tree))))
+
+
+# ---------------------------------------------------------------------------------------------------- activations
+
+
+def kept_bytes(config: ModelConfig, share: Share) -> float:
+    """Bytes that a micro-batch leaves on a device for the backward pass.
+
+    Scanned layers keep what differentiation asks for, one stack for each value: the numbers below are those that
+    `jax.ad_checkpoint.print_saved_residuals` lists, among them the gathered weights. In layers compiled one by one XLA
+    computes elementwise values again where they are used, and keeps what products give and take.
+    """
+    factor = DOTS_FACTOR if config.remat == "dots" else 1.0
+    kept = sum(
+        factor * share.tokens * (_operator_kept(config, kind, share) + _ffn_kept(config, share.tensor))
+        + _weights_kept(config, kind, share.tensor) for kind in config.layer_types
+    )
+    return kept * ITEMSIZE[config.dtype]
+
+
+def _operator_kept(config: ModelConfig, kind: LayerType, share: Share) -> float:
+    """Elements of `dtype` a token."""
+    D, N, K, tensor = config.hidden_size, config.num_heads, config.num_kv_heads, share.tensor
+    H = math.ceil(config.head_dim / share.lanes) * share.lanes
+    float32 = 4 / ITEMSIZE[config.dtype]
+    if config.remat == "full":
+        return D  # The layer's input.
+    streams = {"conv": (1 + GATES[config.conv_gates]) * D, "recurrence": 3 * D}.get(kind, (N + 2 * K) * H) / tensor
+    if config.remat == "dots":
+        return D + streams
+    scores = share.scores(config) if kind == "full_attention" else 0.0
+    if not config.scan_layers:
+        inner = {"conv": D, "recurrence": 4 * float32 * D}.get(kind, (3 * N + K) * H)
+        return 2 * D + streams + inner / tensor + scores
+    if kind == "conv":
+        return 3 * D + streams + float32 * D
+    if kind == "recurrence":
+        return 2 * D + streams + 14 * float32 * D
+    return 2 * D + (4 * N + 3 * K) * H / tensor + float32 * (D + (N + K) * H / tensor) + scores
+
+
+def _ffn_kept(config: ModelConfig, tensor: int) -> float:
+    """Elements of `dtype` a token."""
+    D, F = config.hidden_size, config.ffn_size
+    if config.remat == "full":
+        return 0.0
+    if config.remat == "ffn":
+        return D
+    if config.remat == "dots":
+        return D + 2 * F / tensor
+    return (2 + 4 / ITEMSIZE[config.dtype]) * D + 6 * F / tensor if config.scan_layers else 2 * D + 2 * F / tensor
+
+
+def _weights_kept(config: ModelConfig, kind: LayerType, tensor: int) -> float:
+    """Elements of gathered weights that a layer keeps; without fsdp they are its own parameters in `dtype`."""
+    if config.remat in ("dots", "full"):
+        return 0.0
+    ffn = 3 * config.hidden_size * config.ffn_size if config.remat == "none" else 0
+    return (operator_matrices(config, kind) + ffn) / tensor
+
+
+def operator_matrices(config: ModelConfig, kind: LayerType) -> int:
+    """Elements of the matrices of an operator."""
+    D, H, N, K = config.hidden_size, config.head_dim, config.num_heads, config.num_kv_heads
+    return {"conv": (2 + GATES[config.conv_gates]) * D * D, "recurrence": 4 * D * D}.get(kind, 2 * D * H * (N + K))
+
+
+def working_bytes(config: ModelConfig, share: Share, loss_chunk: int) -> float:
+    """Bytes alive beside what is kept: the larger of the loss and of one layer.
+
+    Of the loss: the table gathered, its gradient in float32 and then in `dtype`, logits in float32 and their gradient
+    in `dtype`. Of a layer: LAYER_FACTOR times what it keeps without remat, beside the table's gradient.
+    """
+    item = ITEMSIZE[config.dtype]
+    rows = config.vocab_size / share.tensor
+    table = rows * config.hidden_size
+    loss = table * (4 + 2 * item) + min(loss_chunk, share.tokens) * rows * (4 + item)
+    # Checkpoints go layer by layer, so that only one is computed again at a time.
+    layer = max(
+        kept_bytes(config.replace(remat="none", scan_layers=False, layer_types=(kind,)), share)
+        for kind in set(config.layer_types)
+    )
+    return max(loss, LAYER_FACTOR * layer + table * item)
+
+
+# ---------------------------------------------------------------------------------------------------------- FLOPs
+
+
+def recomputed_flops_per_token(config: ModelConfig, T: int) -> float:
+    """FLOPs for each token of what the backward pass computes again under `config.remat`.
+
+    full: the layers but for the last product of each, whose result nothing needs again; ffn: the two products into the
+    hidden layer; dots: attention, whose scores have batch dimensions, and the conv taps.
+    """
+    D, F, head = config.hidden_size, config.ffn_size, 2 * config.hidden_size * config.vocab_size
+    if config.remat == "none":
+        return 0.0
+    if config.remat == "ffn":
+        return config.num_layers * 2 * 2 * D * F
+    layers = config.flops_per_token(T) - head
+    if config.remat == "full":
+        return layers - config.num_layers * 2 * D * F
+    matrices = sum(operator_matrices(config, kind) + 3 * D * F for kind in config.layer_types)
+    return layers - 2 * matrices
+
+
+# --------------------------------------------------------------------------------------------------------- advice
+
+_ADVICE = {
+    "parameters": "raise mesh.fsdp (or mesh.tensor)",
+    "optimizer": "raise mesh.fsdp (or mesh.tensor)",
+    "gradients": "raise mesh.fsdp (or mesh.tensor), or set micro_batches to 1",
+    "batch": "lower data.batch_size, or raise mesh.data",
+    "activations": "set model.remat to full, raise micro_batches, raise mesh.context, or lower data.batch_size",
+    "working": "lower loss_chunk, raise mesh.tensor, or raise micro_batches",
+    "temporaries": "set model.remat to full, raise micro_batches, lower loss_chunk, or raise mesh.context",
+}
+
+
+def too_large(parts: dict[str, float], total: float, chip: Chip) -> str:
+    """The message for a step that does not fit a device: its largest parts and what makes each smaller."""
+    largest = sorted(parts, key=lambda name: -parts[name])[:3]
+    lines = "".join(f"\n  - {name}: {size(parts[name])}; {_ADVICE[name]}" for name in largest)
+    return f"the step needs {size(total)} on each device, but a {chip.name} has {size(chip.hbm_bytes)}:{lines}"

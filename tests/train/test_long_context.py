@@ -1,0 +1,36 @@
+"""A second stage at longer rows: from another run's weights, with its own data, schedule and a context axis."""
+
+import numpy as np
+import pytest
+from tiny_runs import finish, load, losses, recipe, start, steps_in_order
+
+import lfm_jax as lfm
+from lfm_jax.train.loop import train
+
+pytestmark = pytest.mark.usefixtures("cached")
+
+
+@pytest.mark.slow
+def test_a_second_stage_of_longer_rows_over_the_context_axis(corpus, tmp_path, cache):
+    first = train(load(recipe(corpus, tmp_path / "first")))
+    long = dict(
+        init_from=str(tmp_path / "first"), steps=8, eval_every=0, checkpoint_every=4, data__seq_len=128,
+        data__batch_size=2, data__seed=1, model__max_position=256, optimizer__peak_lr=2e-3,
+        optimizer__schedule="cosine", mesh__context=2,
+    )
+    run_dir = tmp_path / "second"
+    path = recipe(corpus, run_dir, **long)
+    status, _, err = finish(start(path, cache, "--devices-per-process", 2))
+    assert status == 0, err[-3000:]
+    assert "context 2" in err
+    assert steps_in_order(run_dir) == list(range(1, 9))
+    # It goes on where the first stage ended, and gets better.
+    assert losses(run_dir)[1] < losses(first.run_dir)[1] - 0.5
+    assert losses(run_dir)[8] < losses(run_dir)[1]
+    # The same rows on one device.
+    alone = tmp_path / "alone"
+    train(load(recipe(corpus, alone, **(long | {"mesh__context": 1, "keep_checkpoints": 1}))))
+    np.testing.assert_allclose(list(losses(run_dir).values()), list(losses(alone).values()), rtol=1e-4)
+    model, tokenizer = lfm.load(run_dir)
+    assert model.config.max_position == 256
+    assert tokenizer.to_str() == lfm.load(first.run_dir)[1].to_str()

@@ -1,0 +1,191 @@
+"""Runs of two processes with two devices each, over loopback: the same as one, to the bit after any loss."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from tiny_runs import children, finish, load, losses, recipe, start, steps_in_order, wait_for_step
+
+import lfm_jax as lfm
+from lfm_jax.sharding import MeshConfig
+from lfm_jax.train.launch import FAILED, LOST, STOPPED, Launch
+from lfm_jax.train.loop import train
+from lfm_jax.train.processes import HEARTBEAT_SECONDS, BatchPlacer
+
+STEPS = 24
+TWO = ("--processes", 2, "--devices-per-process", 2)
+
+
+def path_of(corpus, run_dir, **changes):
+    return recipe(corpus, run_dir, **({"steps": STEPS, "eval_every": 0, "checkpoint_every": 4} | changes))
+
+
+@pytest.fixture(scope="module")
+def two(corpus, tmp_path_factory, cache):
+    """An uninterrupted run of two processes: (run directory, what it printed)."""
+    run_dir = tmp_path_factory.mktemp("two") / "run"
+    status, out, err = finish(start(path_of(corpus, run_dir), cache, *TWO))
+    assert status == 0, err[-3000:]
+    assert out == ""  # Gloo prints to standard output.
+    return run_dir, err
+
+
+def signal_child(process, which, number):
+    os.kill(children(process)[which], number)
+
+
+def held(run_dir):
+    """Parameters of the latest checkpoint."""
+    return lfm.to_state_dict(lfm.load(run_dir)[0])
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(corpus, tmp_path, cache, two):
+    run_dir, printed = two
+    assert steps_in_order(run_dir) == list(range(1, STEPS + 1))
+    assert "[0] " in printed
+    assert not [line for line in printed.splitlines() if line.startswith("[1] step")]
+    status, _, err = finish(start(path_of(corpus, tmp_path / "one"), cache, "--devices-per-process", 4))
+    assert status == 0, err[-3000:]
+    alone = losses(tmp_path / "one")
+    np.testing.assert_allclose([losses(run_dir)[s] for s in alone], list(alone.values()), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_stopped_killed_and_resumed_it_is_the_same_run_to_the_bit(corpus, tmp_path, cache, two):
+    """SIGTERM to one process stops both at one step; SIGKILL of one ends the other; nothing is lost or repeated."""
+    rng = random.Random(2)
+    run_dir = tmp_path / "run"
+    path = path_of(corpus, run_dir)
+    process = start(path, cache, *TWO)
+    wait_for_step(process, run_dir, 2)
+    victim = rng.randrange(2)
+    signal_child(process, victim, signal.SIGTERM)
+    status, _, err = finish(process)
+    assert status == STOPPED, err[-3000:]
+    stopped = max(losses(run_dir))
+    assert f"stopped at step {stopped}" in err
+    assert (run_dir / "checkpoints" / str(stopped)).is_dir()
+
+    process = start(path, cache, *TWO)
+    wait_for_step(process, run_dir, rng.randint(stopped + 1, STEPS - 4) if stopped < STEPS - 4 else stopped + 1)
+    signal_child(process, 1 - victim, signal.SIGKILL)
+    killed = time.monotonic()
+    status, _, err = finish(process)
+    assert status == LOST, err[-3000:]
+    assert time.monotonic() - killed < 60
+    assert f"process {1 - victim} of 2 was lost: killed by signal 9 (SIGKILL)" in err
+
+    status, _, err = finish(start(path, cache, *TWO))
+    assert status == 0, err[-3000:]
+    assert steps_in_order(run_dir) == list(range(1, STEPS + 1))
+    assert losses(run_dir) == losses(two[0])
+    a, b = held(run_dir), held(two[0])
+    assert all(np.array_equal(a[name], b[name]) for name in b)
+
+
+@pytest.mark.long
+def test_a_process_that_falls_silent_is_noticed_by_its_heartbeat(corpus, tmp_path, cache):
+    run_dir = tmp_path / "run"
+    process = start(path_of(corpus, run_dir, steps=2000), cache, *TWO)
+    wait_for_step(process, run_dir, 2)
+    signal_child(process, 1, signal.SIGSTOP)
+    silent = time.monotonic()
+    status, _, err = finish(process)
+    assert status == LOST, err[-3000:]
+    assert time.monotonic() - silent < 60
+    assert "process 1 of 2 was lost: it does not answer" in err
+
+
+@pytest.mark.long
+def test_ten_times_one_of_two_is_killed_at_a_random_moment(corpus, tmp_path, cache):
+    steps, kills, rng = 120, 10, random.Random(3)
+    assert finish(start(path_of(corpus, tmp_path / "undisturbed", steps=steps), cache, *TWO))[0] == 0
+    run_dir = tmp_path / "killed"
+    path = path_of(corpus, run_dir, steps=steps)
+    for kill in range(1, kills + 1):
+        process = start(path, cache, *TWO)
+        wait_for_step(process, run_dir, max(losses(run_dir), default=0) + rng.randint(1, (steps - 6) // kills))
+        time.sleep(rng.random() * 0.3)
+        victim = rng.randrange(2)
+        signal_child(process, victim, signal.SIGKILL)
+        killed = time.monotonic()
+        status, _, err = finish(process)
+        assert status == LOST, err[-3000:]
+        assert f"process {victim} of 2 was lost: killed by signal 9" in err
+        seconds = time.monotonic() - killed
+        assert seconds < 60
+        print(f"kill {kill} of {kills}: process {victim} at step {max(losses(run_dir))} of {steps}, all stopped after "
+              f"{seconds:.1f} s", file=sys.stderr)
+    assert finish(start(path, cache, *TWO))[0] == 0
+    assert steps_in_order(run_dir) == list(range(1, steps + 1))
+    assert losses(run_dir) == losses(tmp_path / "undisturbed")
+    a, b = held(run_dir), held(tmp_path / "undisturbed")
+    assert all(np.array_equal(a[name], b[name]) for name in b)
+    print(f"{kills} kills of one of two: {steps} losses and all parameters equal to the bit", file=sys.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--devices-per-process", 4, "--mesh.data", 1, "--mesh.fsdp", 2,
+                                        "--mesh.context", 2)], ids=["one device", "fsdp x context"])
+def test_a_run_of_two_processes_goes_on_in_one_and_on_another_mesh(corpus, tmp_path, cache, two, flags):
+    """At a learning rate that moves no bit, the next checkpoint holds what was restored."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(two[0], run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / str(STEPS))
+    at = STEPS - 4
+    path = path_of(corpus, run_dir, optimizer__peak_lr=1e-30, steps=at + 1, optimizer__decay_steps=1)
+    before = held(run_dir)
+    status, _, err = finish(start(path, cache, *flags))
+    assert status == 0, err[-3000:]
+    assert f"resumed {run_dir} at step {at}" in err
+    assert steps_in_order(run_dir) == list(range(1, at + 2))
+    after = held(run_dir)
+    assert all(np.array_equal(after[name], before[name]) for name in before)
+    # The same parameters on the same rows.
+    np.testing.assert_allclose(losses(run_dir)[at + 1], losses(two[0])[at + 1], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_process_that_cannot_write_its_part_stops_the_run(corpus, tmp_path, cache):
+    run_dir = tmp_path / "run"
+    process = start(path_of(corpus, run_dir, steps=400), cache, *TWO)
+    wait_for_step(process, run_dir, 6)
+    pid = children(process)[1]
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (4_000, 4_000))  # As a full disk: writing more fails.
+    status, _, err = finish(process)
+    assert status == FAILED, err[-3000:]
+    assert "process 1 of 2 was lost: exit code 2" in err
+    assert "File too large" in err
+    kept = max(int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit())
+    assert f"the checkpoint of step {kept} is intact" in err
+    held(run_dir)
+
+
+def test_one_process_needs_all_rows_over_its_mesh():
+    with jax.set_mesh(MeshConfig().make()):
+        place = BatchPlacer(4, 8)
+        assert place.rows is None
+        batch = {"tokens": np.arange(32, dtype=np.int32).reshape(4, 8)}
+        assert np.array_equal(np.asarray(place(batch)["tokens"]), batch["tokens"])
+
+
+def test_launch_flags_are_checked_together():
+    assert HEARTBEAT_SECONDS <= 30
+    with pytest.raises(ValueError, match="not valid") as error:
+        Launch(processes=0, coordinator="here:1", distributed="auto", devices_per_process=-1)
+    for part in ("processes is 0", "go together", "detects the coordinator", "devices_per_process is -1"):
+        assert part in str(error.value)
+
+
+def test_a_batch_that_does_not_divide_names_the_fields(corpus, tmp_path):
+    config = load(recipe(corpus, tmp_path / "run", mesh__data=3))
+    with pytest.raises(ValueError, match=r"data=3.* make"):
+        train(config)
