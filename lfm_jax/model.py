@@ -245,12 +245,13 @@ class LFM(nnx.Module):
         kinds = self.config.layer_types
         counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)} | {"feed_forward": len(kinds)}
         zeros_BT = jnp.zeros_like(tokens_BT, jnp.float32)
-        x_BTD, squares = self._run_layers(
+        x_BTD, sums = self._run_layers(
             self._embed(tokens_BT), dict.fromkeys(counts, zeros_BT), positions_BT, segment_ids_BT, None
         )
+        assert sums is not None  # They went in.
         real_BT = True if segment_ids_BT is None else segment_ids_BT != 0
-        sums = {kind: jnp.sum(jnp.where(real_BT, squares[kind], 0.0)) / n for kind, n in counts.items()}
-        return self.norm(x_BTD), sums
+        squares = {kind: jnp.sum(jnp.where(real_BT, sums[kind], 0.0)) / n for kind, n in counts.items()}
+        return self.norm(x_BTD), squares
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Rows of the table, in `config.dtype`.

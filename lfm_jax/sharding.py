@@ -131,6 +131,7 @@ def shardings(abstract: Any, axes: Any) -> Any:
 
     def leaf(x: Any, names: tuple[str | None, ...]) -> NamedSharding:
         layout = spec(*names)
+        assert layout is not None  # There is a mesh.
         for name, size, entry in zip(names, x.shape, layout, strict=True):
             count = math.prod(mesh.shape[axis] for axis in axis_names(entry))
             if size % count:

@@ -162,10 +162,11 @@ def _is_dimensions(x: Any) -> bool:
 def _over_auto_axes(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
     """The transformation with its layout inside left to the compiler: it multiplies matrices split in any way."""
 
-    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        if not any(is_sharded(x) for x in jax.tree.leaves(grads)):
-            return transformation.update(grads, state, params)
-        out = jax.tree.map(spec_of, (grads, state))
-        return jax.sharding.auto_axes(transformation.update, out_sharding=out)(grads, state, params)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if not any(is_sharded(x) for x in jax.tree.leaves(updates)):
+            return transformation.update(updates, state, params)
+        out = jax.tree.map(spec_of, (updates, state))
+        run: Any = jax.sharding.auto_axes(transformation.update, out_sharding=out)
+        return run(updates, state, params)
 
     return optax.GradientTransformation(transformation.init, update)
