@@ -216,6 +216,7 @@ class LFM(nnx.Module):
                         x_BTD, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, state=state.layers[i],
                         only_B1=only_B1 if i == self.config.num_layers - 1 else None,
                     )
+                assert layer_state is not None  # One came in.
                 layer_states.append(layer_state)
         if gather_BT is not None and logits != "last":
             x_BTD = jnp.take_along_axis(x_BTD, jnp.argsort(gather_BT, axis=1)[:, :, None], axis=1)

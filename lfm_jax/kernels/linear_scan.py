@@ -399,7 +399,8 @@ def _arriving(step: Step, read: Read, shape: Shape, first_BD: jax.Array, axis: s
 
     behind = from_behind(_total(step, read, shape, reverse), 1)
     begins = lax.axis_index(axis) == (shards - 1 if reverse else 0)
-    behind = jax.tree.map(partial(jnp.where, begins), Run(jnp.zeros_like(behind.a), 1, first_BD), behind)
+    zero = jnp.zeros_like(behind.a)
+    behind = jax.tree.map(partial(jnp.where, begins), Run(zero, zero + 1, first_BD), behind)
     distance = 1
     while distance < shards:
         behind = _joined(from_behind(behind, distance), behind)

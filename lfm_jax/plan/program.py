@@ -194,7 +194,7 @@ def expected_collectives(config: TrainConfig, budget: Budget) -> list[Traffic]:
         ("all-to-all", ("fsdp",), 2 * stream),
         ("all-reduce", ("data", "fsdp", "context"), micro * (layers + table)),
         ("all-reduce", ("tensor",), passes * 2 * model.num_layers * stream),
-        ("all-to-all", ("context",), (passes + 1) * model.attention_layers * 2 * local * model.head_dim
+        ("all-to-all", ("context",), passes * model.attention_layers * 2 * local * model.head_dim
          * (model.num_heads + model.num_kv_heads) / tensor * item),
     ]
     found = []
