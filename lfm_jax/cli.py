@@ -30,7 +30,7 @@ def _train(args: list[str]) -> int:
     """Exit status: 0 at the run's end, `launch.STOPPED`, `launch.LOST` or `launch.FAILED`."""
     from lfm_jax import recipe
     from lfm_jax.train.config import TrainCommand
-    from lfm_jax.train.launch import LOST, STOPPED, start
+    from lfm_jax.train.launch import FAILED, LOST, STOPPED, start
 
     path = args[0] if args and not args[0].startswith("-") else None
     command = recipe.load_recipe(TrainCommand, path, args[1:] if path else args, prog="lfm train [RECIPE]")
@@ -44,7 +44,11 @@ def _train(args: list[str]) -> int:
         result = run(command.run)
         status = 0 if result.step == command.run.steps else STOPPED
     except (ValueError, OSError) as error:
-        status = _refuse(error)
+        if command.launch.many and os.environ.get("LFM_TRACEBACK"):  # Raised, it would wait for the others at the end.
+            traceback.print_exc()
+            status = FAILED
+        else:
+            status = _refuse(error)
     except Exception as error:
         if not command.launch.many:
             raise

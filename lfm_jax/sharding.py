@@ -44,7 +44,7 @@ def make_mesh(
     """A mesh of explicit axes `data, fsdp, tensor, context`, for `jax.set_mesh`.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or are no products of a slice's dimensions.
     """
     devices = jax.devices() if devices is None else devices
     sizes = (data, fsdp, tensor, context)
@@ -52,7 +52,13 @@ def make_mesh(
     if min(sizes) < 1 or count != len(devices):
         named = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
         raise ValueError(f"{named} make a mesh of {count} devices, but there are {len(devices)}; change a size")
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * len(sizes), devices=devices)
+    try:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * len(sizes), devices=devices)
+    except NotImplementedError as error:  # JAX's word for a TPU slice that the axes would cut across.
+        raise ValueError(
+            f"mesh sizes {sizes} do not lie on this slice: each size must be the product of some of its dimensions; "
+            f"change them ({error})"
+        ) from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@
 set -uo pipefail
 
 LFM=${LFM:-.venv/bin/lfm}
-MAX_RESTARTS=${MAX_RESTARTS:-100}
+MAX_RESTARTS=${MAX_RESTARTS:-20}
 
 # When one process is lost, Slurm ends the others at once.
 srun --kill-on-bad-exit=1 "$LFM" train "$@" --distributed auto

@@ -1,7 +1,7 @@
 """Text files to packed training batches: sources, tokenizer, pipeline, built datasets."""
 
 from lfm_jax.data.build import BuildConfig, build
-from lfm_jax.data.config import DataConfig, MixturePart
+from lfm_jax.data.config import DataConfig, DataUsedUp, MixturePart
 from lfm_jax.data.manifest import Manifest, load_manifest
 from lfm_jax.data.pipeline import (
     check_lasts,
@@ -20,6 +20,7 @@ __all__ = [
     "SPECIAL_TOKENS",
     "BuildConfig",
     "DataConfig",
+    "DataUsedUp",
     "Documents",
     "Manifest",
     "MixturePart",

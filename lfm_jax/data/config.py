@@ -12,6 +12,10 @@ import yaml
 from lfm_jax.data.tokenizer import TOKENIZER_FILE
 
 
+class DataUsedUp(ValueError):
+    """The epoch limits of a mixture are met."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixturePart:
     """A built dataset in a mixture: `{path: data/web, weight: 0.7}` in a recipe, the same in quotes as a flag."""

@@ -16,6 +16,7 @@ import grain
 import numpy as np
 from tokenizers import Tokenizer
 
+from lfm_jax.data.config import DataUsedUp
 from lfm_jax.data.encoding import BATCH_DOCUMENTS, DocumentEncoder, cuts
 from lfm_jax.train.loss import LOSS_IGNORE
 
@@ -99,7 +100,7 @@ class GuardedIterator(grain.DatasetIterator):
         try:
             return next(self._parent)
         except StopIteration:
-            raise ValueError(
+            raise DataUsedUp(
                 "the epoch limits of data.mixture are met, and the run asks for more; lower steps, or raise epochs "
                 "or leave them out"
             ) from None

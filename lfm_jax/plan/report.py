@@ -149,15 +149,13 @@ def plan(config: PlanConfig) -> Plan:
     import jax
 
     from lfm_jax.train.optimizer import make_optimizer
+    from lfm_jax.train.processes import check_divides
     from lfm_jax.train.step import abstract_train_state
 
     topology = Topology.parse(config.topology)
     chip, compiles = topology.chip, config.compile and topology.compiles
     mesh = topology.mesh(config.mesh, for_compiling=compiles)
-    rows = mesh.shape["data"] * mesh.shape["fsdp"] * config.micro_batches
-    if config.data.batch_size % rows:
-        raise ValueError(f"data.batch_size {config.data.batch_size} does not divide over data x fsdp x micro_batches = "
-                         f"{rows}; give each part of it at least one row")
+    check_divides(config.data.batch_size, config.data.seq_len, config.micro_batches, mesh)
     with jax.set_mesh(mesh):
         state = abstract_train_state(config.model, make_optimizer(config.optimizer, config.steps))
     budget = budget_of(config, state, dict(mesh.shape), chip)

@@ -96,11 +96,11 @@ class Topology:
         """
         tpus = [chip.name for chip in CHIPS.values() if chip.torus_dims]
         gpus = [chip.name for chip in CHIPS.values() if not chip.torus_dims]
-        if found := re.fullmatch(r"cpu(?::(\d+))?", name):
+        if found := re.fullmatch(r"cpu(?::([1-9]\d*))?", name):
             return cls(name, None, (int(found[1] or 1),))
-        if (found := re.fullmatch(r"gpu:(\d+)x(\w+)", name)) and found[2] in gpus:
+        if (found := re.fullmatch(r"gpu:([1-9]\d*)x(\w+)", name)) and found[2] in gpus:
             return cls(name, CHIPS[found[2]], (int(found[1]),))
-        if (found := re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", name)) and found[1] in tpus:
+        if (found := re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)+)", name)) and found[1] in tpus:
             shape = tuple(int(n) for n in found[2].split("x"))
             if len(shape) == CHIPS[found[1]].torus_dims:
                 return cls(name, CHIPS[found[1]], shape)
@@ -136,13 +136,7 @@ class Topology:
           ValueError: the sizes do not make up the machine, or do not lie along the dimensions of its torus.
         """
         if for_compiling:
-            try:
-                return config.make(tpu_devices(self.name))
-            except NotImplementedError:
-                raise ValueError(
-                    f"mesh of {config.sizes(self.num_devices)} does not lie on {self.name}: each size must be the "
-                    "product of some of the slice's dimensions"
-                ) from None
+            return config.make(tpu_devices(self.name))
         sizes = config.sizes(self.num_devices)
         devices = np.empty(self.num_devices, object)
         devices[:] = self.stand_ins()

@@ -170,10 +170,14 @@ class CheckpointManager:
         for step in self.steps():
             reason, state, data = "another process cannot read it", None, None
             with _quiet():
-                try:
-                    state, data = self.restore(abstract, step)
-                except Exception as error:  # Orbax, TensorStore and JSON each raise their own.
-                    reason = _reason(error)
+                for _ in range(2):  # A shared disk may fail once.
+                    try:
+                        state, data = self.restore(abstract, step)
+                        break
+                    except jax.errors.JaxRuntimeError:  # No memory, or no way to the others: not the checkpoint.
+                        raise
+                    except Exception as error:  # Orbax, TensorStore and JSON each raise their own.
+                        reason = _reason(error)
             if processes.all_agree(state is not None) and state is not None:
                 return Restored(step, state, data, damaged)
             damaged[step] = reason

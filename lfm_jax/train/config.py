@@ -49,6 +49,8 @@ class TrainConfig:
     """When an update is skipped, and when the run goes back to a checkpoint."""
     eval_every: int = 200
     """Steps between held-out losses; the run's end has one always. 0: only there."""
+    eval_batches: int = 0
+    """Most batches of a held-out loss; 0: all, with bits per byte. A large held-out set wants a limit."""
     checkpoint_every: int = 200
     """Steps between checkpoints; the run's end and an interrupt have one always. 0: only there."""
     keep_checkpoints: int = 2
@@ -64,7 +66,7 @@ class TrainConfig:
         problems = [
             f"{name} is {getattr(self, name)}; it must be at least {least}"
             for name, least in (("steps", 1), ("micro_batches", 1), ("loss_chunk", 1), ("keep_checkpoints", 1),
-                                ("log_every", 1), ("eval_every", 0), ("checkpoint_every", 0))
+                                ("log_every", 1), ("eval_every", 0), ("eval_batches", 0), ("checkpoint_every", 0))
             if getattr(self, name) < least
         ]
         if self.micro_batches >= 1 and self.data.batch_size % self.micro_batches:

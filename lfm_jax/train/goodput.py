@@ -180,8 +180,12 @@ class Ledger:
             content = {"first_start": self._first_start, "starts": self._starts, "seconds": self._seconds,
                        "marks": self._marks}
             partial = self._path.with_suffix(".partial")
-            partial.write_text(json.dumps(content, indent=1))
-            os.replace(partial, self._path)
+            try:
+                partial.write_text(json.dumps(content, indent=1))
+                os.replace(partial, self._path)
+            except OSError as error:  # A run is worth more than its ledger.
+                warnings.warn(f"{self._path} cannot be written ({error}); goodput is not kept on", stacklevel=3)
+                self._path = None
 
 
 def describe(summary: dict[str, Any]) -> str:

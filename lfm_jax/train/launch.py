@@ -30,6 +30,8 @@ GRACE_SECONDS = 10.0
 """How long the others have, after a process is lost, to end by themselves before they are killed."""
 _BEREFT = (LOST, -signal.SIGABRT)
 """How a process ends that found another one gone: by our own code, or aborted by JAX."""
+_FOR_A_PERSON = (1, FAILED)
+"""Exit codes after which the same command does not help."""
 _LAST_LINES = 5
 
 
@@ -159,7 +161,7 @@ class _Crew:
             return STOPPED if stopped else 0
         if not told:
             self._report(*lost, 0)
-        return FAILED if lost[1] == FAILED else LOST
+        return lost[1] if lost[1] in _FOR_A_PERSON else LOST
 
     def on_signal(self, number: int, frame: object) -> None:
         del frame
@@ -194,7 +196,7 @@ class _Crew:
         _say(f"process {i} of {len(self.processes)} was lost: {how}; its last lines:{lines or ' none'}")
         if running:
             _say(f"ending the {running} that are left, within {GRACE_SECONDS:.0f} s")
-        if code != FAILED:
+        if code not in _FOR_A_PERSON:
             _say("the same command resumes from the latest checkpoint")
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from contextlib import nullcontext
+from collections.abc import Iterable
+from contextlib import ExitStack, nullcontext
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from lfm_jax import recipe
-from lfm_jax.data import check_lasts, heldout_batches, heldout_bytes, load_tokenizer, train_iterator
+from lfm_jax.data import DataUsedUp, check_lasts, heldout_batches, heldout_bytes, load_tokenizer, train_iterator
 from lfm_jax.infer.text import check_tokenizer
 from lfm_jax.train import processes
 from lfm_jax.train import run_dir as run_directory
@@ -56,6 +58,7 @@ class TrainResult:
     heldout_loss: float | None
     """Nats per held-out token; None when the run was interrupted or nothing is held out."""
     heldout_bits_per_byte: float | None
+    """None also with `eval_batches`."""
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -115,7 +118,7 @@ class _Run:
         self.config, self.run_dir, self.manager = config, run_dir, manager
         self.main = processes.is_main()
         self.console = Console(config.steps, log_every=config.log_every, quiet=not self.main)
-        self.place = processes.BatchPlacer(config.data.batch_size, config.data.seq_len)
+        self.place = processes.BatchPlacer(config.data.batch_size, config.data.seq_len, config.micro_batches)
         self._tell_budget(mesh)
         resuming = bool(manager.steps())
         self.tokenizer = self._kept_tokenizer() if resuming else self._new_tokenizer()
@@ -146,6 +149,7 @@ class _Run:
         )
         self.eval_step = compile_eval_step(config.model, loss_chunk=config.loss_chunk)
         self.pending: list[tuple[int, Metrics]] = []
+        self._heldout_text: list[dict[str, np.ndarray]] | None = None
         self.compiled = self.save_due = False
         self.began_at = self.saved_at = self.step
         self.skipped_in_row = self.rollbacks = 0
@@ -194,10 +198,16 @@ class _Run:
 
     def loop(self) -> TrainResult:
         config = self.config
-        heldout: tuple[float, float] | None = None
-        with self.console, processes.StopRequest() as stop:
+        heldout: tuple[float, float | None] | None = None
+        with ExitStack() as closing, self.console, processes.StopRequest() as stop:
+            for part in (self.ledger, self.recorder, self.profiler):
+                closing.callback(part.close)
             while self.step < config.steps and not stop.due():
-                self._dispatch()
+                try:
+                    self._dispatch()
+                except DataUsedUp:  # By rollbacks, which pass over data that was counted on.
+                    self._stop()
+                    raise
                 last = self.step == config.steps
                 evaluate = last or (config.eval_every and self.step % config.eval_every == 0)
                 self.save_due |= last or bool(config.checkpoint_every and self.step % config.checkpoint_every == 0)
@@ -214,9 +224,6 @@ class _Run:
                 self._stop()
             if self.saved_at > self.began_at:
                 self.console.note(describe(self.ledger.summary()))
-        self.profiler.close()
-        self.recorder.close()
-        self.ledger.close()
         if self.main:
             plot_loss(self.run_dir)
             plot_curves(self.run_dir)
@@ -296,27 +303,38 @@ class _Run:
                 self._save()
             self.console.note(f"stopped at step {self.step}; {again}")
 
-    def _evaluate(self, recorder: Recorder | None) -> tuple[float, float] | None:
+    def _evaluate(self, recorder: Recorder | None) -> tuple[float, float | None] | None:
         """Held-out loss in nats per token and in bits per byte of text; None where nothing is held out."""
-        if not self._heldout:
-            return None
-        self.console.note("held-out loss ...")
         total, count = 0.0, 0
         with self.ledger("eval"):
-            for batch in self._heldout:
+            for batch in self._heldout():
+                if not count:
+                    self.console.note("held-out loss ...")
                 loss, targets = self.eval_step(self.state.params, self.place(batch))
                 total, count = total + float(loss), count + int(targets)
-        nats, bits_per_byte = total / count, total / math.log(2) / self._heldout_bytes
-        self.console.note(f"step {self.step}: held-out loss {nats:.4f} nats/token, {bits_per_byte:.4f} bits/byte")
+        if not count:
+            return None
+        record = {"heldout_loss": total / count}
+        text = f"step {self.step}: held-out loss {total / count:.4f} nats/token"
+        if not self.config.eval_batches:
+            record["heldout_bits_per_byte"] = total / math.log(2) / self._heldout_bytes
+            text += f", {record['heldout_bits_per_byte']:.4f} bits/byte"
+        self.console.note(text)
         self.console.restart_clock()
         if recorder is not None:
-            recorder.write(self.step, {"heldout_loss": nats, "heldout_bits_per_byte": bits_per_byte})
-        return nats, bits_per_byte
+            recorder.write(self.step, record)
+        return record["heldout_loss"], record.get("heldout_bits_per_byte")
 
-    @cached_property
-    def _heldout(self) -> list[dict[str, np.ndarray]]:
+    def _heldout(self) -> Iterable[dict[str, np.ndarray]]:
+        """This process's rows; built datasets are read anew each time, text is tokenised once."""
+        if self._heldout_text is not None:
+            return self._heldout_text
         whole = heldout_batches(self.config.data, self.tokenizer, **self._document_ids())
-        return [self.place.local(batch) for batch in whole]
+        local = map(self.place.local, islice(whole, self.config.eval_batches or None))
+        if self.config.data.mixture:
+            return local
+        self._heldout_text = list(local)
+        return self._heldout_text
 
     @cached_property
     def _heldout_bytes(self) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from lfm_jax.sharding import spec
 from lfm_jax.train.launch import STOPPED, Launch
@@ -58,7 +58,8 @@ def leave(status: int) -> None:
 
 def device_failed(error: BaseException) -> bool:
     """Whether devices or the way between them failed, as in all other processes when one is lost."""
-    return isinstance(error, jax.errors.JaxRuntimeError)
+    ours = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")  # They come again with the next start.
+    return isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(ours)
 
 
 def is_main() -> bool:
@@ -79,28 +80,34 @@ def all_agree(ok: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
 
 
+def check_divides(B: int, T: int, micro_batches: int, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ValueError where a batch, in its micro-batches, does not divide over a mesh."""
+    rows, context = mesh.shape["data"] * mesh.shape["fsdp"] * micro_batches, mesh.shape["context"]
+    problems = []
+    if B % rows:
+        problems.append(f"data.batch_size {B} is not a multiple of mesh.data x mesh.fsdp x micro_batches = {rows}")
+    if T % context:
+        problems.append(f"data.seq_len {T} is not a multiple of mesh.context = {context}")
+    if problems:
+        raise ValueError(f"{' and '.join(problems)}; the mesh is {dict(mesh.shape)}")
+
+
 class BatchPlacer:
     """Brings this process's rows of a batch onto its devices, as its part of the whole batch.
 
     Over a mesh (`jax.set_mesh`) a batch is split by `spec("batch", "time")`; without one it lies on one device.
 
     Raises:
-      ValueError: B or T does not divide over the mesh.
+      ValueError: B in micro_batches, or T, does not divide over the mesh.
     """
 
-    def __init__(self, B: int, T: int):
+    def __init__(self, B: int, T: int, micro_batches: int = 1):
         self._shape = (B, T)
         layout = spec("batch", "time")
         self._sharding = None if layout is None else NamedSharding(jax.sharding.get_mesh(), layout)
         self._rows = np.arange(B)
         if self._sharding is not None:
-            try:
-                self._sharding.shard_shape(self._shape)
-            except ValueError as error:
-                raise ValueError(
-                    f"data.batch_size {B} must be a multiple of mesh.data x mesh.fsdp, and data.seq_len {T} of "
-                    f"mesh.context; the mesh is {dict(self._sharding.mesh.shape)}"
-                ) from error
+            check_divides(B, T, micro_batches, self._sharding.mesh)
             mine = self._sharding.addressable_devices_indices_map(self._shape).values()
             self._rows = np.unique(np.concatenate([np.arange(B)[index[0]] for index in mine if index is not None]))
 

@@ -14,6 +14,7 @@ from lfm_jax.config import ModelConfig
 from lfm_jax.convert import sidecars
 from lfm_jax.data import load_tokenizer, make_tokenizer
 from lfm_jax.data.tokenizer import TOKENIZER_FILE
+from lfm_jax.train.optimizer import OptimizerConfig
 
 if TYPE_CHECKING:
     from lfm_jax.train.loop import TrainConfig
@@ -49,8 +50,14 @@ def check_resumable(config: TrainConfig, saved: dict[str, Any], step: int) -> li
     saved = saved | {"model": recipe.to_plain(ModelConfig()) | saved["model"]}
     problems = [f"model.{line}" for line in differences(saved["model"], plain["model"], NUMERICS)]
     problems += [f"data.{line}" for line in differences(saved["data"], plain["data"], _PATHS)]
-    if saved["optimizer"].get("decay_all") != config.optimizer.decay_all:
-        problems.append("optimizer.decay_all changed, and with it the optimizer's state")
+    old_optimizer = recipe.to_plain(OptimizerConfig()) | saved["optimizer"]
+    problems += [
+        f"optimizer.{name} changed, and with it the optimizer's state" for name in ("decay_all", "algorithm")
+        if old_optimizer[name] != getattr(config.optimizer, name)
+    ]
+    if "guard" not in saved:
+        problems.append("it was made by an older version, whose checkpoints hold less; go on in a new run_dir with "
+                        f"init_from {config.run_dir}")
     if problems:
         lines = "".join(f"\n  - {p}" for p in problems)
         raise ValueError(f"run_dir {config.run_dir} holds another run; choose a new run_dir or restore:{lines}")
@@ -58,8 +65,10 @@ def check_resumable(config: TrainConfig, saved: dict[str, Any], step: int) -> li
         raise ValueError(f"steps is {config.steps}, but run_dir {config.run_dir} is at step {step}; raise steps")
     changed = [f"optimizer.{line}" for line in differences(saved["optimizer"], plain["optimizer"])]
     changed += [f"model.{line}" for line in differences(saved["model"], plain["model"])]
-    changed += [f"mesh.{line}" for line in differences(saved.get("mesh", {}), plain["mesh"])]
-    return changed + differences({"steps": saved["steps"]}, {"steps": config.steps})
+    for section in ("mesh", "guard"):
+        changed += [f"{section}.{line}" for line in differences(saved.get(section, {}), plain[section])]
+    sections = {"model", "data", "optimizer", "mesh", "guard", "run_dir", "init_from"}
+    return changed + differences(saved, plain, frozenset(sections))
 
 
 def start(config: TrainConfig, run_dir: Path) -> Tokenizer:

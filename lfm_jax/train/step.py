@@ -224,6 +224,7 @@ def train_step(
         (grads, (loss, act_squares)), _ = jax.lax.scan(add, zeros, parts)
     squares = _squares_by_kind(nnx.merge(graphdef, grads), grads)
     norm = jnp.sqrt(sum(squares.values()))
+    grads = jax.tree.map(lambda grad, w: grad.astype(w.dtype), grads, state.params)
     ok = jnp.isfinite(norm) & jnp.isfinite(loss)
     if guard.spike:
         ok &= (state.guard.made < guard.after) | (norm <= guard.spike * state.guard.mean_norm)

@@ -70,7 +70,7 @@ def test_other_names_are_refused(name, problem):
 
 @tpu_aot.requires_libtpu
 def test_a_mesh_that_does_not_lie_on_the_torus_is_refused():
-    with pytest.raises(ValueError, match="does not lie on v6e:8x8: each size must be the product"):
+    with pytest.raises(ValueError, match="do not lie on this slice: each size must be the product"):
         Topology.parse("v6e:8x8").mesh(MeshConfig(fsdp=16), for_compiling=True)
 
 
@@ -162,7 +162,7 @@ def test_what_does_not_fit_is_printed_and_refused(path, capsys):
 
 @pytest.mark.parametrize(("flags", "problem"), [
     (("--topology", "v5e:4x4", "--mesh.fsdp", "3"), "does not make up 16 devices"),
-    (("--topology", "cpu:8", "--data.batch_size", "4"), "batch_size 4 does not divide over data x fsdp"),
+    (("--topology", "cpu:8", "--data.batch_size", "4"), "batch_size 4 is not a multiple of mesh.data x mesh.fsdp"),
     (("--topology", "cpu:8", "--efficiency", "1.5"), "efficiency is 1.5"),
     (("--topology", "moon:8"), "topology 'moon:8' is not known"),
 ])

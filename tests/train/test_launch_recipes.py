@@ -47,7 +47,7 @@ def test_slurm_requeues_what_the_same_command_resumes(slurm, code, again):
 
 
 def test_slurm_does_not_requeue_for_ever(slurm):
-    assert not slurm(LOST, restarts=100)[2]
+    assert not slurm(LOST, restarts=20)[2]
 
 
 def test_the_flags_that_slurm_passes_on_exist(slurm, corpus, tmp_path):

@@ -248,3 +248,50 @@ def test_a_run_older_than_a_field_has_its_default(corpus, tmp_path):
     other = dataclasses.replace(config, model=config.model.replace(conv_gates="input"))
     with pytest.raises(ValueError, match=r"model.conv_gates: 'both' there, 'input' here"):
         run_dirs.check_resumable(other, saved, 1)
+
+
+def test_what_a_checkpoint_cannot_hold_is_refused_by_name(corpus, tmp_path):
+    config = load(recipe(corpus, tmp_path / "run"))
+    saved = to_plain(config)
+    muon = load(recipe(corpus, tmp_path / "run", optimizer__algorithm="muon"))
+    with pytest.raises(ValueError, match=r"optimizer\.algorithm changed"):
+        run_dirs.check_resumable(muon, saved, 4)
+    old = {key: value for key, value in saved.items() if key != "guard"}
+    with pytest.raises(ValueError, match=r"made by an older version.*init_from"):
+        run_dirs.check_resumable(config, old, 4)
+    other = load(recipe(corpus, tmp_path / "run", z_loss=1e-3, guard__spike=5.0, micro_batches=2))
+    told = "\n".join(run_dirs.check_resumable(other, saved, 4))
+    assert all(name in told for name in ("z_loss", "guard.spike", "micro_batches"))
+
+
+def test_a_held_out_loss_of_some_batches_claims_no_bits_per_byte(corpus, tmp_path):
+    result = train(load(recipe(corpus, tmp_path / "run", eval_batches=1, steps=2, optimizer__warmup_steps=0)))
+    assert result.heldout_loss is not None
+    assert result.heldout_bits_per_byte is None
+    records = [r for r in read_metrics(tmp_path / "run") if "heldout_loss" in r]
+    assert "heldout_bits_per_byte" not in records[-1]
+
+
+def test_data_used_up_saves_before_it_says_so(corpus, tmp_path, monkeypatch):
+    """As when rollbacks have passed over data that the epochs of a mixture were counted on."""
+    from lfm_jax.data import DataUsedUp
+    from lfm_jax.train import loop
+
+    class Short:
+        def __init__(self, whole):
+            self.whole, self.left = whole, 6
+
+        def __next__(self):
+            if not self.left:
+                raise DataUsedUp("the epoch limits of data.mixture are met")
+            self.left -= 1
+            return next(self.whole)
+
+        def __getattr__(self, name):
+            return getattr(self.whole, name)
+
+    real = loop.train_iterator
+    monkeypatch.setattr(loop, "train_iterator", lambda *args, **kwargs: Short(real(*args, **kwargs)))
+    with pytest.raises(DataUsedUp):
+        train(load(recipe(corpus, tmp_path / "run", eval_every=0)))
+    assert {"4", "6"} <= set(os.listdir(tmp_path / "run" / "checkpoints"))

@@ -182,6 +182,17 @@ def test_norms_by_kind_are_those_of_the_parts():
         assert float(metrics[f"act_norm/{kind}"]) == pytest.approx(np.mean(values) ** 0.5, rel=1e-4)
 
 
+@pytest.mark.slow
+def test_bf16_parameters_with_micro_batches():
+    config, params = split(tiny_model(dtype="bfloat16", param_dtype="bfloat16"))
+    optimizer = make_optimizer(OPTIMIZER, 10)
+    fresh = init_train_state(params, optimizer)
+    step = compile_train_step(config, optimizer, micro_batches=2)
+    state, metrics = step(jax.tree.map(jnp.copy, fresh), packed_batch())
+    assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(lambda x: x.dtype, fresh)
+    assert np.isfinite(float(metrics["loss"]))
+
+
 def test_bf16_compute_keeps_float32_parameters_and_moments():
     config, params = split(tiny_model(dtype="bfloat16"))
     optimizer = make_optimizer(OPTIMIZER, 10)
