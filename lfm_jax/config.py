@@ -44,18 +44,19 @@ def repeated_units(layer_types: tuple[LayerType, ...]) -> list[tuple[tuple[Layer
 
     LFM2-350M is `(c c a) x 3, (c a) x 3, (c) x 1`.
     """
-    # best[i]: (layers in units, runs, last run's start, its unit's length) for the first i layers.
+    # best[i]: (layers in units, runs, minus the last run's start, its unit's length) for the first i layers.
     best: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)]
     for end in range(1, len(layer_types) + 1):
         options = []
         for start in range(end):
             run = layer_types[start:end]
             length = next(n for n in range(1, len(run) + 1) if len(run) % n == 0 and run == run[:n] * (len(run) // n))
-            options.append((best[start][0] + length, best[start][1] + 1, start, length))
+            options.append((best[start][0] + length, best[start][1] + 1, -start, length))
         best.append(min(options))
     units, end = [], len(layer_types)
     while end:
-        _, _, start, length = best[end]
+        _, _, minus_start, length = best[end]
+        start = -minus_start
         units.append((layer_types[start : start + length], (end - start) // length))
         end = start
     return units[::-1]
