@@ -11,6 +11,7 @@ chunk, X = W + 1 sums (taps and bias), K chunks, L tokens of reach that go with 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -110,11 +111,51 @@ def _conv(inputs: tuple, dz_BTD: jax.Array | None, interpret: bool) -> dict[str,
     `dy = gate_in * du`, `dw[V-j] = sum_t dc_t u_{t-j}`, `dbias = sum_t dc_t`. So a chunk needs V rows of u from before
     it and, for the gradient, V rows of dc from behind it: of those operands the copy engine brings R + V rows.
     """
+    y_BTD = inputs[0]
+    cut = _cut(inputs, dz_BTD)
+    name = "gated_conv" if dz_BTD is None else "gated_conv_gradient"
+    results = launch(
+        lambda place, refs: _Program(cut, place, refs).run(), name, (y_BTD.shape[0], cut.parts, cut.tiles),
+        cut.long | cut.short, cut.outs, interpret,
+    )
+    return {name: x if name == "sums" else x[..., : y_BTD.shape[2]] for name, x in results.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """How a call is cut into programs, and what goes in and out of them.
+
+    A program takes C channels of one row of the batch through `steps` chunks of R tokens, one after another.
+    """
+
+    V: int
+    R: int
+    parts: int
+    """Programs along time."""
+    tiles: int
+    """Programs along channels."""
+    steps: int
+    long: dict[str, jax.Array]
+    """[B, T, D] operands, by name."""
+    short: dict[str, jax.Array]
+    """The others."""
+    outs: dict[str, jax.ShapeDtypeStruct]
+
+    @property
+    def gradient(self) -> bool:
+        return "dz" in self.long
+
+    @property
+    def streams(self) -> list[str]:
+        """Results that are written chunk by chunk."""
+        return [name for name in self.outs if name != "sums"]
+
+
+def _cut(inputs: tuple, dz_BTD: jax.Array | None) -> _Cut:
     y_BTD, w_WD, tail_BVD, reach_BT, gate_in_BTD, gate_out_BTD, bias_D = inputs
     (B, T, D), V = y_BTD.shape, w_WD.shape[0] - 1
-    gradient = dz_BTD is not None
-    long = {"y": y_BTD, "gate_in": gate_in_BTD, "gate_out": gate_out_BTD, "dz": dz_BTD}
-    long = {name: pad(x, 8) for name, x in long.items() if x is not None}
+    operands = {"y": y_BTD, "gate_in": gate_in_BTD, "gate_out": gate_out_BTD, "dz": dz_BTD}
+    long = {name: pad(x, 8) for name, x in operands.items() if x is not None}
     C, R = CHANNELS, COLUMN_BYTES // max(x.dtype.itemsize for x in long.values())
     chunks = pl.cdiv(T, R)
     parts, tiles = pl.cdiv(chunks, CHUNKS), pl.cdiv(D, C)
@@ -125,119 +166,139 @@ def _conv(inputs: tuple, dz_BTD: jax.Array | None, interpret: bool) -> dict[str,
         short["tail"] = pad(tail_BVD.astype(jnp.float32), C)
     if bias_D is not None:
         short["bias"] = pad(bias_D.astype(jnp.float32), C)
-    L = pl.cdiv(R + V, 32) * 32
     if V and reach_BT is not None:
-        token_KL = R * jnp.arange(parts * steps)[:, None] + jnp.arange(L)
+        token_KL = R * jnp.arange(parts * steps)[:, None] + jnp.arange(_reach_length(R, V))
         short["reach"] = jnp.take(reach_BT, token_KL, axis=1, mode="fill", fill_value=0)
 
-    if gradient:
+    if dz_BTD is None:
+        outs = {"z": jax.ShapeDtypeStruct(long["y"].shape, y_BTD.dtype)}
+    else:
         outs = {f"d{name}": jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in long.items() if name != "dz"}
         outs["sums"] = jax.ShapeDtypeStruct((B, parts, V + 2, tiles * C), jnp.float32)
-    else:
-        outs = {"z": jax.ShapeDtypeStruct(long["y"].shape, y_BTD.dtype)}
-    streams = [name for name in outs if name != "sums"]
+    return _Cut(V, R, parts, tiles, steps, long, short, outs)
 
-    # Mosaic would find this layout, the only one that fits, by itself; told, it lowers the gradient many times faster.
-    layout = plgpu.Layout.WG_STRIDED((C,), vec_size=1)
 
-    def program(place, refs):
-        batch, part, tile = place
-        channels = pl.ds(tile * C, C)
+def _reach_length(R: int, V: int) -> int:
+    return pl.cdiv(R + V, 32) * 32
 
-        def load(ref):
-            return plgpu.load(ref, layout=layout).astype(jnp.float32)
 
-        taps = [load(refs["w"].at[v, channels]) for v in range(V + 1)]
-        tail = [load(refs["tail"].at[batch, v, channels]) for v in range(V)]
-        bias_C = 0.0 if bias_D is None else load(refs["bias"].at[channels])
+# Mosaic would find this layout, the only one that fits, by itself; told, it lowers the gradient many times faster.
+LAYOUT = plgpu.Layout.WG_STRIDED((CHANNELS,), vec_size=1)
 
-        def start(step):
-            return (part * steps + step) * R
 
-        def window(name, first, rows):
-            return Window(refs[name], (rows, C), lambda step: (batch, pl.ds(first(step), rows), channels))
+class _Program:
+    """One program of the kernel, at its place in the grid."""
 
-        def read(blocks, name, row) -> Any:
-            return load(blocks[name].at[row]) if name in blocks else 1.0
+    def __init__(self, cut: _Cut, place: tuple, refs: dict[str, Any]):
+        self.cut, self.refs = cut, refs
+        self.batch, self.part, tile = place
+        self.channels = pl.ds(tile * CHANNELS, CHANNELS)
+        V = cut.V
+        self.taps = [_load(refs["w"].at[v, self.channels]) for v in range(V + 1)]
+        self.tail = [_load(refs["tail"].at[self.batch, v, self.channels]) for v in range(V)]
+        self.bias_C: Any = _load(refs["bias"].at[self.channels]) if "bias" in refs else 0.0
 
-        def documents(blocks, first, rows):
-            """keep(i, j, term): what tap j gives to row first + i, nothing if it reaches into another document."""
-            if "reach" not in blocks:
-                return lambda i, j, term_C: term_C
-            reach = [plgpu.layout_cast(jnp.full((C,), blocks["reach"][first + i]), layout) for i in range(rows)]
-            inside = [[reach_C >= j for j in range(V + 1)] for reach_C in reach]
-            return lambda i, j, term_C: jnp.where(inside[i][j], term_C, 0.0) if j else term_C
-
-        def convolve(keep, i, u) -> Any:
-            """c of row i of a group; u begins V rows before the group."""
-            return sum((keep(i, j, taps[V - j] * u[V + i - j]) for j in range(V + 1)), start=bias_C)
-
-        def begin(step, blocks):
-            """(u of the V rows before the chunk; where in the blocks of y and gate_in its own rows begin)."""
-            u = [read(blocks, "y", v) * read(blocks, "gate_in", v) for v in range(V)]
-            first_C = jnp.full((C,), start(step)) == 0  # Nothing before it: its blocks begin with itself.
-            return [jnp.where(first_C, tail[v], u[v]) for v in range(V)], jnp.where(start(step) == 0, 0, V)
-
-        def forward(step, blocks, carry):
-            history, offset = begin(step, blocks)
-
-            def group(index, history):
-                rows = [index * GROUP + i for i in range(GROUP)]
-                u = [read(blocks, "y", offset + row) * read(blocks, "gate_in", offset + row) for row in rows]
-                gate_out = [read(blocks, "gate_out", row) for row in rows]
-                keep = documents(blocks, index * GROUP, GROUP)
-                u = [*history, *u]
-                z = [gate_out[i] * convolve(keep, i, u) for i in range(GROUP)]
-                for row, z_C in zip(rows, z, strict=True):
-                    blocks["z"][row] = z_C.astype(y_BTD.dtype)
-                return u[GROUP:]
-
-            lax.fori_loop(0, R // GROUP, group, history)
-            return carry
-
-        def backward(step, blocks, sums):
-            history, offset = begin(step, blocks)
-
-            def group(index, carry):
-                history, sums = carry
-                rows = [index * GROUP + i for i in range(GROUP)]
-                y = [read(blocks, "y", offset + row) for row in rows]
-                gate_in = [read(blocks, "gate_in", offset + row) for row in rows]
-                gate_out = [read(blocks, "gate_out", index * GROUP + i) for i in range(GROUP + V)]
-                dz = [read(blocks, "dz", index * GROUP + i) for i in range(GROUP + V)]
-                keep = documents(blocks, index * GROUP, GROUP + V)
-                u = [*history, *(a_C * b_C for a_C, b_C in zip(y, gate_in, strict=True))]
-                dc = [a_C * b_C for a_C, b_C in zip(gate_out, dz, strict=True)]
-                results = []
-                for i in range(GROUP):
-                    du_C: Any = sum(keep(i + j, j, taps[V - j] * dc[i + j]) for j in range(V + 1))
-                    results.append({"dy": gate_in[i] * du_C, "dgate_in": y[i] * du_C})
-                    if "dgate_out" in blocks:
-                        results[i]["dgate_out"] = dz[i] * convolve(keep, i, u)
-                    terms = [keep(i, V - v, dc[i] * u[i + v]) for v in range(V + 1)]
-                    sums = [sum_C + term_C for sum_C, term_C in zip(sums, [*terms, dc[i]], strict=True)]
-                for row, result in zip(rows, results, strict=True):
-                    for name in streams:
-                        blocks[name][row] = result[name].astype(outs[name].dtype)
-                return u[GROUP:], sums
-
-            return lax.fori_loop(0, R // GROUP, group, (history, sums))[1]
-
-        def before(step):
-            return jnp.maximum(start(step) - V, 0)
-
-        behind = V if gradient else 0
-        rows = {"y": (before, R + V), "gate_in": (before, R + V), "gate_out": (start, R + behind), "dz": (start, R + V)}
-        ins = {name: window(name, *rows[name]) for name in long}
-        if "reach" in short:
-            ins["reach"] = Window(refs["reach"], (L,), lambda step: (batch, part * steps + step, pl.ds(0, L)))
-        zero_C = plgpu.layout_cast(jnp.zeros((C,), jnp.float32), layout)
-        body = backward if gradient else forward
-        out_windows = {name: window(name, start, R) for name in streams}
-        sums = stream(body, [zero_C] * (V + 2) if gradient else [], steps, slots=SLOTS, ins=ins, outs=out_windows)
+    def run(self) -> None:
+        """All chunks of this program, operands and results streamed past."""
+        cut, V, R = self.cut, self.cut.V, self.cut.R
+        behind = V if cut.gradient else 0
+        rows = {"y": (self._before, R + V), "gate_in": (self._before, R + V), "gate_out": (self._start, R + behind),
+                "dz": (self._start, R + V)}
+        ins = {name: self._window(name, *rows[name]) for name in cut.long}
+        if "reach" in cut.short:
+            L = _reach_length(R, V)
+            ins["reach"] = Window(
+                self.refs["reach"], (L,), lambda step: (self.batch, self.part * cut.steps + step, pl.ds(0, L))
+            )
+        outs = {name: self._window(name, self._start, R) for name in cut.streams}
+        zero_C = plgpu.layout_cast(jnp.zeros((CHANNELS,), jnp.float32), LAYOUT)
+        body = self._backward if cut.gradient else self._forward
+        sums = stream(body, [zero_C] * (V + 2) if cut.gradient else [], cut.steps, slots=SLOTS, ins=ins, outs=outs)
         for x, sum_C in enumerate(sums):
-            refs["sums"][batch, part, x, channels] = sum_C
+            self.refs["sums"][self.batch, self.part, x, self.channels] = sum_C
 
-    name = "gated_conv_gradient" if gradient else "gated_conv"
-    results = launch(program, name, (B, parts, tiles), long | short, outs, interpret)
-    return {name: x if name == "sums" else x[..., :D] for name, x in results.items()}
+    def _start(self, step):
+        """The first token of a chunk."""
+        return (self.part * self.cut.steps + step) * self.cut.R
+
+    def _before(self, step):
+        return jnp.maximum(self._start(step) - self.cut.V, 0)
+
+    def _window(self, name, first, rows):
+        return Window(
+            self.refs[name], (rows, CHANNELS), lambda step: (self.batch, pl.ds(first(step), rows), self.channels)
+        )
+
+    def _convolve(self, keep, i, u) -> Any:
+        """c of row i of a group; u begins V rows before the group."""
+        V = self.cut.V
+        return sum((keep(i, j, self.taps[V - j] * u[V + i - j]) for j in range(V + 1)), start=self.bias_C)
+
+    def _documents(self, blocks, first, rows):
+        """keep(i, j, term): what tap j gives to row first + i, nothing if it reaches into another document."""
+        if "reach" not in blocks:
+            return lambda i, j, term_C: term_C
+        reach = [plgpu.layout_cast(jnp.full((CHANNELS,), blocks["reach"][first + i]), LAYOUT) for i in range(rows)]
+        inside = [[reach_C >= j for j in range(self.cut.V + 1)] for reach_C in reach]
+        return lambda i, j, term_C: jnp.where(inside[i][j], term_C, 0.0) if j else term_C
+
+    def _begin(self, step, blocks):
+        """(u of the V rows before the chunk; where in the blocks of y and gate_in its own rows begin)."""
+        V, start = self.cut.V, self._start(step)
+        u = [_read(blocks, "y", v) * _read(blocks, "gate_in", v) for v in range(V)]
+        first_C = jnp.full((CHANNELS,), start) == 0  # Nothing before it: its blocks begin with itself.
+        return [jnp.where(first_C, self.tail[v], u[v]) for v in range(V)], jnp.where(start == 0, 0, V)
+
+    def _forward(self, step, blocks, carry):
+        history, offset = self._begin(step, blocks)
+
+        def group(index, history):
+            rows = [index * GROUP + i for i in range(GROUP)]
+            u = [_read(blocks, "y", offset + row) * _read(blocks, "gate_in", offset + row) for row in rows]
+            gate_out = [_read(blocks, "gate_out", row) for row in rows]
+            keep = self._documents(blocks, index * GROUP, GROUP)
+            u = [*history, *u]
+            z = [gate_out[i] * self._convolve(keep, i, u) for i in range(GROUP)]
+            for row, z_C in zip(rows, z, strict=True):
+                blocks["z"][row] = z_C.astype(self.cut.outs["z"].dtype)
+            return u[GROUP:]
+
+        lax.fori_loop(0, self.cut.R // GROUP, group, history)
+        return carry
+
+    def _backward(self, step, blocks, sums):
+        V, (history, offset) = self.cut.V, self._begin(step, blocks)
+
+        def group(index, carry):
+            history, sums = carry
+            rows = [index * GROUP + i for i in range(GROUP)]
+            y = [_read(blocks, "y", offset + row) for row in rows]
+            gate_in = [_read(blocks, "gate_in", offset + row) for row in rows]
+            gate_out = [_read(blocks, "gate_out", index * GROUP + i) for i in range(GROUP + V)]
+            dz = [_read(blocks, "dz", index * GROUP + i) for i in range(GROUP + V)]
+            keep = self._documents(blocks, index * GROUP, GROUP + V)
+            u = [*history, *(a_C * b_C for a_C, b_C in zip(y, gate_in, strict=True))]
+            dc = [a_C * b_C for a_C, b_C in zip(gate_out, dz, strict=True)]
+            results = []
+            for i in range(GROUP):
+                du_C: Any = sum(keep(i + j, j, self.taps[V - j] * dc[i + j]) for j in range(V + 1))
+                results.append({"dy": gate_in[i] * du_C, "dgate_in": y[i] * du_C})
+                if "dgate_out" in blocks:
+                    results[i]["dgate_out"] = dz[i] * self._convolve(keep, i, u)
+                terms = [keep(i, V - v, dc[i] * u[i + v]) for v in range(V + 1)]
+                sums = [sum_C + term_C for sum_C, term_C in zip(sums, [*terms, dc[i]], strict=True)]
+            for row, result in zip(rows, results, strict=True):
+                for name in self.cut.streams:
+                    blocks[name][row] = result[name].astype(self.cut.outs[name].dtype)
+            return u[GROUP:], sums
+
+        return lax.fori_loop(0, self.cut.R // GROUP, group, (history, sums))[1]
+
+
+def _load(ref) -> Any:
+    return plgpu.load(ref, layout=LAYOUT).astype(jnp.float32)
+
+
+def _read(blocks, name, row) -> Any:
+    """A row of a block; 1 where there is no such operand."""
+    return _load(blocks[name].at[row]) if name in blocks else 1.0
