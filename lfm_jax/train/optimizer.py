@@ -134,15 +134,20 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     return optax.chain(clip_by_global_norm(config.clip_norm), by_kind)
 
 
-def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-    """optax's, as one product for each leaf: for its selection and division XLA keeps a second copy of the gradient."""
+def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+    """optax's, as one product for each leaf: for its selection and division XLA keeps a second copy of the gradient.
 
-    def update(grads: Any, params: Any) -> Any:
-        del params
-        factor = jnp.minimum(1.0, limit / optax.global_norm(grads))
-        return jax.tree.map(lambda g: g * factor, grads)
+    `update` takes the norm as `grad_norm` where it is known already.
+    """
 
-    return optax.stateless(update)
+    def update(
+        updates: Any, state: Any, params: Any = None, *, grad_norm: jax.Array | None = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        del params, extra
+        factor = jnp.minimum(1.0, limit / (optax.global_norm(updates) if grad_norm is None else grad_norm))
+        return jax.tree.map(lambda g: (g * factor).astype(g.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def muon_dimensions(params: Any) -> Any:

@@ -231,7 +231,9 @@ def train_step(
     with jax.named_scope("optimizer"):
 
         def update(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
-            updates, opt_state = optimizer.update(grads, opt_state, params)
+            updates, opt_state = optax.with_extra_args_support(optimizer).update(
+                grads, opt_state, params, grad_norm=norm  # For clipping, which would find it again.
+            )
             return optax.apply_updates(params, updates), opt_state
 
         # A branch, not a selection of each leaf, for which XLA copies the old moments.
