@@ -129,15 +129,16 @@ class _TensorBoard:
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any], resume_step: int):
         from tensorboardX.event_file_writer import EventsWriter  # pyrefly: ignore
-        from tensorboardX.proto import event_pb2, summary_pb2  # pyrefly: ignore
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore
+        from tensorboardX.proto.summary_pb2 import Summary  # pyrefly: ignore
         from tensorboardX.summary import text  # pyrefly: ignore
 
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._event, self._summary = Event, Summary
         directory = run_dir / "tensorboard"
         directory.mkdir(exist_ok=True)
         earlier = len(list(directory.glob("events.*")))  # Names have seconds only: two starts in one would be one file.
         self._writer: Any = EventsWriter(str(directory / "events"), f".{earlier:06}")
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        start = SessionLog(status=SessionLog.START)
         self._write(step=resume_step + 1, session_log=start)  # Takes back the points from this step on.
         if resume_step == 0:
             self._write(step=0, summary=text("config", f"```\n{json.dumps(config, indent=2)}\n```"))
