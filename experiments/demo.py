@@ -20,12 +20,13 @@ from tokenizers import Tokenizer
 import lfm_jax as lfm
 from lfm_jax.data import heldout_documents
 from lfm_jax.recipe import load_recipe
-from lfm_jax.train.loop import TrainConfig, train
+from lfm_jax.train.config import TrainConfig
+from lfm_jax.train.launch import STOPPED
+from lfm_jax.train.loop import train
 
 RECIPE = Path(__file__).parent.parent / "configs" / "demo.yaml"
 EXCLUDE = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data")
 PROMPTS = ("def read_file(path):\n", "class Queue:\n    def __init__(self", "import os\nimport sys\n\n")
-INTERRUPTED = 130
 
 
 def main() -> int:
@@ -41,7 +42,7 @@ def main() -> int:
     )
     result = train(config)
     if result.step < config.steps:
-        return INTERRUPTED
+        return STOPPED
     report_compression(console, config, result.heldout_bits_per_byte)
     model, tokenizer = lfm.load(result.run_dir)
     assert tokenizer is not None  # A run directory always holds one.

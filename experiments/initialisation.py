@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import tyro
+from demo import EXCLUDE, RECIPE
 from tokenizers import Tokenizer
 
 from lfm_jax.config import ModelConfig
@@ -27,8 +28,6 @@ from lfm_jax.train.config import TrainConfig
 from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lfm_jax.train.step import compile_eval_step, compile_train_step, random_train_state
 
-ROOT = Path(__file__).parent.parent
-EXCLUDE = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data")
 HELDOUT_BATCHES = 32
 CHOICES: dict[str, dict[str, Any]] = {
     "normal, 0.02": dict(init="normal", init_std=0.02),
@@ -54,7 +53,7 @@ def main(study: Study) -> None:
     stdlib = sysconfig.get_paths()["stdlib"]
     flags = ["--data.sources", stdlib, "--data.exclude", *EXCLUDE, "--data.batch-size", str(study.rows),
              "--steps", str(max(study.steps, 1000))]
-    base = load_recipe(TrainConfig, ROOT / "configs" / "demo.yaml", flags)
+    base = load_recipe(TrainConfig, RECIPE, flags)
     study.results.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(base.data, vocab_size=base.model.vocab_size)
     done = _read(study.results)

@@ -249,18 +249,16 @@ VERBS = {
     "train": train, "plan": plan, "data": data, "generate": generate, "chat": chat, "convert": convert, "bench": bench,
     "selfcheck": selfcheck,
 }
+DATACLASS_VERBS = {"train": _train, "plan": _plan, "data": _data}
+"""Verbs whose flags come from a config dataclass, not from the function's signature."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the `lfm` command; exits with the verb's status, 2 on bad input."""
     args = sys.argv[1:] if argv is None else argv
     try:
-        if args[:1] == ["train"]:  # Its flags come from the recipe's dataclass, not from a signature.
-            status = _train(args[1:])
-        elif args[:1] == ["plan"]:
-            status = _plan(args[1:])
-        elif args[:1] == ["data"]:
-            status = _data(args[1:])
+        if args and args[0] in DATACLASS_VERBS:
+            status = DATACLASS_VERBS[args[0]](args[1:])
         else:
             status = tyro.extras.subcommand_cli_from_dict(VERBS, args=args, prog="lfm")
     except (ValueError, OSError) as error:

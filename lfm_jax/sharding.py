@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
@@ -25,7 +25,7 @@ TENSOR = "tensor"
 """The mesh axis that heads, channels, feed-forward units and the vocabulary are split over."""
 
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", FSDP),  # Rows of a batch, of activations and of decode state.
+    "batch": ("data", FSDP),  # Rows of a batch and of activations; decode state is whole along it.
     "time": (CONTEXT,),
     "width": (FSDP,),  # Of parameters; the residual stream is whole.
     "channels": (TENSOR,),  # Inside a short convolution or a recurrence.
@@ -149,6 +149,18 @@ def shardings(abstract: Any, axes: Any) -> Any:
     if problems:
         raise ValueError("the mesh does not fit the model:\n" + "\n".join(f"  - {p}" for p in problems))
     return tree
+
+
+def check_divides(B: int, T: int, micro_batches: int, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ValueError where a batch of B rows of T tokens, in its micro-batches, does not divide over a mesh."""
+    rows, context = mesh.shape["data"] * mesh.shape["fsdp"] * micro_batches, mesh.shape["context"]
+    problems = []
+    if B % rows:
+        problems.append(f"data.batch_size {B} is not a multiple of mesh.data x mesh.fsdp x micro_batches = {rows}")
+    if T % context:
+        problems.append(f"data.seq_len {T} is not a multiple of mesh.context = {context}")
+    if problems:
+        raise ValueError(f"{' and '.join(problems)}; the mesh is {dict(mesh.shape)}")
 
 
 def whole(x: jax.Array, *axes: str) -> jax.Array:

@@ -122,7 +122,9 @@ def peer(job: Job) -> Side:
     model.config.use_cache = False
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     forward = torch.compile(model) if job.compile else model
-    ids = torch.from_numpy(_batch(job)["tokens"].astype(np.int64)).to(device)  # type: ignore[union-attr]
+    tokens_BT = _batch(job)["tokens"]
+    assert tokens_BT is not None  # Only segment_ids may be.
+    ids = torch.from_numpy(tokens_BT.astype(np.int64)).to(device)
     parts = ids.chunk(job.micro_batches)
 
     def run(steps: int) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from lfm_jax.data.block import HELDOUT_RULE, Block, Settings, load_block
+from lfm_jax.data.config import field_problems
 from lfm_jax.data.encoding import DocumentEncoder, tokenizer_digest
 from lfm_jax.data.manifest import BUILD_DIR, FORMAT, MANIFEST_FILE, Counts, Manifest, load_manifest, write_whole
 from lfm_jax.data.sources import SourceFile, Stretch, find_files, stretches
@@ -241,25 +242,14 @@ def _lock(out: Path) -> Iterator[None]:
 
 
 def _problems(c: BuildConfig) -> list[str]:
-    problems = []
-
-    def need(ok: bool, message: str) -> None:
-        if not ok:
-            problems.append(message)
-
-    for name in ("sources", "exclude"):
-        value = getattr(c, name)
-        need(isinstance(value, tuple) and all(isinstance(v, str) and v for v in value),
-             f"{name} is {value!r}; it must be a tuple of non-empty strings")
-    need(c.sources != (), "sources is empty; name at least one file, directory or glob")
+    problems = field_problems(
+        c, names=("sources", "exclude"),
+        counts=(("seq_len", 1), ("block_bytes", 1), ("seed", 0), ("workers", 0), ("bos_id", 0), ("eos_id", 0)),
+    )
+    if c.sources == ():
+        problems.append("sources is empty; name at least one file, directory or glob")
     for name in ("out", "tokenizer", "text_field"):
         value = getattr(c, name)
-        need(isinstance(value, str) and value != "", f"{name} is {value!r}; it must be a non-empty string")
-    for name, least in (("seq_len", 1), ("block_bytes", 1), ("seed", 0), ("workers", 0), ("bos_id", 0), ("eos_id", 0)):
-        value = getattr(c, name)
-        need(type(value) is int and value >= least,
-             f"{name} is {value!r}; it must be a whole number of at least {least}")
-    fraction = c.heldout_fraction
-    need(isinstance(fraction, (int, float)) and 0 <= fraction < 1,
-         f"heldout_fraction is {fraction!r}; it must be a number from 0 up to but not including 1")
+        if not (isinstance(value, str) and value != ""):
+            problems.append(f"{name} is {value!r}; it must be a non-empty string")
     return problems

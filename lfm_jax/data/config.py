@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import tyro
@@ -91,17 +92,38 @@ class DataConfig:
             raise ValueError("DataConfig is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
-def _problems(c: DataConfig) -> list[str]:
+def field_problems(c: Any, *, names: Sequence[str], counts: Sequence[tuple[str, int]]) -> list[str]:
+    """What is wrong with fields of a kind that configs of data share.
+
+    Args:
+      names: fields that are tuples of non-empty strings.
+      counts: fields that are whole numbers, each with its least value. `heldout_fraction` is checked always.
+    """
     problems = []
+    for name in names:
+        value = getattr(c, name)
+        if not (isinstance(value, tuple) and all(isinstance(v, str) and v for v in value)):
+            problems.append(f"{name} is {value!r}; it must be a tuple of non-empty strings")
+    for name, least in counts:
+        value = getattr(c, name)
+        if not (type(value) is int and value >= least):
+            problems.append(f"{name} is {value!r}; it must be a whole number of at least {least}")
+    fraction = c.heldout_fraction
+    if not (isinstance(fraction, (int, float)) and 0 <= fraction < 1):
+        problems.append(f"heldout_fraction is {fraction!r}; it must be a number from 0 up to but not including 1")
+    return problems
+
+
+def _problems(c: DataConfig) -> list[str]:
+    problems = field_problems(
+        c, names=("sources", "heldout", "exclude"),
+        counts=(("seq_len", 1), ("batch_size", 1), ("seed", 0), ("prefetch", 0)),
+    )
 
     def need(ok: bool, message: str) -> None:
         if not ok:
             problems.append(message)
 
-    for name in ("sources", "heldout", "exclude"):
-        value = getattr(c, name)
-        need(isinstance(value, tuple) and all(isinstance(v, str) and v for v in value),
-             f"{name} is {value!r}; it must be a tuple of non-empty strings")
     for part in c.mixture:
         need(isinstance(part.path, str) and part.path != "", f"mixture names the path {part.path!r}; name a directory")
         need(isinstance(part.weight, (int, float)) and 0 < part.weight < math.inf,
@@ -116,13 +138,6 @@ def _problems(c: DataConfig) -> list[str]:
     else:
         need(c.sources != (),
              "sources is empty; name at least one file, directory or glob, or built datasets in mixture")
-    for name, least in (("seq_len", 1), ("batch_size", 1), ("seed", 0), ("prefetch", 0)):
-        value = getattr(c, name)
-        need(type(value) is int and value >= least,
-             f"{name} is {value!r}; it must be a whole number of at least {least}")
-    fraction = c.heldout_fraction
-    need(isinstance(fraction, (int, float)) and 0 <= fraction < 1,
-         f"heldout_fraction is {fraction!r}; it must be a number from 0 up to but not including 1")
     need(isinstance(c.text_field, str) and c.text_field != "", f"text_field is {c.text_field!r}; name a JSON key")
     need(c.tokenizer is None or (isinstance(c.tokenizer, str) and c.tokenizer != ""),
          f"tokenizer is {c.tokenizer!r}; give the path of a {TOKENIZER_FILE} or of its directory, or leave it out")

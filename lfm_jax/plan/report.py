@@ -148,8 +148,8 @@ def plan(config: PlanConfig) -> Plan:
     """
     import jax
 
+    from lfm_jax.sharding import check_divides
     from lfm_jax.train.optimizer import make_optimizer
-    from lfm_jax.train.processes import check_divides
     from lfm_jax.train.step import abstract_train_state
 
     topology = Topology.parse(config.topology)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from types import TracebackType
 
 from rich.console import Console as RichConsole
@@ -57,11 +56,10 @@ class Console:
         """Leaves what happened since the last step (compilation, evaluation) out of the next step's time."""
         self._clock = None
 
-    def step(self, step: int, loss: float, tokens: int) -> float | None:
-        """Shows a finished step. Returns its tokens/s, None where the clock had just been restarted."""
-        now = time.monotonic()
-        seconds = None if self._clock is None else max(now - self._clock, 1e-9)
-        self._clock = now
+    def step(self, step: int, loss: float, tokens: int, ended: float) -> float | None:
+        """Shows a step that ended at a time in seconds. Returns its tokens/s, None behind `restart_clock`."""
+        seconds = None if self._clock is None else max(ended - self._clock, 1e-9)
+        self._clock = ended
         if math.isfinite(loss):  # One that is not would never leave the mean again.
             self._loss = loss if self._loss is None else _SMOOTHING * self._loss + (1 - _SMOOTHING) * loss
         if seconds is not None:

@@ -21,6 +21,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -54,7 +55,7 @@ class Ledger:
         self._lock = threading.RLock()
         self._stack: list[Label] = []
         self._busy = 0
-        self._results: queue.SimpleQueue[Any] | None = None
+        self._results: queue.SimpleQueue[tuple[Any, Future[float]]] | None = None
         self._since, self._written = self._now(), float("-inf")
         self._seconds: dict[str, float] = dict.fromkeys(LABELS, 0.0)
         self._marks: dict[int, float] = {}
@@ -80,15 +81,21 @@ class Ledger:
                 self._stack.pop()
             self._write(at_most_every=_WRITE_EVERY)
 
-    def running(self, result: Any) -> None:
-        """From now until `result` (a `jax.Array` that a dispatched step will make) is ready, time counts as `step`."""
+    def running(self, result: Any) -> Future[float]:
+        """From now until `result` (a `jax.Array` that a dispatched step will make) is ready, time counts as `step`.
+
+        Returns:
+          The time, in seconds, at which it was ready: when a step ended, however late its numbers are read.
+        """
+        done: Future[float] = Future()
         with self._lock:
             self._charge()
             self._busy += 1
             if self._results is None:
                 self._results = queue.SimpleQueue()
                 threading.Thread(target=self._wait, args=(self._results,), daemon=True, name="goodput").start()
-            self._results.put(result)
+            self._results.put((result, done))
+        return done
 
     def saved(self, step: int) -> None:
         """A checkpoint holds everything up to `step`: no kill can undo that any more."""
@@ -146,15 +153,16 @@ class Ledger:
         self._seconds[label] += now - self._since
         self._since = now
 
-    def _wait(self, results: queue.SimpleQueue[Any]) -> None:
+    def _wait(self, results: queue.SimpleQueue[tuple[Any, Future[float]]]) -> None:
         while True:
-            result = results.get()
+            result, done = results.get()
             with suppress(Exception):  # The loop meets the same failure where it reads the result.
                 result.block_until_ready()
             del result
             with self._lock:
                 self._charge()
                 self._busy -= 1
+                done.set_result(self._since)
 
     def _restore(self) -> None:
         if self._path is None or not self._path.exists():

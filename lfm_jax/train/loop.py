@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
+from concurrent.futures import Future
 from contextlib import ExitStack, nullcontext
 from functools import cached_property
 from itertools import islice
@@ -136,7 +137,9 @@ class _Run:
         # Only now: a resume that was refused must leave the run as it was.
         if self.main:
             run_directory.write_config(config, run_dir)
-        self.ledger = Ledger(run_dir if self.main else None, resume_step=self.step)
+        # A run that is over and only looked at again counts no time.
+        goes_on = self.step < config.steps
+        self.ledger = Ledger(run_dir if self.main and goes_on else None, resume_step=self.step)
         self.recorder = Recorder(
             config, run_dir, self.console, self.ledger, resume_step=self.step, updates=int(self.state.guard.made),
             main=self.main,
@@ -148,7 +151,7 @@ class _Run:
             z_loss=config.z_loss, guard=config.guard,
         )
         self.eval_step = compile_eval_step(config.model, loss_chunk=config.loss_chunk)
-        self.pending: list[tuple[int, Metrics]] = []
+        self.pending: list[tuple[int, Metrics, Future[float]]] = []
         self._heldout_text: list[dict[str, np.ndarray]] | None = None
         self.compiled = self.save_due = False
         self.began_at = self.saved_at = self.step
@@ -240,16 +243,16 @@ class _Run:
         with self.ledger("step" if self.compiled else "compile"), self.profiler.step(self.step + 1):
             self.state, metrics = self.train_step(self.state, batch)
         self.compiled = True
-        self.ledger.running(metrics["loss"])
+        ended = self.ledger.running(metrics["loss"])
         self.step += 1
         self.profiler.after(self.step, metrics)
-        self.pending.append((self.step, metrics))
+        self.pending.append((self.step, metrics, ended))
 
     def _fetch(self, keep: int) -> bool:
         """Records all finished steps but the last `keep`. True if the run went back to a checkpoint."""
         while len(self.pending) > keep:
-            step, metrics = self.pending.pop(0)
-            values = self.recorder.step(step, metrics)
+            step, metrics, ended = self.pending.pop(0)
+            values = self.recorder.step(step, metrics, ended)
             self.skipped_in_row = int(values["skipped_in_row"])
             if self.skipped_in_row >= self.config.guard.max_in_row:
                 self._roll_back(step, values)
@@ -294,8 +297,8 @@ class _Run:
         """Saves what is done."""
         again = "the same command resumes from there"
         while self.pending:
-            step, metrics = self.pending.pop(0)
-            self.skipped_in_row = int(self.recorder.step(step, metrics)["skipped_in_row"])
+            step, metrics, ended = self.pending.pop(0)
+            self.skipped_in_row = int(self.recorder.step(step, metrics, ended)["skipped_in_row"])
         if self.skipped_in_row:
             self.console.note(f"stopped while updates were skipped; the checkpoint of step {self.saved_at} stands")
         else:

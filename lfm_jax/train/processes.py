@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
-from lfm_jax.sharding import spec
+from lfm_jax.sharding import check_divides, spec
 from lfm_jax.train.launch import STOPPED, Launch
 
 HEARTBEAT_SECONDS = 20
@@ -78,18 +78,6 @@ def all_agree(ok: bool) -> bool:
     if jax.process_count() == 1:
         return ok
     return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
-
-
-def check_divides(B: int, T: int, micro_batches: int, mesh: Mesh | AbstractMesh) -> None:
-    """Raises ValueError where a batch, in its micro-batches, does not divide over a mesh."""
-    rows, context = mesh.shape["data"] * mesh.shape["fsdp"] * micro_batches, mesh.shape["context"]
-    problems = []
-    if B % rows:
-        problems.append(f"data.batch_size {B} is not a multiple of mesh.data x mesh.fsdp x micro_batches = {rows}")
-    if T % context:
-        problems.append(f"data.seq_len {T} is not a multiple of mesh.context = {context}")
-    if problems:
-        raise ValueError(f"{' and '.join(problems)}; the mesh is {dict(mesh.shape)}")
 
 
 class BatchPlacer:

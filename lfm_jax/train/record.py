@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ class Recorder:
         if main:
             self._trackers = open_trackers(config.trackers, run_dir, recipe.to_plain(config), resume_step)
 
-    def step(self, step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
-        """Records a finished step; waits for its numbers and returns them."""
-        values = {name: float(value) for name, value in metrics.items()}
+    def step(self, step: int, metrics: Mapping[str, jax.Array], ended: Future[float]) -> dict[str, float]:
+        """Records a finished step; waits for its numbers and returns them. `ended` is that of `Ledger.running`."""
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         lr = np.asarray(self._schedule(self._updates)).item()
         self._updates += not values["skipped"]
         if values["skipped"]:
@@ -49,7 +50,7 @@ class Recorder:
                 f"step {step}: the update was skipped, {values['skipped_in_row']:.0f} in a row: loss "
                 f"{values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}"
             )
-        speed = self._console.step(step, values["loss"], int(values["targets"]))
+        speed = self._console.step(step, values["loss"], int(values["targets"]), ended.result())
         data = self._config.data
         self.write(step, values | {
             "learning_rate": lr, "tokens_per_second": speed,

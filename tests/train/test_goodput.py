@@ -118,6 +118,28 @@ def test_data_that_is_fetched_while_the_device_works_costs_nothing():
     assert ledger.take("data") == 2
 
 
+def test_a_step_ends_when_it_is_ready_not_when_it_is_read():
+    clock = Clock()
+
+    class Result:
+        def __init__(self):
+            self.ready = threading.Event()
+
+        def block_until_ready(self):
+            self.ready.wait()
+
+    ledger = Ledger(None, resume_step=0, now=clock)
+    results = [Result(), Result()]
+    ended = [ledger.running(result) for result in results]
+    start = clock.at
+    for result, future in zip(results, ended, strict=True):
+        clock.at += 3
+        result.ready.set()
+        future.result(timeout=10)
+    clock.at += 5
+    assert [future.result() - start for future in ended] == [3, 6]
+
+
 def test_a_result_that_fails_ends_its_step(tmp_path):
     class Result:
         def block_until_ready(self):

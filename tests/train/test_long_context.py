@@ -1,10 +1,11 @@
-"""A second stage at longer rows: from another run's weights, with its own data, schedule and a context axis."""
+"""A second stage at longer rows: from another run's weights, with its own data mix, schedule and a context axis."""
 
 import numpy as np
 import pytest
 from tiny_runs import finish, load, losses, recipe, start, steps_in_order
 
 import lfm_jax as lfm
+from lfm_jax.data import BuildConfig, build
 from lfm_jax.train.loop import train
 
 pytestmark = pytest.mark.usefixtures("cached")
@@ -13,7 +14,15 @@ pytestmark = pytest.mark.usefixtures("cached")
 @pytest.mark.slow
 def test_a_second_stage_of_longer_rows_over_the_context_axis(corpus, tmp_path, cache):
     first = train(load(recipe(corpus, tmp_path / "first")))
+    mixture = []
+    for name, weight in (("1", 0.7), ("2", 0.3)):  # Two datasets of longer rows, by the names of the files.
+        build(BuildConfig(
+            sources=(str(corpus / f"*{name}.txt"), str(corpus / "*0.txt")), out=str(tmp_path / name),
+            tokenizer=str(first.run_dir), seq_len=128, heldout_fraction=0.0, workers=1,
+        ), show_progress=False)
+        mixture.append(dict(path=str(tmp_path / name), weight=weight))
     long = dict(
+        data__sources=[], data__mixture=mixture, data__heldout_fraction=0.0,
         init_from=str(tmp_path / "first"), steps=8, eval_every=0, checkpoint_every=4, data__seq_len=128,
         data__batch_size=2, data__seed=1, model__max_position=256, optimizer__peak_lr=2e-3,
         optimizer__schedule="cosine", mesh__context=2,

@@ -95,10 +95,10 @@ def test_an_interrupt_saves_and_the_rest_equals_the_uninterrupted_run(corpus, tm
     config = load(recipe(corpus, run_dir))
     console_step = loop.Console.step
 
-    def interrupt(self, step, loss, tokens):
+    def interrupt(self, step, *args):
         if step == 6:
             os.kill(os.getpid(), signal.SIGINT)
-        return console_step(self, step, loss, tokens)
+        return console_step(self, step, *args)
 
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
@@ -265,12 +265,16 @@ def test_what_a_checkpoint_cannot_hold_is_refused_by_name(corpus, tmp_path):
     assert all(name in told for name in ("z_loss", "guard.spike", "micro_batches"))
 
 
-def test_a_held_out_loss_of_some_batches_claims_no_bits_per_byte(corpus, tmp_path):
+def test_a_held_out_loss_of_some_batches_claims_no_bits_per_byte(corpus, tmp_path, capsys):
     result = train(load(recipe(corpus, tmp_path / "run", eval_batches=1, steps=2, optimizer__warmup_steps=0)))
     assert result.heldout_loss is not None
     assert result.heldout_bits_per_byte is None
     records = [r for r in read_metrics(tmp_path / "run") if "heldout_loss" in r]
     assert "heldout_bits_per_byte" not in records[-1]
+    # What it needs was told before anything else.
+    told = capsys.readouterr().err.splitlines()
+    assert "parameters; mesh: one device" in told[0]
+    assert "on each device, by analysis:" in told[1]
 
 
 def test_data_used_up_saves_before_it_says_so(corpus, tmp_path, monkeypatch):
