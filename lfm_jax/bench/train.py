@@ -232,7 +232,7 @@ def bench_gpu(variants: Sequence[Variant], *, limit: float = GPU_SECONDS, measur
     deadline = time.monotonic() + limit
     head = ["T", "rows", "documents a row", "variant", "tokens/s", "MFU", "step", "GPU memory", "compile"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    best: dict[tuple[int, str], tuple[float, str]] = {}
+    best: dict[tuple[int, str, bool], tuple[float, str]] = {}
     device, left_out = "", 0
     with tempfile.TemporaryDirectory() as cache:
         environment = {
@@ -255,12 +255,13 @@ def bench_gpu(variants: Sequence[Variant], *, limit: float = GPU_SECONDS, measur
                 continue
             device = device or found["device"]
             lines.append(f"| {' | '.join([*cells, *_gpu_cells(job, found)])} |")
-            key = job.T, job.side
+            key = job.T, job.side, job.documents > 1
             best[key] = max(best.get(key, (0.0, "")), (job.tokens / found["step"], f"{variant.name}, {job.rows} rows"))
     notes = [f"{device or 'no device'}; bfloat16 with float32 parameters, AdamW, clipping at 1.0; every variant in a "
              "process of its own. MFU: `train/metrics.py`, each row counted as one document. The rows of transformers "
              "hold one document each: it cannot keep several apart."]
-    notes += [_best_line(T, *best[T, "ours"], best.get((T, "peer"))) for T, side in best if side == "ours"]
+    notes += [_best_line(T, packed, *best[T, side, packed], best.get((T, "peer", False)))
+              for T, side, packed in best if side == "ours"]
     if left_out:
         notes.append(f"Out of time: the last {left_out} variants were not run.")
     return "\n".join(lines) + "\n\n" + "\n".join(notes)
@@ -289,8 +290,9 @@ def _gpu_cells(job: Job, found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _best_line(T: int, speed: float, name: str, other: tuple[float, str] | None) -> str:
-    text = f"Best at T = {T:,}: {name}, {speed:,.0f} tokens/s"
+def _best_line(T: int, packed: bool, speed: float, name: str, other: tuple[float, str] | None) -> str:
+    """The fastest of the rows of several documents, or of those of one: they are not the same work."""
+    text = f"Best at T = {T:,}, {'packed' if packed else 'one document a row'}: {name}, {speed:,.0f} tokens/s"
     return text + (f"; {speed / other[0]:.2f}x transformers." if other else "; no figure of transformers.")
 
 

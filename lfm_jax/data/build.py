@@ -9,14 +9,11 @@ the byte.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
-import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ import numpy as np
 from lfm_jax.data.block import HELDOUT_RULE, Block, Settings, load_block
 from lfm_jax.data.config import field_problems
 from lfm_jax.data.encoding import DocumentEncoder, tokenizer_digest
-from lfm_jax.data.manifest import BUILD_DIR, FORMAT, MANIFEST_FILE, Counts, Manifest, load_manifest, write_whole
+from lfm_jax.data.manifest import BUILD_DIR, FORMAT, MANIFEST_FILE, Counts, Manifest, load_manifest, locked, write_whole
 from lfm_jax.data.sources import SourceFile, Stretch, find_files, stretches
 from lfm_jax.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 
@@ -90,7 +87,7 @@ def build(config: BuildConfig, *, show_progress: bool = True) -> Manifest:
         raise ValueError(f"sources {list(config.sources)}: every file is empty; name files with text")
     identity = _identity(config, files, sizes, tokenizer_digest(tokenizer))
     out.mkdir(parents=True, exist_ok=True)
-    with _lock(out):
+    with locked(out, f"another build is at work in out {out}; wait for it"):
         if (out / MANIFEST_FILE).exists():
             manifest = load_manifest(out)
             _check_same(out, _of_manifest(manifest), identity)
@@ -225,20 +222,6 @@ def _finish(out: Path, identity: dict[str, Any], encoder: DocumentEncoder, block
     write_whole(out / MANIFEST_FILE, manifest.to_json())
     shutil.rmtree(out / BUILD_DIR)
     return manifest
-
-
-@contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """Keeps a second build out of a directory; the system lets go of it however this process ends."""
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another build is at work in out {out}; wait for it") from None
-        yield
-    finally:
-        os.close(handle)
 
 
 def _problems(c: BuildConfig) -> list[str]:

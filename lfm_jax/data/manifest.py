@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,6 +170,26 @@ def file_digest(path: Path) -> str:
     """A fingerprint of a file's bytes."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+@contextmanager
+def locked(directory: Path, otherwise: str) -> Iterator[None]:
+    """Keeps every other process that asks for the same out of a directory, until this one lets go or ends, however.
+
+    Raises:
+      ValueError: another one is at it; says `otherwise`.
+    """
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(otherwise) from None
+        except OSError:  # A file system without locks.
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_whole(path: Path, text: str) -> None:

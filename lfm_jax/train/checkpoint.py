@@ -13,7 +13,6 @@ import logging
 import os
 import shutil
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -81,18 +80,14 @@ class CheckpointManager:
     def latest_step(self) -> int | None:
         return max(self.steps(), default=None)
 
-    def save(self, step: int, state: TrainState, data_state: Any, config: dict[str, Any]) -> float:
+    def save(self, step: int, state: TrainState, data_state: Any, config: dict[str, Any]) -> None:
         """Starts an asynchronous save; blocks only for the copy from the device, and for a save under way.
 
         `data_state` must survive JSON. A step that is saved already is left alone.
 
-        Returns:
-          Seconds that this call took.
-
         Raises:
           OSError: this save or the one before it failed.
         """
-        began = time.monotonic()
         if self.latest_step() != step:
             self.wait()
             try:
@@ -106,7 +101,6 @@ class CheckpointManager:
                 self._error = error
                 raise self._failure(step, error) from error
             self._saving_step = step
-        return time.monotonic() - began
 
     def check(self) -> None:
         """Raises OSError if the save under way has failed; returns at once."""

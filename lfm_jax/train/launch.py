@@ -89,9 +89,11 @@ def start(command: Sequence[str], launch: Launch) -> int:
     Returns:
       0: all ended; STOPPED: all stopped on request; LOST: one was lost; else the code of the first that failed.
     """
-    crew = _Crew(command, launch.processes)
+    crew = _Crew()
+    # First of all, so that no process is left behind whatever comes when.
     previous = {number: signal.signal(number, crew.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        crew.start(command, launch.processes)
         return crew.wait()
     finally:
         crew.kill()
@@ -102,16 +104,23 @@ def start(command: Sequence[str], launch: Launch) -> int:
 class _Crew:
     """The processes that `start` started."""
 
-    def __init__(self, command: Sequence[str], count: int):
+    def __init__(self) -> None:
+        self.stopping = False
+        self._ended: queue.Queue[tuple[int, int]] = queue.Queue()
+        self._tails: list[collections.deque[str]] = []
+        self._readers: list[threading.Thread] = []
+        self._killed: set[int] = set()
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def start(self, command: Sequence[str], count: int) -> None:
+        """Starts `count` processes; fewer if a stop is asked for meanwhile."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.stopping = False
-        self._ended: queue.Queue[tuple[int, int]] = queue.Queue()
         self._tails = [collections.deque[str](maxlen=_LAST_LINES) for _ in range(count)]
-        self._readers: list[threading.Thread] = []
-        self.processes: list[subprocess.Popen[str]] = []
         for i in range(count):
+            if self.stopping:
+                return
             flags = ["--processes", "1", "--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count),
                      "--process-id", str(i)]
             # A session of its own: Ctrl-C reaches this process only, which passes it on.
@@ -129,7 +138,7 @@ class _Crew:
 
     def wait(self) -> int:
         """Until all have ended; the exit code of the whole."""
-        running, deadline, stopped = len(self.processes), float("inf"), False
+        running, deadline, stopped = len(self.processes), float("inf"), self.stopping
         lost: tuple[int, int] | None = None  # The process that ended first of those that did not end well.
         told = False
         while running:
@@ -146,13 +155,14 @@ class _Crew:
                     deadline = float("inf")
                 continue
             running -= 1
-            if code == STOPPED or (self.stopping and code == -signal.SIGTERM):
+            asked = self.stopping and (code == -signal.SIGTERM or i in self._killed)
+            if code == STOPPED or asked:
                 stopped = True
             if code in (0, STOPPED):
                 continue
             deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
             # A process that ends because another is gone can be seen before that one.
-            if not (self.stopping and code == -signal.SIGTERM) and (lost is None or lost[1] in _BEREFT) and not told:
+            if not asked and (lost is None or lost[1] in _BEREFT) and not told:
                 lost = (i, code)
                 if code not in _BEREFT:
                     self._report(i, code, running)
@@ -175,8 +185,9 @@ class _Crew:
                 process.terminate()
 
     def kill(self) -> None:
-        for process in self.processes:
+        for i, process in enumerate(self.processes):
             if process.poll() is None:
+                self._killed.add(i)
                 process.kill()
 
     def _read(self, i: int, stream: IO[str]) -> None:

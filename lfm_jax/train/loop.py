@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Iterable
 from concurrent.futures import Future
 from contextlib import ExitStack, nullcontext
@@ -26,6 +27,7 @@ from tokenizers import Tokenizer
 
 from lfm_jax import recipe
 from lfm_jax.data import DataUsedUp, check_lasts, heldout_batches, heldout_bytes, load_tokenizer, train_iterator
+from lfm_jax.data.manifest import locked
 from lfm_jax.infer.text import check_tokenizer
 from lfm_jax.train import processes
 from lfm_jax.train import run_dir as run_directory
@@ -33,7 +35,7 @@ from lfm_jax.train.checkpoint import CheckpointManager, Restored
 from lfm_jax.train.config import TrainConfig
 from lfm_jax.train.console import Console
 from lfm_jax.train.goodput import Ledger, describe
-from lfm_jax.train.metrics import plot_curves, plot_loss
+from lfm_jax.train.metrics import plot_curves, plot_loss, saved_step
 from lfm_jax.train.optimizer import make_optimizer
 from lfm_jax.train.profiling import Profiler, parse_profile
 from lfm_jax.train.record import Recorder
@@ -68,13 +70,19 @@ def train(config: TrainConfig) -> TrainResult:
     SIGINT or SIGTERM finishes the step under way, saves a checkpoint and returns; a second one kills.
 
     Raises:
-      ValueError: the directory holds a run of another model or other data, the data cannot be read, the mesh does not
-        fit, or updates had to be skipped again and again.
+      ValueError: the directory holds a run of another model or other data, another process trains in it, the data
+        cannot be read, the mesh does not fit, or updates had to be skipped again and again.
       OSError: a file of the run cannot be written.
     """
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     mesh = _mesh(config)
+    at_work = f"another process trains in run_dir {run_dir}; wait for it, stop it, or choose another run_dir"
+    with locked(run_dir, at_work) if processes.is_main() else nullcontext():
+        return _train(config, run_dir, mesh)
+
+
+def _train(config: TrainConfig, run_dir: Path, mesh: Mesh | None) -> TrainResult:
     manager = CheckpointManager(run_dir, keep=config.keep_checkpoints)
     try:
         # Before the mesh is in use: loading is each process's own.
@@ -185,6 +193,10 @@ class _Run:
         found = self._restore()
         self.data.set_state(found.data)
         self._go_to(found)
+        saved = saved_step(self.run_dir)
+        if saved is not None and saved > max((self.step, *found.damaged)):
+            self.console.warn(f"the checkpoint of step {saved} is not there: deleted, or the run was killed while it "
+                              f"was written; what followed step {self.step} is done again")
         self.console.note(f"resumed {self.run_dir} at step {self.step}")
 
     def _restore(self) -> Restored:
@@ -349,9 +361,11 @@ class _Run:
         return {"bos_id": model.bos_id, "eos_id": model.eos_ids[0]}
 
     def _save(self) -> None:
+        began = time.monotonic()
         with self.ledger("checkpoint"):
             state, plain = unstacked(self.state, self.config.model), recipe.to_plain(self.config)
-            seconds = self.manager.save(self.step, state, self.data.get_state(), plain)
+            self.manager.save(self.step, state, self.data.get_state(), plain)
+        seconds = time.monotonic() - began
         self.ledger.saved(self.step)
         self.saved_at, self.save_due, self.rollbacks = self.step, False, 0
         self.recorder.write(self.step, {"checkpoint_blocked_seconds": seconds, "goodput": self.ledger.goodput})

@@ -62,6 +62,11 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _lines(path)] if path.exists() else []
 
 
+def saved_step(run_dir: Path) -> int | None:
+    """The last step of which a checkpoint was begun; None without one."""
+    return max((r["step"] for r in read_metrics(run_dir) if "checkpoint_blocked_seconds" in r), default=None)
+
+
 def mfu(
     config: ModelConfig, T: int, tokens_per_second: float | None, devices: Sequence[jax.Device]
 ) -> float | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -150,7 +151,10 @@ def place_train_state(params: Any, config: ModelConfig, optimizer: optax.Gradien
 
 
 def unstacked(state: TrainState, config: ModelConfig) -> TrainState:
-    """The state as checkpoints hold it: every layer's arrays by themselves; shapes or arrays. See `restacked`."""
+    """The state as checkpoints hold it: every layer's arrays by themselves; shapes or arrays. See `restacked`.
+
+    Of stacked layers these are copies, on the device until they are saved.
+    """
     return _convert(unstack_layers, state, config)
 
 
@@ -163,7 +167,7 @@ def _convert(convert: Callable[[Any, ModelConfig], Any], state: TrainState, conf
     if not config.scan_layers:
         return state
     if all(isinstance(x, jax.Array) for x in jax.tree.leaves(state)):
-        return jax.jit(lambda state: convert(state, config))(state)
+        return _compiled(convert, config)(state)
     mesh = jax.sharding.get_mesh()
     shapes = jax.eval_shape(lambda state: convert(state, config), state)
     if spec() is None:
@@ -171,6 +175,14 @@ def _convert(convert: Callable[[Any, ModelConfig], Any], state: TrainState, conf
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), shapes
     )
+
+
+@lru_cache
+def _compiled(
+    convert: Callable[[Any, ModelConfig], Any], config: ModelConfig
+) -> Callable[[TrainState], TrainState]:
+    """One function for all checkpoints of a run, so that it is compiled once."""
+    return jax.jit(lambda state: convert(state, config))
 
 
 def batch_loss(

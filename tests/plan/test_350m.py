@@ -1,5 +1,7 @@
 """The whole step of LFM2-350M, compiled for sixteen v5e chips: it fits, and moves what it should."""
 
+import dataclasses
+import json
 import math
 
 import jax
@@ -9,9 +11,10 @@ import tpu_aot
 from lfm_jax.config import ModelConfig
 from lfm_jax.data import DataConfig
 from lfm_jax.model import abstract_model
-from lfm_jax.plan import PlanConfig, budget, cost
+from lfm_jax.plan import PlanConfig, cost, plan
+from lfm_jax.plan import program as program_module
 from lfm_jax.plan.hlo import Module, collectives
-from lfm_jax.plan.program import expected_collectives, expected_program, lower_step, memory_of, read_program
+from lfm_jax.plan.program import expected_collectives, expected_program, read_program
 from lfm_jax.plan.topology import Topology
 from lfm_jax.sharding import MeshConfig
 
@@ -29,12 +32,37 @@ DTYPE_BYTES = 2
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    mesh = TOPOLOGY.mesh(CONFIG.mesh, for_compiling=True)
-    with jax.default_matmul_precision("default"):  # Splash does not compile for more (`kernels/splash.py`).
-        step = lower_step(CONFIG, mesh).compile()
-    found = budget(CONFIG, mesh)
-    return found, read_program(step.as_text(), found.mesh, found, TOPOLOGY.chip, 1.0, memory_of(step)), step.as_text()
+def planned():
+    """(the plan as `lfm plan` makes it, the compiled program's text)."""
+    texts = []
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        jax.default_matmul_precision("default"),  # Splash does not compile for more (`kernels/splash.py`).
+    ):
+        patch.setattr(program_module, "read_program", lambda text, *a: texts.append(text) or read_program(text, *a))
+        made = plan(CONFIG)
+    return made, texts[0]
+
+
+@pytest.fixture(scope="module")
+def compiled(planned):
+    made, text = planned
+    return made.budget, made.program, text
+
+
+def test_the_plan_says_what_was_compiled(planned):
+    made, _ = planned
+    made.check()
+    text = str(made)
+    assert "step compiled ahead of time in" in text
+    assert "compiled: temporaries" in text
+    assert made.limit in text
+    assert json.loads(made.to_json())["mfu"] == pytest.approx(made.mfu)
+    small = dataclasses.replace(made, topology=dataclasses.replace(
+        made.topology, chip=dataclasses.replace(TOPOLOGY.chip, hbm_bytes=2**30)
+    ))
+    with pytest.raises(ValueError, match="temporaries"):
+        small.check()
 
 
 def test_it_fits_and_the_budget_says_so(compiled):

@@ -162,7 +162,9 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_goes_on(corpus, co
 def test_a_latest_checkpoint_that_is_gone_falls_back(corpus, copy, whole_run, capsys):
     shutil.rmtree(copy / "checkpoints" / str(STEPS))
     train(load(recipe(corpus, copy)))
-    assert f"resumed {copy} at step 8" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"the checkpoint of step {STEPS} is not there" in told
+    assert f"resumed {copy} at step 8" in told
     assert losses(copy) == losses(whole_run)
 
 

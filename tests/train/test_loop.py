@@ -15,9 +15,12 @@ from tiny_runs import STEPS, finish, load, losses, recipe, start, steps_in_order
 
 import lfm_jax as lfm
 from lfm_jax.convert.hf import chat_template
+from lfm_jax.data.manifest import locked
 from lfm_jax.recipe import to_plain
 from lfm_jax.testing import tiny_tokenizer
 from lfm_jax.train import run_dir as run_dirs
+from lfm_jax.train import step as step_module
+from lfm_jax.train.launch import STOPPED
 from lfm_jax.train.loop import train
 from lfm_jax.train.metrics import read_metrics
 
@@ -109,6 +112,60 @@ def test_an_interrupt_saves_and_the_rest_equals_the_uninterrupted_run(corpus, tm
     assert signal.getsignal(signal.SIGINT) is before
     assert train(config).heldout_loss == whole_run.heldout_loss
     assert losses(run_dir) == losses(whole_run.run_dir)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_ends_with_its_code(corpus, tmp_path, whole_run, cache):
+    run_dir = tmp_path / "run"
+    path = recipe(corpus, run_dir, steps=2000, checkpoint_every=0, eval_every=0)
+    process = start(path, cache)
+    wait_for_step(process, run_dir, 3)
+    process.send_signal(signal.SIGTERM)
+    status, _, err = finish(process)
+    assert status == STOPPED
+    assert "stopped at step" in err
+    (saved,) = (run_dir / "checkpoints").iterdir()
+    assert int(saved.name) == max(losses(run_dir)) >= 3
+    same = {step: loss for step, loss in losses(run_dir).items() if step <= 2}  # The schedules part then.
+    assert same == {step: losses(whole_run.run_dir)[step] for step in same}
+
+
+@pytest.mark.slow
+def test_a_run_of_scanned_layers_saves_resumes_and_exports_as_any(corpus, tmp_path, monkeypatch):
+    """Its checkpoints hold layers by themselves, so that it goes on scanned or not, with the same losses."""
+    fields = dict(model__layer_types=["conv", "full_attention"] * 2, optimizer__schedule="constant", checkpoint_every=2)
+    converters = []
+    real = step_module._compiled
+    monkeypatch.setattr(step_module, "_compiled", lambda *args: converters.append(real(*args)) or converters[-1])
+    for steps, scan in ((4, True), (8, False), (STEPS, True)):
+        train(load(recipe(corpus, tmp_path / "run", steps=steps, model__scan_layers=scan, **fields)))
+    flat = train(load(recipe(corpus, tmp_path / "flat", **fields)))
+    a, b = losses(tmp_path / "run"), losses(flat.run_dir)
+    assert list(a) == list(b)
+    np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)
+    assert len(converters) > len(set(converters))  # A second save does not compile again.
+    assert (tmp_path / "run" / "checkpoints" / f"{STEPS}").is_dir()
+    scanned, unscanned = (lfm.to_state_dict(lfm.load(d)[0]) for d in (tmp_path / "run", flat.run_dir))
+    assert {k: v.shape for k, v in scanned.items()} == {k: v.shape for k, v in unscanned.items()}
+
+
+def test_a_second_run_in_the_same_directory_is_refused(corpus, finished):
+    with (
+        locked(finished, "taken"),
+        pytest.raises(ValueError, match=r"another process trains in run_dir .*; wait for it, stop it, or choose"),
+    ):
+        train(load(recipe(corpus, finished)))
+
+
+def test_a_run_that_is_over_counts_no_time(corpus, finished):
+    before = (finished / "goodput.json").read_bytes()
+    train(load(recipe(corpus, finished)))
+    assert (finished / "goodput.json").read_bytes() == before
+
+
+def test_a_profile_is_written_into_the_run(corpus, tmp_path):
+    train(load(recipe(corpus, tmp_path / "run", steps=4, eval_every=0, optimizer__warmup_steps=0, profile="steps=3-4")))
+    assert list((tmp_path / "run").rglob("*.xplane.pb"))
 
 
 def test_resuming_with_another_model_or_other_data_is_refused(corpus, whole_run):

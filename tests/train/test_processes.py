@@ -5,6 +5,8 @@ import random
 import resource
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import time
 
@@ -15,6 +17,7 @@ from tiny_runs import children, finish, load, losses, recipe, start, steps_in_or
 
 import lfm_jax as lfm
 from lfm_jax.sharding import MeshConfig
+from lfm_jax.train import launch
 from lfm_jax.train.launch import FAILED, LOST, STOPPED, Launch
 from lfm_jax.train.loop import train
 from lfm_jax.train.processes import HEARTBEAT_SECONDS, BatchPlacer
@@ -189,3 +192,68 @@ def test_a_batch_that_does_not_divide_names_the_fields(corpus, tmp_path):
     config = load(recipe(corpus, tmp_path / "run", mesh__data=3))
     with pytest.raises(ValueError, match=r"data=3.* make"):
         train(config)
+
+
+@pytest.mark.slow
+def test_a_cluster_is_detected(tmp_path):
+    """Two processes that find each other as those of a Slurm step do, through `--distributed auto`."""
+    script = (
+        "import jax; from lfm_jax.train import processes; from lfm_jax.train.launch import Launch; "
+        "processes.join(Launch(distributed='auto')); print(jax.process_index(), jax.process_count(), flush=True); "
+        "processes.barrier('end')"
+    )
+    with socket.socket() as probe:  # JAX derives its port from the number of the job.
+        probe.bind(("127.0.0.1", 0))
+        job = probe.getsockname()[1]
+    crew = [
+        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                         env=os.environ | {
+                             "SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+                             "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "JAX_PLATFORMS": "cpu",
+                         })
+        for i in range(2)
+    ]
+    said = [finish(process, 120) for process in crew]
+    assert [(status, out.strip()) for status, out, _ in said] == [(0, "0 2"), (0, "1 2")], said
+
+
+def test_a_stop_while_starting_leaves_no_process_behind(monkeypatch):
+    """SIGTERM between the starts of two: the first is asked to end, the second is not started."""
+    real = subprocess.Popen
+    made = []
+
+    def one_then_stop(*args, **kwargs):
+        made.append(real(*args, **kwargs))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return made[-1]
+
+    monkeypatch.setattr(launch.subprocess, "Popen", one_then_stop)
+    status = launch.start([sys.executable, "-c", "import time; time.sleep(60)"], Launch(processes=2))
+    assert status == STOPPED
+    assert len(made) == 1
+    assert made[0].returncode is not None
+
+
+def test_who_must_be_killed_after_a_stop_was_not_lost(monkeypatch, capfd):
+    """One ends when asked, the other does not listen and is killed: a stop all the same."""
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 1.0)
+    script = (
+        "import signal, sys, time\n"
+        "me = int(sys.argv[-1])\n"
+        "if me: signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    said = []
+    real = launch._Crew._read
+
+    def read(self, i, stream):
+        for line in stream:
+            said.append(line)
+            if len(said) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, i, stream)
+
+    monkeypatch.setattr(launch._Crew, "_read", read)
+    assert launch.start([sys.executable, "-c", script], Launch(processes=2)) == STOPPED
+    assert "was lost" not in capfd.readouterr().err
