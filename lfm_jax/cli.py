@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import traceback
@@ -75,6 +76,24 @@ def _plan(args: list[str]) -> int:
     print(result.to_json() if config.format == "json" else result)
     result.check()
     return 0
+
+
+def ablate(study: tyro.conf.Positional[Path]) -> int:
+    """Run, resume or report an ablation study: `lfm ablate STUDY.yaml [SIZE.yaml] [--processes 2 ...]`.
+
+    Later files win over earlier ones, and every key is a flag.
+    """
+    return _ablate([str(study)])
+
+
+def _ablate(args: list[str]) -> int:
+    from lfm_jax import recipe
+    from lfm_jax.ablate.schedule import AblateConfig
+    from lfm_jax.ablate.schedule import ablate as run
+
+    files = list(itertools.takewhile(lambda arg: not arg.startswith("-"), args))
+    config = recipe.load_recipe(AblateConfig, files, args[len(files) :], prog="lfm ablate STUDY [SIZE]")
+    return run(config, args)
 
 
 def generate(
@@ -247,9 +266,9 @@ def _load(path: Path, dtype: str | None, *, need_tokenizer: bool = True) -> tupl
 
 VERBS = {
     "train": train, "plan": plan, "data": data, "generate": generate, "chat": chat, "convert": convert, "bench": bench,
-    "selfcheck": selfcheck,
+    "selfcheck": selfcheck, "ablate": ablate,
 }
-DATACLASS_VERBS = {"train": _train, "plan": _plan, "data": _data}
+DATACLASS_VERBS = {"train": _train, "plan": _plan, "data": _data, "ablate": _ablate}
 """Verbs whose flags come from a config dataclass, not from the function's signature."""
 
 

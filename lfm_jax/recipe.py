@@ -21,8 +21,10 @@ from lfm_jax.config import ModelConfig
 PRESET = "--model.preset"
 
 
-def load_recipe[C](cls: type[C], path: str | Path | None, overrides: Sequence[str] = (), *, prog: str = "lfm") -> C:
-    """Builds `cls` from a YAML file and command-line flags; later flags win.
+def load_recipe[C](
+    cls: type[C], path: str | Path | Sequence[str | Path] | None, overrides: Sequence[str] = (), *, prog: str = "lfm"
+) -> C:
+    """Builds `cls` from YAML files and command-line flags; later files and flags win.
 
     `model: {preset: NAME}`, or `--model.preset NAME`, stands for all fields of that preset; fields named beside it win.
 
@@ -30,18 +32,21 @@ def load_recipe[C](cls: type[C], path: str | Path | None, overrides: Sequence[st
       ValueError: the file cannot be read or is not a mapping.
       SystemExit: an unknown key or a bad value; tyro has printed what and where, with the nearest name.
     """
-    flags: list[str] = []
-    if path is not None:
-        try:
-            content = yaml.safe_load(Path(path).read_text())
-        except OSError as error:
-            raise ValueError(f"recipe {path} cannot be read: {error.strerror}") from None
-        except yaml.YAMLError as error:
-            raise ValueError(f"recipe {path} is not valid YAML: {error}") from None
-        if not isinstance(content, Mapping):
-            raise ValueError(f"recipe {path} holds {type(content).__name__}; expected keys with values")
-        flags = _flags(content)
+    paths = [] if path is None else [path] if isinstance(path, (str, Path)) else path
+    flags = [flag for each in paths for flag in _file_flags(each)]
     return tyro.cli(cls, args=_expand_preset([*flags, *overrides]), prog=prog, config=(tyro.conf.FlagConversionOff,))
+
+
+def _file_flags(path: str | Path) -> list[str]:
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"recipe {path} cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {path} is not valid YAML: {error}") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"recipe {path} holds {type(content).__name__}; expected keys with values")
+    return _flags(content)
 
 
 def _flags(content: Mapping[str, Any], prefix: str = "") -> list[str]:
