@@ -1,0 +1,30 @@
+"""Every study of configs/ablations one after another: `lfm ablate` as a script, to be changed.
+
+Stops and resumes like `lfm ablate`; flags go to every study, for example `--processes 2`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lfm_jax.ablate.schedule import AblateConfig, ablate
+from lfm_jax.recipe import load_recipe
+from lfm_jax.train.launch import STOPPED
+
+STUDIES = Path(__file__).parent.parent / "configs" / "ablations"
+
+
+def main(flags: list[str]) -> int:
+    worst = 0
+    for path in sorted(STUDIES.glob("*.yaml")):
+        config = load_recipe(AblateConfig, path, flags, prog="ablate.py")
+        status = ablate(config, [str(path), *flags])
+        if status == STOPPED:
+            return status
+        worst = max(worst, status)
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,98 @@
+"""Layer patterns in a notation that can be read: `ccaccaccacacacac`, or `conv:10,attention:6,place:even`.
+
+Dimensions: L layers.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from lfm_jax.config import PRESETS, LayerType
+
+Place = Literal["even", "front", "back", "sandwich", "lfm2"]
+"""Where the layers of full attention stand. even: the middles of equal parts of the stack; front, back: all at one end;
+sandwich: half of them at each end, the odd one in front; lfm2: as published (6 of 16 layers, 8 of 30)."""
+
+LETTERS: dict[str, LayerType] = {
+    "c": "conv", "a": "full_attention", "r": "recurrence", "s": "sliding_attention",
+}
+NAMES: dict[str, LayerType] = {
+    "conv": "conv", "attention": "full_attention", "recurrence": "recurrence", "sliding_attention": "sliding_attention",
+}
+"""What the counted notation calls each kind."""
+_NOTATION = (
+    f"write one letter a layer ({', '.join(f'{letter} for {kind}' for letter, kind in LETTERS.items())}) or counts, as "
+    f"conv:10,attention:6,place:even (kinds {', '.join(NAMES)}; places {', '.join(get_args(Place))})"
+)
+
+
+def parse_pattern(text: str) -> tuple[LayerType, ...]:
+    """The layer types of a pattern.
+
+    In counts `place` says where the attention layers stand (even if left out); the other kinds share the rest, each
+    spread evenly.
+
+    Raises:
+      ValueError: not a pattern; says how to write one.
+    """
+    if ":" not in text:
+        unknown = sorted(set(text) - set(LETTERS))
+        if unknown or not text:
+            raise ValueError(f"pattern {text!r} {f'has {unknown}' if unknown else 'is empty'}; {_NOTATION}")
+        return tuple(LETTERS[letter] for letter in text)
+    counts: dict[LayerType, int] = {}
+    place: str = "even"
+    for part in text.split(","):
+        name, _, value = (piece.strip() for piece in part.partition(":"))
+        if name == "place":
+            place = value
+        elif name in NAMES and value.isdigit() and NAMES[name] not in counts:
+            counts[NAMES[name]] = int(value)
+        else:
+            raise ValueError(f"pattern {text!r} has {part.strip()!r}; {_NOTATION}")
+    layers, attention = sum(counts.values()), counts.pop("full_attention", 0)
+    if not layers:
+        raise ValueError(f"pattern {text!r} has no layer; {_NOTATION}")
+    at = set(attention_at(layers, attention, place))
+    rest = iter(_spread(counts))
+    return tuple("full_attention" if i in at else next(rest) for i in range(layers))
+
+
+def attention_at(layers: int, attention: int, place: str) -> tuple[int, ...]:
+    """Indices of the attention layers among L.
+
+    Raises:
+      ValueError: more attention layers than layers, an unknown place, or `lfm2` for sizes that were not published.
+    """
+    if not 0 <= attention <= layers:
+        raise ValueError(f"attention is {attention}; it must lie in 0..{layers}, the number of layers")
+    if place == "even":
+        return tuple((2 * i + 1) * layers // (2 * attention) for i in range(attention))
+    if place == "front":
+        return tuple(range(attention))
+    if place == "back":
+        return tuple(range(layers - attention, layers))
+    if place == "sandwich":
+        front = (attention + 1) // 2
+        return (*range(front), *range(layers - attention + front, layers))
+    if place == "lfm2":
+        for preset in PRESETS.values():
+            at = tuple(i for i, kind in enumerate(preset["layer_types"]) if kind == "full_attention")
+            if (len(preset["layer_types"]), len(at)) == (layers, attention):
+                return at
+        raise ValueError(f"place lfm2 is not known for {attention} of {layers} layers; only 6 of 16 and 8 of 30 are "
+                         "published: choose another place")
+    raise ValueError(f"place is {place!r}; choose one of {', '.join(get_args(Place))}")
+
+
+def to_letters(layer_types: tuple[LayerType, ...]) -> str:
+    """The pattern with one letter a layer; `parse_pattern` reads it back."""
+    letters = {kind: letter for letter, kind in LETTERS.items()}
+    return "".join(letters[kind] for kind in layer_types)
+
+
+def _spread(counts: dict[LayerType, int]) -> list[LayerType]:
+    """All of several kinds in one order, each spread evenly."""
+    places = [((2 * i + 1) / (2 * n), order, kind)
+              for order, (kind, n) in enumerate(counts.items()) for i in range(n)]
+    return [kind for _, _, kind in sorted(places)]

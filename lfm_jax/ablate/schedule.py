@@ -1,0 +1,442 @@
+"""Running a study: what is left to do, in one process or several, resumed anywhere.
+
+A trial (a point on a task) is the unit that processes share out, by index: its runs share compiled programs. Each run
+that ends is a file of its own, so that nothing is done twice, whoever did it. A run that fails is recorded with its
+error and not tried again unless asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from lfm_jax import recipe
+from lfm_jax.ablate.points import BASE, Point, Trial, all_settings, make_trial, points
+from lfm_jax.ablate.results import (
+    cost_file,
+    digest,
+    read_record,
+    run_file,
+    slug,
+    tuning_file,
+    write_record,
+    write_results,
+)
+from lfm_jax.ablate.study import Study
+from lfm_jax.ablate.tasks.task import Task, open_task
+from lfm_jax.config import ModelConfig
+from lfm_jax.data.manifest import write_whole
+from lfm_jax.train.launch import FAILED, STOPPED
+
+if TYPE_CHECKING:
+    from lfm_jax.ablate.run import Stop
+
+TUNING_SEED = 1_000_000
+"""Seed of the runs that choose a learning rate; no run that is reported has it."""
+SAY_SECONDS = 30.0
+"""Seconds between lines about a run under way."""
+
+
+def _switch(args: list[str]) -> bool:
+    if args not in ([], ["True"], ["False"]):
+        raise ValueError(f"{' '.join(args)!r} is neither True nor False; name the flag alone to switch it on")
+    return args != ["False"]
+
+
+# Recipes write booleans out (`recipe.load_recipe`); what is said of one call only reads better as a bare flag.
+Switch = Annotated[bool, tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*", metavar="[True|False]", instance_from_str=_switch, is_instance=lambda value: isinstance(value, bool),
+    str_from_instance=lambda value: [str(value)],
+)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AblateConfig:
+    """A study, and how this call works on it.
+
+    Raises:
+      ValueError: on construction, one message that lists every bad field.
+    """
+
+    study: Annotated[Study, tyro.conf.arg(name="")]
+    processes: int = 1
+    """Start this many processes here, which share the cores and the trials."""
+    index: str | None = None
+    """I/N: do only every N-th trial from the I-th on (from 0), for a study spread over hosts; no costs, no report."""
+    minutes: float | None = None
+    """Stop after so long; the same command goes on. Exit status 130, as after Ctrl-C."""
+    smoke: Switch = False
+    """Try every part of the study in a few steps, into a directory of its own."""
+    retry_failed: Switch = False
+    """Make failed runs again."""
+    report_only: Switch = False
+    """Only write results.jsonl and the report from what is there."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.processes < 1:
+            problems.append(f"processes is {self.processes}; it must be at least 1")
+        if self.minutes is not None and not self.minutes > 0:
+            problems.append(f"minutes is {self.minutes}; it must be above 0")
+        if self.index is not None:
+            i, _, n = self.index.partition("/")
+            if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
+                problems.append(f"index is {self.index!r}; write I/N with I from 0 to N - 1")
+            if self.processes > 1:
+                problems.append("index names one process of many, and processes starts many; give one of them")
+        if problems:
+            raise ValueError("the flags of lfm ablate are not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def ablate(config: AblateConfig, args: Sequence[str] = ()) -> int:
+    """Runs what is left of a study, measures costs, writes results and report.
+
+    Args:
+      args: the command's own arguments, for the processes that it starts.
+
+    Returns:
+      Exit status: 0, `STOPPED` when it was stopped before its end, `FAILED` when it ended and a run failed.
+
+    Raises:
+      ValueError: the study cannot be run as it is; says why.
+    """
+    study = config.study.smoke() if config.smoke else config.study
+    work = Work(study, smoke=config.smoke)
+    work.check()
+    if config.report_only:
+        return work.report()
+    if config.processes > 1:
+        status = _many(config, args)
+    else:
+        share = (0, 1) if config.index is None else tuple(int(x) for x in config.index.split("/"))
+        with _StopRequest(config.minutes) as stop:
+            status = work.run(share, stop, config.retry_failed)
+    if config.index is not None or status == STOPPED:
+        return status
+    if study.cost_contexts:
+        work.costs()
+    return max(status, work.report())
+
+
+class Work:
+    """A study with its trials worked out."""
+
+    def __init__(self, study: Study, *, smoke: bool = False):
+        self.study, self.smoke, self.out = study, smoke, study.directory
+        found = points(study)
+        self.points = [found[i] for i in sorted({0, min(1, len(found) - 1), len(found) - 1})] if smoke else found
+        self.tasks: dict[str, Task] = {
+            name: open_task(study.task(name), Path(study.out) / "data") for name in study.tasks
+        }
+        self.trials = self._trials()
+        self._shown = 0.0
+
+    def _trials(self) -> list[Trial]:
+        trials, problems = [], []
+        for point in self.points:
+            for name, task in self.tasks.items():
+                try:
+                    trials.append(make_trial(self.study, point, self.points[0], name, task))
+                except ValueError as error:
+                    problems.append(f"{point.name} on {name}: {error}")
+        if problems:
+            raise ValueError("points of the study cannot be used:\n" + "\n".join(f"  - {p}" for p in problems))
+        return trials
+
+    # ---------------------------------------------------------------- what belongs to what
+
+    def digest(self, trial: Trial, seed: int, peak_lr: float) -> str:
+        """Of everything that decides a run."""
+        study = self.study
+        optimizer = dataclasses.replace(study.optimizer, peak_lr=peak_lr)
+        return digest(
+            recipe.to_plain(trial.model), self.tasks[trial.task].digest(), trial.steps, recipe.to_plain(optimizer),
+            recipe.to_plain(study.guard), study.warmup, study.loss_chunk, seed,
+        )
+
+    def check(self) -> None:
+        """Checks that what is there belongs to this study, and writes study.yaml.
+
+        Raises:
+          ValueError: a run of another study is there, or two points have one file name.
+        """
+        names = [slug(point.name) for point in self.points]
+        if len(set(names)) < len(names):
+            raise ValueError("two points of the study have the same file name; vary them in one grid")
+        for trial in self.trials:
+            rates = {self._chosen_rate(trial)} - {None}
+            for seed in range(self.study.seeds):
+                path = run_file(self.out, trial.task, trial.point.name, seed)
+                for rate in rates:
+                    read_record(path, self.digest(trial, seed, rate))
+                if path.exists() and not rates:
+                    raise ValueError(f"{path} is there, but no learning rate was chosen for it; choose another out")
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_whole(self.out / "study.yaml", recipe.dump_recipe(self.study))
+
+    def _chosen_rate(self, trial: Trial) -> float | None:
+        """The learning rate of a trial's runs; None while it is not chosen."""
+        if not self.study.peak_lrs:
+            return self.study.optimizer.peak_lr
+        found = {rate: self._tuning(trial, rate) for rate in self.study.peak_lrs}
+        if None in found.values():
+            return None
+        better = max if self.tasks[trial.task].about.better == "higher" else min
+        scores = {rate: r["score"] for rate, r in found.items() if r is not None and r["score"] is not None}
+        if not scores:
+            return self.study.peak_lrs[0]  # All failed: its runs will fail too, and say so.
+        return better(scores, key=scores.__getitem__)
+
+    def _tuning(self, trial: Trial, rate: float) -> dict[str, Any] | None:
+        path = tuning_file(self.out, trial.task, trial.point.name, rate)
+        return read_record(path, self.digest(trial, TUNING_SEED, rate))
+
+    # ---------------------------------------------------------------- running
+
+    def run(self, share: tuple[int, ...], stop: Stop, retry_failed: bool) -> int:
+        """Makes the runs of a share (i, n) of the trials, every n-th from the i-th on; see `ablate` for the status."""
+        from lfm_jax.ablate.run import StoppedError
+
+        index, count = share
+        try:
+            for mine in self.trials[index::count]:
+                self._run_trial(mine, stop, retry_failed)
+        except StoppedError:
+            _say(f"stopped with {self._progress()}; the same command goes on")
+            return STOPPED
+        return 0
+
+    def _run_trial(self, trial: Trial, stop: Stop, retry_failed: bool) -> None:
+        from lfm_jax.ablate.run import Trainer
+
+        study, out = self.study, self.out
+        trainer = None  # Made, and compiled, only where there is something to do.
+
+        def todo(path: Path) -> bool:
+            record = read_record(path)
+            return record is None or (retry_failed and record["status"] == "failed")
+
+        def do(seeds: Sequence[int], rate: float, paths: Sequence[Path], kind: str) -> None:
+            nonlocal trainer
+            trainer = trainer or Trainer(study, trial, self.tasks[trial.task])
+            self._run_seeds(trainer, trial, seeds, rate, paths, kind, stop)
+
+        for rate in study.peak_lrs:
+            path = tuning_file(out, trial.task, trial.point.name, rate)
+            if todo(path):
+                do([TUNING_SEED], rate, [path], "tuning")
+        rate = self._chosen_rate(trial)
+        assert rate is not None  # All were just tried.
+        for first in range(0, study.seeds, study.seeds_at_once):
+            seeds = range(first, min(first + study.seeds_at_once, study.seeds))
+            paths = [run_file(out, trial.task, trial.point.name, seed) for seed in seeds]
+            if any(map(todo, paths)):
+                do(seeds, rate, paths, "run")
+
+    def _run_seeds(
+        self, trainer: Any, trial: Trial, seeds: Sequence[int], rate: float, paths: Sequence[Path], kind: str,
+        stop: Stop,
+    ) -> None:
+        from lfm_jax.ablate.run import StoppedError
+
+        name = f"{trial.point.name} | {trial.task} | seed {', '.join(map(str, seeds))}, rate {rate:g}"
+
+        def say(done: int) -> None:
+            if time.monotonic() - self._shown > SAY_SECONDS:
+                self._shown = time.monotonic()
+                _say(f"{name}: step {done}/{trial.steps}")
+
+        self._shown = time.monotonic()
+        common = [
+            {"digest": self.digest(trial, seed, rate), "kind": kind, "point": trial.point.name, "task": trial.task,
+             "seed": seed, "peak_lr": rate}
+            for seed in seeds
+        ]
+        try:
+            outcomes = trainer.run(seeds, rate, paths[0].with_suffix(".saved"), stop, say)
+        except StoppedError:
+            raise
+        except Exception as error:  # One that fails must not take the others with it; it is recorded.
+            for path, record in zip(paths, common, strict=True):
+                lines = traceback.format_exc().strip().splitlines()
+                reason = f"{type(error).__name__}: {str(error).strip() or lines[-1]}"
+                write_record(path, record | {
+                    "status": "failed", "error": reason[:2000], "score": None, "metrics": {}, "curves": {},
+                    "seconds": 0.0,
+                })
+            _say(f"{name}: FAILED: {error}")
+            return
+        for path, record, outcome in zip(paths, common, outcomes, strict=True):
+            write_record(path, record | {"status": "ok", "error": None} | dataclasses.asdict(outcome))
+        scores = ", ".join(f"{outcome.score:.4f}" for outcome in outcomes)
+        about = self.tasks[trial.task].about
+        _say(f"{name}: {about.score} {scores} ({outcomes[0].seconds:.0f} s); {self._progress()}")
+
+    def _run_records(self) -> list[dict[str, Any]]:
+        records = []
+        for trial in self.trials:
+            found = [tuning_file(self.out, trial.task, trial.point.name, rate) for rate in self.study.peak_lrs]
+            found += [run_file(self.out, trial.task, trial.point.name, seed) for seed in range(self.study.seeds)]
+            records += [record for path in found if (record := read_record(path)) is not None]
+        return records
+
+    def num_runs(self) -> int:
+        """Planned runs, those that choose learning rates included."""
+        return len(self.trials) * (self.study.seeds + len(self.study.peak_lrs))
+
+    def _progress(self) -> str:
+        """How much is done, by all processes; and the processor time that is left at the pace so far."""
+        records, total = self._run_records(), self.num_runs()
+        text = f"{len(records)}/{total} runs done"
+        seconds = [record["seconds"] for record in records if record["seconds"]]
+        left = total - len(records)
+        if seconds and left:
+            text += f", about {left * sum(seconds) / len(seconds) / 60:.0f} minutes of one process left"
+        return text
+
+    # ---------------------------------------------------------------- costs, results, report
+
+    def costs(self) -> None:
+        """Measures the costs of each point that has none yet, beside the base in the same process."""
+        from lfm_jax.ablate.cost import measure_cost
+
+        name = next(iter(self.tasks))
+        task, base = self.tasks[name], self.trials[0].model
+        for trial in self.trials:
+            path = cost_file(self.out, trial.point.name)
+            if trial.task != name or not _distinct(trial.point):
+                continue
+            key = digest(recipe.to_plain(trial.model), recipe.to_plain(base), self.study.cost_contexts)
+            if read_record(path, key) is not None:
+                continue
+            began = time.monotonic()
+            cost = measure_cost(
+                trial.model, base, train_shape=(task.batch_size, task.seq_len), optimizer=self.study.optimizer,
+                contexts=self.study.cost_contexts,
+            )
+            write_record(path, {"digest": key, "kind": "cost", "point": trial.point.name} | cost)
+            _say(f"{trial.point.name}: costs measured in {time.monotonic() - began:.0f} s")
+
+    def records(self) -> list[dict[str, Any]]:
+        """Everything that is known, in the order of the study: what results.jsonl holds."""
+        from lfm_jax.bench.timing import conditions
+
+        study = self.study
+        head = {
+            "kind": "study", "name": study.name, "question": study.question, "base": BASE,
+            "points": [point.name for point in self.points], "axes": list(all_settings(study, self.points[0])),
+            "seeds": list(range(study.seeds)), "match": study.match, "smoke": self.smoke,
+            "runs": len(self.trials) * study.seeds, "fit": study.fit, "command": f"lfm ablate {study.name}.yaml",
+            "conditions": self._conditions(conditions("jax", "flax", "optax")),
+        }
+        tasks = [
+            {"kind": "task", "task": name, **dataclasses.asdict(task.about), "steps": task.steps,
+             "tokens": task.steps * task.batch_size * task.seq_len}
+            for name, task in self.tasks.items()
+        ]
+        found = [
+            {"kind": "point", "point": trial.point.name, "task": trial.task,
+             "settings": all_settings(study, trial.point), "pattern": _letters(trial.model),
+             "attention_layers": trial.model.attention_layers, "layers": trial.model.num_layers,
+             "params": trial.model.num_params(), "train_flops": trial.train_flops, "tokens": trial.tokens,
+             "match_off": trial.match_off, "changed": trial.changed}
+            for trial in self.trials
+        ]
+        costs = [read_record(cost_file(self.out, point.name)) for point in self.points]
+        return [head, *tasks, *found, *self._run_records(), *(record for record in costs if record is not None)]
+
+    def _conditions(self, here: str) -> str:
+        """Versions and machine on which the study was begun; results made again elsewhere keep them."""
+        path = self.out / "conditions.txt"
+        if not path.exists():
+            write_whole(path, here + "\n")
+        return path.read_text().strip()
+
+    def report(self) -> int:
+        """Writes results.jsonl and the report; `FAILED` where a run failed."""
+        from lfm_jax.ablate.report import write_report
+
+        results = write_results(self.out, self.records())
+        page = write_report(results, self.out / "report")
+        failed = [record for record in self._run_records() if record["status"] == "failed"]
+        _say(f"{self._progress()}{f', {len(failed)} FAILED' if failed else ''}; report: {page}")
+        return FAILED if failed else 0
+
+
+def _distinct(point: Point) -> bool:
+    """Whether a point's costs are its own: a budget of training changes none."""
+    return set(point.settings) != {"train_flops"}
+
+
+def _letters(model: ModelConfig) -> str:
+    from lfm_jax.ablate.pattern import to_letters
+
+    return to_letters(model.layer_types)
+
+
+class _StopRequest:
+    """SIGINT, SIGTERM or the end of the time granted; a second signal acts as usual."""
+
+    def __init__(self, minutes: float | None):
+        from lfm_jax.train.processes import StopRequest
+
+        self._signals = StopRequest()
+        self._deadline = float("inf") if minutes is None else time.monotonic() + 60 * minutes
+
+    def __enter__(self) -> _StopRequest:
+        self._signals.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._signals.__exit__(*exception)
+
+    def due(self) -> bool:
+        return self._signals.due() or time.monotonic() >= self._deadline
+
+
+def _many(config: AblateConfig, args: Sequence[str]) -> int:
+    """The study in several processes here, each on its share of the cores; the worst of their statuses."""
+    cores = sorted(os.sched_getaffinity(0))
+    crew = []
+    for i in range(config.processes):
+        mine = set(cores[i :: config.processes]) or set(cores)
+        command = [sys.executable, "-m", "lfm_jax.cli", "ablate", *args, "--processes", "1",
+                   "--index", f"{i}/{config.processes}"]
+        # A session of its own: Ctrl-C reaches this process only, which passes it on.
+        crew.append(subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL))
+        os.sched_setaffinity(crew[-1].pid, mine)  # Long before it makes threads.
+
+    def pass_on(number: int, frame: Any) -> None:
+        del frame
+        for process in crew:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        statuses = [process.wait() for process in crew]
+    finally:
+        for process in crew:
+            if process.poll() is None:
+                process.kill()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    broken = [f"{i} (exit code {status})" for i, status in enumerate(statuses) if status not in (0, STOPPED)]
+    if broken:
+        raise ValueError(f"process {', '.join(broken)} ended before its work; what it said stands above, and the same "
+                         "command goes on")
+    return max(statuses)
+
+
+def _say(text: str) -> None:
+    print(f"ablate: {text}", file=sys.stderr, flush=True)

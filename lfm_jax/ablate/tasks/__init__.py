@@ -1,0 +1,1 @@
+"""Tasks of a study: text, and synthetic ones that are made on the fly."""

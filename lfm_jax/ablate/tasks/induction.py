@@ -1,0 +1,92 @@
+"""Induction heads, Olsson et al. 2022, arXiv 2209.11895: what followed this token when it last came?
+
+    c a d b c a d b c a
+            a d b c a d        <- targets
+
+Dimensions: T time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+
+from lfm_jax.ablate.tasks.synthetic import MIN_VOCAB, Variant, count_problems, length_problems, length_variants
+from lfm_jax.data.sources import raise_problems
+from lfm_jax.train.loss import LOSS_IGNORE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InductionHeads:
+    """Different symbols in random order, repeated until the row is full; answers are due from the second round on.
+
+    How many there are in a round, the period, is drawn for each row, so that the answer does not stand a fixed number
+    of tokens back. In longer rows periods are longer in proportion, though no longer than the alphabet has symbols.
+
+    A stack of convolutions that sees 1 + L (W - 1) tokens solves the periods below that; with min_period above it can
+    tell only which symbols it has just seen, and is a little above chance.
+
+    Raises:
+      ValueError: on construction, one message that lists every bad field.
+    """
+
+    title: ClassVar[str] = "Induction heads"
+    curve_axes: ClassVar[Mapping[str, str]] = {"length": "tokens of a row"}
+
+    min_period: int = 8
+    """Shortest period of training rows."""
+    max_period: int = 32
+    """Longest period of training rows."""
+    alphabet: int = 64
+    """Different symbols."""
+    length: int = 64
+    """T of training rows."""
+    test_lengths: tuple[int, ...] = ()
+    """Longer rows to measure too; the score leaves them out."""
+    steps: int = 400
+    """Optimizer steps of a run."""
+    batch_size: int = 32
+    """B, rows of one optimizer step."""
+    heldout_rows: int = 256
+    """Rows that each length is measured on."""
+
+    def __post_init__(self) -> None:
+        counts = {"min_period": 1, "max_period": 1, "alphabet": 2, "length": 1}
+        problems = count_problems(self, "induction", counts)
+        if not problems:
+            why = f"for one round of {self.max_period} symbols (induction.max_period) and an answer"
+            problems = length_problems("induction", self.length, self.test_lengths, self.max_period + 1, why)
+            if self.min_period > self.max_period:
+                problems.append(f"induction.min_period is {self.min_period}; lower it to max_period {self.max_period}")
+            if self.max_period > self.alphabet:
+                problems.append(f"induction.max_period is {self.max_period}; a round has different symbols, of "
+                                f"{self.alphabet} (induction.alphabet): lower it, or raise alphabet")
+        raise_problems("InductionHeads is not valid", problems)
+
+    @property
+    def vocab_size(self) -> int:
+        return max(MIN_VOCAB, 1 + self.alphabet)
+
+    @property
+    def seq_len(self) -> int:
+        return self.length
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.alphabet
+
+    def variants(self) -> tuple[Variant, ...]:
+        return length_variants(self.length, self.test_lengths, scored=True)
+
+    def row(self, rng: np.random.Generator, variant: Variant | None) -> tuple[np.ndarray, np.ndarray]:
+        T = variant.length if variant else self.length
+        low, high = (min(self.alphabet, period * T // self.length) for period in (self.min_period, self.max_period))
+        period = int(rng.integers(low, high + 1))
+        symbols = 1 + rng.permutation(self.alphabet)[:period]
+        stream = np.resize(symbols, T + 1).astype(np.int32)
+        targets_T = stream[1:].copy()
+        targets_T[:period] = LOSS_IGNORE
+        return stream[:-1], targets_T

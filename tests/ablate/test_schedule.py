@@ -1,0 +1,208 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from studies import SHALLOW, tiny_study, with_steps
+
+from lfm_jax.ablate import run as runs
+from lfm_jax.ablate.results import RESULTS
+from lfm_jax.ablate.schedule import AblateConfig, Work, ablate
+from lfm_jax.ablate.study import Grid
+from lfm_jax.train.launch import FAILED, STOPPED
+
+pytestmark = pytest.mark.usefixtures("cached")
+
+
+def results(study):
+    ablate(AblateConfig(study=study, report_only=True))
+    return [json.loads(line) for line in Path(study.directory, RESULTS).read_text().splitlines()]
+
+
+def scores(study):
+    return {(r["point"], r["task"], r["seed"]): (r["score"], r["metrics"], r["curves"])
+            for r in results(study) if r["kind"] == "run"}
+
+
+class StopAfter:
+    """A stop that is due after so many questions."""
+
+    def __init__(self, questions):
+        self.left = questions
+
+    def due(self):
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished study of two points, one task, two seeds."""
+    study = tiny_study(out=str(tmp_path_factory.mktemp("study") / "out"), **SHALLOW)
+    assert ablate(AblateConfig(study=study)) == 0
+    return study
+
+
+def test_a_study_runs_and_is_not_run_again(finished, monkeypatch):
+    records = results(finished)
+    kinds = [record["kind"] for record in records]
+    assert kinds == ["study", "task", "point", "point", "run", "run", "run", "run"]
+    assert {(r["point"], r["seed"]) for r in records if r["kind"] == "run"} == {
+        ("base", 0), ("base", 1), ("attention=0", 0), ("attention=0", 1)
+    }
+    run = records[-1]
+    assert run["status"] == "ok"
+    assert 0 <= run["score"] <= 1
+    assert run["metrics"]["answers"] == 16
+    points = [r for r in records if r["kind"] == "point"]
+    assert [p["pattern"] for p in points] == ["ca", "cc"]
+    assert points[0]["train_flops"] == pytest.approx(points[1]["train_flops"], rel=0.1)
+    monkeypatch.setattr(runs, "Trainer", None)  # There is nothing left to do.
+    files = [Path(finished.directory, RESULTS), Path(finished.directory, "report", "README.md")]
+    before = [file.read_text() for file in files]
+    assert ablate(AblateConfig(study=finished)) == 0
+    assert before == [file.read_text() for file in files]
+
+
+def test_seeds_differ_and_a_seed_is_repeated(finished, tmp_path):
+    again = dataclasses.replace(finished, out=str(tmp_path / "again"))
+    ablate(AblateConfig(study=again))
+    assert scores(again) == scores(finished)
+    nats = {metrics["nats_per_answer"] for _, metrics, _ in scores(finished).values()}
+    assert len(nats) == 4
+
+
+def test_shares_of_two_processes_are_the_whole(finished, tmp_path):
+    shared = dataclasses.replace(finished, out=str(tmp_path / "shared"))
+    assert ablate(AblateConfig(study=shared, index="1/2")) == 0
+    assert {point for point, _, _ in scores(shared)} == {"attention=0"}
+    assert ablate(AblateConfig(study=shared, index="0/2")) == 0
+    assert scores(shared) == scores(finished)
+
+
+def test_a_stop_at_any_step_changes_nothing(finished, tmp_path):
+    study = dataclasses.replace(finished, out=str(tmp_path / "stopped"))
+    for questions in (2, 0, 4, 5):  # In a run, before its first step, in the next one.
+        work = Work(study)
+        work.check()
+        assert work.run((0, 1), StopAfter(questions), False) == STOPPED
+    assert ablate(AblateConfig(study=study)) == 0
+    assert scores(study) == scores(finished)
+    assert not list(Path(study.directory, "runs").rglob("*.saved"))
+
+
+def test_the_time_granted_ends_and_the_study_goes_on(finished, tmp_path):
+    study = dataclasses.replace(finished, out=str(tmp_path / "slices"))
+    assert ablate(AblateConfig(study=study, minutes=1e-6)) == STOPPED
+    assert ablate(AblateConfig(study=study)) == 0
+    assert scores(study) == scores(finished)
+
+
+def test_a_failed_run_is_recorded_and_the_rest_goes_on(finished, tmp_path, monkeypatch):
+    study = dataclasses.replace(finished, out=str(tmp_path / "failing"))
+    real = runs.Trainer.run
+
+    def sometimes(self, seeds, *args):
+        if self._trial.point.name == "base" and list(seeds) == [1]:
+            raise RuntimeError("out of luck")
+        return real(self, seeds, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Trainer, "run", sometimes)
+        assert ablate(AblateConfig(study=study)) == FAILED
+    failed = [r for r in results(study) if r.get("status") == "failed"]
+    assert [(r["point"], r["seed"], r["error"]) for r in failed] == [("base", 1, "RuntimeError: out of luck")]
+    assert "out of luck" in Path(study.directory, "report", "README.md").read_text()
+    assert ablate(AblateConfig(study=study)) == FAILED  # Not tried again unless asked.
+    assert ablate(AblateConfig(study=study, retry_failed=True)) == 0
+    assert scores(study) == scores(finished)
+
+
+def test_a_run_that_diverges_has_failed(tmp_path):
+    study = tiny_study(out=str(tmp_path / "out"), **SHALLOW | dict(vary=(Grid.of({"attention": 1}),)), seeds=1)
+    hot = dataclasses.replace(with_steps(study, 40), optimizer=dataclasses.replace(study.optimizer, peak_lr=1e30))
+    assert ablate(AblateConfig(study=hot)) == FAILED
+    (failed,) = [r for r in results(hot) if r["kind"] == "run"]
+    assert "updates in a row were skipped" in failed["error"]
+    assert failed["score"] is None
+
+
+def test_more_seeds_and_points_go_on_and_another_study_is_refused(finished, tmp_path):
+    study = dataclasses.replace(finished, out=str(tmp_path / "grown"))
+    ablate(AblateConfig(study=study))
+    kept = scores(study)
+    grown = dataclasses.replace(study, seeds=3, vary=(Grid.of({"attention": [0, 1, 2]}),))
+    assert ablate(AblateConfig(study=grown)) == 0
+    assert len(scores(grown)) == 9
+    assert kept.items() <= scores(grown).items()
+    for changed in (with_steps(grown, 4), dataclasses.replace(grown, warmup=0.5)):
+        with pytest.raises(ValueError, match="holds a run of another study"):
+            ablate(AblateConfig(study=changed))
+
+
+def test_a_tuned_learning_rate_is_the_best_of_its_grid(tmp_path):
+    study = with_steps(tiny_study(out=str(tmp_path / "out"), **SHALLOW, seeds=1), 30)
+    study = dataclasses.replace(study, peak_lrs=(1e-6, 1e-2), mqar=dataclasses.replace(study.mqar, num_values=2))
+    assert ablate(AblateConfig(study=study)) == 0
+    records = results(study)
+    for point in ("base", "attention=0"):
+        tuned = {r["peak_lr"]: r["score"] for r in records if r["kind"] == "tuning" and r["point"] == point}
+        (rate,) = {r["peak_lr"] for r in records if r["kind"] == "run" and r["point"] == point}
+        assert set(tuned) == {1e-6, 1e-2}
+        assert tuned[rate] == max(tuned.values())
+
+
+def test_seeds_side_by_side_are_the_same_runs(finished, tmp_path):
+    both = dataclasses.replace(finished, out=str(tmp_path / "both"), seeds_at_once=2)
+    assert ablate(AblateConfig(study=both)) == 0
+    alone, together = scores(finished), scores(both)
+    assert alone.keys() == together.keys()
+    for key, (_, metrics, _) in alone.items():
+        np.testing.assert_allclose(together[key][1]["nats_per_answer"], metrics["nats_per_answer"], rtol=1e-5)
+
+
+def test_the_learning_rate_scales_the_update(finished):
+    """One program for all learning rates gives what an optimizer made for each would."""
+    from lfm_jax.train.optimizer import make_optimizer
+    from lfm_jax.train.step import compile_train_step
+
+    work = Work(finished)
+    trial, task = work.trials[0], work.tasks["mqar"]
+    trainer = runs.Trainer(finished, trial, task)
+    optimizer = make_optimizer(dataclasses.replace(finished.optimizer, peak_lr=3e-3, warmup_steps=0), trial.steps)
+    state, same = trainer._init(0), trainer._init(0)
+    step = compile_train_step(trial.model, optimizer, loss_chunk=finished.loss_chunk, guard=finished.guard)
+    for _, batch in zip(range(3), task.train_batches(0), strict=False):
+        state, _ = step(state, batch)
+        same, _ = trainer._one_step(same, batch, np.float32(3e-3))
+    leaves = zip(*(sorted(_flat(s.params).items()) for s in (state, same)), strict=True)
+    for (name, a), (_, b) in leaves:
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6, err_msg=name)
+
+
+def _flat(params):
+    import jax
+
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    (dict(processes=0), "processes is 0"), (dict(index="2/2"), "index is '2/2'"), (dict(index="x"), "write I/N"),
+    (dict(processes=2, index="0/2"), "give one of them"), (dict(minutes=0), "minutes is 0"),
+])
+def test_bad_flags_are_named(flags, says):
+    with pytest.raises(ValueError, match=says):
+        AblateConfig(study=tiny_study(), **flags)
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    (dict(name=""), "name is empty"), (dict(tasks=()), "tasks is empty"), (dict(tasks=("mqar", "mqar")), "twice"),
+    (dict(pattern="cx"), "'x'"), (dict(seeds=3, seeds_at_once=2), "seeds_at_once 2"),
+    (dict(warmup=0.9), "warmup is 0.9"),
+    (dict(peak_lrs=(0.0,)), "peak_lrs has 0.0"), (dict(cost_contexts=(8192,)), "cost_contexts has 8192"),
+    (dict(match_step=0), "match_step is 0"), (dict(checkpoint_minutes=0), "checkpoint_minutes is 0"),
+])
+def test_bad_fields_of_a_study_are_named(changes, says):
+    with pytest.raises(ValueError, match=says):
+        tiny_study(**changes)
