@@ -47,8 +47,9 @@ class Variant(NamedTuple):
 
 
 class SyntheticTask(Protocol):
-    """A task whose rows are drawn, not read; a section of a study, with a field for all that can be set."""
+    """A task whose rows are drawn, not read: a frozen dataclass, the section of a study that says all of it."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
     title: ClassVar[str]
     curve_axes: ClassVar[Mapping[str, str]]
     """By name of a curve: what its x is."""
