@@ -129,6 +129,8 @@ class _Crew:
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
             )
             self.processes.append(process)
+            if self.stopping:  # Asked for while this one came about.
+                process.terminate()
             assert process.stdout is not None
             reader = threading.Thread(target=self._read, args=(i, process.stdout), daemon=True)
             waiter = threading.Thread(target=lambda i=i, p=process: self._ended.put((i, p.wait())), daemon=True)

@@ -228,8 +228,10 @@ def test_a_stop_while_starting_leaves_no_process_behind(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(launch.subprocess, "Popen", one_then_stop)
-    status = launch.start([sys.executable, "-c", "import time; time.sleep(60)"], Launch(processes=2))
+    began = time.monotonic()
+    status = launch.start([sys.executable, "-c", "import time; time.sleep(120)"], Launch(processes=2))
     assert status == STOPPED
+    assert time.monotonic() - began < 60
     assert len(made) == 1
     assert made[0].returncode is not None
 
