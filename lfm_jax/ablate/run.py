@@ -151,9 +151,9 @@ class Trainer:
         # Scaling last, with the state of the optimizer as it is without.
         optimizer = self._optimizer
 
-        def update(updates: Any, opt_state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-            updates, opt_state = optax.with_extra_args_support(optimizer).update(updates, opt_state, params, **extra)
-            return jax.tree.map(lambda u: (peak_lr * u).astype(u.dtype), updates), opt_state
+        def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+            updates, state = optax.with_extra_args_support(optimizer).update(updates, state, params, **extra)
+            return jax.tree.map(lambda u: (peak_lr * u).astype(u.dtype), updates), state
 
         scaled = optax.GradientTransformationExtraArgs(optimizer.init, update)
         return train_step(

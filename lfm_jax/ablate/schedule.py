@@ -134,7 +134,7 @@ class Work:
     def __init__(self, study: Study, *, smoke: bool = False):
         self.study, self.smoke, self.out = study, smoke, study.directory
         found = points(study)
-        self.points = [found[i] for i in sorted({0, min(1, len(found) - 1), len(found) - 1})] if smoke else found
+        self.points = [found[0], *found[1:][-1:]] if smoke else found
         self.tasks: dict[str, Task] = {
             name: open_task(study.task(name), Path(study.out) / "data") for name in study.tasks
         }
@@ -174,12 +174,12 @@ class Work:
         if len(set(names)) < len(names):
             raise ValueError("two points of the study have the same file name; vary them in one grid")
         for trial in self.trials:
-            rates = {self._chosen_rate(trial)} - {None}
+            rate = self._chosen_rate(trial)
             for seed in range(self.study.seeds):
                 path = run_file(self.out, trial.task, trial.point.name, seed)
-                for rate in rates:
+                if rate is not None:
                     read_record(path, self.digest(trial, seed, rate))
-                if path.exists() and not rates:
+                elif path.exists():
                     raise ValueError(f"{path} is there, but no learning rate was chosen for it; choose another out")
         self.out.mkdir(parents=True, exist_ok=True)
         write_whole(self.out / "study.yaml", recipe.dump_recipe(self.study))

@@ -205,7 +205,7 @@ class Study:
         return Path(self.out) / self.name
 
     def smoke(self) -> Study:
-        """The same study cut to a trial of every part: base, first and last point, 2 seeds, 2 steps, no costs."""
+        """The same study cut to a trial of every part: 2 seeds, 2 steps, no costs; of the points only base and last."""
         small: dict[str, Any] = {}
         for name in self.tasks:
             task = self.task(name)

@@ -117,11 +117,16 @@ def test_points_that_make_no_model_are_all_named():
         points(study)
 
 
+@pytest.mark.parametrize("sizes", [(), ("20m",), ("20m", "100m")], ids=lambda sizes: "+".join(sizes) or "cpu")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_study_loads_and_matches(path):
-    study = load_recipe(AblateConfig, path).study
-    assert study.name in path.stem
+def test_every_shipped_study_loads_and_matches(path, sizes):
+    if path.stem == "intelligence_density" and sizes:
+        sizes = ("20m", "density-20m")
+    study = load_recipe(AblateConfig, [path, *(path.parent / "sizes" / f"{size}.yaml" for size in sizes)]).study
+    assert study.name == path.stem
     assert study.seeds >= 5
+    if sizes:
+        assert study.model.hidden_size >= 256
     for name in study.tasks:
         for one in trials(study, name, study.task(name)):
             assert abs(one.match_off) <= 0.01

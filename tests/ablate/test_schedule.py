@@ -1,18 +1,24 @@
 import dataclasses
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from studies import SHALLOW, tiny_study, with_steps
 
 from lfm_jax.ablate import run as runs
 from lfm_jax.ablate.results import RESULTS
 from lfm_jax.ablate.schedule import AblateConfig, Work, ablate
 from lfm_jax.ablate.study import Grid
+from lfm_jax.cli import main
 from lfm_jax.train.launch import FAILED, STOPPED
 
 pytestmark = pytest.mark.usefixtures("cached")
+ROOT = Path(__file__).parents[2]
 
 
 def results(study):
@@ -206,3 +212,37 @@ def test_bad_flags_are_named(flags, says):
 def test_bad_fields_of_a_study_are_named(changes, says):
     with pytest.raises(ValueError, match=says):
         tiny_study(**changes)
+
+
+@pytest.mark.slow
+def test_block_ratio_smokes(tmp_path, capfd):
+    """The shipped study as a user tries it, in two processes."""
+    with pytest.raises(SystemExit) as status:
+        main(["ablate", str(ROOT / "configs" / "ablations" / "block_ratio.yaml"), "--smoke", "--out", str(tmp_path),
+              "--processes", "2"])
+    said = capfd.readouterr().err
+    assert status.value.code == 0, said
+    report = tmp_path / "block_ratio-smoke" / "report"
+    assert "All 8 planned runs are finished" in (report / "README.md").read_text()
+    assert {"text-cost.png", "mqar-cost.png"} <= {path.name for path in report.iterdir()}
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on(finished, tmp_path):
+    """SIGKILL at some moment, twice; then the same command ends with the scores of an undisturbed study."""
+    path = tmp_path / "study.yaml"
+    content = yaml.safe_load((finished.directory / "study.yaml").read_text()) | {"out": str(tmp_path / "killed")}
+    content["model"] = {key: value for key, value in content["model"].items() if key != "layer_types"}
+    content["vary"] = [{"attention": [0, 1]}]
+    path.write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "lfm_jax.cli", "ablate", str(path)]
+    done = tmp_path / "killed" / finished.name / "runs"
+    for runs_there in (1, 3):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while len(list(done.rglob("seed-*.json"))) < runs_there:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+    assert scores(dataclasses.replace(finished, out=str(tmp_path / "killed"))) == scores(finished)
