@@ -18,13 +18,14 @@ from lfm_jax.config import ModelConfig
 from lfm_jax.recipe import dump_recipe, load_recipe
 from lfm_jax.train.loss import LOSS_IGNORE
 
+COMMON = dict(batch_size=6, heldout_rows=16)
 TASKS = {
-    "mqar": Mqar(pairs=(2, 5), length=32, test_lengths=(48,), gap=6, batch_size=6, heldout_rows=16),
-    "copying": SelectiveCopying(symbols=4, alphabet=6, length=24, test_lengths=(40,), batch_size=6, heldout_rows=16),
-    "induction": InductionHeads(
-        min_period=3, max_period=9, alphabet=12, length=24, test_lengths=(40, 60), batch_size=6, heldout_rows=16
+    "mqar": Mqar(pairs=(2, 5), length=32, test_lengths=(48,), gap=6, num_keys=32, num_values=32, **COMMON),
+    "copying": SelectiveCopying(symbols=4, alphabet=6, length=24, test_lengths=(40,), **COMMON),
+    "induction": InductionHeads(min_period=3, max_period=9, alphabet=12, length=24, test_lengths=(40, 60), **COMMON),
+    "needle": Needle(
+        needles=3, length=33, test_lengths=(50,), num_keys=32, num_values=32, fillers=32, **COMMON
     ),
-    "needle": Needle(needles=3, length=33, test_lengths=(50,), batch_size=6, heldout_rows=16),
 }
 every_task = pytest.mark.parametrize("name", TASKS)
 

@@ -39,17 +39,17 @@ class SelectiveCopying:
     title: ClassVar[str] = "Selective copying"
     curve_axes: ClassVar[Mapping[str, str]] = {"length": "tokens of a row"}
 
-    symbols: int = 8
+    symbols: int = 4
     """Symbols to copy."""
-    alphabet: int = 14
+    alphabet: int = 8
     """Different symbols, drawn with repetition."""
-    length: int = 64
+    length: int = 48
     """T of training rows, the markers at their end included."""
     test_lengths: tuple[int, ...] = ()
     """Longer rows to measure too, with as many symbols; the score leaves them out."""
-    steps: int = 400
+    steps: int = 1000
     """Optimizer steps of a run."""
-    batch_size: int = 32
+    batch_size: int = 8
     """B, rows of one optimizer step."""
     heldout_rows: int = 256
     """Rows that each length is measured on."""

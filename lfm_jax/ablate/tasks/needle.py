@@ -44,23 +44,23 @@ class Needle:
 
     needles: int = 4
     """Needles of a row."""
-    length: int = 64
+    length: int = 96
     """T of training rows."""
-    test_lengths: tuple[int, ...] = (128, 256)
+    test_lengths: tuple[int, ...] = (192, 384)
     """Longer rows to measure too, with as many needles; the score leaves them out."""
     depth: bool = True
     """Whether accuracy by depth is measured: ten times heldout_rows more of the longest rows."""
-    num_keys: int = 32
+    num_keys: int = 8
     """Different keys."""
-    num_values: int = 32
+    num_values: int = 8
     """Different values."""
-    fillers: int = 32
+    fillers: int = 8
     """Different tokens of the haystack; neither keys nor values."""
-    steps: int = 400
+    steps: int = 500
     """Optimizer steps of a run."""
-    batch_size: int = 32
+    batch_size: int = 8
     """B, rows of one optimizer step."""
-    heldout_rows: int = 128
+    heldout_rows: int = 64
     """Rows that each length and each depth is measured on."""
 
     def __post_init__(self) -> None:
@@ -69,7 +69,7 @@ class Needle:
         if not isinstance(self.depth, bool):
             problems.append(f"needle.depth is {self.depth!r}; it must be true or false")
         if not problems:
-            # Ten places at least, so that each tenth has one.
+            # Ten more places than needles, so that each tenth of the haystack has one.
             least = 3 * self.needles + 2 * TENTHS
             why = f"for {self.needles} needles (needle.needles), as many questions and some haystack"
             problems = length_problems("needle", self.length, self.test_lengths, least, why)
