@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -193,8 +194,8 @@ def locked(directory: Path, otherwise: str) -> Iterator[None]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
+    """Writes a small file whole or not at all; of several processes that write it at once the last one wins."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
     with open(partial, "w", encoding="utf-8") as handle:
         handle.write(text)
         handle.flush()

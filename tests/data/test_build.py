@@ -19,7 +19,7 @@ import pytest
 from lfm_jax.data import BuildConfig, build, load_manifest, train_bpe
 from lfm_jax.data.block import is_heldout
 from lfm_jax.data.build import plan_blocks
-from lfm_jax.data.manifest import BUILD_DIR, SPLITS
+from lfm_jax.data.manifest import BUILD_DIR, SPLITS, write_whole
 from lfm_jax.data.rows import split_row
 from lfm_jax.data.shards import Records
 from lfm_jax.data.sources import SourceFile, Stretch, read_stretch
@@ -382,3 +382,15 @@ def test_config_lists_every_bad_field():
     assert len(str(error.value).splitlines()) == 1 + len(fields)
     for field in fields:
         assert f"  - {field} is " in str(error.value)
+
+
+def test_many_processes_may_write_one_file(tmp_path):
+    """None fails, and what is there at the end is whole."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    texts = [str(i) * 2000 for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            list(pool.map(lambda text: write_whole(tmp_path / "file", text), texts))
+    assert (tmp_path / "file").read_text() in texts
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -26,8 +26,8 @@ class InductionHeads:
     How many there are in a round, the period, is drawn for each row, so that the answer does not stand a fixed number
     of tokens back. In longer rows periods are longer in proportion, though no longer than the alphabet has symbols.
 
-    Chance is a guess among all symbols. Whoever knows which ones came just now, and so do not come next, is above it: no
-    model that learns anything stays at chance here, as it does in recall beyond its reach.
+    Chance is a guess among all symbols. Symbols that came just now do not come next, so that any model that learns is
+    above it, unlike one beyond its reach in recall.
 
     Raises:
       ValueError: on construction, one message that lists every bad field.

@@ -111,7 +111,7 @@ class _Synthetic:
         curves = dict.fromkeys(variant.curve for variant in settings.variants())
         self.about = About(
             title=settings.title, score="accuracy", better="higher", chance=settings.chance,
-            curves={name: dict(x=settings.curve_axes[name], y="accuracy", log_x=True) for name in curves},
+            curves={name: dict(x=settings.curve_axes[name], y="accuracy", log_x=name != "depth") for name in curves},
         )
 
     def digest(self) -> str:
