@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from lfm_jax.ablate.pattern import attention_at, parse_pattern, to_letters
 from lfm_jax.ablate.study import Study
 from lfm_jax.config import RECURRENCE_VECTORS, LayerType, ModelConfig
+from lfm_jax.train.optimizer import learning_rate
 
 BASE = "base"
 """Name of the base among the points."""
@@ -83,7 +84,8 @@ def all_settings(study: Study, point: Point) -> dict[str, Any]:
     """Values of every axis that the study varies, the base's where the point does not say."""
     base = study.model.replace(layer_types=parse_pattern(study.pattern))
     axes = dict.fromkeys(name for grid in study.vary for name, _ in grid.axes)
-    operators = sorted({_operator(kind, base) for kind in base.layer_types if kind != "full_attention"})
+    model = point.model
+    operators = sorted({_operator(kind, model) for kind in model.layer_types if kind != "full_attention"})
     given: dict[str, Any] = {
         "attention": point.model.attention_layers, "place": "base", "operator": "+".join(operators) or "none",
         "pattern": to_letters(point.model.layer_types), "taps": base.conv_taps, "gates": base.conv_gates,
@@ -93,6 +95,8 @@ def all_settings(study: Study, point: Point) -> dict[str, Any]:
     counted = dict(part.split(":") for part in study.pattern.replace(" ", "").split(",") if ":" in part)
     if counted:
         given["place"] = counted.get("place", "even")
+    if "pattern" in point.settings:
+        given["place"] = "-"
     return {name: point.settings.get(name, given[name]) for name in axes}
 
 
@@ -109,7 +113,7 @@ def make_trial(study: Study, point: Point, base: Point, name: str, task: TaskSha
     """The point on the task `name`, matched to the base on it.
 
     Raises:
-      ValueError: no width brings it within 1 % of the base.
+      ValueError: no width brings it within 1 % of the base, or the schedule is longer than the run.
     """
     B, T, steps = task.batch_size, task.seq_len, task.steps
     model = point.model.replace(vocab_size=task.vocab_size)
@@ -121,6 +125,7 @@ def make_trial(study: Study, point: Point, base: Point, name: str, task: TaskSha
     budget = point.settings.get("train_flops")
     if budget is not None:
         steps = max(1, round(budget / (flops * B * T)))
+    learning_rate(study.optimizer_for(steps, 1.0), steps)  # Refuses a schedule that does not fit.
     changed = {name: (getattr(model, name), getattr(matched, name)) for name in ("hidden_size", "ffn_size")
                if getattr(model, name) != getattr(matched, name)}
     return Trial(point, name, matched, steps, steps * B * T, steps * B * T * flops, off, changed)
@@ -185,6 +190,8 @@ def _model(base: ModelConfig, settings: dict[str, Any], step: int) -> ModelConfi
             changes[name] = settings[axis]
     if operator in RECURRENCE_VECTORS and "recurrence" in changes["layer_types"]:
         changes["recurrence"] = operator
+    if "ffn_ratio" in settings:
+        changes["ffn_size"] = max(1, round(settings["ffn_ratio"] * base.hidden_size / step)) * step
     model = base.replace(**changes)
     if "hidden_size" in settings:
         model = _scaled(model, settings["hidden_size"], step)

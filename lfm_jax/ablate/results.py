@@ -50,11 +50,11 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     write_whole(path, json.dumps(record, allow_nan=False) + "\n")
 
 
-def read_record(path: Path, expected: str | None = None) -> dict[str, Any] | None:
+def read_record(path: Path, *expected: str) -> dict[str, Any] | None:
     """A record; None where there is none.
 
     Args:
-      expected: fingerprint of what the record should belong to.
+      expected: fingerprints of what the record may belong to; none for anything.
 
     Raises:
       ValueError: it belongs to something else, or cannot be read.
@@ -65,7 +65,7 @@ def read_record(path: Path, expected: str | None = None) -> dict[str, Any] | Non
         return None
     except ValueError:
         raise ValueError(f"{path} is not whole; delete it, and its run is made again") from None
-    if expected is not None and record["digest"] != expected:
+    if expected and record["digest"] not in expected:
         raise ValueError(
             f"{path} holds a run of another study: its model, data, steps or learning rate differ from what the study "
             "now says; restore the study, choose another out, or delete the file to make that run again"

@@ -65,40 +65,43 @@ class Trainer:
     def __init__(self, study: Study, trial: Trial, task: Task):
         self._study, self._trial, self._task = study, trial, task
         self._graphdef, _ = abstract_model(trial.model)
-        warmup = round(study.warmup * trial.steps)
         # Made for a learning rate of 1 and scaled in the step: an update is linear in it, and one program serves all.
-        config = dataclasses.replace(study.optimizer, peak_lr=1.0, warmup_steps=warmup)
-        self._optimizer = make_optimizer(config, trial.steps)
+        self._optimizer = make_optimizer(study.optimizer_for(trial.steps, 1.0), trial.steps)
+        self._compiled: set[int] = set()
 
     def run(
-        self, seeds: Sequence[int], peak_lr: float, directory: Path, stop: Stop,
+        self, seeds: Sequence[int], peak_lr: float, directory: Path, key: str, stop: Stop,
         say: Callable[[int], None] = lambda step: None,
     ) -> list[Outcome]:
         """Trains and measures, going on with what a stopped run left in `directory`, which is gone at the end.
 
         Args:
           seeds: one, or several that are trained side by side.
+          key: fingerprint of everything that decides the run; what is saved under another one is thrown away.
           say: told the number of steps done, every LOOK_EVERY steps.
 
         Raises:
           StoppedError: `stop` was due.
-          DivergedError: `guard.max_in_row` updates in a row were skipped.
+          DivergedError: `guard.max_in_row` updates in a row were skipped, or the held-out loss is not finite.
         """
-        state, batches, done, seconds = self._begin(seeds, directory)
-        rate = jnp.float32(peak_lr)
+        self._compile(len(seeds))
+        state, batches, done, seconds = self._begin(seeds, directory, key)
+        rate, recent = jnp.float32(peak_lr), []
         began = saved = time.monotonic()
         while done < self._trial.steps:
             if stop.due():
-                self._save(directory, state, batches, done, seconds + time.monotonic() - began)
+                self._save(directory, key, state, batches, done, seconds + time.monotonic() - began)
                 raise StoppedError
             state, metrics = self._step(seeds)(state, self._stack([next(b) for b in batches]), rate)
             done += 1
+            recent.append(metrics)
             if done % LOOK_EVERY == 0 or done == self._trial.steps:
-                self._check(metrics, done)
+                self._check(recent, done)
+                recent.clear()
                 say(done)
                 now = time.monotonic()
                 if now - saved > 60 * self._study.checkpoint_minutes and done < self._trial.steps:
-                    self._save(directory, state, batches, done, seconds + now - began)
+                    self._save(directory, key, state, batches, done, seconds + now - began)
                     saved = now
         sums = [self._measure(jax.tree.map(lambda x, i=i: x[i], state.params) if len(seeds) > 1 else state.params)
                 for i in range(len(seeds))]
@@ -106,25 +109,31 @@ class Trainer:
         seconds = (seconds + time.monotonic() - began) / len(seeds)
         return [Outcome(**result, seconds=seconds) for result in sums]
 
-    def warm(self, seeds: Sequence[int]) -> float:
-        """Compiles for runs of so many seeds; the seconds that it took."""
-        began = time.monotonic()
-        state, batches, _, _ = self._begin(seeds, None)
-        state, metrics = self._step(seeds)(state, self._stack([next(b) for b in batches]), jnp.float32(0))
-        jax.block_until_ready(metrics)
-        return time.monotonic() - began
+    def _compile(self, seeds: int) -> None:
+        """Compiles for so many seeds at once, so that no run's time has it in it."""
+        if seeds in self._compiled:
+            return
+        state, batches, _, _ = self._begin(range(seeds), None, "")
+        state, _ = self._step(range(seeds))(state, self._stack([next(b) for b in batches]), jnp.float32(0))
+        params = jax.tree.map(lambda x: x[0], state.params) if seeds > 1 else state.params
+        shapes = set()
+        for batch, _ in self._task.heldout_batches():
+            if batch["tokens"].shape not in shapes:
+                shapes.add(batch["tokens"].shape)
+                jax.block_until_ready(self._evaluate(params, dict(batch)))
+        self._compiled.add(seeds)
 
     # ---------------------------------------------------------------- training
 
     def _begin(
-        self, seeds: Sequence[int], directory: Path | None
+        self, seeds: Sequence[int], directory: Path | None, key: str
     ) -> tuple[TrainState, list[Any], int, float]:
         """(state, iterators, steps done, seconds spent) of a new run or of the one that was stopped."""
         batches = [self._task.train_batches(seed) for seed in seeds]
         if directory is not None and directory.exists():
             manager = CheckpointManager(directory, keep=None)
             try:
-                if manager.steps():
+                if (manager.latest_config() or {}).get("key") == key:
                     abstract = jax.eval_shape(lambda: self._stack([self._init(seed) for seed in seeds]))
                     found = manager.restore_latest(abstract)
                     for iterator, position in zip(batches, found.data["iterators"], strict=True):
@@ -132,6 +141,7 @@ class Trainer:
                     return found.state, batches, found.step, found.data["seconds"]
             finally:
                 manager.close()
+            shutil.rmtree(directory)
         return self._stack([self._init(seed) for seed in seeds]), batches, 0, 0.0
 
     def _init(self, seed: int) -> TrainState:
@@ -169,22 +179,26 @@ class Trainer:
     def _many_steps(self) -> Callable[..., Any]:
         return jax.jit(jax.vmap(self._train_step, in_axes=(0, 0, None)), donate_argnums=0)
 
-    def _check(self, metrics: Mapping[str, jax.Array], done: int) -> None:
-        in_row = int(np.max(np.asarray(metrics["skipped_in_row"])))
+    def _check(self, recent: Sequence[Mapping[str, jax.Array]], done: int) -> None:
+        """Looks at the steps since the last look."""
+        in_row = max(int(np.max(np.asarray(metrics["skipped_in_row"]))) for metrics in recent)
+        metrics = recent[-1]
         if in_row >= self._study.guard.max_in_row:
             raise DivergedError(
                 f"{in_row} updates in a row were skipped up to step {done} (loss {np.asarray(metrics['loss'])}, "
                 f"gradient norm {np.asarray(metrics['grad_norm'])}); lower the learning rate, or raise guard.spike"
             )
 
-    def _save(self, directory: Path, state: TrainState, batches: Sequence[Any], done: int, seconds: float) -> None:
+    def _save(
+        self, directory: Path, key: str, state: TrainState, batches: Sequence[Any], done: int, seconds: float
+    ) -> None:
         if not done:
             return
         directory.mkdir(parents=True, exist_ok=True)
         manager = CheckpointManager(directory, keep=1)
         try:
             position = {"iterators": [iterator.get_state() for iterator in batches], "seconds": seconds}
-            manager.save(done, state, position, {})
+            manager.save(done, state, position, {"key": key})
         finally:
             manager.close()
 
@@ -196,7 +210,11 @@ class Trainer:
         for batch, tag in self._task.heldout_batches():
             nll_BT, hit_BT = self._evaluate(params, dict(batch))
             score.add(batch, tag, np.asarray(nll_BT), np.asarray(hit_BT))
-        return score.result()
+        result = score.result()
+        numbers = [result["score"], *result["metrics"].values(), *(y for c in result["curves"].values() for _, y in c)]
+        if not np.all(np.isfinite(numbers)):
+            raise DivergedError("the held-out loss is not finite; lower the learning rate")
+        return result
 
     @cached_property
     def _evaluate(self) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import batched
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+import yaml
 
 from lfm_jax import recipe
-from lfm_jax.ablate.points import BASE, Point, Trial, all_settings, make_trial, points
+from lfm_jax.ablate.points import BASE, Trial, all_settings, make_trial, points
 from lfm_jax.ablate.results import (
     cost_file,
     digest,
@@ -35,7 +39,7 @@ from lfm_jax.ablate.results import (
 from lfm_jax.ablate.study import Study
 from lfm_jax.ablate.tasks.task import Task, open_task
 from lfm_jax.config import ModelConfig
-from lfm_jax.data.manifest import write_whole
+from lfm_jax.data.manifest import locked, write_whole
 from lfm_jax.train.launch import FAILED, STOPPED
 
 if TYPE_CHECKING:
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
 
 TUNING_SEED = 1_000_000
 """Seed of the runs that choose a learning rate; no run that is reported has it."""
+_CONDITIONS = "conditions.txt"
 SAY_SECONDS = 30.0
 """Seconds between lines about a run under way."""
 
@@ -72,7 +77,8 @@ class AblateConfig:
     processes: int = 1
     """Start this many processes here, which share the cores and the trials."""
     index: str | None = None
-    """I/N: do only every N-th trial from the I-th on (from 0), for a study spread over hosts; no costs, no report."""
+    """I/N: do only every N-th trial from the I-th on (from 0), for a study spread over hosts; no costs, no report. With
+    processes: one of those started here, which takes other trials too once its own are done."""
     minutes: float | None = None
     """Stop after so long; the same command goes on. Exit status 130, as after Ctrl-C."""
     smoke: Switch = False
@@ -92,8 +98,6 @@ class AblateConfig:
             i, _, n = self.index.partition("/")
             if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
                 problems.append(f"index is {self.index!r}; write I/N with I from 0 to N - 1")
-            if self.processes > 1:
-                problems.append("index names one process of many, and processes starts many; give one of them")
         if problems:
             raise ValueError("the flags of lfm ablate are not valid:\n" + "\n".join(f"  - {p}" for p in problems))
 
@@ -111,28 +115,29 @@ def ablate(config: AblateConfig, args: Sequence[str] = ()) -> int:
       ValueError: the study cannot be run as it is; says why.
     """
     study = config.study.smoke() if config.smoke else config.study
-    work = Work(study, smoke=config.smoke)
+    work = Work(study, smoke=config.smoke, args=args)
     work.check()
     if config.report_only:
         return work.report()
-    if config.processes > 1:
-        status = _many(config, args)
+    if config.processes > 1 and config.index is None:
+        status = _many(config.processes, args)
     else:
         share = (0, 1) if config.index is None else tuple(int(x) for x in config.index.split("/"))
         with _StopRequest(config.minutes) as stop:
-            status = work.run(share, stop, config.retry_failed)
+            status = work.run(share, stop, config.retry_failed, help_others=config.processes > 1)
     if config.index is not None or status == STOPPED:
         return status
-    if study.cost_contexts:
-        work.costs()
-    return max(status, work.report())
+    with _StopRequest(config.minutes) as stop:
+        status = work.costs(stop)
+    return STOPPED if status == STOPPED else max(status, work.report())
 
 
 class Work:
     """A study with its trials worked out."""
 
-    def __init__(self, study: Study, *, smoke: bool = False):
+    def __init__(self, study: Study, *, smoke: bool = False, args: Sequence[str] = ()):
         self.study, self.smoke, self.out = study, smoke, study.directory
+        self._command = shlex.join(["lfm", "ablate", *_of_the_study(args or [f"{study.name}.yaml"])])
         found = points(study)
         self.points = [found[0], *found[1:][-1:]] if smoke else found
         self.tasks: dict[str, Task] = {
@@ -174,15 +179,16 @@ class Work:
         if len(set(names)) < len(names):
             raise ValueError("two points of the study have the same file name; vary them in one grid")
         for trial in self.trials:
-            rate = self._chosen_rate(trial)
             for seed in range(self.study.seeds):
                 path = run_file(self.out, trial.task, trial.point.name, seed)
-                if rate is not None:
-                    read_record(path, self.digest(trial, seed, rate))
-                elif path.exists():
-                    raise ValueError(f"{path} is there, but no learning rate was chosen for it; choose another out")
+                record = read_record(path)
+                rates = (*self.study.peak_lrs, self.study.optimizer.peak_lr)
+                if record is not None and record["peak_lr"] in rates:
+                    rates = (record["peak_lr"],)
+                read_record(path, *(self.digest(trial, seed, rate) for rate in rates))
         self.out.mkdir(parents=True, exist_ok=True)
-        write_whole(self.out / "study.yaml", recipe.dump_recipe(self.study))
+        plain = recipe.to_plain(self.study) | {"vary": [grid.plain() for grid in self.study.vary]}
+        write_whole(self.out / "study.yaml", yaml.safe_dump(plain, sort_keys=False))
 
     def _chosen_rate(self, trial: Trial) -> float | None:
         """The learning rate of a trial's runs; None while it is not chosen."""
@@ -203,51 +209,69 @@ class Work:
 
     # ---------------------------------------------------------------- running
 
-    def run(self, share: tuple[int, ...], stop: Stop, retry_failed: bool) -> int:
-        """Makes the runs of a share (i, n) of the trials, every n-th from the i-th on; see `ablate` for the status."""
+    def run(self, share: tuple[int, ...], stop: Stop, retry_failed: bool, *, help_others: bool = False) -> int:
+        """Makes the runs of a share (i, n) of the trials, every n-th from the i-th on; see `ablate` for the status.
+
+        A trial that another process is at is left to it.
+
+        Args:
+          help_others: take the trials of other shares too, once those of this one are done.
+        """
         from lfm_jax.ablate.run import StoppedError
 
         index, count = share
+        mine = self.trials[index::count]
+        # Backwards, so that the others are met late.
+        others = [trial for trial in self.trials[::-1] if trial not in mine] if help_others else []
+        self._note_conditions()
         try:
-            for mine in self.trials[index::count]:
-                self._run_trial(mine, stop, retry_failed)
+            for trial in (*mine, *others):
+                folder = run_file(self.out, trial.task, trial.point.name, 0).parent
+                folder.mkdir(parents=True, exist_ok=True)
+                with suppress(_TakenError), _locked(folder):
+                    self._run_trial(trial, stop, retry_failed)
         except StoppedError:
             _say(f"stopped with {self._progress()}; the same command goes on")
             return STOPPED
         return 0
 
     def _run_trial(self, trial: Trial, stop: Stop, retry_failed: bool) -> None:
-        from lfm_jax.ablate.run import Trainer
+        from lfm_jax.ablate.run import StoppedError, Trainer
 
         study, out = self.study, self.out
         trainer = None  # Made, and compiled, only where there is something to do.
 
-        def todo(path: Path) -> bool:
+        def todo(path: Path, rate: float) -> bool:
             record = read_record(path)
-            return record is None or (retry_failed and record["status"] == "failed")
+            # Another rate may have been chosen since, when one that had failed was tried again.
+            return record is None or record["peak_lr"] != rate or (retry_failed and record["status"] == "failed")
 
         def do(seeds: Sequence[int], rate: float, paths: Sequence[Path], kind: str) -> None:
             nonlocal trainer
+            if stop.due():
+                raise StoppedError
             trainer = trainer or Trainer(study, trial, self.tasks[trial.task])
             self._run_seeds(trainer, trial, seeds, rate, paths, kind, stop)
 
         for rate in study.peak_lrs:
             path = tuning_file(out, trial.task, trial.point.name, rate)
-            if todo(path):
+            if todo(path, rate):
                 do([TUNING_SEED], rate, [path], "tuning")
         rate = self._chosen_rate(trial)
         assert rate is not None  # All were just tried.
-        for first in range(0, study.seeds, study.seeds_at_once):
-            seeds = range(first, min(first + study.seeds_at_once, study.seeds))
-            paths = [run_file(out, trial.task, trial.point.name, seed) for seed in seeds]
-            if any(map(todo, paths)):
-                do(seeds, rate, paths, "run")
+        paths = {seed: run_file(out, trial.task, trial.point.name, seed) for seed in range(study.seeds)}
+        left = [seed for seed, path in paths.items() if todo(path, rate)]
+        for seeds in batched(left, study.seeds_at_once):
+            # A group that is not full would be another program.
+            for group in [seeds] if len(seeds) == study.seeds_at_once else [(seed,) for seed in seeds]:
+                do(group, rate, [paths[seed] for seed in group], "run")
 
     def _run_seeds(
         self, trainer: Any, trial: Trial, seeds: Sequence[int], rate: float, paths: Sequence[Path], kind: str,
         stop: Stop,
     ) -> None:
-        from lfm_jax.ablate.run import StoppedError
+        from lfm_jax.ablate.run import DivergedError, StoppedError
+        from lfm_jax.train.processes import device_failed
 
         name = f"{trial.point.name} | {trial.task} | seed {', '.join(map(str, seeds))}, rate {rate:g}"
 
@@ -263,10 +287,17 @@ class Work:
             for seed in seeds
         ]
         try:
-            outcomes = trainer.run(seeds, rate, paths[0].with_suffix(".saved"), stop, say)
+            key = digest([record["digest"] for record in common])
+            outcomes = trainer.run(seeds, rate, paths[0].with_suffix(".saved"), key, stop, say)
         except StoppedError:
             raise
         except Exception as error:  # One that fails must not take the others with it; it is recorded.
+            if device_failed(error):  # The next ones would fail like it.
+                raise
+            if isinstance(error, DivergedError) and len(seeds) > 1:  # One of them: which, each alone will show.
+                for seed, path in zip(seeds, paths, strict=True):
+                    self._run_seeds(trainer, trial, [seed], rate, [path], kind, stop)
+                return
             for path, record in zip(paths, common, strict=True):
                 lines = traceback.format_exc().strip().splitlines()
                 reason = f"{type(error).__name__}: {str(error).strip() or lines[-1]}"
@@ -306,38 +337,52 @@ class Work:
 
     # ---------------------------------------------------------------- costs, results, report
 
-    def costs(self) -> None:
-        """Measures the costs of each point that has none yet, beside the base in the same process."""
+    def costs(self, stop: Stop) -> int:
+        """Measures the costs of each point that has none yet, beside the base in the same process; see `ablate`.
+
+        They are those of the first task's shapes. Points of one model share them.
+        """
         from lfm_jax.ablate.cost import measure_cost
 
-        name = next(iter(self.tasks))
+        study, name, status = self.study, next(iter(self.tasks)), 0
         task, base = self.tasks[name], self.trials[0].model
-        for trial in self.trials:
+        known: dict[str, dict[str, Any]] = {}
+        for trial in self.trials if study.cost_contexts else ():
             path = cost_file(self.out, trial.point.name)
-            if trial.task != name or not _distinct(trial.point):
+            if trial.task != name:
                 continue
-            key = digest(recipe.to_plain(trial.model), recipe.to_plain(base), self.study.cost_contexts)
-            if read_record(path, key) is not None:
-                continue
-            began = time.monotonic()
-            cost = measure_cost(
-                trial.model, base, train_shape=(task.batch_size, task.seq_len), optimizer=self.study.optimizer,
-                contexts=self.study.cost_contexts,
-            )
-            write_record(path, {"digest": key, "kind": "cost", "point": trial.point.name} | cost)
-            _say(f"{trial.point.name}: costs measured in {time.monotonic() - began:.0f} s")
+            key = digest(recipe.to_plain(trial.model), recipe.to_plain(base), study.cost_contexts, study.loss_chunk)
+            record = read_record(path)
+            if record is None or record["digest"] != key:
+                if stop.due():
+                    _say("stopped while costs were measured; the same command goes on")
+                    return STOPPED
+                began = time.monotonic()
+                try:
+                    cost = known.get(key) or measure_cost(
+                        trial.model, base, train_shape=(task.batch_size, task.seq_len), optimizer=study.optimizer,
+                        contexts=study.cost_contexts, loss_chunk=study.loss_chunk,
+                    )
+                except Exception as error:  # The report is owed all the same; the next call tries again.
+                    _say(f"{trial.point.name}: costs FAILED: {error}")
+                    status = FAILED
+                    continue
+                record = {"digest": key, "kind": "cost"} | cost | {"point": trial.point.name}
+                write_record(path, record)
+                _say(f"{trial.point.name}: costs measured in {time.monotonic() - began:.0f} s")
+            known[key] = record
+        return status
 
     def records(self) -> list[dict[str, Any]]:
         """Everything that is known, in the order of the study: what results.jsonl holds."""
-        from lfm_jax.bench.timing import conditions
-
         study = self.study
+        self._note_conditions()
         head = {
             "kind": "study", "name": study.name, "question": study.question, "base": BASE,
             "points": [point.name for point in self.points], "axes": list(all_settings(study, self.points[0])),
             "seeds": list(range(study.seeds)), "match": study.match, "smoke": self.smoke,
-            "runs": len(self.trials) * study.seeds, "fit": study.fit, "command": f"lfm ablate {study.name}.yaml",
-            "conditions": self._conditions(conditions("jax", "flax", "optax")),
+            "runs": len(self.trials) * study.seeds, "fit": study.fit, "command": self._command,
+            "conditions": (self.out / _CONDITIONS).read_text().strip(),
         }
         tasks = [
             {"kind": "task", "task": name, **dataclasses.asdict(task.about), "steps": task.steps,
@@ -355,12 +400,17 @@ class Work:
         costs = [read_record(cost_file(self.out, point.name)) for point in self.points]
         return [head, *tasks, *found, *self._run_records(), *(record for record in costs if record is not None)]
 
-    def _conditions(self, here: str) -> str:
-        """Versions and machine on which the study was begun; results made again elsewhere keep them."""
-        path = self.out / "conditions.txt"
+    def _note_conditions(self) -> None:
+        """Keeps versions and machine on which the study was begun."""
+        import jax
+
+        from lfm_jax.bench.timing import conditions
+
+        path = self.out / _CONDITIONS
         if not path.exists():
-            write_whole(path, here + "\n")
-        return path.read_text().strip()
+            device = jax.devices()[0]
+            accelerator = "" if device.platform == "cpu" else f"{device.device_kind}; "
+            write_whole(path, accelerator + conditions("jax", "flax", "optax") + "\n")
 
     def report(self) -> int:
         """Writes results.jsonl and the report; `FAILED` where a run failed."""
@@ -368,14 +418,42 @@ class Work:
 
         results = write_results(self.out, self.records())
         page = write_report(results, self.out / "report")
-        failed = [record for record in self._run_records() if record["status"] == "failed"]
+        failed = [r for r in self._run_records() if r["status"] == "failed" and r["kind"] == "run"]
         _say(f"{self._progress()}{f', {len(failed)} FAILED' if failed else ''}; report: {page}")
         return FAILED if failed else 0
 
 
-def _distinct(point: Point) -> bool:
-    """Whether a point's costs are its own: a budget of training changes none."""
-    return set(point.settings) != {"train_flops"}
+class _TakenError(ValueError):
+    """Another process is at a trial."""
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder, "taken"))
+        except ValueError as error:
+            raise _TakenError from error
+        yield
+
+
+_HOW = {"--processes": 1, "--index": 1, "--minutes": 1, "--retry-failed": 0, "--retry_failed": 0, "--report-only": 0,
+        "--report_only": 0}
+"""Flags of one call, with the number of their values: no part of what a study is."""
+
+
+def _of_the_study(args: Sequence[str]) -> list[str]:
+    """A command's arguments without those that only say how it was to be worked on."""
+    kept, skip = [], 0
+    for arg in args:
+        name = arg.split("=")[0]
+        if skip:
+            skip -= 1
+        elif name in _HOW:
+            skip = 0 if "=" in arg else _HOW[name]
+        else:
+            kept.append(arg)
+    return kept
 
 
 def _letters(model: ModelConfig) -> str:
@@ -404,26 +482,32 @@ class _StopRequest:
         return self._signals.due() or time.monotonic() >= self._deadline
 
 
-def _many(config: AblateConfig, args: Sequence[str]) -> int:
+def _many(processes: int, args: Sequence[str]) -> int:
     """The study in several processes here, each on its share of the cores; the worst of their statuses."""
     cores = sorted(os.sched_getaffinity(0))
-    crew = []
-    for i in range(config.processes):
-        mine = set(cores[i :: config.processes]) or set(cores)
-        command = [sys.executable, "-m", "lfm_jax.cli", "ablate", *args, "--processes", "1",
-                   "--index", f"{i}/{config.processes}"]
-        # A session of its own: Ctrl-C reaches this process only, which passes it on.
-        crew.append(subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL))
-        os.sched_setaffinity(crew[-1].pid, mine)  # Long before it makes threads.
+    crew: list[subprocess.Popen[bytes]] = []
+    stopping: list[int] = []
 
     def pass_on(number: int, frame: Any) -> None:
         del frame
+        stopping.append(number)
         for process in crew:
             if process.poll() is None:
                 process.send_signal(number)
 
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for i in range(processes):
+            if stopping:
+                break
+            command = [sys.executable, "-m", "lfm_jax.cli", "ablate", *args, "--processes", str(processes),
+                       "--index", f"{i}/{processes}"]
+            # A session of its own: Ctrl-C reaches this process only, which passes it on.
+            crew.append(subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL))
+            if stopping:
+                crew[-1].terminate()
+            with suppress(ProcessLookupError):  # Long before it makes threads.
+                os.sched_setaffinity(crew[-1].pid, set(cores[i::processes]) or set(cores))
         statuses = [process.wait() for process in crew]
     finally:
         for process in crew:
@@ -431,6 +515,8 @@ def _many(config: AblateConfig, args: Sequence[str]) -> int:
                 process.kill()
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if stopping:
+        return STOPPED
     broken = [f"{i} (exit code {status})" for i, status in enumerate(statuses) if status not in (0, STOPPED)]
     if broken:
         raise ValueError(f"process {', '.join(broken)} ended before its work; what it said stands above, and the same "

@@ -16,7 +16,7 @@ from lfm_jax.ablate.tasks.copying import SelectiveCopying
 from lfm_jax.ablate.tasks.induction import InductionHeads
 from lfm_jax.ablate.tasks.needle import Needle
 from lfm_jax.ablate.tasks.recall import Mqar
-from lfm_jax.ablate.tasks.text import Text
+from lfm_jax.ablate.tasks.text import BOS, EOS, Text
 from lfm_jax.config import ConvGates, ModelConfig
 from lfm_jax.train.optimizer import OptimizerConfig
 from lfm_jax.train.step import GuardConfig
@@ -45,6 +45,8 @@ class Grid:
     """Every combination of some axes' values: `{attention: [0, 2, 4], operator: [conv, rglru]}` in a study."""
 
     axes: tuple[tuple[str, tuple[Any, ...]], ...]
+    problem: str | None = None
+    """Why what was written is no grid: `Study` says so, since a flag's parser would keep it to itself."""
 
     @classmethod
     def of(cls, plain: Any) -> Grid:
@@ -94,7 +96,9 @@ def _grid_from_yaml(text: str) -> Grid:
     try:
         return Grid.of(yaml.safe_load(text))
     except yaml.YAMLError as error:
-        raise ValueError(f"{text!r} is not valid YAML ({str(error).splitlines()[0]})") from None
+        return Grid((), f"{text!r} is not valid YAML ({str(error).splitlines()[0]})")
+    except ValueError as error:
+        return Grid((), str(error))
 
 
 _GRID = tyro.constructors.PrimitiveConstructorSpec(
@@ -154,7 +158,7 @@ class Study:
     """Seeds trained side by side by `vmap`: more on an accelerator that one small model leaves idle. On CPU it was not
     faster (docs/ablations)."""
     checkpoint_minutes: float = 5.0
-    """A run that takes longer is saved so often, and goes on from there after a stop."""
+    """A run that takes longer is saved so often, and goes on from there after a kill."""
     fit: bool = False
     """Fit loss against parameters and tokens (grids over hidden_size and train_flops, task text)."""
     cost_contexts: tuple[int, ...] = (1024, 8192, 32768)
@@ -189,6 +193,11 @@ class Study:
             problems.append(f"seeds {self.seeds} is not a multiple of seeds_at_once {self.seeds_at_once}")
         problems += [f"cost_contexts has {T}, over model.max_position {self.model.max_position}"
                      for T in self.cost_contexts if self.model.max_position < T]
+        problems += [f"vary: {grid.problem}" for grid in self.vary if grid.problem]
+        if self.model.scan_layers:
+            problems.append("model.scan_layers is true; studies run layer by layer, so leave it out")
+        if "text" in self.tasks and (self.model.bos_id, *self.model.eos_ids[:1]) != (BOS, EOS):
+            problems.append(f"model.bos_id and eos_ids are not {BOS} and {EOS}, with which a study builds its text")
         try:
             parse_pattern(self.pattern)
         except ValueError as error:
@@ -204,13 +213,19 @@ class Study:
     def directory(self) -> Path:
         return Path(self.out) / self.name
 
+    def optimizer_for(self, steps: int, peak_lr: float) -> OptimizerConfig:
+        """The optimizer of a run of so many steps."""
+        return dataclasses.replace(self.optimizer, peak_lr=peak_lr, warmup_steps=round(self.warmup * steps))
+
     def smoke(self) -> Study:
-        """The same study cut to a trial of every part: 2 seeds, 2 steps, no costs; of the points only base and last."""
+        """The same study cut to a trial: 2 seeds, 2 steps, no costs; of the points only base and last."""
         small: dict[str, Any] = {}
         for name in self.tasks:
             task = self.task(name)
             few = {"steps": 2, "heldout_rows": min(task.heldout_rows, task.batch_size)}
             small[name] = dataclasses.replace(task, **few)
+        grids = (tuple((name, values) for name, values in grid.axes if name != "train_flops") for grid in self.vary)
         return dataclasses.replace(
-            self, name=f"{self.name}-smoke", seeds=2, seeds_at_once=1, peak_lrs=(), cost_contexts=(), **small
+            self, name=f"{self.name}-smoke", vary=tuple(Grid(axes) for axes in grids if axes), seeds=2, seeds_at_once=1,
+            peak_lrs=(), cost_contexts=(), **small,
         )

@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,7 @@ def test_points_are_matched_within_one_percent(by):
         {"ffn_ratio": [1.0, 3.0]},
     ))
     made = trials(study)
+    assert {one.point.settings.get("ffn_ratio") for one in made} == {None, 1.0, 3.0}
     base = made[0].model
     assert made[0].match_off == 0
     assert made[0].changed == {}
@@ -131,3 +133,30 @@ def test_every_shipped_study_loads_and_matches(path, sizes):
         for one in trials(study, name, study.task(name)):
             assert abs(one.match_off) <= 0.01
     assert yaml.safe_load(path.read_text())["out"].startswith("runs/")
+
+
+def test_a_bad_grid_of_a_file_is_told_as_it_is(tmp_path):
+    content = yaml.safe_load(CONFIGS[0].read_text()) | {"vary": [{"layers": [3]}]}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match="layers cannot be varied; the axes are"):
+        load_recipe(AblateConfig, path)
+
+
+def test_a_schedule_longer_than_a_run_is_refused_before_anything_runs():
+    study = tiny_study(match="none", vary=grids({"train_flops": [1.0e8]}))
+    long = dataclasses.replace(study, optimizer=dataclasses.replace(study.optimizer, decay_steps=50))
+    with pytest.raises(ValueError, match="decay_steps 50 exceed the run's"):
+        trials(long)
+
+
+def test_unmatched_ratios_are_as_asked():
+    study = tiny_study(match="none", vary=grids({"ffn_ratio": [1.0, 3.0]}))
+    assert [one.model.ffn_size for one in trials(study)] == [64, 32, 96]
+
+
+def test_a_pattern_is_not_labelled_with_the_operator_of_the_base():
+    study = tiny_study(match="none", vary=grids({"pattern": "rrar"}, {"operator": "liquid", "place": "back"}))
+    found = points(study)
+    assert all_settings(study, found[1]) == {"pattern": "rrar", "operator": "rglru", "place": "-"}
+    assert all_settings(study, found[0]) == {"pattern": "ccac", "operator": "conv", "place": "even"}

@@ -63,7 +63,7 @@ def test_of_twenty_pairs_of_identical_arms_few_are_flagged():
     trainer = runs.Trainer(study, work.trials[0], work.tasks["mqar"])
     nats = []
     for first in range(0, 200, 50):
-        outcomes = trainer.run(range(first, first + 50), 1e-2, study.directory / "never", NeverStop())
+        outcomes = trainer.run(range(first, first + 50), 1e-2, study.directory / "never", "", NeverStop())
         nats += [outcome.metrics["nats_per_answer"] for outcome in outcomes]
     arms = [dict(enumerate(nats[i : i + 5])) for i in range(0, 200, 5)]
     assert len({value for arm in arms for value in arm.values()}) == 200  # Every run is another one.

@@ -5,16 +5,18 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import yaml
 from studies import SHALLOW, tiny_study, with_steps
 
 from lfm_jax.ablate import run as runs
-from lfm_jax.ablate.results import RESULTS
+from lfm_jax.ablate.results import RESULTS, run_file
 from lfm_jax.ablate.schedule import AblateConfig, Work, ablate
 from lfm_jax.ablate.study import Grid
 from lfm_jax.cli import main
+from lfm_jax.data.manifest import locked
 from lfm_jax.train.launch import FAILED, STOPPED
 
 pytestmark = pytest.mark.usefixtures("cached")
@@ -188,14 +190,12 @@ def test_the_learning_rate_scales_the_update(finished):
 
 
 def _flat(params):
-    import jax
-
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
 
 
 @pytest.mark.parametrize(("flags", "says"), [
     (dict(processes=0), "processes is 0"), (dict(index="2/2"), "index is '2/2'"), (dict(index="x"), "write I/N"),
-    (dict(processes=2, index="0/2"), "give one of them"), (dict(minutes=0), "minutes is 0"),
+    (dict(minutes=0), "minutes is 0"),
 ])
 def test_bad_flags_are_named(flags, says):
     with pytest.raises(ValueError, match=says):
@@ -232,8 +232,6 @@ def test_a_killed_study_goes_on(finished, tmp_path):
     """SIGKILL at some moment, twice; then the same command ends with the scores of an undisturbed study."""
     path = tmp_path / "study.yaml"
     content = yaml.safe_load((finished.directory / "study.yaml").read_text()) | {"out": str(tmp_path / "killed")}
-    content["model"] = {key: value for key, value in content["model"].items() if key != "layer_types"}
-    content["vary"] = [{"attention": [0, 1]}]
     path.write_text(yaml.safe_dump(content))
     command = [sys.executable, "-m", "lfm_jax.cli", "ablate", str(path)]
     done = tmp_path / "killed" / finished.name / "runs"
@@ -246,3 +244,91 @@ def test_a_killed_study_goes_on(finished, tmp_path):
         process.wait()
     assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
     assert scores(dataclasses.replace(finished, out=str(tmp_path / "killed"))) == scores(finished)
+
+
+def test_a_saved_run_of_another_study_is_not_gone_on_with(finished, tmp_path):
+    study = dataclasses.replace(finished, out=str(tmp_path / "changed"))
+    work = Work(study)
+    work.check()
+    assert work.run((0, 1), StopAfter(3), False) == STOPPED
+    assert list(Path(study.directory).rglob("*.saved"))
+    changed = dataclasses.replace(study, warmup=0.3)
+    assert ablate(AblateConfig(study=changed)) == 0
+    fresh = dataclasses.replace(changed, out=str(tmp_path / "fresh"))
+    assert ablate(AblateConfig(study=fresh)) == 0
+    assert scores(changed) == scores(fresh)
+
+
+def test_a_trial_that_another_process_is_at_is_left_to_it(finished, tmp_path):
+    study = dataclasses.replace(finished, out=str(tmp_path / "shared"))
+    work = Work(study)
+    work.check()
+    taken = run_file(work.out, "mqar", "base", 0).parent
+    taken.mkdir(parents=True)
+    with locked(taken, "taken"):
+        assert work.run((0, 2), StopAfter(1000), False, help_others=True) == 0
+    assert {point for point, _, _ in scores(study)} == {"attention=0"}
+    assert work.run((0, 2), StopAfter(1000), False, help_others=True) == 0
+    assert scores(study) == scores(finished)
+
+
+def test_of_seeds_side_by_side_only_what_diverges_fails(finished, tmp_path, monkeypatch):
+    study = dataclasses.replace(finished, out=str(tmp_path / "both"), seeds_at_once=2)
+    real = runs.Trainer.run
+
+    def one_diverges(self, seeds, *args):
+        if 1 in seeds and self._trial.point.name == "base":
+            raise runs.DivergedError("too hot")
+        return real(self, seeds, *args)
+
+    monkeypatch.setattr(runs.Trainer, "run", one_diverges)
+    assert ablate(AblateConfig(study=study)) == FAILED
+    found = {(r["point"], r["seed"]): r["status"] for r in results(study) if r["kind"] == "run"}
+    assert found == {("base", 0): "ok", ("base", 1): "failed", ("attention=0", 0): "ok", ("attention=0", 1): "ok"}
+
+
+def test_a_lost_device_is_no_failed_run(finished, tmp_path, monkeypatch):
+    def lost(self, *args):
+        raise jax.errors.JaxRuntimeError("INTERNAL: device lost")
+
+    study = dataclasses.replace(finished, out=str(tmp_path / "lost"))
+    monkeypatch.setattr(runs.Trainer, "run", lost)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        ablate(AblateConfig(study=study))
+    assert not list(Path(study.directory).rglob("seed-*.json"))
+
+
+@pytest.mark.slow
+def test_costs_are_measured_once_and_reported(finished, tmp_path):
+    study = dataclasses.replace(finished, out=str(tmp_path / "costs"), cost_contexts=(32,))
+    assert ablate(AblateConfig(study=study)) == 0
+    costs = {r["point"]: r for r in results(study) if r["kind"] == "cost"}
+    assert list(costs) == ["base", "attention=0"]
+    assert costs["base"]["relative"]["decode"] == {"32": 1.0}
+    assert costs["base"]["state_bytes"]["32"] > costs["attention=0"]["state_bytes"]["32"]
+    page = (study.directory / "report" / "README.md").read_text()
+    before = (study.directory / "costs" / "base.json").read_bytes()
+    assert ablate(AblateConfig(study=study)) == 0
+    assert (study.directory / "costs" / "base.json").read_bytes() == before
+    assert (study.directory / "report" / "README.md").read_text() == page
+
+
+@pytest.mark.slow
+def test_sigterm_stops_a_crew_and_the_command_goes_on(finished, tmp_path):
+    path = tmp_path / "study.yaml"
+    content = yaml.safe_load((finished.directory / "study.yaml").read_text()) | {"out": str(tmp_path / "crew")}
+    path.write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "lfm_jax.cli", "ablate", str(path), "--processes", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not list((tmp_path / "crew").rglob("mqar/*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(60) in (STOPPED, 0)
+    assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+    assert scores(dataclasses.replace(finished, out=str(tmp_path / "crew"))) == scores(finished)
+
+
+def test_the_command_is_that_of_the_study_not_of_the_call():
+    args = ["a.yaml", "--processes", "2", "--text.sources", "books", "--minutes=8", "--retry-failed", "--seeds", "3"]
+    assert Work(tiny_study(), args=args)._command == "lfm ablate a.yaml --text.sources books --seeds 3"

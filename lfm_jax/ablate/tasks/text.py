@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from lfm_jax.data import DataConfig, load_tokenizer, train_bpe, train_iterator
 from lfm_jax.data.build import BuildConfig, build
@@ -119,12 +120,18 @@ class Text:
 
 
 class PreparedText:
-    """Text as rows on disk."""
+    """Text as rows on disk.
+
+    Raises:
+      ValueError: nothing is held out, or the tokenizer is not a byte-level one.
+    """
 
     def __init__(self, text: Text, manifest: Manifest):
         assert (manifest.directory / MANIFEST_FILE).exists()
         self.text, self.manifest = text, manifest
         self._tokenizer = load_tokenizer(manifest.directory)
+        self.bytes_of_ids = _bytes_of_ids(self._tokenizer, manifest.vocab_size)
+        """UTF-8 bytes that each id stands for, int64 [V]; 0 for special tokens, which no text holds."""
         if not manifest.heldout.rows:
             raise ValueError(
                 f"text.heldout_fraction {text.heldout_fraction} of {manifest.train.documents} documents holds out "
@@ -136,7 +143,7 @@ class PreparedText:
         return self.manifest.vocab_size
 
     def digest(self) -> str:
-        """Of every row."""
+        """Of every training row; the held-out ones come of the same build."""
         return self.manifest.fingerprint()
 
     def train_batches(self, seed: int) -> grain.DatasetIterator:
@@ -164,28 +171,25 @@ class PreparedText:
                 for key in batch[0]
             }
 
-    def bytes_of_ids(self) -> np.ndarray:
-        """UTF-8 bytes that each id stands for, int64 [V]; 0 for special tokens.
 
-        Raises:
-          ValueError: the tokenizer is not a byte-level one.
-        """
-        plain = json.loads(self._tokenizer.to_str())
-        if "ByteLevel" not in json.dumps(plain["decoder"]):
-            raise ValueError("text.tokenizer is not a byte-level BPE, so that the bytes of a token are not known; "
-                             "leave it out or give another")
-        sizes = np.zeros(self.vocab_size, np.int64)
-        special = {token["id"] for token in plain["added_tokens"]}
-        for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
-            sizes[i] = 0 if i in special else len(token)  # One character of its alphabet is one byte.
-        return sizes
+def _bytes_of_ids(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    plain = json.loads(tokenizer.to_str())
+    if "ByteLevel" not in json.dumps(plain["decoder"]):
+        raise ValueError("text.tokenizer is not a byte-level BPE, so that the bytes of a token are not known; leave it "
+                         "out or give another")
+    sizes = np.zeros(vocab_size, np.int64)
+    for token, i in tokenizer.get_vocab(with_added_tokens=False).items():
+        sizes[i] = len(token)  # One character of its alphabet is one byte.
+    for token in plain["added_tokens"]:
+        sizes[token["id"]] = 0 if token["special"] else len(token["content"].encode())
+    return sizes
 
 
 class TextScore:
     """Sums over held-out rows, and what is reported of them."""
 
     def __init__(self, prepared: PreparedText):
-        self._bytes = prepared.bytes_of_ids()
+        self._bytes = prepared.bytes_of_ids
         edges = [0, 1]
         while edges[-1] < prepared.text.seq_len:
             edges.append(2 * edges[-1])
