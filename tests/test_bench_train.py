@@ -31,7 +31,7 @@ def test_the_gpu_suite_runs_in_toy_size_and_a_variant_that_fails_loses_only_its_
     assert packed[8].endswith("s")
     assert "impl='cudnn' needs an NVIDIA GPU" in cudnn[4]
     assert float(peer[4].replace(",", "")) > 0
-    assert "Best at T = 32: remat ffn, packed, 2 rows, " in report
+    assert "Best at T = 32, packed: remat ffn, packed, 2 rows, " in report
     assert "x transformers." in report
 
 
@@ -97,19 +97,21 @@ def test_the_gpu_table_has_mfu_the_best_of_each_length_and_what_was_left_out(mon
     monkeypatch.setattr(train, "Process", FakeProcess)
     model = {"preset": "lfm2.5-350m"}
 
-    def variant(name, side, rows, T):
-        return Variant(name, train_side.Job(side=side, model=model, rows=rows, T=T))
+    def variant(name, side, rows, T, documents=0):
+        return Variant(name, train_side.Job(side=side, model=model, rows=rows, T=T, documents=documents))
 
     jobs = [variant("a", "ours", 8, 4096), variant("b", "ours", 16, 4096), variant("c", "ours", 99, 4096),
-            variant("d", "peer", 8, 4096), variant("e", "ours", 1, 32768)]
+            variant("d", "peer", 8, 4096), variant("e", "ours", 1, 32768), variant("f", "ours", 4, 4096, documents=8)]
     report = train.bench_gpu(jobs)
-    a, b, c, d, e = rows_of(report)
+    a, b, c, d, e, f = rows_of(report)
+    assert f[2] == "8"
     assert a[4:] == ["200,008", "46.0 %", "163.8 ms", "30.0 GB", "40 s"]
     assert c[4] == "RESOURCE_EXHAUSTED: out of memory"
     assert d[8] == "first step 1 s"
     assert float(e[5].split()[0]) > float(b[5].split()[0])  # Attention to a longer row is more work a token.
-    assert "Best at T = 4,096: b, 16 rows, 200,016 tokens/s; 2.00x transformers." in report
-    assert "Best at T = 32,768: e, 1 rows, 200,001 tokens/s; no figure of transformers." in report
+    assert "Best at T = 4,096, one document a row: b, 16 rows, 200,016 tokens/s; 2.00x transformers." in report
+    assert "Best at T = 4,096, packed: f, 4 rows, 200,004 tokens/s; 2.00x transformers." in report
+    assert "Best at T = 32,768, one document a row: e, 1 rows, 200,001 tokens/s; no figure of transformers." in report
 
     late = train.bench_gpu(jobs, limit=-1)
     assert rows_of(late) == []

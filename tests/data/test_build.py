@@ -19,7 +19,7 @@ import pytest
 from lfm_jax.data import BuildConfig, build, load_manifest, train_bpe
 from lfm_jax.data.block import is_heldout
 from lfm_jax.data.build import plan_blocks
-from lfm_jax.data.manifest import BUILD_DIR, SPLITS, write_whole
+from lfm_jax.data.manifest import BUILD_DIR, SPLITS, locked, write_whole
 from lfm_jax.data.rows import split_row
 from lfm_jax.data.shards import Records
 from lfm_jax.data.sources import SourceFile, Stretch, read_stretch
@@ -267,10 +267,8 @@ def test_a_directory_with_other_things_is_refused(corpus, tmp_path):
 
 
 def test_two_builds_at_once_are_refused(corpus, tmp_path):
-    from lfm_jax.data.build import _lock
-
     (tmp_path / "set").mkdir()
-    with _lock(tmp_path / "set"), pytest.raises(ValueError, match="another build is at work"):
+    with locked(tmp_path / "set", "taken"), pytest.raises(ValueError, match="another build is at work"):
         quiet(config(corpus, tmp_path / "set"))
     quiet(config(corpus, tmp_path / "set"))
 
