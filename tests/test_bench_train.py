@@ -115,7 +115,7 @@ def test_the_gpu_table_has_mfu_the_best_of_each_length_and_what_was_left_out(mon
 
     late = train.bench_gpu(jobs, limit=-1)
     assert rows_of(late) == []
-    assert "Out of time: the last 5 variants were not run." in late
+    assert "Out of time: the last 6 variants were not run." in late
 
 
 def test_a_side_that_does_not_answer_in_time_or_dies_says_so(monkeypatch):

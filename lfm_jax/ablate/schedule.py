@@ -188,7 +188,7 @@ class Work:
                 read_record(path, *(self.digest(trial, seed, rate) for rate in rates))
         self.out.mkdir(parents=True, exist_ok=True)
         plain = recipe.to_plain(self.study) | {"vary": [grid.plain() for grid in self.study.vary]}
-        write_whole(self.out / "study.yaml", yaml.safe_dump(plain, sort_keys=False))
+        write_whole(self.out / "study.yaml", yaml.safe_dump(plain, sort_keys=False), by_many=True)
 
     def _chosen_rate(self, trial: Trial) -> float | None:
         """The learning rate of a trial's runs; None while it is not chosen."""
@@ -410,7 +410,7 @@ class Work:
         if not path.exists():
             device = jax.devices()[0]
             accelerator = "" if device.platform == "cpu" else f"{device.device_kind}; "
-            write_whole(path, accelerator + conditions("jax", "flax", "optax") + "\n")
+            write_whole(path, accelerator + conditions("jax", "flax", "optax") + "\n", by_many=True)
 
     def report(self) -> int:
         """Writes results.jsonl and the report; `FAILED` where a run failed."""

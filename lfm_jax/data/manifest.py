@@ -193,9 +193,14 @@ def locked(directory: Path, otherwise: str) -> Iterator[None]:
         os.close(handle)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all; of several processes that write it at once the last one wins."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
+def write_whole(path: Path, text: str, *, by_many: bool = False) -> None:
+    """Writes a small file whole or not at all.
+
+    Args:
+      by_many: several processes may write it at once, and the last one wins. A kill then leaves a file beside it that
+        nobody takes up again.
+    """
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial" if by_many else f"{path.name}.partial")
     with open(partial, "w", encoding="utf-8") as handle:
         handle.write(text)
         handle.flush()

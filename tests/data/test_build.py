@@ -389,6 +389,6 @@ def test_many_processes_may_write_one_file(tmp_path):
     texts = [str(i) * 2000 for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(20):
-            list(pool.map(lambda text: write_whole(tmp_path / "file", text), texts))
+            list(pool.map(lambda text: write_whole(tmp_path / "file", text, by_many=True), texts))
     assert (tmp_path / "file").read_text() in texts
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -115,7 +115,7 @@ class Text:
         if not file.exists():
             directory.mkdir(parents=True, exist_ok=True)
             documents = Documents(find_files(sources, exclude), self.text_field)
-            write_whole(file, train_bpe(documents, self.vocab_size).to_str(pretty=True))
+            write_whole(file, train_bpe(documents, self.vocab_size).to_str(pretty=True), by_many=True)
         return directory
 
 
