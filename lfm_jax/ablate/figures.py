@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lfm_jax.ablate.report import Results
+    from lfm_jax.ablate.results import Results
 
 Picture = tuple[str, str]
 """(what it shows, file name)."""

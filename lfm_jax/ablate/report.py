@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lfm_jax.ablate import scaling
+from lfm_jax.ablate.results import Record, Results, read_results
 from lfm_jax.ablate.stats import ALPHA, CLAIM_SEEDS, Comparison, Difference, Summary, compare, summarize
 from lfm_jax.plan.units import si, size
 
@@ -21,8 +20,6 @@ TOLERANCE = 0.01
 """How far from the base's count a matched point may lie."""
 LOGGED_ERROR = 400
 """Most characters of an error on the page."""
-
-Record = dict[str, Any]
 
 HOW_TO_READ = f"""\
 - Runs of one seed share the order of the data and the seed of their first weights, at every point. A difference to the
@@ -35,122 +32,13 @@ HOW_TO_READ = f"""\
   and neither are tasks for one another.
 - A verdict needs {CLAIM_SEEDS} paired seeds. With fewer the study only explores, and whatever it suggests is a question
   for another study.
+- The t tests take differences to be spread about evenly. Accuracies near 0 or 1, or high with some seeds and low with
+  others, are not: look at the intervals' ends, and take a *p* near the limit for less than it says.
+- Where learning rates were tuned, they were chosen on the same held-out rows, with a seed of their own.
 - A point whose runs failed is compared on the seeds that are left, which flatters it: look at its failures first.
 - Speeds are of one machine. All of this is at small scale, and an order of small models trained briefly may not be that
   of large ones trained long.
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class Results:
-    """The records of results.jsonl, the same whatever their order there."""
-
-    study: Record
-    tasks: dict[str, Record]
-    points: dict[tuple[str, str], Record]
-    """By (task, point)."""
-    runs: dict[tuple[str, str, int], Record]
-    """Finished ones, by (task, point, seed)."""
-    failures: tuple[Record, ...]
-    """Failed runs and failed tuning runs; those that finished when repeated are among them."""
-    tuning: tuple[Record, ...]
-    costs: dict[str, Record]
-    """By point."""
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """Points, in the order of display."""
-        planned = self.study.get("points", [])
-        seen = {point for _, point in self.points} | {point for _, point, _ in self.runs} | set(self.costs)
-        seen |= {record["point"] for record in (*self.failures, *self.tuning)}
-        return (*planned, *sorted(seen - set(planned)))
-
-    @property
-    def base(self) -> str | None:
-        return self.study.get("base")
-
-    @cached_property
-    def task_names(self) -> tuple[str, ...]:
-        seen = {task for task, _ in self.points} | {task for task, _, _ in self.runs} | set(self.tasks)
-        return tuple(sorted(seen | {record["task"] for record in (*self.failures, *self.tuning)}))
-
-    @cached_property
-    def axes(self) -> tuple[str, ...]:
-        """Axes that the study varies."""
-        if "axes" in self.study:
-            return tuple(self.study["axes"])
-        return tuple(sorted({axis for record in self.points.values() for axis in record["settings"]}))
-
-    @cached_property
-    def labels(self) -> dict[str, str]:
-        """What figures call each point: its values of the axes, or its name where they do not tell it apart."""
-        values = {name: ", ".join(self.values(name)) or name for name in self.names}
-        unique = all(list(values.values()).count(value) == 1 for value in values.values())
-        return {name: (value if unique else name) + (" (base)" if name == self.base else "")
-                for name, value in values.items()}
-
-    def record(self, point: str) -> Record | None:
-        """The point on the first task that has it."""
-        return next((self.points[task, point] for task in self.task_names if (task, point) in self.points), None)
-
-    def values(self, point: str) -> list[str]:
-        """Values of the axes, as text; empty where the point is not recorded."""
-        record = self.record(point)
-        return [] if record is None else [_setting(record["settings"].get(axis)) for axis in self.axes]
-
-    def scores(self, task: str) -> dict[str, dict[int, float]]:
-        """point -> seed -> score of finished runs, points in the order of display."""
-        found: dict[str, dict[int, float]] = {name: {} for name in self.names}
-        for (of, point, seed), run in self.runs.items():
-            if of == task:
-                found[point][seed] = run["score"]
-        return {point: scores for point, scores in found.items() if scores}
-
-    def score_label(self, task: str) -> str:
-        """The score and which way is good, for an axis of a figure or the head of a column."""
-        record = self.tasks.get(task)
-        return "score" if record is None else f"{record['score']} ({record['better']} is better)"
-
-    def title(self, task: str) -> str:
-        return self.tasks.get(task, {}).get("title", task)
-
-
-def read_results(path: Path) -> Results:
-    """Reads results.jsonl; a last line that a kill cut short is left out, and a line twice counts once.
-
-    Raises:
-      ValueError: a line that is no record, or two records of one thing that differ.
-    """
-    of_kind: dict[str, list[Record]] = {kind: [] for kind in ("study", "task", "point", "run", "tuning", "cost")}
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            record = json.loads(line)
-            of_kind[record["kind"]].append(record)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path.name} line {number} is no record of a study ({error!r}); remove it") from None
-    finished: dict[tuple[str, str, int], Record] = {}
-    failures = []
-    for record in _distinct(of_kind["run"] + of_kind["tuning"]):
-        if not _finished(record):
-            failures.append(record)
-        elif record["kind"] == "run":
-            key = (record["task"], record["point"], record["seed"])
-            if finished.setdefault(key, record)["score"] != record["score"]:
-                raise ValueError(f"{path.name} has two scores of run {key}: {finished[key]['score']} and "
-                                 f"{record['score']}; remove one of the lines")
-    studies = _by(("name",), of_kind["study"], path)
-    if len(studies) > 1:
-        raise ValueError(f"{path.name} holds the studies {sorted(name for name, in studies)}; give each its own file")
-    return Results(
-        study=next(iter(studies.values()), {}),
-        tasks={task: record for (task,), record in _by(("task",), of_kind["task"], path).items()},
-        points={(task, point): record
-                for (task, point), record in _by(("task", "point"), of_kind["point"], path).items()},
-        runs=finished,
-        failures=tuple(failures),
-        tuning=tuple(_distinct(of_kind["tuning"])),
-        costs={point: record for (point,), record in _by(("point",), of_kind["cost"], path).items()},
-    )
 
 
 def write_report(results: Path, out: Path) -> Path:
@@ -199,27 +87,6 @@ def write_report(results: Path, out: Path) -> Path:
 # ---------------------------------------------------------------------------------------------------------- records
 
 
-def _finished(record: Record) -> bool:
-    score = record.get("score")
-    return record["status"] == "ok" and score is not None and math.isfinite(score)
-
-
-def _distinct(records: Iterable[Record]) -> list[Record]:
-    """Each record once, in an order of its own."""
-    return [json.loads(text) for text in sorted({json.dumps(record, sort_keys=True) for record in records})]
-
-
-def _by(keys: tuple[str, ...], records: Iterable[Record], path: Path) -> dict[tuple[str, ...], Record]:
-    found: dict[tuple[str, ...], Record] = {}
-    for record in _distinct(records):
-        other = found.setdefault(tuple(record[key] for key in keys), record)
-        if other != record:
-            differ = sorted(name for name in other.keys() | record.keys() if other.get(name) != record.get(name))
-            raise ValueError(f"{path.name} has two {record['kind']} records of {' '.join(record[k] for k in keys)} "
-                             f"that differ in {', '.join(differ)}; remove the one that no longer holds")
-    return found
-
-
 def _arms(results: Results) -> list[scaling.Arm]:
     """Sizes and tokens on task text, for the law."""
     scores = results.scores("text")
@@ -237,12 +104,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int
     rule = ["---" if i < text_columns else "---:" for i in range(len(head))]
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, rule, *rows)]
     return "\n".join("| " + " | ".join(row) + " |" for row in cells)
-
-
-def _setting(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _with_interval(found: Summary | Difference, form: str) -> str:
@@ -517,7 +378,7 @@ def _tuning_row(
     used = sorted({run["peak_lr"] for (of, name, _), run in results.runs.items() if (of, name) == (task, point)})
     cells = []
     for rate in rates:
-        scores = [f"{record['score']:.4f}" if _finished(record) else "failed" for record in own
+        scores = [f"{record['score']:.4f}" if is_finished(record) else "failed" for record in own
                   if record["peak_lr"] == rate]
         cell = ", ".join(scores) or "-"
         cells.append(f"**{cell}**" if rate in used else cell)

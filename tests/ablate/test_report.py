@@ -10,7 +10,8 @@ from scipy.stats import ttest_rel
 
 from lfm_jax.ablate import figures, scaling
 from lfm_jax.ablate.figures import pareto
-from lfm_jax.ablate.report import read_results, write_report
+from lfm_jax.ablate.report import write_report
+from lfm_jax.ablate.results import read_results
 
 SHARES = (0, 1, 2, 4, 6, 8)
 CONTEXTS = (1024, 8192, 32768)

@@ -7,8 +7,7 @@ import pytest
 from studies import tiny_study
 
 from lfm_jax.ablate import run as runs
-from lfm_jax.ablate.report import read_results
-from lfm_jax.ablate.results import RESULTS
+from lfm_jax.ablate.results import RESULTS, read_results
 from lfm_jax.ablate.schedule import AblateConfig, Work, ablate
 from lfm_jax.ablate.stats import compare
 from lfm_jax.ablate.study import Grid
