@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lfm_jax.ablate import scaling
-from lfm_jax.ablate.results import Record, Results, read_results
+from lfm_jax.ablate.results import Record, Results, is_finished, read_results
 from lfm_jax.ablate.stats import ALPHA, CLAIM_SEEDS, Comparison, Difference, Summary, compare, summarize
 from lfm_jax.plan.units import si, size
 

@@ -143,7 +143,7 @@ class Results:
     def values(self, point: str) -> list[str]:
         """Values of the axes, as text; empty where the point is not recorded."""
         record = self.record(point)
-        return [] if record is None else [setting_text(record["settings"].get(axis)) for axis in self.axes]
+        return [] if record is None else [_setting(record["settings"].get(axis)) for axis in self.axes]
 
     def scores(self, task: str) -> dict[str, dict[int, float]]:
         """point -> seed -> score of finished runs, points in the order of display."""
@@ -221,7 +221,7 @@ def _by(keys: tuple[str, ...], records: Iterable[Record], path: Path) -> dict[tu
     return found
 
 
-def setting_text(value: Any) -> str:
+def _setting(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:g}" if isinstance(value, float) else str(value)
