@@ -115,7 +115,7 @@ def ablate(config: AblateConfig, args: Sequence[str] = ()) -> int:
       ValueError: the study cannot be run as it is; says why.
     """
     study = config.study.smoke() if config.smoke else config.study
-    work = Work(study, smoke=config.smoke, args=args)
+    work = Work(study, smoke=config.smoke, args=args, processes=config.processes)
     work.check()
     if config.report_only:
         return work.report()
@@ -135,8 +135,8 @@ def ablate(config: AblateConfig, args: Sequence[str] = ()) -> int:
 class Work:
     """A study with its trials worked out."""
 
-    def __init__(self, study: Study, *, smoke: bool = False, args: Sequence[str] = ()):
-        self.study, self.smoke, self.out = study, smoke, study.directory
+    def __init__(self, study: Study, *, smoke: bool = False, args: Sequence[str] = (), processes: int = 1):
+        self.study, self.smoke, self.out, self._processes = study, smoke, study.directory, processes
         self._command = shlex.join(["lfm", "ablate", *_of_the_study(args or [f"{study.name}.yaml"])])
         found = points(study)
         self.points = [found[0], *found[1:][-1:]] if smoke else found
@@ -410,7 +410,8 @@ class Work:
         if not path.exists():
             device = jax.devices()[0]
             accelerator = "" if device.platform == "cpu" else f"{device.device_kind}; "
-            write_whole(path, accelerator + conditions("jax", "flax", "optax") + "\n", by_many=True)
+            many = f"; {self._processes} processes side by side, each with its share" if self._processes > 1 else ""
+            write_whole(path, accelerator + conditions("jax", "flax", "optax") + many + "\n", by_many=True)
 
     def report(self) -> int:
         """Writes results.jsonl and the report; `FAILED` where a run failed."""
