@@ -14,13 +14,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from lfm_jax.ablate.tasks.synthetic import MIN_VOCAB, Variant, count_problems, length_problems, length_variants
-from lfm_jax.data.sources import raise_problems
+from lfm_jax.ablate.tasks.synthetic import MIN_VOCAB, SyntheticTask, Variant
 from lfm_jax.train.loss import LOSS_IGNORE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InductionHeads:
+class InductionHeads(SyntheticTask):
     """Different symbols in random order, repeated until the row is full; answers are due from the second round on.
 
     How many there are in a round, the period, is drawn for each row, so that the answer does not stand a fixed number
@@ -28,13 +27,11 @@ class InductionHeads:
 
     Chance is a guess among all symbols. Symbols that came just now do not come next, so that any model that learns is
     above it, unlike one beyond its reach in recall.
-
-    Raises:
-      ValueError: on construction, one message that lists every bad field.
     """
 
+    section: ClassVar[str] = "induction"
     title: ClassVar[str] = "Induction heads"
-    curve_axes: ClassVar[Mapping[str, str]] = {"length": "tokens of a row"}
+    least: ClassVar[Mapping[str, int]] = {"min_period": 1, "max_period": 1, "alphabet": 2}
 
     min_period: int = 8
     """Shortest period of training rows."""
@@ -44,42 +41,27 @@ class InductionHeads:
     """Different symbols."""
     length: int = 48
     """T of training rows."""
-    test_lengths: tuple[int, ...] = ()
-    """Longer rows to measure too; the score leaves them out."""
     steps: int = 800
-    """Optimizer steps of a run."""
-    batch_size: int = 8
-    """B, rows of one optimizer step."""
-    heldout_rows: int = 256
-    """Rows that each length is measured on."""
 
-    def __post_init__(self) -> None:
-        counts = {"min_period": 1, "max_period": 1, "alphabet": 2, "length": 1}
-        problems = count_problems(self, "induction", counts)
-        if not problems:
-            why = f"for one round of {self.max_period} symbols (induction.max_period) and an answer"
-            problems = length_problems("induction", self.length, self.test_lengths, self.max_period + 1, why)
-            if self.min_period > self.max_period:
-                problems.append(f"induction.min_period is {self.min_period}; lower it to max_period {self.max_period}")
-            if self.max_period > self.alphabet:
-                problems.append(f"induction.max_period is {self.max_period}; a round has different symbols, of "
-                                f"{self.alphabet} (induction.alphabet): lower it, or raise alphabet")
-        raise_problems("InductionHeads is not valid", problems)
+    def shortest(self) -> tuple[int, str]:
+        return self.max_period + 1, f"for one round of {self.max_period} symbols (induction.max_period) and an answer"
+
+    def _misfits(self) -> list[str]:
+        problems = []
+        if self.min_period > self.max_period:
+            problems.append(f"induction.min_period is {self.min_period}; lower it to max_period {self.max_period}")
+        if self.max_period > self.alphabet:
+            problems.append(f"induction.max_period is {self.max_period}; a round has different symbols, of "
+                            f"{self.alphabet} (induction.alphabet): lower it, or raise alphabet")
+        return problems
 
     @property
     def vocab_size(self) -> int:
         return max(MIN_VOCAB, 1 + self.alphabet)
 
     @property
-    def seq_len(self) -> int:
-        return self.length
-
-    @property
     def chance(self) -> float:
         return 1 / self.alphabet
-
-    def variants(self) -> tuple[Variant, ...]:
-        return length_variants(self.length, self.test_lengths, scored=True)
 
     def row(self, rng: np.random.Generator, variant: Variant | None) -> tuple[np.ndarray, np.ndarray]:
         T = variant.length if variant else self.length

@@ -16,15 +16,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from lfm_jax.ablate.tasks.synthetic import MIN_VOCAB, Variant, count_problems, length_problems, length_variants
-from lfm_jax.data.sources import raise_problems
+from lfm_jax.ablate.tasks.synthetic import MIN_VOCAB, SyntheticTask, Variant
 from lfm_jax.train.loss import LOSS_IGNORE
 
 TENTHS = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Needle:
+class Needle(SyntheticTask):
     """Needles, each a key and its value, in a haystack of random filler; then every key once, in random order.
 
     The keys are asked one right after another; their values do not follow in the input. Values are drawn with
@@ -32,22 +31,20 @@ class Needle:
 
     Beside the accuracy by length there is that by depth: where in the haystack the needle stood, in tenths from its
     beginning, in the longest rows that are measured. There one needle stands in that tenth, and only it has a target.
-
-    Raises:
-      ValueError: on construction, one message that lists every bad field.
     """
 
+    section: ClassVar[str] = "needle"
     title: ClassVar[str] = "Needles in a haystack"
     curve_axes: ClassVar[Mapping[str, str]] = {
         "length": "tokens of a row", "depth": "depth of the needle, in tenths of the haystack",
     }
+    least: ClassVar[Mapping[str, int]] = {"needles": 1, "num_keys": 1, "num_values": 2, "fillers": 1}
 
     needles: int = 4
     """Needles of a row."""
     length: int = 96
     """T of training rows."""
     test_lengths: tuple[int, ...] = (192, 384)
-    """Longer rows to measure too, with as many needles; the score leaves them out."""
     depth: bool = True
     """Whether accuracy by depth is measured: ten times heldout_rows more of the longest rows."""
     num_keys: int = 8
@@ -57,34 +54,25 @@ class Needle:
     fillers: int = 8
     """Different tokens of the haystack; neither keys nor values."""
     steps: int = 500
-    """Optimizer steps of a run."""
-    batch_size: int = 8
-    """B, rows of one optimizer step."""
     heldout_rows: int = 64
-    """Rows that each length and each depth is measured on."""
 
-    def __post_init__(self) -> None:
-        counts = {"needles": 1, "length": 1, "num_keys": 1, "num_values": 2, "fillers": 1}
-        problems = count_problems(self, "needle", counts)
-        if not isinstance(self.depth, bool):
-            problems.append(f"needle.depth is {self.depth!r}; it must be true or false")
-        if not problems:
-            # Ten more places than needles, so that each tenth of the haystack has one.
-            least = 3 * self.needles + 2 * TENTHS
-            why = f"for {self.needles} needles (needle.needles), as many questions and some haystack"
-            problems = length_problems("needle", self.length, self.test_lengths, least, why)
-            if self.needles > self.num_keys:
-                problems.append(f"needle.num_keys is {self.num_keys}; {self.needles} needles (needle.needles) need as "
-                                "many different keys")
-        raise_problems("Needle is not valid", problems)
+    def shortest(self) -> tuple[int, str]:
+        # Ten more places than needles, so that each tenth of the haystack has one.
+        why = f"for {self.needles} needles (needle.needles), as many questions and some haystack"
+        return 3 * self.needles + 2 * TENTHS, why
+
+    def _other_problems(self) -> list[str]:
+        return [] if isinstance(self.depth, bool) else [f"needle.depth is {self.depth!r}; it must be true or false"]
+
+    def _misfits(self) -> list[str]:
+        if self.needles <= self.num_keys:
+            return []
+        return [f"needle.num_keys is {self.num_keys}; {self.needles} needles (needle.needles) need as many different "
+                "keys"]
 
     @property
     def vocab_size(self) -> int:
         return max(MIN_VOCAB, 1 + self.num_keys + self.num_values + self.fillers)
-
-    @property
-    def seq_len(self) -> int:
-        return self.length
 
     @property
     def chance(self) -> float:
@@ -94,7 +82,7 @@ class Needle:
         longest = max((self.length, *self.test_lengths))
         depths = range(1, TENTHS + 1) if self.depth else ()
         return (
-            *length_variants(self.length, self.test_lengths, scored=True),
+            *self.length_variants(scored=True),
             *(Variant("depth", tenth, longest, False) for tenth in depths),
         )
 

@@ -15,20 +15,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from lfm_jax.ablate.tasks.synthetic import (
-    BLANK,
-    MIN_VOCAB,
-    Variant,
-    count_problems,
-    length_problems,
-    length_variants,
-)
-from lfm_jax.data.sources import raise_problems
+from lfm_jax.ablate.tasks.synthetic import BLANK, MIN_VOCAB, SyntheticTask, Variant
 from lfm_jax.train.loss import LOSS_IGNORE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Mqar:
+class Mqar(SyntheticTask):
     """Pairs of key and value, then each key once more in random order, to be answered with its value.
 
     As in the paper but for three things: a query may stand at any place of the rest and not at every second only, which
@@ -37,20 +29,17 @@ class Mqar:
 
     A model that only knows which values the row has reaches 1 / pairs. A stack of L convolutions of W taps sees
     1 + L (W - 1) tokens; if that is no more than `gap` + 1, no query sees a value and it stays at chance.
-
-    Raises:
-      ValueError: on construction, one message that lists every bad field.
     """
 
+    section: ClassVar[str] = "mqar"
     title: ClassVar[str] = "Multi-query associative recall"
     curve_axes: ClassVar[Mapping[str, str]] = {"pairs": "pairs in a row", "length": "tokens of a row"}
+    least: ClassVar[Mapping[str, int]] = {"pairs": 1, "gap": 0, "num_keys": 1, "num_values": 2}
 
     pairs: tuple[int, ...] = (4, 8)
     """Numbers of pairs; each training row draws one, and each is measured."""
     length: int = 56
     """T of training rows."""
-    test_lengths: tuple[int, ...] = ()
-    """Longer rows to measure too, with the largest number of pairs; the score leaves them out."""
     gap: int = 0
     """Blanks between the last pair and the first place of a query: every query is more than `gap` tokens behind its
     value. 16 convolutions of 3 taps do not reach over 32."""
@@ -61,35 +50,28 @@ class Mqar:
     """Different keys."""
     num_values: int = 8
     """Different values."""
-    steps: int = 1000
-    """Optimizer steps of a run."""
-    batch_size: int = 8
-    """B, rows of one optimizer step."""
-    heldout_rows: int = 256
-    """Rows that each number of pairs and each length is measured on."""
 
-    def __post_init__(self) -> None:
-        counts = {"pairs": 1, "length": 1, "gap": 0, "num_keys": 1, "num_values": 2}
-        problems = count_problems(self, "mqar", counts)
+    def shortest(self) -> tuple[int, str]:
+        n = max(self.pairs)
+        return 3 * n + self.gap, f"for {n} pairs (mqar.pairs), {self.gap} blanks (mqar.gap) and {n} queries"
+
+    def _other_problems(self) -> list[str]:
+        problems = []
         if not (isinstance(self.power, (int, float)) and 0 < self.power <= 1):
             problems.append(f"mqar.power is {self.power!r}; it must lie above 0 and be at most 1")
         if self.pairs == ():
             problems.append("mqar.pairs is empty; name at least one number of pairs")
-        if not problems:
-            n = max(self.pairs)
-            why = f"for {n} pairs (mqar.pairs), {self.gap} blanks (mqar.gap) and {n} queries"
-            problems = length_problems("mqar", self.length, self.test_lengths, 3 * n + self.gap, why)
-            if n > self.num_keys:
-                problems.append(f"mqar.num_keys is {self.num_keys}; {n} pairs (mqar.pairs) need as many different keys")
-        raise_problems("Mqar is not valid", problems)
+        return problems
+
+    def _misfits(self) -> list[str]:
+        n = max(self.pairs)
+        if n <= self.num_keys:
+            return []
+        return [f"mqar.num_keys is {self.num_keys}; {n} pairs (mqar.pairs) need as many different keys"]
 
     @property
     def vocab_size(self) -> int:
         return max(MIN_VOCAB, 1 + self.num_keys + self.num_values)
-
-    @property
-    def seq_len(self) -> int:
-        return self.length
 
     @property
     def chance(self) -> float:
@@ -98,7 +80,7 @@ class Mqar:
     def variants(self) -> tuple[Variant, ...]:
         pairs = tuple(Variant("pairs", n, self.length, True) for n in self.pairs)
         # Without longer rows the second curve would be one point of the first.
-        return pairs + (length_variants(self.length, self.test_lengths, scored=False) if self.test_lengths else ())
+        return pairs + (self.length_variants(scored=False) if self.test_lengths else ())
 
     def row(self, rng: np.random.Generator, variant: Variant | None) -> tuple[np.ndarray, np.ndarray]:
         T = variant.length if variant else self.length

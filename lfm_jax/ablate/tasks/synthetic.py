@@ -8,13 +8,16 @@ Dimensions: B rows, T time.
 
 from __future__ import annotations
 
+import abc
+import dataclasses
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from lfm_jax.data.pipeline import Batch
+from lfm_jax.data.sources import raise_problems
 from lfm_jax.train.loss import LOSS_IGNORE
 
 if TYPE_CHECKING:
@@ -46,55 +49,109 @@ class Variant(NamedTuple):
     rows are; the others ask for more."""
 
 
-class SyntheticTask(Protocol):
-    """A task whose rows are drawn, not read: a frozen dataclass, the section of a study that says all of it."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SyntheticTask(abc.ABC):
+    """A task whose rows are drawn, not read: the section of a study that says all of it.
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
+    Raises:
+      ValueError: on construction, one message that lists every bad field.
+    """
+
+    section: ClassVar[str]
+    """Name of the section in a study."""
     title: ClassVar[str]
-    curve_axes: ClassVar[Mapping[str, str]]
+    curve_axes: ClassVar[Mapping[str, str]] = {"length": "tokens of a row"}
     """By name of a curve: what its x is."""
+    least: ClassVar[Mapping[str, int]]
+    """Least values of the task's own whole numbers, by field."""
+
+    length: int
+    """T of training rows."""
+    test_lengths: tuple[int, ...] = ()
+    """Longer rows to measure too; the score leaves them out."""
+    steps: int = 1000
+    """Optimizer steps of a run."""
+    batch_size: int = 8
+    """B, rows of one optimizer step."""
+    heldout_rows: int = 256
+    """Rows that each point of a curve is measured on."""
+
+    def __post_init__(self) -> None:
+        problems = self._count_problems() + self._other_problems()
+        if not problems:  # The rest does arithmetic on the fields.
+            problems = self._length_problems() + self._misfits()
+        raise_problems(f"{type(self).__name__} is not valid", problems)
 
     @property
-    def steps(self) -> int:
-        """Optimizer steps of a run."""
-        ...
-
-    @property
-    def batch_size(self) -> int:
-        """B, rows of one optimizer step."""
-        ...
-
-    @property
-    def heldout_rows(self) -> int:
-        """Rows that each variant is measured on."""
-        ...
-
-    @property
+    @abc.abstractmethod
     def vocab_size(self) -> int:
         """V, ids that tokens and targets are of."""
-        ...
 
     @property
     def seq_len(self) -> int:
         """T of training rows."""
-        ...
+        return self.length
 
     @property
+    @abc.abstractmethod
     def chance(self) -> float:
         """Expected accuracy of a guess that is uniform over the possible answers."""
-        ...
 
     def variants(self) -> tuple[Variant, ...]:
         """What is measured; at least one is scored."""
-        ...
+        return self.length_variants(scored=True)
 
+    def length_variants(self, *, scored: bool) -> tuple[Variant, ...]:
+        """The curve over length: training length, then the longer ones.
+
+        Args:
+          scored: whether rows of training length count in the score.
+        """
+        lengths = (self.length, *sorted(self.test_lengths))
+        return tuple(Variant("length", T, T, scored and self.length == T) for T in lengths)
+
+    @abc.abstractmethod
     def row(self, rng: np.random.Generator, variant: Variant | None) -> tuple[np.ndarray, np.ndarray]:
         """Draws (tokens, targets), int32 [T]: targets[t] should follow tokens[t]; LOSS_IGNORE where no answer is due.
 
         Args:
           variant: one of `variants()`, or None for a training row.
         """
-        ...
+
+    @abc.abstractmethod
+    def shortest(self) -> tuple[int, str]:
+        """The shortest row that holds what a row must, and why."""
+
+    def _other_problems(self) -> list[str]:
+        """What is wrong with fields that are no whole numbers."""
+        return []
+
+    def _misfits(self) -> list[str]:
+        """What of valid fields does not fit together, besides lengths."""
+        return []
+
+    def _count_problems(self) -> list[str]:
+        problems = []
+        common = {"length": 1, "test_lengths": 1, "steps": 1, "batch_size": 1, "heldout_rows": 1}
+        for name, least in {**self.least, **common}.items():
+            value, field = getattr(self, name), f"{self.section}.{name}"
+            if not isinstance(value, tuple):
+                if not _is_count(value, least):
+                    problems.append(f"{field} is {value!r}; it must be a whole number of at least {least}")
+            elif not all(_is_count(v, least) for v in value) or len(set(value)) < len(value):
+                problems.append(f"{field} is {list(value)}; it must list different whole numbers of at least {least}")
+        return problems
+
+    def _length_problems(self) -> list[str]:
+        problems, (least, why) = [], self.shortest()
+        if self.length < least:
+            problems.append(f"{self.section}.length is {self.length}; it must be at least {least}, {why}")
+        shorter = [T for T in self.test_lengths if self.length >= T]
+        if shorter:
+            problems.append(
+                f"{self.section}.test_lengths has {shorter}; they must be above {self.section}.length {self.length}"
+            )
+        return problems
 
 
 def train_batches(task: SyntheticTask, seed: int) -> grain.DatasetIterator:
@@ -159,53 +216,6 @@ def _batch(rows: Sequence[tuple[np.ndarray, np.ndarray]], batch_size: int) -> Ba
         return whole | {"positions": positions_BT.copy()}
     fill = {"targets": LOSS_IGNORE}
     return {key: np.pad(x, ((0, short), (0, 0)), constant_values=fill.get(key, 0)) for key, x in whole.items()}
-
-
-# ---------------------------------------------------------------- checks of fields
-
-
-def count_problems(task: SyntheticTask, section: str, counts: Mapping[str, int]) -> list[str]:
-    """What is wrong with fields that are whole numbers, or tuples of them.
-
-    Args:
-      section: where the task's fields are in a study.
-      counts: least value by name; `steps`, `batch_size`, `heldout_rows` and `test_lengths` are checked always.
-    """
-    problems = []
-    for name, least in {**counts, "test_lengths": 1, "steps": 1, "batch_size": 1, "heldout_rows": 1}.items():
-        value = getattr(task, name)
-        if not isinstance(value, tuple):
-            if not _is_count(value, least):
-                problems.append(f"{section}.{name} is {value!r}; it must be a whole number of at least {least}")
-        elif not all(_is_count(v, least) for v in value) or len(set(value)) < len(value):
-            problems.append(
-                f"{section}.{name} is {list(value)}; it must list different whole numbers of at least {least}"
-            )
-    return problems
-
-
-def length_problems(section: str, length: int, test_lengths: Sequence[int], least: int, why: str) -> list[str]:
-    """What is wrong with the lengths of rows, themselves valid counts.
-
-    Args:
-      least: the shortest row that holds what a row must, and `why` that is so.
-    """
-    problems = []
-    if length < least:
-        problems.append(f"{section}.length is {length}; it must be at least {least}, {why}")
-    shorter = [T for T in test_lengths if length >= T]
-    if shorter:
-        problems.append(f"{section}.test_lengths has {shorter}; they must be above {section}.length {length}")
-    return problems
-
-
-def length_variants(length: int, test_lengths: Sequence[int], *, scored: bool) -> tuple[Variant, ...]:
-    """The curve over length: training length, then the longer ones.
-
-    Args:
-      scored: whether rows of training length count in the score.
-    """
-    return tuple(Variant("length", T, T, scored and length == T) for T in (length, *sorted(test_lengths)))
 
 
 def _is_count(value: Any, least: int) -> bool:
