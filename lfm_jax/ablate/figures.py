@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lfm_jax.ablate import scaling
+from lfm_jax.ablate.results import slug
 from lfm_jax.ablate.stats import summarize
 from lfm_jax.plan.units import si, size
 
@@ -131,7 +131,7 @@ def _draw_cost(results: Results, task: str, out: Path) -> Picture | None:
     figure.suptitle(f"{results.title(task)}: quality against cost" + (
         "; filled, joined by dashes: Pareto front of the means" if better else ""))
     _legend(figure, results, list(scores))
-    return _save(figure, out, f"{_slug(task)}-cost.png", f"{results.title(task)}: quality against cost")
+    return _save(figure, out, f"{slug(task)}-cost.png", f"{results.title(task)}: quality against cost")
 
 
 def _cost_panels(results: Results, task: str) -> list[tuple[str, dict[str, float], str, Callable[[float], str]]]:
@@ -212,7 +212,7 @@ def _draw_share(results: Results, task: str, out: Path) -> Picture | None:
     axes.set(xlabel="attention layers of all layers", ylabel=results.score_label(task),
              title=f"{results.title(task)}: score against attention share, mean and 95 % interval over seeds")
     axes.legend()
-    return _save(figure, out, f"{_slug(task)}-attention-share.png",
+    return _save(figure, out, f"{slug(task)}-attention-share.png",
                  f"{results.title(task)}: score against attention share")
 
 
@@ -270,7 +270,7 @@ def _draw_curve(results: Results, task: str, name: str, spec: Mapping[str, Any],
     shows = f"{results.title(task)}, by {name.replace('_', ' ')}{note}"
     figure.suptitle(shows)
     _legend(figure, results, points)
-    return _save(figure, out, f"{_slug(task)}-{_slug(name)}.png", shows)
+    return _save(figure, out, f"{slug(task)}-{slug(name)}.png", shows)
 
 
 def _curve_of(results: Results, task: str, point: str, name: str) -> dict[float, dict[int, float]]:
@@ -367,7 +367,3 @@ def _log_x(axes: Axes, form: Callable[[float], str], base: int = 10, at: Sequenc
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if steps < 2 else (1, 3) if steps < 3 else (1,)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda x, _: form(x))
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lfm_jax.ablate import scaling
+from lfm_jax.ablate.points import TOLERANCE
 from lfm_jax.ablate.results import Record, Results, is_finished, read_results
 from lfm_jax.ablate.stats import ALPHA, CLAIM_SEEDS, Comparison, Difference, Summary, compare, summarize
 from lfm_jax.plan.units import si, size
@@ -16,8 +17,6 @@ from lfm_jax.plan.units import si, size
 PAGE = "README.md"
 READING = "reading.md"
 """What people write about a study; put at the head of its page as it is."""
-TOLERANCE = 0.01
-"""How far from the base's count a matched point may lie."""
 LOGGED_ERROR = 400
 """Most characters of an error on the page."""
 

@@ -27,9 +27,9 @@ RESULTS = "results.jsonl"
 Record = dict[str, Any]
 
 
-def slug(point: str) -> str:
-    """A point's name as a file name."""
-    return re.sub(r"[^A-Za-z0-9=.+-]+", "_", point)
+def slug(name: str) -> str:
+    """A name (of a point, a task, a curve) as a file name."""
+    return re.sub(r"[^A-Za-z0-9=.+-]+", "_", name)
 
 
 def run_file(out: Path, task: str, point: str, seed: int) -> Path:

@@ -85,39 +85,42 @@ class Trainer:
           DivergedError: `guard.max_in_row` updates in a row were skipped, or the held-out loss is not finite.
         """
         self._compile(len(seeds))
-        state, batches, done, seconds = self._begin(seeds, directory, key)
+        state, batches, done, seconds, skipped_S = self._begin(seeds, directory, key)
         rate, recent = jnp.float32(peak_lr), []
         began = saved = time.monotonic()
         while done < self._trial.steps:
             if stop.due():
-                self._save(directory, key, state, batches, done, seconds + time.monotonic() - began)
+                skipped_S += self._check(recent, done)
+                self._save(directory, key, state, batches, done, seconds + time.monotonic() - began, skipped_S)
                 raise StoppedError
             state, metrics = self._step(seeds)(state, self._stack([next(b) for b in batches]), rate)
             done += 1
             recent.append(metrics)
             if done % LOOK_EVERY == 0 or done == self._trial.steps:
-                self._check(recent, done)
+                skipped_S += self._check(recent, done)
                 recent.clear()
                 say(done)
                 now = time.monotonic()
                 if now - saved > 60 * self._study.checkpoint_minutes and done < self._trial.steps:
-                    self._save(directory, key, state, batches, done, seconds + now - began)
+                    self._save(directory, key, state, batches, done, seconds + now - began, skipped_S)
                     saved = now
-        sums = [self._measure(jax.tree.map(lambda x, i=i: x[i], state.params) if len(seeds) > 1 else state.params)
-                for i in range(len(seeds))]
+        results = [self._measure(jax.tree.map(lambda x, i=i: x[i], state.params) if len(seeds) > 1 else state.params)
+                   for i in range(len(seeds))]
+        for result, skipped in zip(results, skipped_S.tolist(), strict=True):
+            result["metrics"]["skipped_updates"] = skipped
         shutil.rmtree(directory, ignore_errors=True)
         seconds = (seconds + time.monotonic() - began) / len(seeds)
-        return [Outcome(**result, seconds=seconds) for result in sums]
+        return [Outcome(**result, seconds=seconds) for result in results]
 
     def _compile(self, seeds: int) -> None:
         """Compiles for so many seeds at once, so that no run's time has it in it."""
         if seeds in self._compiled:
             return
-        state, batches, _, _ = self._begin(range(seeds), None, "")
+        state, batches, *_ = self._begin(range(seeds), None, "")
         state, _ = self._step(range(seeds))(state, self._stack([next(b) for b in batches]), jnp.float32(0))
         params = jax.tree.map(lambda x: x[0], state.params) if seeds > 1 else state.params
         shapes = set()
-        for batch, _ in self._task.heldout_batches():
+        for batch, _ in self._heldout:
             if batch["tokens"].shape not in shapes:
                 shapes.add(batch["tokens"].shape)
                 jax.block_until_ready(self._evaluate(params, dict(batch)))
@@ -127,8 +130,8 @@ class Trainer:
 
     def _begin(
         self, seeds: Sequence[int], directory: Path | None, key: str
-    ) -> tuple[TrainState, list[Any], int, float]:
-        """(state, iterators, steps done, seconds spent) of a new run or of the one that was stopped."""
+    ) -> tuple[TrainState, list[Any], int, float, np.ndarray]:
+        """(state, iterators, steps done, seconds spent, updates skipped [S]) of a new run or of a stopped one."""
         batches = [self._task.train_batches(seed) for seed in seeds]
         if directory is not None and directory.exists():
             manager = CheckpointManager(directory, keep=None)
@@ -138,11 +141,11 @@ class Trainer:
                     found = manager.restore_latest(abstract)
                     for iterator, position in zip(batches, found.data["iterators"], strict=True):
                         iterator.set_state(position)
-                    return found.state, batches, found.step, found.data["seconds"]
+                    return found.state, batches, found.step, found.data["seconds"], np.array(found.data["skipped"])
             finally:
                 manager.close()
             shutil.rmtree(directory)
-        return self._stack([self._init(seed) for seed in seeds]), batches, 0, 0.0
+        return self._stack([self._init(seed) for seed in seeds]), batches, 0, 0.0, np.zeros(len(seeds))
 
     def _init(self, seed: int) -> TrainState:
         # Not jitted: compiling the draws of every matrix takes longer than a small model trains.
@@ -179,8 +182,10 @@ class Trainer:
     def _many_steps(self) -> Callable[..., Any]:
         return jax.jit(jax.vmap(self._train_step, in_axes=(0, 0, None)), donate_argnums=0)
 
-    def _check(self, recent: Sequence[Mapping[str, jax.Array]], done: int) -> None:
-        """Looks at the steps since the last look."""
+    def _check(self, recent: Sequence[Mapping[str, jax.Array]], done: int) -> np.ndarray:
+        """Looks at the steps since the last look; updates skipped in them, [S]."""
+        if not recent:
+            return np.zeros(1)
         in_row = max(int(np.max(np.asarray(metrics["skipped_in_row"]))) for metrics in recent)
         metrics = recent[-1]
         if in_row >= self._study.guard.max_in_row:
@@ -188,26 +193,34 @@ class Trainer:
                 f"{in_row} updates in a row were skipped up to step {done} (loss {np.asarray(metrics['loss'])}, "
                 f"gradient norm {np.asarray(metrics['grad_norm'])}); lower the learning rate, or raise guard.spike"
             )
+        return np.sum([np.atleast_1d(metrics["skipped"]) for metrics in recent], axis=0)
 
     def _save(
-        self, directory: Path, key: str, state: TrainState, batches: Sequence[Any], done: int, seconds: float
+        self, directory: Path, key: str, state: TrainState, batches: Sequence[Any], done: int, seconds: float,
+        skipped_S: np.ndarray,
     ) -> None:
         if not done:
             return
         directory.mkdir(parents=True, exist_ok=True)
         manager = CheckpointManager(directory, keep=1)
         try:
-            position = {"iterators": [iterator.get_state() for iterator in batches], "seconds": seconds}
+            position = {"iterators": [iterator.get_state() for iterator in batches], "seconds": seconds,
+                        "skipped": skipped_S.tolist()}
             manager.save(done, state, position, {"key": key})
         finally:
             manager.close()
 
     # ---------------------------------------------------------------- measuring
 
+    @cached_property
+    def _heldout(self) -> list[tuple[Any, Any]]:
+        """Made once for all runs."""
+        return list(self._task.heldout_batches())
+
     def _measure(self, params: Any) -> dict[str, Any]:
         """score, metrics and curves on the held-out rows."""
         score = self._task.score()
-        for batch, tag in self._task.heldout_batches():
+        for batch, tag in self._heldout:
             nll_BT, hit_BT = self._evaluate(params, dict(batch))
             score.add(batch, tag, np.asarray(nll_BT), np.asarray(hit_BT))
         result = score.result()

@@ -82,7 +82,7 @@ class AblateConfig:
     minutes: float | None = None
     """Stop after so long; the same command goes on. Exit status 130, as after Ctrl-C."""
     smoke: Switch = False
-    """Try every part of the study in a few steps, into a directory of its own."""
+    """Try the study on base and last point in a few steps, without costs, into a directory of its own."""
     retry_failed: Switch = False
     """Make failed runs again."""
     report_only: Switch = False

@@ -151,7 +151,8 @@ class Study:
     """The base; its layer_types follow from `pattern`, its vocab_size from the task."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(warmup_steps=0))
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
-    """Which updates are skipped; a run that skips guard.max_in_row of them in a row has failed."""
+    """Which updates are skipped; a run that skips max_in_row of them in a row has failed: it never goes back, and
+    max_rollbacks says nothing here."""
     loss_chunk: int = 2048
     """Tokens whose logits are in memory at one time in a training step."""
     seeds_at_once: int = 1

@@ -20,7 +20,10 @@ def grids(*plain):
     return tuple(Grid.of(axes) for axes in plain)
 
 
-def trials(study, name="text", task=Text(vocab_size=512, seq_len=64, batch_size=4, steps=100)):  # noqa: B008
+TEXT = Text(vocab_size=512, seq_len=64, batch_size=4, steps=100)
+
+
+def trials(study, name="text", task=TEXT):
     found = points(study)
     return [make_trial(study, point, found[0], name, task) for point in found]
 

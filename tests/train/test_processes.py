@@ -16,6 +16,7 @@ import pytest
 from tiny_runs import children, finish, load, losses, recipe, start, steps_in_order, wait_for_step
 
 import lfm_jax as lfm
+from lfm_jax.data import BuildConfig, build
 from lfm_jax.sharding import MeshConfig
 from lfm_jax.train import launch
 from lfm_jax.train.launch import FAILED, LOST, STOPPED, Launch
@@ -192,6 +193,22 @@ def test_a_batch_that_does_not_divide_names_the_fields(corpus, tmp_path):
     config = load(recipe(corpus, tmp_path / "run", mesh__data=3))
     with pytest.raises(ValueError, match=r"data=3.* make"):
         train(config)
+
+
+@pytest.mark.slow
+def test_built_shards_come_in_one_order_for_any_number_of_processes(corpus, tmp_path, cache, two):
+    """Two processes begin, one goes on: the losses are those of one process from beginning to end."""
+    build(BuildConfig(sources=(str(corpus),), out=str(tmp_path / "set"), tokenizer=str(two[0]), seq_len=32,
+                      heldout_fraction=0.0, workers=1), show_progress=False)
+    fields = dict(data__sources=[], data__mixture=[dict(path=str(tmp_path / "set"))], data__heldout_fraction=0.0,
+                  optimizer__schedule="constant")
+    for run_dir, steps, flags in (("one", 10, ()), ("shared", 6, TWO), ("shared", 10, ())):
+        status, _, err = finish(start(path_of(corpus, tmp_path / run_dir, steps=steps, **fields), cache, *flags))
+        assert status == 0, err[-3000:]
+    one, shared = losses(tmp_path / "one"), losses(tmp_path / "shared")
+    assert list(shared) == list(one) == list(range(1, 11))
+    np.testing.assert_allclose(list(shared.values()), list(one.values()), rtol=1e-5)
+    assert len({round(loss, 3) for loss in one.values()}) == 10  # Batches differ, so another order would show.
 
 
 @pytest.mark.slow

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
+import sys
 import sysconfig
 import time
 from collections.abc import Iterator
-from itertools import batched
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from tokenizers import Tokenizer
 from lfm_jax.data import DataConfig, load_tokenizer, train_bpe, train_iterator
 from lfm_jax.data.build import BuildConfig, build
 from lfm_jax.data.config import MixturePart
-from lfm_jax.data.manifest import MANIFEST_FILE, Manifest, load_manifest, write_whole
+from lfm_jax.data.manifest import MANIFEST_FILE, Manifest, load_manifest, locked, write_whole
 from lfm_jax.data.pipeline import Batch
 from lfm_jax.data.sources import Documents, find_files
 from lfm_jax.data.tokenizer import TOKENIZER_FILE
@@ -34,6 +35,8 @@ STDLIB_EXCLUDE = ("test", "tests", "idle_test", "site-packages", "dist-packages"
 BOS, EOS = 1, 7
 """What documents begin and end with: the defaults of `ModelConfig`."""
 BLOCK_BYTES = 8 * 2**20
+_AT_WORK = "another build is at work"
+"""What `data.build` says of a directory that is taken."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,7 @@ class Text:
         name = hashlib.blake2b(json.dumps([sources, exclude, what]).encode(), digest_size=6).hexdigest()
         out = directory / f"text-{name}"
         # Another process of the study may be at it; each waits rather than fail.
+        tries = 0
         while True:
             try:
                 tokenizer = self._tokenizer(directory / f"tokenizer-{name}", sources, exclude)
@@ -104,18 +108,22 @@ class Text:
                     block_bytes=BLOCK_BYTES,
                 ), show_progress=False)
             except ValueError as error:
-                if "another build is at work" not in str(error):
+                if _AT_WORK not in str(error):
                     raise
+                tries += 1
+                if tries % 60 == 5:
+                    print(f"waiting for the process that builds {out}", file=sys.stderr, flush=True)
                 time.sleep(1)
 
     def _tokenizer(self, directory: Path, sources: tuple[str, ...], exclude: tuple[str, ...]) -> Path:
         if self.tokenizer is not None:
             return Path(self.tokenizer)
         file = directory / TOKENIZER_FILE
-        if not file.exists():
-            directory.mkdir(parents=True, exist_ok=True)
-            documents = Documents(find_files(sources, exclude), self.text_field)
-            write_whole(file, train_bpe(documents, self.vocab_size).to_str(pretty=True), by_many=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        with locked(directory, f"{_AT_WORK} in {directory}"):
+            if not file.exists():
+                documents = Documents(find_files(sources, exclude), self.text_field)
+                write_whole(file, train_bpe(documents, self.vocab_size).to_str(pretty=True))
         return directory
 
 
@@ -163,7 +171,7 @@ class PreparedText:
         assert rows is not None  # Checked on construction.
         chosen = np.unique(np.linspace(0, len(rows) - 1, self.text.heldout_rows).round().astype(int)).tolist()
         B = self.text.batch_size
-        for numbers in batched(chosen, B):
+        for numbers in itertools.batched(chosen, B):
             batch = [rows[i] for i in numbers]
             yield {
                 key: np.pad(np.stack([row[key] for row in batch]), ((0, B - len(batch)), (0, 0)),
