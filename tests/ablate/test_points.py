@@ -163,3 +163,12 @@ def test_a_pattern_is_not_labelled_with_the_operator_of_the_base():
     found = points(study)
     assert all_settings(study, found[1]) == {"pattern": "rrar", "operator": "rglru", "place": "-"}
     assert all_settings(study, found[0]) == {"pattern": "ccac", "operator": "conv", "place": "even"}
+
+
+def test_the_study_of_the_docs_is_one(tmp_path):
+    page = (CONFIGS[0].parents[2] / "docs" / "ablations" / "README.md").read_text()
+    (tmp_path / "study.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    study = load_recipe(AblateConfig, tmp_path / "study.yaml").study
+    assert len(points(study)) == 6
+    for name in study.tasks:
+        assert all(abs(one.match_off) <= 0.01 for one in trials(study, name, study.task(name)))
