@@ -182,7 +182,7 @@ class Work:
             for seed in range(self.study.seeds):
                 path = run_file(self.out, trial.task, trial.point.name, seed)
                 record = read_record(path)
-                rates = (*self.study.peak_lrs, self.study.optimizer.peak_lr)
+                rates = self.study.rates(trial.task)
                 if record is not None and record["peak_lr"] in rates:
                     rates = (record["peak_lr"],)
                 read_record(path, *(self.digest(trial, seed, rate) for rate in rates))
@@ -192,16 +192,22 @@ class Work:
 
     def _chosen_rate(self, trial: Trial) -> float | None:
         """The learning rate of a trial's runs; None while it is not chosen."""
-        if not self.study.peak_lrs:
-            return self.study.optimizer.peak_lr
-        found = {rate: self._tuning(trial, rate) for rate in self.study.peak_lrs}
+        rates = self.study.rates(trial.task)
+        if len(rates) == 1:
+            return rates[0]
+        found = {rate: self._tuning(trial, rate) for rate in rates}
         if None in found.values():
             return None
         better = max if self.tasks[trial.task].about.better == "higher" else min
         scores = {rate: r["score"] for rate, r in found.items() if r is not None and r["score"] is not None}
         if not scores:
-            return self.study.peak_lrs[0]  # All failed: its runs will fail too, and say so.
+            return rates[0]  # All failed: its runs will fail too, and say so.
         return better(scores, key=scores.__getitem__)
+
+    def _tried(self, trial: Trial) -> tuple[float, ...]:
+        """The rates that have a run of their own, to choose by."""
+        rates = self.study.rates(trial.task)
+        return rates if len(rates) > 1 else ()
 
     def _tuning(self, trial: Trial, rate: float) -> dict[str, Any] | None:
         path = tuning_file(self.out, trial.task, trial.point.name, rate)
@@ -253,7 +259,7 @@ class Work:
             trainer = trainer or Trainer(study, trial, self.tasks[trial.task])
             self._run_seeds(trainer, trial, seeds, rate, paths, kind, stop)
 
-        for rate in study.peak_lrs:
+        for rate in self._tried(trial):
             path = tuning_file(out, trial.task, trial.point.name, rate)
             if todo(path, rate):
                 do([TUNING_SEED], rate, [path], "tuning")
@@ -316,14 +322,14 @@ class Work:
     def _run_records(self) -> list[dict[str, Any]]:
         records = []
         for trial in self.trials:
-            found = [tuning_file(self.out, trial.task, trial.point.name, rate) for rate in self.study.peak_lrs]
+            found = [tuning_file(self.out, trial.task, trial.point.name, rate) for rate in self._tried(trial)]
             found += [run_file(self.out, trial.task, trial.point.name, seed) for seed in range(self.study.seeds)]
             records += [record for path in found if (record := read_record(path)) is not None]
         return records
 
     def num_runs(self) -> int:
         """Planned runs, those that choose learning rates included."""
-        return len(self.trials) * (self.study.seeds + len(self.study.peak_lrs))
+        return sum(self.study.seeds + len(self._tried(trial)) for trial in self.trials)
 
     def _progress(self) -> str:
         """How much is done, by all processes; and the processor time that is left at the pace so far."""

@@ -143,8 +143,8 @@ class Study:
     """Seeds 0, 1, ...: each is an initialisation and an order of the data. Under 5 a study explores, and claims
     nothing."""
     peak_lrs: tuple[float, ...] = ()
-    """Learning rates to try for each point and task, with a seed of its own; the best one is used. None: that of
-    `optimizer`."""
+    """Learning rates to try for each point and task, with a seed of its own; the best one is used. One: used as it is.
+    None: that of `optimizer`. A task may have its own."""
     warmup: float = 0.05
     """Share of a run's steps; optimizer.warmup_steps follows from it."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -189,7 +189,8 @@ class Study:
             problems.append(f"optimizer.warmup_steps is {self.optimizer.warmup_steps}; leave it at 0 and set warmup")
         if not self.checkpoint_minutes > 0:
             problems.append(f"checkpoint_minutes is {self.checkpoint_minutes}; it must be above 0")
-        problems += [f"peak_lrs has {rate}; learning rates are above 0" for rate in self.peak_lrs if not rate > 0]
+        for where, rates in (("", self.peak_lrs), *((f"{name}.", self.task(name).peak_lrs) for name in self.tasks)):
+            problems += [f"{where}peak_lrs has {rate}; learning rates are above 0" for rate in rates if not rate > 0]
         if self.seeds_at_once > 1 and self.seeds % self.seeds_at_once:
             problems.append(f"seeds {self.seeds} is not a multiple of seeds_at_once {self.seeds_at_once}")
         problems += [f"cost_contexts has {T}, over model.max_position {self.model.max_position}"
@@ -210,6 +211,10 @@ class Study:
         """The settings of a task."""
         return getattr(self, name)
 
+    def rates(self, task: str) -> tuple[float, ...]:
+        """Learning rates of a task; one of several is chosen for each point."""
+        return self.task(task).peak_lrs or self.peak_lrs or (self.optimizer.peak_lr,)
+
     @property
     def directory(self) -> Path:
         return Path(self.out) / self.name
@@ -223,7 +228,7 @@ class Study:
         small: dict[str, Any] = {}
         for name in self.tasks:
             task = self.task(name)
-            few = {"steps": 2, "heldout_rows": min(task.heldout_rows, task.batch_size)}
+            few = {"steps": 2, "heldout_rows": min(task.heldout_rows, task.batch_size), "peak_lrs": ()}
             small[name] = dataclasses.replace(task, **few)
         grids = (tuple((name, values) for name, values in grid.axes if name != "train_flops") for grid in self.vary)
         return dataclasses.replace(

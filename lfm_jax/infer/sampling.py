@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -92,11 +92,16 @@ class Plan(NamedTuple):
 
     sampled: bool
     """Some row has a temperature above 0."""
-    max_k: int
-    """At least the largest top_k, rounded up so that few values occur; 0 when no row has one."""
+    top_k: bool
     top_p: bool
     min_p: bool
     repetition_penalty: bool
+
+
+ANYTHING = Plan(*[True] * len(Plan._fields))
+"""For batches whose rows change: one program for them all, in which a filter that no row wants costs next to nothing."""
+FEW = 64
+"""Largest top_k that is found by `lax.top_k`; beyond it all of the vocabulary is looked at again and again."""
 
 
 def to_arrays(samplings: Sequence[Sampling], vocab_size: int) -> tuple[Params, Plan]:
@@ -114,10 +119,9 @@ def to_arrays(samplings: Sequence[Sampling], vocab_size: int) -> tuple[Params, P
         seed_B=column("seed", np.uint32),
     )
     drawn = [s for s in samplings if s.temperature > 0]
-    largest = max((min(s.top_k, vocab_size) for s in drawn), default=0)
     return params, Plan(
         sampled=bool(drawn),
-        max_k=min(vocab_size, max(64, 1 << (largest - 1).bit_length())) if largest else 0,
+        top_k=any(s.top_k for s in drawn),
         top_p=any(s.top_p < 1 for s in drawn),
         min_p=any(s.min_p > 0 for s in drawn),
         repetition_penalty=any(s.repetition_penalty != 1 for s in samplings),
@@ -170,50 +174,78 @@ def _penalised(logits_BV: jax.Array, params: Params, plan: Plan, seen_BV: jax.Ar
     if seen_BV is None:
         raise ValueError("a repetition penalty needs seen_BV, the tokens that each row holds already")
     penalty_B1 = params.repetition_penalty_B[:, None]
-    penalised_BV = jnp.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
-    return jnp.where(seen_BV, penalised_BV, logits_BV)
+
+    def penalise(logits_BV: jax.Array) -> jax.Array:
+        penalised_BV = jnp.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
+        return jnp.where(seen_BV, penalised_BV, logits_BV)
+
+    return _when(penalty_B1 != 1, penalise, logits_BV)
 
 
 def _filtered(logits_BV: jax.Array, params: Params, plan: Plan) -> jax.Array:
     temperature_B1 = params.temperature_B[:, None]
     logits_BV = logits_BV / jnp.where(temperature_B1 > 0, temperature_B1, 1)
-    if plan.max_k:
-        logits_BV = jnp.where(_in_top_k(logits_BV, params.top_k_B, plan.max_k), logits_BV, -jnp.inf)
+    drawn_B = params.temperature_B > 0
+    if plan.top_k:
+        top_k_B = jnp.where(drawn_B, params.top_k_B, 0)
+        logits_BV = _when(top_k_B > 0, lambda x_BV: jnp.where(_in_top_k(x_BV, top_k_B), x_BV, -jnp.inf), logits_BV)
     if plan.top_p:
-        logits_BV = jnp.where(_in_top_p(logits_BV, params.top_p_B), logits_BV, -jnp.inf)
+        top_p_B = jnp.where(drawn_B, params.top_p_B, 1)
+        logits_BV = _when(top_p_B < 1, lambda x_BV: jnp.where(_in_top_p(x_BV, top_p_B), x_BV, -jnp.inf), logits_BV)
     if plan.min_p:
         border_B1 = jnp.max(logits_BV, axis=1, keepdims=True) + jnp.log(params.min_p_B)[:, None]
         logits_BV = jnp.where(logits_BV >= border_B1, logits_BV, -jnp.inf)
     return logits_BV
 
 
-def _in_top_k(logits_BV: jax.Array, top_k_B: jax.Array, max_k: int) -> jax.Array:
-    """True at the k largest of each row and at those equal to the k-th."""
-    best_BK = jax.lax.top_k(logits_BV, max_k)[0]
-    border_B1 = jnp.take_along_axis(best_BK, jnp.maximum(top_k_B - 1, 0)[:, None], axis=1)
-    return (logits_BV >= border_B1) | (top_k_B == 0)[:, None]
+def _when(wanted: jax.Array, change: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """`change(x)` where any row wants it, else x."""
+    return jax.lax.cond(jnp.any(wanted), change, lambda x: x, x)
+
+
+def _in_top_k(logits_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
+    """True at the k largest of each row and at those equal to the k-th; everywhere where k is 0."""
+    V = logits_BV.shape[1]
+
+    def few(logits_BV: jax.Array) -> jax.Array:
+        best_BK = jax.lax.top_k(logits_BV, min(FEW, V))[0]
+        return logits_BV >= jnp.take_along_axis(best_BK, jnp.maximum(top_k_B - 1, 0)[:, None], axis=1)
+
+    def many(logits_BV: jax.Array) -> jax.Array:
+        return _from_border(logits_BV, lambda above_BV: jnp.sum(above_BV, axis=1) < top_k_B)
+
+    kept_BV = few(logits_BV) if V <= FEW else jax.lax.cond(jnp.any(top_k_B > FEW), many, few, logits_BV)
+    return kept_BV | (top_k_B == 0)[:, None]
 
 
 def _in_top_p(logits_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
-    """True at tokens such that what is likelier than they are has less than top_p of the probability.
+    """True at tokens such that what is likelier than they are has less than top_p of the probability."""
+    probability_BV = jax.nn.softmax(logits_BV, axis=1)
+
+    def enough(above_BV: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(above_BV, probability_BV, 0), axis=1) < top_p_B
+
+    return _from_border(logits_BV, enough) | (top_p_B >= 1)[:, None]
+
+
+def _from_border(logits_BV: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """True from the lowest border on such that what lies above it is `enough` (bool [B, V] -> [B]).
 
     The border is found bit by bit, 32 sums over the vocabulary: on a CPU 20 times as fast as sorting it.
     """
-    probability_BV = jax.nn.softmax(logits_BV, axis=1)
     bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.int32)
     order_BV = jnp.where(bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV)  # Integers in the order of the floats.
 
     def halve(_: int, interval: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low_B, high_B = interval
         middle_B = (low_B >> 1) + (high_B >> 1) + (low_B & high_B & 1)  # The sum itself might overflow.
-        above_B = jnp.sum(jnp.where(order_BV > middle_B[:, None], probability_BV, 0), axis=1)
-        enough_B = above_B < top_p_B
+        enough_B = enough(order_BV > middle_B[:, None])
         return jnp.where(enough_B, low_B, middle_B + 1), jnp.where(enough_B, middle_B, high_B)
 
     extremes = jnp.iinfo(jnp.int32)
-    start = jnp.full_like(top_p_B, extremes.min, jnp.int32), jnp.full_like(top_p_B, extremes.max, jnp.int32)
+    start = tuple(jnp.full(logits_BV.shape[:1], x, jnp.int32) for x in (extremes.min, extremes.max))
     border_B, _ = jax.lax.fori_loop(0, 32, halve, start)
-    return (order_BV >= border_B[:, None]) | (top_p_B >= 1)[:, None]
+    return order_BV >= border_B[:, None]
 
 
 def _argmax(x_BV: jax.Array) -> jax.Array:

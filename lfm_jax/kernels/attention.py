@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lfm_jax.kernels.blockwise_attention import Place, blockwise_attention, visible
 from lfm_jax.sharding import platform
@@ -16,6 +17,9 @@ SCORE_BYTES = 2**30
 """Bytes of float32 scores, 4 * B * N * T * S, above which `auto` never takes `xla`, which holds two or three such."""
 CPU_QUERIES, CPU_SCORES = 32, 2**16
 """T and T * S from which `blockwise` is the faster one on a CPU (docs/benchmarks.md)."""
+
+DIRECT_KEYS = 256
+"""Key slots that `direct` meets at one time."""
 
 
 def attention(
@@ -49,7 +53,8 @@ def attention(
       impl:
         `xla`: `jax.nn.dot_product_attention`, the reference, with all scores in memory.
         `direct`: products as sums that XLA fuses. Keys and values are read once where they lie, while the products of
-          `xla` need them with heads first, copied on a CPU at each call. For one query a row, as in decoding.
+          `xla` need them with heads first, copied on a CPU at each call. For one query a row, as in decoding. Above
+          DIRECT_KEYS slots it stops at the last one that is seen, and has no derivative (by reverse mode).
         `blockwise`: online softmax over blocks (`blockwise_attention`); memory of the order of q, k and v.
         `splash`: JAX's Pallas kernel for TPU; whole rows only: T = S, both orders None.
         `cudnn`: cuDNN's flash attention for NVIDIA GPUs; whole rows only, one document each, in
@@ -89,6 +94,8 @@ def attention(
         return blockwise_attention(q_BTNH, k_BSKH, v_BSKH, query_BT, key_BS, window)
     visible_BTS = visible(query_BT, key_BS, window)
     if impl == "direct":
+        if segment_ids_BT is not None:  # Padding must not make slots of a row that idles count as seen.
+            visible_BTS &= segment_ids_BT[:, :, None] != 0
         return _direct(q_BTNH, k_BSKH, v_BSKH, visible_BTS)
     return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=visible_BTS[:, None], implementation="xla")
 
@@ -107,15 +114,52 @@ def _choose(shape_BTNH: tuple[int, ...], S: int) -> str:
 
 
 def _direct(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible_BTS: jax.Array) -> jax.Array:
-    """Heads stay where they lie in keys and values; what is summed is [B, T, S, K, G, H], and fused away."""
+    """Heads stay where they lie in keys and values; what is summed is [B, T, S, K, G, H], and fused away.
+
+    With many key slots block by block, softmax online, up to the last slot that any query sees: what lies behind costs
+    nothing, and how far other rows reach changes no bit of a row, since a block that a row does not see leaves its sums
+    as they are.
+    """
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
+    S, K = k_BSKH.shape[1:3]
+    Y = min(S, DIRECT_KEYS)
     q_BT1KGH = q_BTNH.reshape(B, T, 1, K, N // K, H).astype(jnp.float32)
-    k_B1SK1H, v_B1SK1H = (x[:, None, :, :, None].astype(jnp.float32) for x in (k_BSKH, v_BSKH))
-    scores_BTSKG = jnp.sum(q_BT1KGH * k_B1SK1H, axis=-1) * H**-0.5
-    scores_BTSKG = jnp.where(visible_BTS[..., None, None], scores_BTSKG, jnp.finfo(jnp.float32).min)
-    weight_BTSKG = jax.nn.softmax(scores_BTSKG, axis=2)
-    out_BTKGH = jnp.sum(weight_BTSKG[..., None] * v_B1SK1H, axis=2)
+
+    def meet(
+        start: jax.Array | int, first: jax.Array | int, peak_BTKG: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Peak (no lower than the given one), sum of weights and weighted values of slots [first, start + Y)."""
+        k_BYKH, v_BYKH, visible_BTY = (
+            lax.dynamic_slice_in_dim(x, start, Y, axis=axis)
+            for x, axis in ((k_BSKH, 1), (v_BSKH, 1), (visible_BTS, 2))
+        )
+        if Y < S:
+            visible_BTY &= start + jnp.arange(Y) >= first
+        k_B1YK1H, v_B1YK1H = (x[:, None, :, :, None].astype(jnp.float32) for x in (k_BYKH, v_BYKH))
+        scores_BTYKG = jnp.sum(q_BT1KGH * k_B1YK1H, axis=-1) * H**-0.5
+        scores_BTYKG = jnp.where(visible_BTY[..., None, None], scores_BTYKG, -jnp.inf)
+        highest_BTKG = jnp.max(scores_BTYKG, axis=2, initial=jnp.finfo(jnp.float32).min)
+        peak_BTKG = highest_BTKG if peak_BTKG is None else jnp.maximum(peak_BTKG, highest_BTKG)
+        weight_BTYKG = jnp.exp(scores_BTYKG - peak_BTKG[:, :, None])
+        return peak_BTKG, weight_BTYKG.sum(axis=2), jnp.sum(weight_BTYKG[..., None] * v_B1YK1H, axis=2)
+
+    if Y == S:
+        _, total_BTKG, sum_BTKGH = meet(0, 0, None)
+    else:
+        def step(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            peak_BTKG, total_BTKG, sum_BTKGH = carry
+            # The last block is moved back to end with the slots.
+            higher_BTKG, part_BTKG, part_BTKGH = meet(jnp.minimum(j * Y, S - Y), j * Y, peak_BTKG)
+            shrink_BTKG = jnp.exp(peak_BTKG - higher_BTKG)
+            return (higher_BTKG, total_BTKG * shrink_BTKG + part_BTKG,
+                    sum_BTKGH * shrink_BTKG[..., None] + part_BTKGH)
+
+        seen_S = jnp.any(visible_BTS, axis=(0, 1))
+        used = jnp.max(jnp.where(seen_S, jnp.arange(1, S + 1), 0))
+        zero_BTKG = jnp.zeros((B, T, K, N // K))
+        start = (jnp.full_like(zero_BTKG, jnp.finfo(jnp.float32).min), zero_BTKG, jnp.zeros((*zero_BTKG.shape, H)))
+        _, total_BTKG, sum_BTKGH = lax.fori_loop(0, -(-used // Y), step, start)
+    out_BTKGH = sum_BTKGH / jnp.where(total_BTKG == 0, 1, total_BTKG)[..., None]
     return out_BTKGH.reshape(q_BTNH.shape).astype(q_BTNH.dtype)
 
 

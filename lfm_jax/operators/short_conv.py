@@ -3,7 +3,7 @@
 `(B, C, h) = in_proj(x)`; `z = causal_conv(B * h)`; `y = out_proj(C * z)`. No activation, no inner norm. For ablations
 `ModelConfig.conv_gates` leaves out B, C or both, and with them their part of in_proj.
 
-Dimensions: B batch, T time, D width, W taps, V = W - 1.
+Dimensions: B batch, T time, D width, W taps, V = W - 1 columns, or more where the state can be rolled back.
 """
 
 from __future__ import annotations
@@ -56,8 +56,10 @@ class ShortConv(nnx.Module):
         c_BTD = streams_BTCD[:, :, -2] if self.gates in ("output", "both") else None
         h_BTD = streams_BTCD[:, :, -1]
         tail_BVD = None if state is None else state.tail_BVD
+        # Older columns, if any, are there for rollback.
+        newest_BVD = None if tail_BVD is None else tail_BVD[:, tail_BVD.shape[1] - self.conv[...].shape[0] + 1 :]
         z_BTD = causal_conv(
-            h_BTD, self.conv[...].astype(dtype), tail_BVD, segment_ids_BT, gate_in_BTD=b_BTD, gate_out_BTD=c_BTD,
+            h_BTD, self.conv[...].astype(dtype), newest_BVD, segment_ids_BT, gate_in_BTD=b_BTD, gate_out_BTD=c_BTD,
             bias_D=self.conv_bias[...].astype(dtype) if self.bias else None, impl=self.impl,
         )
         out_BTD = linear(z_BTD, self.out_proj[...])
@@ -69,7 +71,7 @@ class ShortConv(nnx.Module):
 
 
 def _new_tail(tail_BVD: jax.Array, y_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
-    """The last W - 1 real columns of tail and y together, zeros where they belong to an earlier document."""
+    """The last V real columns of tail and y together, zeros where they belong to an earlier document."""
     V = tail_BVD.shape[1]
     padded_BSD = jnp.concatenate([tail_BVD, y_BTD.astype(tail_BVD.dtype)], axis=1)
     if segment_ids_BT is None:

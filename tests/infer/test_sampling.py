@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from lfm_jax.infer.sampling import GREEDY, Sampling, filter_logits, sample, to_arrays
+from lfm_jax.infer.sampling import ANYTHING, GREEDY, Sampling, filter_logits, sample, to_arrays
 
 V = 211
 filtered = jax.jit(filter_logits, static_argnums=2)
@@ -154,8 +154,20 @@ def test_nothing_sorts_the_vocabulary():
 
 def test_plan_holds_only_what_some_row_needs():
     _, plan = to_arrays([Sampling(top_k=5, top_p=0.5, min_p=0.5), Sampling(temperature=1.0, top_k=70)], 65_536)
-    assert plan == (True, 128, False, False, False)
-    assert to_arrays([Sampling(repetition_penalty=1.1)], V)[1] == (False, 0, False, False, True)
+    assert plan == (True, True, False, False, False)
+    assert to_arrays([Sampling(repetition_penalty=1.1)], V)[1] == (False, False, False, False, True)
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_one_plan_for_any_batch_changes_no_bit(name):
+    samplings = [Sampling(**{"temperature": 1.0, name: value}) for value in EACH[name]]
+    logits_BV, _, seen_BV = problem(len(samplings))
+    params, _ = to_arrays(samplings, V)
+    together_BV = np.asarray(filter_logits(logits_BV, params, ANYTHING, seen_BV))
+    for i, sampling in enumerate(samplings):  # Alone, so that the few and the many of top_k are both gone through.
+        params, plan = to_arrays([sampling], V)
+        alone_BV = filter_logits(logits_BV[i : i + 1], params, plan, seen_BV[i : i + 1])
+        np.testing.assert_array_equal(together_BV[i], np.asarray(alone_BV)[0])
 
 
 def test_penalty_without_seen_tokens_is_refused():

@@ -75,6 +75,8 @@ class SyntheticTask(abc.ABC):
     """B, rows of one optimizer step."""
     heldout_rows: int = 256
     """Rows that each point of a curve is measured on."""
+    peak_lrs: tuple[float, ...] = ()
+    """In place of the study's."""
 
     def __post_init__(self) -> None:
         problems = self._count_problems() + self._other_problems()

@@ -55,7 +55,7 @@ class Task(Protocol):
     steps: int
 
     def digest(self) -> str:
-        """Of everything that decides what is trained on and measured, but for the number of steps."""
+        """Of everything that decides what is trained on and measured, but for steps and learning rates."""
         ...
 
     def train_batches(self, seed: int) -> Any:
@@ -115,7 +115,7 @@ class _Synthetic:
         )
 
     def digest(self) -> str:
-        plain = {key: value for key, value in dataclasses.asdict(self._settings).items() if key != "steps"}
+        plain = {key: value for key, value in dataclasses.asdict(self._settings).items() if key not in ("steps", "peak_lrs")}
         text = type(self._settings).__name__ + json.dumps(plain, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

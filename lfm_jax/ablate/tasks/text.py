@@ -67,6 +67,8 @@ class Text:
     """Share of the documents held out, chosen by a hash of their text."""
     heldout_rows: int = 512
     """Held-out rows that are measured, spread evenly over all."""
+    peak_lrs: tuple[float, ...] = ()
+    """In place of the study's."""
 
     def __post_init__(self) -> None:
         problems = [

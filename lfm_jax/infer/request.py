@@ -1,0 +1,133 @@
+"""What is asked of the engine, and what it says as it goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from lfm_jax.config import ModelConfig
+from lfm_jax.infer.sampling import GREEDY, Sampling
+
+if TYPE_CHECKING:
+    from lfm_jax.infer.grammar import Grammar
+
+Finish = Literal["stop", "length", "cancelled", "deadline"]
+"""`stop`: a stop id. `length`: max_new_tokens. `cancelled` and `deadline` may come at any time, also while it waits."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt to be continued, n times.
+
+    Raises:
+      ValueError: on construction, one message that lists every bad field and how to mend it.
+    """
+
+    prompt: Sequence[int]
+    """Token ids, at least one."""
+    max_new_tokens: int = 64
+    min_new_tokens: int = 0
+    """Tokens before which no stop id is chosen."""
+    sampling: Sampling = GREEDY
+    n: int = 1
+    """Continuations; number i has the seed `sampling.seed + i`."""
+    stop_ids: Sequence[int] | None = None
+    """Tokens that end a continuation; None means the model's eos ids."""
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    """Added to the logits of tokens; -inf forbids one."""
+    logprobs: int | None = None
+    """Tell the log-probability of each token and of so many likeliest ones, before sampling parameters."""
+    prompt_logprobs: bool = False
+    """Tell those of the prompt's tokens too, as many as `logprobs` says."""
+    grammar: Grammar | None = None
+    """What the continuation must match; it ends with a stop id where the grammar does."""
+    deadline: float | None = None
+    """Seconds from its submission after which it is ended."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        object.__setattr__(self, "prompt", _ids(self.prompt))
+        if self.prompt is None or not len(self.prompt):
+            problems.append("prompt must be a list of at least one token id")
+        for name, least in (("max_new_tokens", 1), ("min_new_tokens", 0), ("n", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                problems.append(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        if not problems and self.min_new_tokens > self.max_new_tokens:
+            problems.append(f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}")
+        if not all(type(i) is int and isinstance(x, (int, float)) and (math.isfinite(x) or x == -math.inf)
+                   for i, x in self.logit_bias.items()):
+            problems.append("logit_bias must map token ids to numbers or -inf")
+        if self.logprobs is not None and (type(self.logprobs) is not int or self.logprobs < 0):
+            problems.append(f"logprobs is {self.logprobs!r}; it must be None or a whole number of at least 0")
+        if self.prompt_logprobs and self.logprobs is None:
+            problems.append("prompt_logprobs needs logprobs, the number of likeliest tokens to tell")
+        if self.deadline is not None and not self.deadline > 0:
+            problems.append(f"deadline is {self.deadline!r}; it must be above 0 seconds")
+        if problems:
+            raise ValueError("Request is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+
+    @property
+    def size(self) -> int:
+        """Tokens that a slot must have room for."""
+        return len(self.prompt) + self.max_new_tokens
+
+    def choice_sampling(self, choice: int) -> Sampling:
+        """Of continuation number `choice`."""
+        return dataclasses.replace(self.sampling, seed=(self.sampling.seed + choice) % 2**32)
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises ValueError for token ids that the model lacks."""
+        V = config.vocab_size
+        problems = [
+            f"{name} has {bad[:5]}; token ids lie in 0..{V - 1}"
+            for name, ids in (("prompt", self.prompt), ("stop_ids", self.stop_ids or ()),
+                              ("logit_bias", list(self.logit_bias)))
+            if (bad := [i for i in ids if not 0 <= i < V])
+        ]
+        if problems:
+            raise ValueError("Request does not fit the model:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def _ids(prompt: Sequence[int]) -> list[int] | None:
+    if isinstance(prompt, (str, bytes)):
+        return None
+    array = np.asarray(prompt)
+    return array.tolist() if array.ndim == 1 and (not array.size or np.issubdtype(array.dtype, np.integer)) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probabilities at one place, of the model alone: before temperature, penalties, bias and masks."""
+
+    token: int
+    logprob: float
+    best: tuple[tuple[int, float], ...]
+    """The likeliest tokens with theirs, best first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """News of one continuation."""
+
+    choice: int
+    tokens: list[int]
+    """New tokens, a stop id included."""
+    logprobs: list[TokenLogprob] | None = None
+    """One for each new token, if they were asked for."""
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """Of the prompt's tokens from the second on; with the first event, if they were asked for."""
+    finish: Finish | None = None
+    """Set with the last event of a continuation."""
+
+
+Listener = Callable[[Event], None]
+"""Called by the engine's thread; must be quick and must not raise."""
+
+
+class EngineFullError(RuntimeError):
+    """As many requests wait as may."""

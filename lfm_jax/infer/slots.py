@@ -1,0 +1,439 @@
+"""The device side of the engine: slots of one length, and the compiled programs that work on them.
+
+A slot is a row of every array in `Slots`. Programs have fixed shapes and take the numbers of rows as data, so that
+requests come and go without a compilation. A row's numbers never depend on what other rows hold.
+
+Dimensions: B slots, S tokens of a slot, R rows and C tokens of a prefill, b <= B slots and N steps of a dispatch, T
+tokens of a step (1, and those drafted), V vocabulary, W = ceil(V / 32) words of a mask, M stop ids, P biased ids, L
+likeliest tokens of which log-probabilities are told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from lfm_jax import state as state_lib
+from lfm_jax.config import ModelConfig
+from lfm_jax.infer.sampling import ANYTHING, Params, Plan, sample
+from lfm_jax.model import LFM
+from lfm_jax.sharding import reshard
+from lfm_jax.state import State
+
+STEPS = 32
+"""Most steps of one dispatch."""
+NGRAM = 2
+"""Tokens that must have occurred before for what followed them to be drafted."""
+GREEDY_PLAN = Plan(*[False] * len(Plan._fields))
+NOWHERE = 2**30
+"""A row that no array has: what is written there is dropped."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What requests ask for, one row each."""
+
+    sampling: Params
+    budget_B: jax.Array
+    """Tokens to generate at most; int32 like all that follows but for the bias."""
+    least_B: jax.Array
+    """Tokens before which no stop id is chosen."""
+    stop_ids_BM: jax.Array
+    """-1 fills up."""
+    bias_ids_BP: jax.Array
+    """Tokens whose logits are changed; V fills up."""
+    bias_BP: jax.Array
+    """float32, added to their logits."""
+    draft_B: jax.Array
+    """bool; tokens may be drafted for the row."""
+    logprobs_B: jax.Array
+    """bool; log-probabilities are wanted."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """All slots of one length. One with no tokens left to generate is idle and stays as it is."""
+
+    state: State
+    asked: Asked
+    token_B: jax.Array
+    """Sampled last and not yet in the state."""
+    left_B: jax.Array
+    """Tokens that it may still generate."""
+    seen_BV: jax.Array
+    """bool, tokens of prompt and text so far."""
+    history_BS: jax.Array
+    """Tokens of prompt and text so far, by position."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """Chosen tokens and what is told of them; axes [steps, rows, tokens], fewer where there is one of something."""
+
+    token: jax.Array
+    """-1 where there is none."""
+    logprob: jax.Array | None
+    """Of the token, before sampling parameters; None in programs that tell none."""
+    best: jax.Array | None
+    """The L likeliest tokens, [..., L]."""
+    best_logprob: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SlotShape:
+    """What programs are compiled for."""
+
+    config: ModelConfig
+    slots: int
+    """B."""
+    length: int
+    """S."""
+    draft: int = 0
+    """Tokens drafted a step; 0 drafts none."""
+    max_logprobs: int = 0
+    """L."""
+    max_stop_ids: int = 8
+    max_biases: int = 16
+
+    def asked(self, rows: int) -> Asked:
+        """Rows that ask for nothing."""
+
+        def full(value: Any, *shape: int, dtype: Any = jnp.int32) -> jax.Array:
+            return jnp.full((rows, *shape), value, dtype)
+
+        sampling = Params(
+            temperature_B=full(0, dtype=jnp.float32), top_k_B=full(0), top_p_B=full(1, dtype=jnp.float32),
+            min_p_B=full(0, dtype=jnp.float32), repetition_penalty_B=full(1, dtype=jnp.float32),
+            seed_B=full(0, dtype=jnp.uint32),
+        )
+        return Asked(
+            sampling=sampling, budget_B=full(0), least_B=full(0), stop_ids_BM=full(-1, self.max_stop_ids),
+            bias_ids_BP=full(self.config.vocab_size, self.max_biases),
+            bias_BP=full(0, self.max_biases, dtype=jnp.float32), draft_B=full(False, dtype=bool),
+            logprobs_B=full(False, dtype=bool),
+        )
+
+    def init(self) -> Slots:
+        """Empty slots."""
+        B, V = self.slots, self.config.vocab_size
+        return Slots(
+            state=state_lib.init_state(self.config, B, self.length, rollback=self.draft), asked=self.asked(B),
+            token_B=jnp.zeros((B,), jnp.int32), left_B=jnp.zeros((B,), jnp.int32),
+            seen_BV=jnp.zeros((B, V), bool), history_BS=jnp.zeros((B, self.length), jnp.int32),
+        )
+
+    @property
+    def mask_words(self) -> int:
+        """W."""
+        return -(-self.config.vocab_size // 32)
+
+
+class Programs(NamedTuple):
+    """The compiled functions of one `SlotShape`; parameters of the model are arguments. Slots given are used up."""
+
+    prefill: Callable[..., tuple[Slots, jax.Array]]
+    score: Callable[..., tuple[Slots, jax.Array, Told]]
+    start: Callable[..., tuple[Slots, Told]]
+    decode: Callable[..., tuple[Slots, Told]]
+    advance: Callable[..., tuple[Slots, jax.Array]]
+    choose: Callable[..., tuple[Slots, Told]]
+    fork: Callable[..., Slots]
+    stop: Callable[..., Slots]
+    snapshot: Callable[..., State]
+    restore: Callable[..., Slots]
+
+
+@functools.lru_cache(maxsize=32)
+def programs(graphdef: nnx.GraphDef[LFM], shape: SlotShape) -> Programs:
+    """See `Programs`."""
+    config, V, L = shape.config, shape.config.vocab_size, shape.max_logprobs
+    jit = functools.partial(jax.jit, donate_argnames="slots")
+
+    def run(
+        params: Any, tokens_RC: jax.Array, length_R: jax.Array, state: State, logits: str
+    ) -> tuple[jax.Array, State]:
+        model = nnx.merge(graphdef, params)
+        segment_ids_RC = (jnp.arange(tokens_RC.shape[1]) < length_R[:, None]).astype(jnp.int32)
+        out, state = model(tokens_RC, None, segment_ids_RC, state, logits, padding="right")
+        return reshard(out, P()), state
+
+    def take_in(
+        params: Any, slots: Slots, rows_R: jax.Array, tokens_RC: jax.Array, length_R: jax.Array, fresh_R: jax.Array,
+        logits: str,
+    ) -> tuple[Slots, jax.Array]:
+        """Runs chunks of prompts; the slots after it and logits. Rows that are `fresh_R` begin empty."""
+        state = state_lib.reset(_take(slots.state, rows_R), fresh_R)
+        slots = _remember(_forget(slots, rows_R, fresh_R), rows_R, state.position_B, tokens_RC, length_R)
+        out, state = run(params, tokens_RC, length_R, state, logits)
+        return dataclasses.replace(slots, state=_put(slots.state, rows_R, state)), out
+
+    @jit
+    def prefill(
+        params: Any, slots: Slots, rows_R: jax.Array, tokens_RC: jax.Array, length_R: jax.Array, fresh_R: jax.Array
+    ) -> tuple[Slots, jax.Array]:
+        """Takes in a chunk of a prompt a row; logits_RV after it."""
+        slots, logits_R1V = take_in(params, slots, rows_R, tokens_RC, length_R, fresh_R, "last")
+        return slots, logits_R1V[:, 0]
+
+    @jit
+    def score(
+        params: Any, slots: Slots, rows_R: jax.Array, tokens_RC: jax.Array, length_R: jax.Array, fresh_R: jax.Array,
+        targets_RC: jax.Array,
+    ) -> tuple[Slots, jax.Array, Told]:
+        """`prefill` that also tells the log-probability of the token that follows each one."""
+        slots, logits_RCV = take_in(params, slots, rows_R, tokens_RC, length_R, fresh_R, "all")
+        last_R1 = jnp.maximum(length_R - 1, 0)[:, None, None]
+        return slots, jnp.take_along_axis(logits_RCV, last_R1, axis=1)[:, 0], _tell(logits_RCV, targets_RC, L)
+
+    @jit
+    def start(
+        slots: Slots, logits_RV: jax.Array, source_R: jax.Array, rows_R: jax.Array, asked: Asked, mask_RW: jax.Array
+    ) -> tuple[Slots, Told]:
+        """Begins to generate in some rows: sets what is asked and chooses the first token from `logits[source]`."""
+        part = dataclasses.replace(_take(_light(slots), rows_R), asked=asked, left_B=asked.budget_B)
+        part, told = _choose(part, logits_RV[source_R][:, None], None, ANYTHING, L, mask_RW)
+        return dataclasses.replace(_put(_light(slots), rows_R, part), state=slots.state), told
+
+    @functools.partial(jax.jit, donate_argnames="slots", static_argnames=("rows", "plain"))
+    def decode(params: Any, slots: Slots, steps: jax.Array, *, rows: int, plain: bool) -> tuple[Slots, Told]:
+        """Up to `steps` (at most STEPS) steps of the first `rows` slots; ends early when all of them are idle.
+
+        Args:
+          plain: all of these rows are greedy without penalty, bias, least tokens and log-probabilities.
+        """
+        plan, most = (GREEDY_PLAN, 0) if plain else (ANYTHING, L)
+
+        def unfinished(loop: tuple[jax.Array, Slots, Told]) -> jax.Array:
+            n, part, _ = loop
+            return (n < steps) & jnp.any(part.left_B > 0)
+
+        def body(loop: tuple[jax.Array, Slots, Told]) -> tuple[jax.Array, Slots, Told]:
+            n, part, told = loop
+            live_b = part.left_B > 0
+            if shape.draft:
+                drafts_bK, drafted_b = _draft(part, shape.draft)
+                tokens_bT = jnp.concatenate([part.token_B[:, None], drafts_bK], axis=1)
+                length_b = jnp.where(live_b, 1 + drafted_b, 0)
+                logits_bTV, state = run(params, tokens_bT, length_b, part.state, "all")
+                part = dataclasses.replace(part, state=state)
+                part, new = _choose(part, logits_bTV, (drafts_bK, drafted_b), plan, most)
+            else:
+                logits_b1V, state = run(params, part.token_B[:, None], live_b.astype(jnp.int32), part.state, "last")
+                part, new = _choose(dataclasses.replace(part, state=state), logits_b1V, None, plan, most)
+            return n + 1, part, jax.tree.map(lambda all_, x: all_.at[n].set(x), told, new)
+
+        part = jax.tree.map(lambda x: x[:rows], slots)
+        told = jax.tree.map(lambda x: jnp.full((STEPS, *x.shape), -1, x.dtype),
+                            _told_shape(rows, 1 + shape.draft, most))
+        _, part, told = jax.lax.while_loop(unfinished, body, (jnp.int32(0), part, told))
+        return _put_first(slots, part), told
+
+    @functools.partial(jax.jit, donate_argnames="slots", static_argnames="rows")
+    def advance(params: Any, slots: Slots, *, rows: int) -> tuple[Slots, jax.Array]:
+        """The first half of one step of the first `rows` slots: takes in their tokens; logits_bV."""
+        part = jax.tree.map(lambda x: x[:rows], slots.state)
+        live_b = (slots.left_B[:rows] > 0).astype(jnp.int32)
+        logits_b1V, part = run(params, slots.token_B[:rows, None], live_b, part, "last")
+        return dataclasses.replace(slots, state=_put_first(slots.state, part)), logits_b1V[:, 0]
+
+    @functools.partial(jax.jit, donate_argnames="slots", static_argnames="rows")
+    def choose(slots: Slots, logits_bV: jax.Array, mask_bW: jax.Array, *, rows: int) -> tuple[Slots, Told]:
+        """The second half: chooses among the tokens that `mask_bW` allows."""
+        part = jax.tree.map(lambda x: x[:rows], _light(slots))
+        part, told = _choose(part, logits_bV[:, None], None, ANYTHING, L, mask_bW)
+        return dataclasses.replace(_put_first(_light(slots), part), state=slots.state), told
+
+    @jit
+    def fork(slots: Slots, source: jax.Array, rows_R: jax.Array) -> Slots:
+        """Copies row `source` to others."""
+        return _put(slots, rows_R, _take(slots, jnp.full_like(rows_R, source)))
+
+    @jit
+    def stop(slots: Slots, rows_R: jax.Array) -> Slots:
+        """Makes rows idle."""
+        return dataclasses.replace(slots, left_B=slots.left_B.at[rows_R].set(0, mode="drop"))
+
+    @functools.partial(jax.jit, static_argnames="length")
+    def snapshot(slots: Slots, row: jax.Array, first: jax.Array, *, length: int) -> State:
+        """What a row's tokens [first, first + length), its newest, have added; see `state.snapshot`."""
+        return state_lib.snapshot(config, slots.state, row, first, length)
+
+    @jit
+    def restore(slots: Slots, row: jax.Array, first: jax.Array, part: State, tokens_C: jax.Array) -> Slots:
+        """Puts a snapshot of `tokens_C` back into a row; one that begins at 0 clears it first."""
+        rows_1 = row[None]
+        fresh_1 = first[None] == 0
+        state = _put(slots.state, rows_1, state_lib.reset(_take(slots.state, rows_1), fresh_1))
+        length_1 = jnp.full((1,), tokens_C.shape[0], jnp.int32)
+        slots = _remember(_forget(slots, rows_1, fresh_1), rows_1, first[None], tokens_C[None], length_1)
+        return dataclasses.replace(slots, state=state_lib.restore(config, state, row, first, part))
+
+    def _told_shape(rows: int, T: int, most: int) -> Any:
+        out_bTV = jax.ShapeDtypeStruct((rows, T, V), config.logits_dtype)
+        tokens_bT = jax.ShapeDtypeStruct((rows, T), jnp.int32)
+        return jax.eval_shape(lambda logits, tokens: _tell(logits, tokens, most), out_bTV, tokens_bT)
+
+    return Programs(prefill, score, start, decode, advance, choose, fork, stop, snapshot, restore)
+
+
+# -------------------------------------------------------------------- rows
+
+
+def _take(tree: Any, rows_R: jax.Array) -> Any:
+    return jax.tree.map(lambda x: x.at[rows_R].get(mode="fill", fill_value=0), tree)
+
+
+def _put(tree: Any, rows_R: jax.Array, part: Any) -> Any:
+    return jax.tree.map(lambda x, new: x.at[rows_R].set(new, mode="drop"), tree, part)
+
+
+def _put_first(tree: Any, part: Any) -> Any:
+    return jax.tree.map(lambda x, new: new if new.shape == x.shape else x.at[: new.shape[0]].set(new), tree, part)
+
+
+def _light(slots: Slots) -> Slots:
+    """The slots without what layers keep, which choosing a token does not need."""
+    return dataclasses.replace(slots, state=State((), slots.state.position_B))
+
+
+def _forget(slots: Slots, rows_R: jax.Array, fresh_R: jax.Array) -> Slots:
+    """Forgets which tokens were seen in the rows that are fresh."""
+    seen_RV = jnp.where(fresh_R[:, None], False, _take(slots.seen_BV, rows_R))
+    return dataclasses.replace(slots, seen_BV=_put(slots.seen_BV, rows_R, seen_RV))
+
+
+def _remember(
+    slots: Slots, rows_R: jax.Array, first_R: jax.Array, tokens_RC: jax.Array, length_R: jax.Array
+) -> Slots:
+    """Writes down tokens, at positions from `first_R` on."""
+    index_C = jnp.arange(tokens_RC.shape[1], dtype=jnp.int32)
+    real_RC = index_C < length_R[:, None]
+    rows_R1 = rows_R[:, None]
+    position_RC = jnp.where(real_RC, first_R[:, None] + index_C, NOWHERE)
+    return dataclasses.replace(
+        slots,
+        seen_BV=slots.seen_BV.at[rows_R1, jnp.where(real_RC, tokens_RC, NOWHERE)].set(True, mode="drop"),
+        history_BS=slots.history_BS.at[rows_R1, position_RC].set(tokens_RC, mode="drop"),
+    )
+
+
+# -------------------------------------------------------------------- tokens
+
+
+def _choose(
+    slots: Slots, logits_BTV: jax.Array, drafts: tuple[jax.Array, jax.Array] | None, plan: Plan, most: int,
+    mask_BW: jax.Array | None = None,
+) -> tuple[Slots, Told]:
+    """The next tokens of every live row, and the slots after them.
+
+    Args:
+      logits_BTV: after the row's last token, and after each drafted one.
+      drafts: (drafts_BK, how many of them are in the state already), K = T - 1. A draft counts as far as it is what is
+        chosen anyway; the state goes back behind the others.
+      mask_BW: bits of the tokens that may be chosen.
+    """
+    B, T, V = logits_BTV.shape
+    asked, live_B = slots.asked, slots.left_B > 0
+    drafts_BK, drafted_B = drafts or (jnp.zeros((B, 0), jnp.int32), jnp.zeros((B,), jnp.int32))
+    first_B = slots.state.position_B - drafted_B
+    position_BT = first_B[:, None] + jnp.arange(T, dtype=jnp.int32)
+    allowed_BTV = logits_BTV.astype(jnp.float32)
+    if plan == ANYTHING:
+        made_BT = (asked.budget_B - slots.left_B)[:, None] + jnp.arange(T, dtype=jnp.int32)
+        allowed_BTV = _biased(allowed_BTV, asked)
+        allowed_BTV = _without_stop_ids(allowed_BTV, asked, live_B[:, None] & (made_BT < asked.least_B[:, None]))
+    if mask_BW is not None:
+        allowed_BTV = jnp.where(unpack(mask_BW, V)[:, None], allowed_BTV, -jnp.inf)
+    if T == 1:
+        token_BT = sample(allowed_BTV[:, 0], asked.sampling, plan, position_BT[:, 0], slots.seen_BV)[:, None]
+    else:
+        repeated = jax.tree.map(lambda x: jnp.repeat(x, T, axis=0), asked.sampling)
+        seen_XV = jnp.repeat(slots.seen_BV, T, axis=0) if plan.repetition_penalty else None
+        token_X = sample(allowed_BTV.reshape(B * T, V), repeated, plan, position_BT.reshape(-1), seen_XV)
+        token_BT = token_X.reshape(B, T)
+    stops_BT = jnp.any(token_BT[:, :, None] == asked.stop_ids_BM[:, None], axis=2)
+    right_BK = (token_BT[:, :-1] == drafts_BK) & ~stops_BT[:, :-1]
+    right_BK &= jnp.arange(T - 1) < drafted_B[:, None]
+    right_B = jnp.sum(jnp.cumprod(right_BK.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
+    made_B = jnp.where(live_B, right_B + 1, 0)
+    told = _tell(logits_BTV, token_BT, most)
+    told = dataclasses.replace(told, token=jnp.where(jnp.arange(T) < made_B[:, None], token_BT, -1))
+    slots = _remember(slots, jnp.arange(B), first_B, token_BT, made_B)
+    stopped_B = jnp.take_along_axis(stops_BT, right_B[:, None], axis=1)[:, 0]
+    state = slots.state
+    if drafts is not None:
+        state = state_lib.rollback(state, jnp.where(live_B, drafted_B - right_B, 0))
+    return dataclasses.replace(
+        slots, state=state,
+        token_B=jnp.where(live_B, jnp.take_along_axis(token_BT, right_B[:, None], axis=1)[:, 0], slots.token_B),
+        left_B=jnp.where(live_B & ~stopped_B, slots.left_B - made_B, 0),
+    ), told
+
+
+def _tell(logits_BTV: jax.Array, token_BT: jax.Array, most: int) -> Told:
+    """Log-probabilities of the tokens and of the `most` likeliest ones; 0: none."""
+    if not most:
+        return Told(token_BT, None, None, None)
+    logits_BTV = logits_BTV.astype(jnp.float32)
+    norm_BT = jax.nn.logsumexp(logits_BTV, axis=2)
+    best_logit_BTL, best_BTL = jax.lax.top_k(logits_BTV, most)
+    logit_BT = jnp.take_along_axis(logits_BTV, jnp.maximum(token_BT, 0)[:, :, None], axis=2)[:, :, 0]
+    return Told(token_BT, logit_BT - norm_BT, best_BTL.astype(jnp.int32), best_logit_BTL - norm_BT[:, :, None])
+
+
+def _biased(logits_BTV: jax.Array, asked: Asked) -> jax.Array:
+    def add(logits_BTV: jax.Array) -> jax.Array:
+        rows_B1 = jnp.arange(logits_BTV.shape[0])[:, None]
+        # Rows first, tokens of a step last, so that one index reaches all of these.
+        return logits_BTV.at[rows_B1, :, asked.bias_ids_BP].add(asked.bias_BP[:, :, None], mode="drop")
+
+    return jax.lax.cond(jnp.any(asked.bias_BP != 0), add, lambda x: x, logits_BTV)
+
+
+def _without_stop_ids(logits_BTV: jax.Array, asked: Asked, ban_BT: jax.Array) -> jax.Array:
+    def ban(logits_BTV: jax.Array) -> jax.Array:
+        ids_BM = jnp.where(asked.stop_ids_BM < 0, NOWHERE, asked.stop_ids_BM)
+        rows_B1 = jnp.arange(logits_BTV.shape[0])[:, None]
+        banned_BTV = logits_BTV.at[rows_B1, :, ids_BM].set(-jnp.inf, mode="drop")
+        return jnp.where(ban_BT[:, :, None], banned_BTV, logits_BTV)
+
+    return jax.lax.cond(jnp.any(ban_BT), ban, lambda x: x, logits_BTV)
+
+
+def unpack(mask_BW: jax.Array, V: int) -> jax.Array:
+    """Bits of uint32 words, lowest first, as bool [B, V]."""
+    bits_BWb = (mask_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return bits_BWb.reshape(mask_BW.shape[0], -1)[:, :V] != 0
+
+
+def _draft(slots: Slots, K: int) -> tuple[jax.Array, jax.Array]:
+    """What followed the last NGRAM tokens where they occurred before ("prompt lookup"): (drafts_BK, how many).
+
+    Of several places the last one that K tokens follow, or else the one that most do. None where the row wants none or
+    where its last token would be a drafted one.
+    """
+    history_BS, length_B = slots.history_BS, slots.state.position_B + 1
+    S = history_BS.shape[1]
+    index_S = jnp.arange(S, dtype=jnp.int32)
+    last_B = length_B - NGRAM
+    found_BS = index_S + NGRAM < length_B[:, None]
+    for i in range(NGRAM):
+        token_B1 = jnp.take_along_axis(history_BS, jnp.maximum(last_B + i, 0)[:, None], axis=1)
+        found_BS &= jnp.roll(history_BS, -i, axis=1) == token_B1
+    follow_BS = jnp.minimum(K, length_B[:, None] - NGRAM - index_S)
+    best_B = jnp.argmax(jnp.where(found_BS, follow_BS * S + index_S, -1), axis=1).astype(jnp.int32)
+    any_B = jnp.any(found_BS, axis=1) & slots.asked.draft_B
+    index_BK = jnp.minimum(best_B[:, None] + NGRAM + jnp.arange(K), S - 1)
+    drafted_B = jnp.where(any_B, jnp.take_along_axis(follow_BS, best_B[:, None], axis=1)[:, 0], 0)
+    drafted_B = jnp.clip(jnp.minimum(drafted_B, slots.left_B - 1), 0)
+    return jnp.take_along_axis(history_BS, index_BK, axis=1), drafted_B

@@ -1,0 +1,531 @@
+"""Tools: schemas of the functions that a model may call, and the calls that it writes, between text and plain data.
+
+LFM2 writes `<|tool_call_start|>[f(a="x", b=1), g()]<|tool_call_end|>`, or JSON where it is asked for JSON. What it
+writes is data: a small parser reads it in linear time, and nothing is evaluated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import inspect
+import json
+import math
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, NotRequired, Required
+
+START, END = "<|tool_call_start|>", "<|tool_call_end|>"
+MAX_DEPTH = 64
+"""How deep lists and dicts may stand inside each other in the arguments of a call."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool: its name, perhaps dotted, and its arguments by name."""
+
+    name: str
+    arguments: dict[str, Any]
+    """JSON types only: texts, whole and finite numbers, booleans, None, lists, dicts with texts as keys."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """A piece of a reply that is no call."""
+
+    text: str
+
+
+Event = Content | ToolCall
+Tool = Mapping[str, Any] | Callable[..., Any]
+
+
+def parse_tool_calls(text: str, tools: Sequence[Tool] = ()) -> tuple[str, list[ToolCall]]:
+    """The content of a reply, joined, and its calls in order, as `ToolCallParser` finds them.
+
+    Raises:
+      ValueError: `tools` are not valid. No text raises anything.
+    """
+    parser = ToolCallParser(tools)
+    events = [*parser.push(text), *parser.finish()]
+    content = "".join(e.text for e in events if isinstance(e, Content))
+    return content, [e for e in events if isinstance(e, ToolCall)]
+
+
+class ToolCallParser:
+    """Splits a reply that arrives in pieces into content and calls; how it is cut makes no difference.
+
+    - The markers are special tokens wherever they stand: either ends the block before it, even inside a string
+      literal (`render_call` escapes them there).
+    - A block is a list of calls, or calls one after the other. Each is Pythonic, or a JSON object with `name` and
+      `arguments` (or `parameters`; an object, or the JSON text of one). Literals are those of Python and of JSON in any
+      mixture; a tuple becomes a list. The end marker may be missing, and so may the bracket that closes the list.
+    - A call is given as soon as its last bracket is there, and never taken back. At the first fault what follows the
+      last call becomes content, up to and with the end marker, and with the start marker where there was no call.
+    - Faults: what neither Python nor JSON allows (line breaks in string literals are let pass), positional arguments
+      (but see `tools`), an argument given twice, keys that are no strings, values that JSON has not (NaN, 1e999, sets,
+      bytes, integers too long for Python to print), nesting beyond MAX_DEPTH.
+    - A lone surrogate, escaped or not, becomes U+FFFD: every text can be encoded.
+
+    Args:
+      tools: as for `tool_schemas`. Positional arguments get the names of the properties, in the schema's order. Whether
+        a tool exists and its arguments fit is not looked at.
+
+    Raises:
+      ValueError: on construction, for `tools` that are not valid. No text raises anything.
+    """
+
+    def __init__(self, tools: Sequence[Tool] = ()):
+        self._parameters = {t["name"]: list(t["parameters"].get("properties", ())) for t in tool_schemas(tools)}
+        self._events: list[Event] = []
+        self._tail = ""  # What may still become a marker.
+        self._state = "content"  # Or "call", inside of one, or a key of _STEPS.
+        self._listed = False
+        self._held: list[str] = []  # The block since its start or its last call, in pieces.
+        self._lead = 0  # How many characters of it come before the call that is being read.
+        self._ends = _extent()
+
+    def push(self, text: str) -> list[Event]:
+        """The events that have become certain with this piece."""
+        text = self._tail + _SURROGATE.sub("\ufffd", text)
+        cut = text.rfind("<")
+        if cut < 0 or not (START.startswith(text[cut:]) or END.startswith(text[cut:])):
+            cut = len(text)
+        self._tail = text[cut:]
+        for part in _MARKER.split(text[:cut]):
+            if part in (START, END):
+                self._close("" if part == START else END)
+                if part == START:
+                    self._state, self._listed, self._held = "start", False, [START]
+            else:
+                self._read(part)
+        events, self._events = self._events, []
+        return events
+
+    def finish(self) -> list[Event]:
+        """The rest of the events, of a reply that ends here. The parser can then take another."""
+        self._read(self._tail)
+        self._close("")
+        self._tail = ""
+        return self.push("")
+
+    def _close(self, marker: str) -> None:
+        """Ends the block; without one, the marker is content."""
+        after_comma = self._state == "list" and self._held[0] != START
+        if after_comma or self._state in ("after", "bare", "done"):
+            self._state, self._held = "content", []
+        else:
+            self._give_back(marker)
+
+    def _give_back(self, text: str) -> None:
+        """What is held, and then `text`, is content."""
+        text = "".join([*self._held, text])
+        self._state, self._held = "content", []
+        if text and self._events and isinstance(last := self._events[-1], Content):
+            self._events[-1] = Content(last.text + text)
+        elif text:
+            self._events.append(Content(text))
+
+    def _read(self, text: str) -> None:
+        """Takes text without markers."""
+        start = 0  # Of what is neither held nor dealt with.
+        for i, c in enumerate(text):
+            if self._state == "content":
+                break
+            if self._state == "call":
+                if self._ends.send(c):
+                    call = _read_call("".join([*self._held, text[start : i + 1]])[self._lead :], self._parameters)
+                    if call is None:
+                        break
+                    self._events.append(call)
+                    self._state, self._held, start = "after" if self._listed else "bare", [], i + 1
+            elif not c.isspace():
+                state = _STEPS[self._state].get("f" if c == "{" or c.isidentifier() else c)
+                if state is None:
+                    break
+                if state == "call":
+                    self._lead = sum(map(len, self._held)) + i - start
+                    self._ends = _extent()
+                    next(self._ends)
+                    self._ends.send(c)
+                elif state == "done":
+                    self._held, start = [], i + 1
+                self._state, self._listed = state, self._listed or c == "["
+        else:
+            self._held += [text[start:]] if start < len(text) else []
+            return
+        self._give_back(text[start:])
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_MARKER = re.compile(f"({re.escape(START)}|{re.escape(END)})")
+_STEPS: dict[str, dict[str, str]] = {
+    "start": {"[": "list", "f": "call"},
+    "list": {"f": "call", "]": "done"},
+    "after": {",": "list", "]": "done"},
+    "bare": {",": "bare", "f": "call"},
+    "done": {},
+}
+"""What may follow in a block, blanks apart: by state, then by character, "f" for any that may begin a call."""
+
+
+def _extent() -> Generator[bool, str]:
+    """Is sent a call character by character and says which is its last: the bracket that closes the first.
+
+    Brackets in string literals do not count. Nothing is read twice, so that pieces of any size take linear time.
+    """
+    depth, c = 0, (yield False)
+    while True:
+        if c in "\"'":
+            quote, opening, closing = c, 1, 0
+            while opening < 3 and (c := (yield False)) == quote:
+                opening += 1
+            if opening == 2:  # An empty literal, and c comes after it.
+                continue
+            if opening == 3:
+                c = yield False
+            while (closing := closing + 1 if c == quote else 0) < opening:
+                if c == "\\":
+                    yield False
+                c = yield False
+        depth += (c in "([{") - (c in ")]}")
+        c = yield c in ")]}" and depth <= 0
+
+
+class _NotACall(Exception):
+    pass
+
+
+def _read_call(text: str, parameters: Mapping[str, Sequence[str]]) -> ToolCall | None:
+    """The call that `text` is as a whole, or None; `parameters` are names by tool, for positional arguments."""
+    try:
+        reader = _Reader(text)
+        call = _json_call(reader.value()) if text.startswith("{") else reader.call(parameters)
+        reader.need(r"\Z")
+        return call
+    except _NotACall:
+        return None
+
+
+def _json_call(value: dict[str, Any]) -> ToolCall:
+    name = value.get("name")
+    keys = value.keys() - {"name", "id", "type"}
+    if not isinstance(name, str) or not name or len(keys) > 1 or not keys <= {"arguments", "parameters"}:
+        raise _NotACall
+    arguments = value[keys.pop()] if keys else None
+    if isinstance(arguments, str):
+        reader = _Reader(arguments)
+        arguments = reader.value()
+        reader.need(r"\Z")
+    if not isinstance(arguments, dict | None):
+        raise _NotACall
+    return ToolCall(name, arguments or {})
+
+
+class _Reader:
+    """Recursive descent over a whole text; every method goes on from where the last one stopped, blanks skipped."""
+
+    def __init__(self, text: str):
+        self._text, self._at = text, 0
+
+    def take(self, pattern: str) -> re.Match[str] | None:
+        match = re.compile(rf"\s*+{pattern}", re.DOTALL).match(self._text, self._at)
+        self._at = match.end() if match else self._at
+        return match
+
+    def need(self, pattern: str) -> re.Match[str]:
+        if match := self.take(pattern):
+            return match
+        raise _NotACall
+
+    def call(self, parameters: Mapping[str, Sequence[str]]) -> ToolCall:
+        """A call in Python's syntax."""
+        name = self.need(r"([\w.]+)\s*\(")[1]
+        if not _is_name(name):
+            raise _NotACall
+        positional = iter(parameters.get(name, ()))
+        arguments: dict[str, Any] = {}
+        for keyword, value in self._items(r"\)", self._argument):
+            if keyword:
+                positional = iter(())  # None may follow a keyword.
+            key = keyword or next(positional, None)
+            if key is None or key in arguments:
+                raise _NotACall
+            arguments[key] = value
+        return ToolCall(name, arguments)
+
+    def _argument(self) -> tuple[str | None, Any]:
+        keyword = self.take(r"(\w+)\s*=(?!=)")
+        if keyword and not keyword[1].isidentifier():
+            raise _NotACall
+        return keyword and keyword[1], self.value()
+
+    def _items[T](self, close: str, item: Callable[[], T]) -> Iterator[T]:
+        """Items up to `close`, a comma between each two and perhaps after the last."""
+        while not self.take(close):
+            yield item()
+            if not self.take(","):
+                self.need(close)
+                return
+
+    def value(self, depth: int = 0) -> Any:
+        """A literal of Python or JSON."""
+
+        def inner() -> Any:
+            return self.value(depth + 1)
+
+        def entry() -> tuple[str, Any]:
+            key = self._string()
+            self.need(":")
+            return key, inner()
+
+        if depth > MAX_DEPTH:
+            raise _NotACall
+        if self.take(r"\["):
+            return list(self._items(r"\]", inner))
+        if self.take(r"\{"):
+            return dict(self._items(r"\}", entry))
+        if self.take(r"\("):
+            if self.take(r"\)"):
+                return []
+            first = inner()
+            if self.take(r"\)"):  # A tuple of one has a comma; this is a value in brackets.
+                return first
+            self.need(",")
+            return [first, *self._items(r"\)", inner)]
+        if number := self.take(r"([-+]?)\s*(\.?[0-9](?:[eE][-+]|[\w.])*)"):
+            return _number(number[1], number[2])
+        if word := self.take(r"(True|true|False|false|None|null)\b"):
+            return {"t": True, "f": False, "n": None}[word[1][0].lower()]
+        return self._string()
+
+    def _string(self) -> str:
+        literal = self.need(r"""("{3}|'{3}|"|')((?:(?!\1)[^\\]|\\.)*+)\1""")
+        text = _ESCAPE.sub(_unescape, literal[2])
+        # Two surrogates are one character, as in JSON.
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+_ESCAPE = re.compile(r"\\(?:x(H{2})|u(H{4})|U(H{8})|([0-7]{1,3})|(.))".replace("H", "[0-9a-fA-F]"), re.DOTALL)
+_LETTERS: dict[str, str] = dict(zip("abfnrtv\\'\"/\n", [*"\a\b\f\n\r\t\v\\'\"/", ""], strict=True))
+
+
+def _unescape(match: re.Match[str]) -> str:
+    hexadecimal, octal, other = match[1] or match[2] or match[3], match[4], match[5]
+    if other:
+        if other in "xuUN":
+            raise _NotACall
+        return _LETTERS.get(other, match[0])  # Python keeps the backslash where it escapes nothing.
+    code = int(hexadecimal, 16) if hexadecimal else int(octal, 8)
+    if code > 0x10FFFF:
+        raise _NotACall
+    return chr(code)
+
+
+def _number(sign: str, digits: str) -> int | float:
+    is_float = bool(set(digits) & set(".eE")) and digits[1:2] not in ("x", "X")
+    try:
+        number = float(digits) if is_float else int(digits, 0)
+        str(number)  # Python refuses to print what is too long, and then JSON cannot hold it.
+    except ValueError:
+        raise _NotACall from None
+    if number == math.inf:
+        raise _NotACall
+    return -number if sign == "-" else number
+
+
+def _is_name(name: str) -> bool:
+    return all(part.isidentifier() for part in name.split("."))
+
+
+def render_call(call: ToolCall) -> str:
+    """The call as LFM2 writes it, `f(a="x", b=1)`; a JSON object if its name or a key is no identifier.
+
+    In string literals `<|` is escaped, so that no argument makes a special token.
+
+    Raises:
+      ValueError: the name is empty, or arguments are not JSON types or nested beyond MAX_DEPTH.
+    """
+    if not call.name:
+        raise ValueError("the call of a tool must have a name")
+    if _is_name(call.name) and all(isinstance(key, str) and key.isidentifier() for key in call.arguments):
+        return f"{call.name}({', '.join(f'{key}={_literal(value)}' for key, value in call.arguments.items())})"
+    return f'{{"name": {_literal(call.name)}, "arguments": {_literal(call.arguments, ("null", "true", "false"))}}}'
+
+
+def render_calls(calls: Iterable[ToolCall]) -> str:
+    """The block of these calls with its markers; `parse_tool_calls` gives the calls back.
+
+    Raises:
+      ValueError: as `render_call`.
+    """
+    return f"{START}[{', '.join(map(render_call, calls))}]{END}"
+
+
+def _literal(value: Any, words: tuple[str, str, str] = ("None", "True", "False"), depth: int = 0) -> str:
+    """Python's literal of a value, or JSON's with its own words."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"arguments may be nested {MAX_DEPTH} deep and no deeper")
+    match value:
+        case None | True | False:
+            return words[0 if value is None else 1 if value else 2]
+        case str() | int() | float():
+            return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("<|", r"<\u007c")
+        case list() | tuple():
+            return f"[{', '.join(_literal(item, words, depth + 1) for item in value)}]"
+        case dict() if all(isinstance(key, str) for key in value):
+            items = (f"{_literal(key)}: {_literal(item, words, depth + 1)}" for key, item in value.items())
+            return f"{{{', '.join(items)}}}"
+    raise ValueError(f"arguments must be made of JSON types; there is {value!r}")
+
+
+def tool_schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """The schemas `{"name", "description", "parameters"}` of tools, as copies made of JSON types.
+
+    Args:
+      tools: Python functions (see `function_schema`), such schemas, or those in OpenAI's
+        `{"type": "function", "function": schema}`. A tool without `parameters` takes none.
+
+    Raises:
+      ValueError: one message that lists every problem.
+    """
+    schemas, problems = [], []
+    for i, tool in enumerate(tools):
+        try:
+            schema = _schema(tool)
+        except ValueError as error:
+            problems.append(f"tool {i}: {error}")
+            continue
+        schemas.append(schema)
+        problems += [f"tool {i}: {problem}" for problem in _schema_problems(schema)]
+        if any(schema.get("name") == other.get("name") for other in schemas[:-1]):
+            problems.append(f"tool {i}: there is another of the name {schema.get('name')!r}")
+    if problems:
+        raise ValueError("tools are not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+    return schemas
+
+
+def _schema(tool: Tool) -> dict[str, Any]:
+    if callable(tool):
+        return function_schema(tool)
+    try:
+        schema = json.loads(json.dumps(tool, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"it must be a function or a schema of plain data: {error}") from error
+    if isinstance(schema, dict) and "function" in schema and schema.get("type", "function") == "function":
+        schema = schema["function"]
+    if not isinstance(schema, dict):
+        raise ValueError(f"it must be a function or a schema, not {schema!r}")
+    return {"parameters": {"type": "object", "properties": {}}} | schema
+
+
+def _schema_problems(schema: Mapping[str, Any]) -> Iterator[str]:
+    name, parameters = schema.get("name"), schema["parameters"]
+    if not isinstance(name, str) or not _is_name(name):
+        yield f"its name is {name!r}; it must be an identifier, or several with dots between"
+    if not isinstance(schema.get("description", ""), str):
+        yield "its description must be a text"
+    if not isinstance(parameters, dict) or parameters.get("type") != "object":
+        yield 'its parameters must be a JSON schema with "type": "object"'
+        return
+    properties, required = parameters.get("properties", {}), parameters.get("required", [])
+    if not isinstance(properties, dict) or not all(isinstance(p, dict | bool) for p in properties.values()):
+        yield "the properties of its parameters must be schemas by name"
+    if not isinstance(required, list) or not all(isinstance(r, str) for r in required):
+        yield "what its parameters have as required must be a list of names"
+
+
+def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
+    """The schema `{"name", "description", "parameters"}` of a Python function, for a model to call it.
+
+    Types come from the hints: str, int, float, bool, None, Any, list, dict, Literal, Enum, unions, Annotated and
+    TypedDict. Parameters without a default are required. Descriptions come from the docstring: its first
+    paragraph, and what Google style says under `Args:`.
+
+    Raises:
+      ValueError: parameters that JSON cannot express, all named: `*args`, `**kwargs`, positional-only, without a hint,
+        or with one of another type.
+    """
+    name = getattr(function, "__name__", repr(function))
+    try:
+        signature = inspect.signature(function, eval_str=True)
+    except Exception as error:  # Hints are code, and may raise anything.
+        raise ValueError(f"the signature of {name} cannot be read: {error}") from error
+    description, notes = _descriptions(inspect.getdoc(function) or "")
+    properties, required, problems = {}, [], []
+    for p in signature.parameters.values():
+        try:
+            if p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+                raise ValueError(f"is {p.kind.description}, but tools are called with arguments by name")
+            if p.annotation is p.empty:
+                raise ValueError("has no type hint")
+            properties[p.name] = _hint_schema(p.annotation) | _note(notes.get(p.name))
+        except ValueError as error:
+            problems.append(f"parameter {p.name!r} {error}")
+        if p.default is p.empty:
+            required.append(p.name)
+    if problems:
+        raise ValueError(f"{name} cannot be a tool: {'; '.join(problems)}")
+    return {"name": name, "description": description, "parameters": _object(properties, required)}
+
+
+def _descriptions(doc: str) -> tuple[str, dict[str, str]]:
+    """The first paragraph of a docstring, and what it says of each parameter."""
+    section = re.search(r"^(?:Args|Arguments|Parameters):[ \t]*\n((?:[ \t].*\n?|\n)*)", doc, re.MULTILINE)
+    summary = (doc[: section.start()] if section else doc).strip().partition("\n\n")[0]
+    entries = textwrap.dedent(section[1] if section else "")
+    found = re.findall(r"^(\w[\w, ]*?) *(?:\(.*?\))?:(.*(?:\n(?:[ \t].*)?)*)", entries, re.MULTILINE)
+    notes = {name.strip(): " ".join(text.split()) for names, text in found for name in names.split(",")}
+    return " ".join(summary.split()), notes
+
+
+_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", types.NoneType: "null", None: "null"}
+
+
+def _hint_schema(hint: Any, within: tuple[Any, ...] = ()) -> dict[str, Any]:
+    """The JSON schema of a type hint; `within` are the classes whose fields lead here."""
+    origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if hint is Any:
+        return {}
+    if origin in (Annotated, Required, NotRequired):
+        return _hint_schema(args[0], within) | _note(next((note for note in args[1:] if isinstance(note, str)), None))
+    if origin in (typing.Union, types.UnionType):
+        return {"anyOf": [_hint_schema(arg, within) for arg in args]}
+    if origin in (list, Sequence):
+        return {"type": "array"} | ({"items": _hint_schema(args[0], within)} if args else {})
+    if origin in (dict, Mapping) and (not args or args[0] is str):
+        return {"type": "object"} | ({"additionalProperties": _hint_schema(args[1], within)} if args else {})
+    if origin is Literal:
+        return _enum(hint, args)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return _enum(hint, [member.value for member in hint])
+    if typing.is_typeddict(hint) and hint not in within:
+        return _typed_dict(hint, (*within, hint))
+    if hint in _TYPES:
+        return {"type": _TYPES[hint]}
+    raise ValueError(f"has the type {hint}, of which there is no JSON schema" + " (it holds itself)" * (hint in within))
+
+
+def _enum(hint: Any, values: Sequence[Any]) -> dict[str, Any]:
+    kinds = {_TYPES.get(type(value)) for value in values}
+    if None in kinds:
+        raise ValueError(f"has the type {hint}, with values that JSON has not")
+    return ({"type": kinds.pop()} if len(kinds) == 1 else {}) | {"enum": list(values)}
+
+
+def _typed_dict(cls: Any, within: tuple[Any, ...]) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    # Where annotations are texts, the class itself does not see NotRequired in them.
+    required = [k for k in hints if k in cls.__required_keys__ and typing.get_origin(hints[k]) is not NotRequired]
+    return _object({name: _hint_schema(hint, within) for name, hint in hints.items()}, required)
+
+
+def _note(text: str | None) -> dict[str, str]:
+    return {"description": text} if text else {}
+
+
+def _object(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties} | ({"required": required} if required else {})
