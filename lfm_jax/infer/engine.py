@@ -18,10 +18,12 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
+from lfm_jax.config import ITEMSIZE, ModelConfig
+from lfm_jax.infer.placement import check_memory, device_memory, place_replicas
 from lfm_jax.infer.prefix_cache import PrefixCache
 from lfm_jax.infer.request import EngineFullError, Event, Finish, Listener, Request, TokenLogprob
 from lfm_jax.infer.sampling import to_arrays
@@ -41,8 +43,8 @@ class EngineConfig:
     """
 
     slots: tuple[tuple[int, int], ...] = ((16, 2048),)
-    """(number, tokens) of each kind of slot. A request goes to the shortest kind that holds prompt and
-    max_new_tokens."""
+    """(number, tokens) of each kind of slot, on each replica. A request goes to the shortest kind that holds prompt
+    and max_new_tokens."""
     chunk: int = 256
     """Tokens of a prompt taken in at one time, and of a block of the prefix cache."""
     prefill_rows: int = 1
@@ -59,6 +61,8 @@ class EngineConfig:
     """Most likeliest tokens that a request may ask for; 0: no log-probabilities at all."""
     max_stop_ids: int = 8
     max_biases: int = 16
+    memory_bytes: int | None = None
+    """Memory of a device that may be used; None: what the device says it has."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -79,6 +83,40 @@ class EngineConfig:
             problems.append(f"slots {self.slots!r} names a length twice")
         if problems:
             raise ValueError("EngineConfig is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+
+    def shapes(self, model: ModelConfig) -> list[SlotShape]:
+        """What each kind of slot is compiled for, shortest first.
+
+        Raises:
+          ValueError: slots longer than the model's context, or drafts for a model whose state cannot go back.
+        """
+        longest = max(length for _, length in self.slots)
+        if longest > model.max_position:
+            raise ValueError(f"slots of {longest} tokens exceed the model's max_position {model.max_position}")
+        if self.draft and "recurrence" in model.layer_types:
+            raise ValueError("draft needs layers whose state can go back, and a recurrence cannot; leave draft at 0")
+        return [
+            SlotShape(config=model, slots=number, length=length, draft=self.draft, max_logprobs=self.max_logprobs,
+                      max_stop_ids=self.max_stop_ids, max_biases=self.max_biases)
+            for number, length in sorted(self.slots, key=lambda kind: kind[1])
+        ]
+
+    def memory(self, model: ModelConfig, mesh: Mesh | None = None) -> dict[str, int]:
+        """Bytes that an engine takes on a device, by what they are for; working memory is an estimate."""
+        V, tensor = model.vocab_size, 1 if mesh is None else mesh.shape["tensor"]
+        logits = 4 * V * max(self.prefill_rows, max(n for n, _ in self.slots) * (1 + self.draft))
+        if self.max_logprobs:
+            logits = max(logits, 4 * V * self.prefill_rows * self.chunk)
+        found = {"parameters": model.num_params() * ITEMSIZE[model.param_dtype] // tensor}
+        working = 0
+        for shape in self.shapes(model):
+            slots = jax.eval_shape(shape.init)
+            state, rest = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+                           for tree in (slots.state, dataclasses.replace(slots, state=())))
+            found[f"{shape.slots} slots of {shape.length} tokens"] = state // tensor + rest
+            # A dispatch copies the rows that it works on, unless they are all there are.
+            working = max(working, 2 * state // tensor * max(1, self.prefill_rows) // shape.slots)
+        return found | {"prefix cache": self.prefix_cache_bytes, "working": working + 3 * logits}
 
 
 class Ticket:
@@ -120,15 +158,19 @@ class _Run:
 
 
 class _Pool:
-    """Slots of one length with what runs in them."""
+    """Slots of one length on one replica of the model, with what runs in them."""
 
-    def __init__(self, number: int, length: int, graphdef: Any, shape: SlotShape):
-        self.length, self.shape = length, shape
+    def __init__(self, graphdef: Any, params: Any, mesh: Mesh, shape: SlotShape, cache: PrefixCache):
+        self.params, self.mesh, self.shape, self.cache = params, mesh, shape, cache
         self.programs = programs(graphdef, shape)
-        self.slots: Slots = shape.init()
-        self.rows: list[_Run | None] = [None] * number
+        with jax.set_mesh(mesh):
+            self.slots: Slots = shape.init()
+        self.rows: list[_Run | None] = [None] * shape.slots
+        self.prefilling: list[_Run] = []
+        """Runs whose prompts are being taken in, oldest first."""
         self.live: set[_Run] = set()
         """Runs that generate."""
+        number = shape.slots
         sizes = {number}
         while (smallest := min(sizes)) > 4:
             sizes.add(-(-smallest // 4))
@@ -156,37 +198,38 @@ class _Pending:
 class Engine:
     """Runs requests through a model.
 
-    `step` does one turn; `serve` turns in a thread of its own until `close`. `submit` and `cancel` may be called from any
-    thread.
+    `step` does one turn; `serve` does them in a thread of its own until `close`. `submit` and `cancel` may be called
+    from any thread.
 
     Args:
-      model: with parameters on the device, whole or laid out over the mesh in use.
+      model: with its parameters.
       config: shape and limits.
+      mesh: axes `data` and `tensor` of `make_mesh`: a replica of the model for each place along `data`, split over
+        `tensor`. None: one device.
 
     Raises:
-      ValueError: a slot longer than the model's context, or what the model's layers cannot do.
+      ValueError: a slot longer than the model's context, what the model's layers or the mesh cannot do, or more memory
+        than there is.
     """
 
-    def __init__(self, model: LFM, config: EngineConfig = EngineConfig()):
+    def __init__(self, model: LFM, config: EngineConfig = EngineConfig(), mesh: Mesh | None = None):
         self.config, self.model_config = config, model.config
+        shapes = config.shapes(model.config)
         graphdef, params = nnx.split(model, nnx.Param)
-        self._params = nnx.to_pure_dict(params)
-        self._mesh = jax.sharding.get_mesh()
+        replicas = place_replicas(nnx.to_pure_dict(params), model.config, mesh)
+        self.memory = config.memory(model.config, mesh)
+        """Bytes on a device, by what they are for."""
+        check_memory(self.memory, config.memory_bytes or device_memory())
         self._pools = [
-            _Pool(number, length, graphdef, SlotShape(
-                config=model.config, slots=number, length=length, draft=config.draft,
-                max_logprobs=config.max_logprobs, max_stop_ids=config.max_stop_ids, max_biases=config.max_biases,
-            ))
-            for number, length in sorted(config.slots, key=lambda kind: kind[1])
+            _Pool(graphdef, params, mesh, shape, PrefixCache(config.chunk, config.prefix_cache_bytes // len(shapes)))
+            for params, mesh in replicas for shape in shapes
         ]
-        self._caches = {pool.length: PrefixCache(config.chunk, config.prefix_cache_bytes // len(self._pools))
-                        for pool in self._pools}
+        self._lengths = [shape.length for shape in shapes]
         self._lock = threading.Lock()
         self._news = threading.Condition(self._lock)
         self._arrived: list[Ticket] = []
         self._cancelled: list[tuple[Ticket, int | None]] = []
         self._waiting: collections.deque[Ticket] = collections.deque()
-        self._prefilling: list[_Run] = []
         self._pending: collections.deque[_Pending] = collections.deque()
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -226,18 +269,16 @@ class Engine:
         config = self.config
         stop_ids = self._stop_ids(request)
         problems = []
-        if request.size > self._pools[-1].length:
+        if request.size > self._lengths[-1]:
             problems.append(f"prompt has {len(request.prompt)} tokens, with max_new_tokens {request.max_new_tokens} "
-                            f"more than the longest slot, {self._pools[-1].length}; shorten one of them")
-        elif request.n > len(self._pool_for(request).rows):
-            problems.append(f"n is {request.n}; there are {len(self._pool_for(request).rows)} slots of its length")
+                            f"more than the longest slot, {self._lengths[-1]}; shorten one of them")
+        elif request.n > len(self._pools_for(request)[0].rows):
+            problems.append(f"n is {request.n}; there are {len(self._pools_for(request)[0].rows)} slots of its length")
         if len(stop_ids) > config.max_stop_ids:
             problems.append(f"stop_ids names {len(stop_ids)} tokens; max_stop_ids is {config.max_stop_ids}")
         if len(request.logit_bias) > config.max_biases:
             problems.append(f"logit_bias has {len(request.logit_bias)} tokens; max_biases is {config.max_biases}")
-        if request.logprobs is not None and request.logprobs > config.max_logprobs or (
-            request.logprobs == 0 and not config.max_logprobs
-        ):
+        if request.logprobs is not None and (request.logprobs > config.max_logprobs or not config.max_logprobs):
             problems.append(f"logprobs is {request.logprobs}; the engine's max_logprobs is {config.max_logprobs}")
         if request.grammar is not None and not stop_ids:
             problems.append("a grammar needs a stop id, to end with")
@@ -247,8 +288,10 @@ class Engine:
     def _stop_ids(self, request: Request) -> tuple[int, ...]:
         return tuple(self.model_config.eos_ids if request.stop_ids is None else request.stop_ids)
 
-    def _pool_for(self, request: Request) -> _Pool:
-        return next(pool for pool in self._pools if pool.length >= request.size)
+    def _pools_for(self, request: Request) -> list[_Pool]:
+        """One on each replica."""
+        length = next(length for length in self._lengths if length >= request.size)
+        return [pool for pool in self._pools if pool.shape.length == length]
 
     # ---------------------------------------------------------------- the loop
 
@@ -282,20 +325,21 @@ class Engine:
             pass
 
     def _busy(self) -> bool:
-        return bool(self._waiting or self._prefilling or self._pending or any(pool.live for pool in self._pools))
+        return bool(self._waiting or self._pending or any(pool.prefilling or pool.live for pool in self._pools))
 
     def step(self) -> bool:
         """One turn; whether there is more to do."""
-        with jax.set_mesh(self._mesh):
-            self._listen()
-            self._admit()
-            begun = len(self._pending)
-            self._take_in_chunk()
-            for pool in self._pools:
+        self._listen()
+        self._admit()
+        begun = len(self._pending)
+        for pool in self._pools:
+            with jax.set_mesh(pool.mesh):
+                if pool.prefilling:
+                    self._take_in_chunk(pool)
                 if pool.live:
                     self._generate(pool)
-            # What was sent off before this turn is handed out now, while the device is at the new work.
-            self._deliver(begun if len(self._pending) > begun else len(self._pending))
+        # What was sent off before this turn is handed out now, while the device is at the new work.
+        self._deliver(begun if len(self._pending) > begun else len(self._pending))
         with self._lock:
             return bool(self._arrived or self._cancelled) or self._busy()
 
@@ -329,27 +373,26 @@ class Engine:
         run.over = True
         pool = run.pool
         if stop and run in pool.live:
-            pool.slots = pool.programs.stop(pool.slots, jnp.array([run.row], jnp.int32))
+            with jax.set_mesh(pool.mesh):
+                pool.slots = pool.programs.stop(pool.slots, np.array([run.row], np.int32))
         pool.live.discard(run)
         pool.rows[run.row] = None
-        if run in self._prefilling:
-            self._prefilling.remove(run)
-            # Others of its ticket were to be forked from it.
-            heirs = [other for other in run.ticket.runs if not other.over]
-            if heirs:
-                self._prefilling.append(heirs[0])
-                heirs[0].taken_in = 0
-                heirs[0].scores = []
+        if run in pool.prefilling:
+            pool.prefilling.remove(run)
+            # Others of its ticket were to be forked from it; one of them begins anew.
+            heir = next((other for other in run.ticket.runs if not other.over), None)
+            if heir is not None:
+                pool.prefilling.append(heir)
 
     def _admit(self) -> None:
         """Gives slots to requests in the order in which they came, for each length by itself."""
         full: set[int] = set()
         for ticket in list(self._waiting):
-            pool = self._pool_for(ticket.request)
+            pool = max(self._pools_for(ticket.request), key=lambda pool: len(pool.free()))
             free = pool.free()
             wanted = [i for i in range(ticket.request.n) if i not in ticket.ended]
-            if pool.length in full or len(free) < len(wanted):
-                full.add(pool.length)  # Nobody overtakes.
+            if pool.shape.length in full or len(free) < len(wanted):
+                full.add(pool.shape.length)  # Nobody overtakes.
                 continue
             self._waiting.remove(ticket)
             grammar = ticket.request.grammar
@@ -362,8 +405,9 @@ class Engine:
                     pool.rows[run.row] = run
                 ticket.runs.append(run)
             first = ticket.runs[wanted[0]]
-            self._prefilling.append(first)
-            self._restore(first)
+            pool.prefilling.append(first)
+            with jax.set_mesh(pool.mesh):
+                self._restore(first)
 
     def _restore(self, run: _Run) -> None:
         """Puts what the cache has of the prompt into the slot."""
@@ -371,7 +415,7 @@ class Engine:
         self.counts["prompt_tokens"] += len(prompt)
         if run.request.prompt_logprobs:  # They must be computed.
             return
-        for part in self._caches[pool.length].find(prompt):
+        for part in pool.cache.find(prompt):
             tokens_C = np.asarray(prompt[run.taken_in : run.taken_in + self.config.chunk], np.int32)
             pool.slots = pool.programs.restore(
                 pool.slots, np.int32(run.row), np.int32(run.taken_in), part, tokens_C
@@ -381,14 +425,11 @@ class Engine:
 
     # ---------------------------------------------------------------- prompts
 
-    def _take_in_chunk(self) -> None:
+    def _take_in_chunk(self, pool: _Pool) -> None:
         """One chunk of the oldest prompt under way, and of others that share its shape."""
-        if not self._prefilling:
-            return
-        first = self._prefilling[0]
-        shape = self._chunk_shape(first)
-        runs = [run for run in self._prefilling if self._chunk_shape(run) == shape][: self.config.prefill_rows]
-        pool, width, scored = shape
+        shape = self._chunk_shape(pool.prefilling[0])
+        runs = [run for run in pool.prefilling if self._chunk_shape(run) == shape][: self.config.prefill_rows]
+        width, scored = shape
         R = self.config.prefill_rows
         rows_R, length_R = np.full(R, NOWHERE, np.int32), np.zeros(R, np.int32)
         tokens_RC, targets_RC = np.zeros((R, width), np.int32), np.zeros((R, width), np.int32)
@@ -401,12 +442,15 @@ class Engine:
             following = prompt[begin + 1 : begin + 1 + len(part)]
             targets_RC[r, : len(following)] = following
             run.taken_in += len(part)
-        args = (self._params, pool.slots, rows_R, tokens_RC, length_R, fresh_R)
+        args = (pool.params, pool.slots, rows_R, tokens_RC, length_R, fresh_R)
         if scored:
             pool.slots, logits_RV, told = pool.programs.score(*args, targets_RC)
+            told = jax.tree.map(lambda x: np.asarray(x)[None], told)
             for r, run in enumerate(runs):
-                known = min(int(length_R[r]), len(run.request.prompt) - 1 - (run.taken_in - int(length_R[r])))
-                run.scores += _logprobs(told, (r,), targets_RC[r, :known].tolist(), run.request.logprobs)
+                # Nothing follows the prompt's last token.
+                known = length_R[r] - (run.taken_in == len(run.request.prompt))
+                known_1C = np.arange(width)[None] < known
+                run.scores += _logprobs(told, r, known_1C, run.request.logprobs)
         else:
             pool.slots, logits_RV = pool.programs.prefill(*args)
         for run in runs:
@@ -415,24 +459,24 @@ class Engine:
         if finished:
             self._begin(pool, logits_RV, finished)
 
-    def _chunk_shape(self, run: _Run) -> tuple[_Pool, int, bool]:
-        """(pool, tokens, whether they are scored) of the dispatch that takes in the next chunk of a prompt."""
+    def _chunk_shape(self, run: _Run) -> tuple[int, bool]:
+        """(tokens, whether they are scored) of the dispatch that takes in the next chunk of a prompt."""
         left = len(run.request.prompt) - run.taken_in
-        return run.pool, chunk_width(left, self.config.chunk), run.request.prompt_logprobs
+        return chunk_width(left, self.config.chunk), run.request.prompt_logprobs
 
     def _snapshot(self, run: _Run) -> None:
         """Keeps the block that has just been taken in, if it is whole."""
         C, prompt = self.config.chunk, run.request.prompt
-        cache, pool = self._caches[run.pool.length], run.pool
-        if run.taken_in % C == 0 and cache.wants(prompt, run.taken_in // C):
+        pool = run.pool
+        if run.taken_in % C == 0 and pool.cache.wants(prompt, run.taken_in // C):
             part = pool.programs.snapshot(pool.slots, np.int32(run.row), np.int32(run.taken_in - C), length=C)
-            cache.add(prompt, run.taken_in // C, part)
+            pool.cache.add(prompt, run.taken_in // C, part)
 
     def _begin(self, pool: _Pool, logits_RV: jax.Array, finished: Sequence[tuple[int, _Run]]) -> None:
         """Chooses the first tokens of continuations whose prompts have been taken in."""
         starts: list[tuple[int, _Run]] = []
         for r, first in finished:
-            self._prefilling.remove(first)
+            pool.prefilling.remove(first)
             runs = [run for run in first.ticket.runs if not run.over]
             rows = [run.row for run in runs if run is not first]
             for some in _groups(rows, self.config.prefill_rows):
@@ -448,7 +492,7 @@ class Engine:
             rows_R = _filled([run.row for _, run in some], R, NOWHERE)
             masks_RW = _masks([run.matcher for _, run in some], R, pool.shape.mask_words)
             pool.slots, told = pool.programs.start(pool.slots, logits_RV, source_R, rows_R, asked, masks_RW)
-            self._send(told, list(enumerate(run for _, run in some)))
+            self._send(_as_one_step(told), list(enumerate(run for _, run in some)))
             pool.live.update(run for _, run in some)
 
     def _asked(self, runs: Sequence[_Run], R: int, shape: SlotShape) -> Asked:
@@ -481,7 +525,7 @@ class Engine:
             return
         rows = pool.rows_in_use()
         pool.slots, told = pool.programs.decode(
-            self._params, pool.slots, np.int32(self.config.steps), rows=rows,
+            pool.params, pool.slots, np.int32(self.config.steps), rows=rows,
             plain=all(_is_plain(run.request) for run in pool.live),
         )
         self._send(told, [(run.row, run) for run in pool.live])
@@ -492,12 +536,12 @@ class Engine:
         if not pool.live:
             return
         rows = pool.rows_in_use()
-        pool.slots, logits_bV = pool.programs.advance(self._params, pool.slots, rows=rows)
+        pool.slots, logits_bV = pool.programs.advance(pool.params, pool.slots, rows=rows)
         by_row = {run.row: run for run in pool.live}
         matchers = [by_row[row].matcher if row in by_row else None for row in range(rows)]
         masks_bW = _masks(matchers, rows, pool.shape.mask_words)
         pool.slots, told = pool.programs.choose(pool.slots, logits_bV, masks_bW, rows=rows)
-        self._send(told, [(run.row, run) for run in pool.live])
+        self._send(_as_one_step(told), [(run.row, run) for run in pool.live])
 
     def _send(self, told: Told, runs: list[tuple[int, _Run]]) -> None:
         for leaf in jax.tree.leaves(told):
@@ -508,13 +552,13 @@ class Engine:
         """Hands out the tokens of the oldest `count` dispatches."""
         for _ in range(min(count, len(self._pending))):
             pending = self._pending.popleft()
-            token = np.asarray(pending.told.token)
-            token = token if token.ndim == 3 else token[None]  # [steps, rows, tokens]
+            told = jax.tree.map(np.asarray, pending.told)
             for row, run in pending.runs:
                 if not run.over:
-                    self._hand_out(run, token[:, row], pending.told, row)
+                    self._hand_out(run, told, row)
 
-    def _hand_out(self, run: _Run, token_NT: np.ndarray, told: Told, row: int) -> None:
+    def _hand_out(self, run: _Run, told: Told, row: int) -> None:
+        token_NT = np.asarray(told.token)[:, row]
         real_NT = token_NT >= 0
         tokens = token_NT[real_NT].tolist()
         self.counts["tokens"] += len(tokens)
@@ -522,9 +566,7 @@ class Engine:
         if not tokens:
             return
         request = run.request
-        logprobs = None
-        if request.logprobs is not None:
-            logprobs = _logprobs(told, (row,), tokens, request.logprobs, real_NT)
+        logprobs = None if request.logprobs is None else _logprobs(told, row, real_NT, request.logprobs)
         if run.matcher is not None:
             for token in tokens:
                 run.matcher.consume(token)
@@ -564,19 +606,19 @@ class Engine:
     def warm_up(self) -> int:
         """Compiles all programs, with no effect on what runs; how many there are."""
         count = 0
-        with jax.set_mesh(self._mesh):
-            R = self.config.prefill_rows
-            nowhere_R, no_R = np.full(R, NOWHERE, np.int32), np.zeros(R, np.int32)
-            for pool in self._pools:
-                run, shape = pool.programs, pool.shape
+        R = self.config.prefill_rows
+        nowhere_R, no_R = np.full(R, NOWHERE, np.int32), np.zeros(R, np.int32)
+        for pool in self._pools:
+            run, shape = pool.programs, pool.shape
+            with jax.set_mesh(pool.mesh):
                 logits_RV = None
-                for width in chunk_widths(min(self.config.chunk, pool.length), self.config.chunk):
+                for width in chunk_widths(min(self.config.chunk, shape.length), self.config.chunk):
                     tokens_RC = np.zeros((R, width), np.int32)
                     args = (nowhere_R, tokens_RC, no_R, no_R != 0)
-                    pool.slots, logits_RV = run.prefill(self._params, pool.slots, *args)
+                    pool.slots, logits_RV = run.prefill(pool.params, pool.slots, *args)
                     count += 1
                     if self.config.max_logprobs:
-                        pool.slots, logits_RV, _ = run.score(self._params, pool.slots, *args, tokens_RC)
+                        pool.slots, logits_RV, _ = run.score(pool.params, pool.slots, *args, tokens_RC)
                         count += 1
                 masks_RW = _masks([None] * R, R, shape.mask_words)
                 pool.slots, _ = run.start(pool.slots, logits_RV, no_R, nowhere_R, shape.asked(R), masks_RW)
@@ -585,19 +627,19 @@ class Engine:
                 count += 3
                 for rows in pool.row_counts:
                     for plain in (False, True):
-                        pool.slots, _ = run.decode(self._params, pool.slots, np.int32(0), rows=rows, plain=plain)
-                    pool.slots, logits_bV = run.advance(self._params, pool.slots, rows=rows)
+                        pool.slots, _ = run.decode(pool.params, pool.slots, np.int32(0), rows=rows, plain=plain)
+                    pool.slots, logits_bV = run.advance(pool.params, pool.slots, rows=rows)
                     masks_bW = _masks([None] * rows, rows, shape.mask_words)
                     pool.slots, _ = run.choose(pool.slots, logits_bV, masks_bW, rows=rows)
                     count += 4
-                if self.config.prefix_cache_bytes and self.config.chunk < pool.length:
+                if self.config.prefix_cache_bytes and self.config.chunk < shape.length:
                     C = self.config.chunk
                     part = run.snapshot(pool.slots, np.int32(0), np.int32(0), length=C)
                     pool.slots = run.restore(
                         pool.slots, np.int32(NOWHERE), np.int32(0), part, np.zeros(C, np.int32)
                     )
                     count += 2
-            jax.block_until_ready([pool.slots for pool in self._pools])
+        jax.block_until_ready([pool.slots for pool in self._pools])
         return count
 
     def waiting(self) -> int:
@@ -650,24 +692,19 @@ def _masks(matchers: Sequence[Matcher | None], rows: int, words: int) -> np.ndar
     return masks_BW
 
 
-def _logprobs(
-    told: Told, where: tuple[int, ...], tokens: Sequence[int], most: int | None, real: np.ndarray | None = None
-) -> list[TokenLogprob]:
-    """What was told of some tokens of a row."""
-    assert told.logprob is not None
-    assert told.best is not None
-    assert told.best_logprob is not None
-    logprob, best, best_logprob = (np.asarray(x) for x in (told.logprob, told.best, told.best_logprob))
-    if real is not None:
-        logprob, best, best_logprob = (x if x.ndim > np.ndim(told.logprob) - 1 else x for x in
-                                       (logprob, best, best_logprob))
-        if logprob.ndim == 2:
-            logprob, best, best_logprob = logprob[None], best[None], best_logprob[None]
-        logprob, best, best_logprob = (x[:, where[0]][real] for x in (logprob, best, best_logprob))
-    else:
-        logprob, best, best_logprob = (x[where[0], : len(tokens)] for x in (logprob, best, best_logprob))
+def _as_one_step(told: Told) -> Told:
+    return jax.tree.map(lambda x: x[None], told)
+
+
+def _logprobs(told: Told, row: int, real_NT: np.ndarray, most: int | None) -> list[TokenLogprob]:
+    """What was told of a row's tokens, [steps, rows, tokens], where they are real."""
+
+    def of_row(x: Any) -> list[Any]:
+        assert x is not None  # The engine refuses requests for what its programs do not tell.
+        return np.asarray(x)[:, row][real_NT].tolist()
+
+    columns = zip(of_row(told.token), of_row(told.logprob), of_row(told.best), of_row(told.best_logprob), strict=True)
     return [
-        TokenLogprob(token, float(logprob[i]), tuple(zip(best[i, :most].tolist(), best_logprob[i, :most].tolist(),
-                                                         strict=True)))
-        for i, token in enumerate(tokens)
+        TokenLogprob(token, logprob, tuple(zip(best[:most], best_logprob[:most], strict=True)))
+        for token, logprob, best, best_logprob in columns
     ]

@@ -99,7 +99,7 @@ class Plan(NamedTuple):
 
 
 ANYTHING = Plan(*[True] * len(Plan._fields))
-"""For batches whose rows change: one program for them all, in which a filter that no row wants costs next to nothing."""
+"""For batches whose rows change: one program for them all, in which a filter that no row wants costs little."""
 FEW = 64
 """Largest top_k that is found by `lax.top_k`; beyond it all of the vocabulary is looked at again and again."""
 

@@ -24,7 +24,7 @@ from lfm_jax import state as state_lib
 from lfm_jax.config import ModelConfig
 from lfm_jax.infer.sampling import ANYTHING, Params, Plan, sample
 from lfm_jax.model import LFM
-from lfm_jax.sharding import reshard
+from lfm_jax.sharding import reshard, spec
 from lfm_jax.state import State
 
 STEPS = 32
@@ -163,6 +163,7 @@ def programs(graphdef: nnx.GraphDef[LFM], shape: SlotShape) -> Programs:
         params: Any, tokens_RC: jax.Array, length_R: jax.Array, state: State, logits: str
     ) -> tuple[jax.Array, State]:
         model = nnx.merge(graphdef, params)
+        tokens_RC, length_R = _on_mesh(tokens_RC), _on_mesh(length_R)
         segment_ids_RC = (jnp.arange(tokens_RC.shape[1]) < length_R[:, None]).astype(jnp.int32)
         out, state = model(tokens_RC, None, segment_ids_RC, state, logits, padding="right")
         return reshard(out, P()), state
@@ -287,6 +288,12 @@ def programs(graphdef: nnx.GraphDef[LFM], shape: SlotShape) -> Programs:
 
 
 # -------------------------------------------------------------------- rows
+
+
+def _on_mesh(x: jax.Array) -> jax.Array:
+    """What comes from the host, whole on every device of the mesh in use, if there is one."""
+    layout = spec(*[None] * x.ndim)
+    return x if layout is None else jax.sharding.reshard(x, layout)
 
 
 def _take(tree: Any, rows_R: jax.Array) -> Any:

@@ -1,0 +1,56 @@
+"""Where an engine lives: replicas of a model over a mesh, and whether they fit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lfm_jax.config import ModelConfig
+from lfm_jax.model import param_axes
+from lfm_jax.sharding import make_mesh, shardings
+
+
+def place_replicas(params: Any, config: ModelConfig, mesh: Mesh | None) -> list[tuple[Any, Mesh]]:
+    """The parameters once for each place along `data`, laid out over the devices along `tensor` there.
+
+    Raises:
+      ValueError: the mesh splits `fsdp` or `context`, or heads or widths do not divide over `tensor`.
+    """
+    if mesh is None:
+        return [(params, jax.sharding.get_mesh())]
+    sizes = dict(mesh.shape)
+    others = {name: size for name, size in sizes.items() if name not in ("data", "tensor") and size > 1}
+    if others:
+        raise ValueError(f"the mesh splits {others}; an engine uses `data` and `tensor` only")
+    order = [mesh.axis_names.index(name) for name in ("data", "tensor")]
+    rest = [i for i in range(mesh.devices.ndim) if i not in order]
+    devices = np.transpose(mesh.devices, [*order, *rest]).reshape(sizes["data"], sizes["tensor"])
+    replicas = []
+    for row in devices:
+        part = make_mesh(tensor=sizes["tensor"], devices=list(row))
+        with jax.set_mesh(part):
+            replicas.append((jax.device_put(params, shardings(params, param_axes(config))), part))
+    return replicas
+
+
+def device_memory() -> int:
+    """Bytes of memory of the first device: what its driver grants, or all of the machine's for a CPU."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_memory(needed: Mapping[str, int], limit: int) -> None:
+    """Raises ValueError with a table where what is needed is more than the limit."""
+    total = sum(needed.values())
+    if total > limit:
+        lines = "\n".join(f"  {size / 2**20:10,.1f} MiB  {name}" for name, size in needed.items())
+        raise ValueError(f"the engine needs {total / 2**20:,.1f} MiB of memory a device and may use "
+                         f"{limit / 2**20:,.1f}; take fewer or shorter slots, or a smaller prefix cache:\n{lines}")

@@ -1,0 +1,46 @@
+"""The engine over replicas and tensor-parallel devices gives the tokens of one device."""
+
+import jax
+import numpy as np
+import pytest
+from meshes import mesh_of
+
+from lfm_jax.infer.engine import Engine, EngineConfig
+from lfm_jax.infer.request import Request
+from lfm_jax.infer.sampling import Sampling
+from lfm_jax.testing import tiny_model
+
+V = 96
+CONFIG = EngineConfig(slots=((2, 64), (1, 128)), chunk=16, prefix_cache_bytes=1 << 20, max_logprobs=2)
+
+
+def requests():
+    rng = np.random.default_rng(0)
+    return [
+        Request(prompt=[*range(20), *rng.integers(0, V, rng.integers(1, 20)).tolist()],
+                max_new_tokens=int(rng.integers(1, 60 if i % 5 == 0 else 20)), n=1 + (i % 3 == 1 and i % 5 != 0), stop_ids=(3,),
+                sampling=Sampling(temperature=float(i % 2), seed=i), logit_bias={5: 1.0} if i % 4 == 0 else {})
+        for i in range(14)
+    ]
+
+
+@pytest.mark.parametrize("sizes", [dict(data=2, tensor=2), dict(tensor=2), dict(data=4)], ids=str)
+def test_as_on_one_device(sizes):
+    model = tiny_model(vocab_size=V, layer_types=("conv", "full_attention", "conv", "sliding_attention"),
+                       sliding_window=8)
+    expected = Engine(model, CONFIG).complete(requests())
+    made = Engine(model, CONFIG, mesh_of(**sizes))
+    used = {d for pool in made._pools for x in jax.tree.leaves(pool.slots) for d in x.devices()}
+    assert len(used) == np.prod(list(sizes.values()))
+    kv = next(s for s in made._pools[0].slots.state.layers if hasattr(s, "k_BSKH"))
+    assert kv.k_BSKH.addressable_shards[0].data.shape[2] == 2 // sizes.get("tensor", 1)
+    assert made.complete(requests()) == expected
+    assert made.counts["cached_tokens"] > 0
+
+
+def test_meshes_that_do_not_fit():
+    model = tiny_model(vocab_size=V)
+    with pytest.raises(ValueError, match="uses `data` and `tensor` only"):
+        Engine(model, CONFIG, mesh_of(fsdp=2))
+    with pytest.raises(ValueError, match="does not divide over tensor=4"):
+        Engine(model, CONFIG, mesh_of(tensor=4))
