@@ -225,6 +225,10 @@ class Engine:
             for params, mesh in replicas for shape in shapes
         ]
         self._lengths = [shape.length for shape in shapes]
+        self.longest = self._lengths[-1]
+        """Tokens of the longest slot."""
+        self.slots = sum(len(pool.rows) for pool in self._pools)
+        """How many there are."""
         self._lock = threading.Lock()
         self._news = threading.Condition(self._lock)
         self._arrived: list[Ticket] = []
@@ -269,9 +273,9 @@ class Engine:
         config = self.config
         stop_ids = self._stop_ids(request)
         problems = []
-        if request.size > self._lengths[-1]:
+        if request.size > self.longest:
             problems.append(f"prompt has {len(request.prompt)} tokens, with max_new_tokens {request.max_new_tokens} "
-                            f"more than the longest slot, {self._lengths[-1]}; shorten one of them")
+                            f"more than the longest slot, {self.longest}; shorten one of them")
         elif request.n > len(self._pools_for(request)[0].rows):
             problems.append(f"n is {request.n}; there are {len(self._pools_for(request)[0].rows)} slots of its length")
         if len(stop_ids) > config.max_stop_ids:
@@ -280,8 +284,9 @@ class Engine:
             problems.append(f"logit_bias has {len(request.logit_bias)} tokens; max_biases is {config.max_biases}")
         if request.logprobs is not None and (request.logprobs > config.max_logprobs or not config.max_logprobs):
             problems.append(f"logprobs is {request.logprobs}; the engine's max_logprobs is {config.max_logprobs}")
-        if request.grammar is not None and not stop_ids:
-            problems.append("a grammar needs a stop id, to end with")
+        if request.grammar is not None and request.grammar.tokenizer.vocab_size != self.model_config.vocab_size:
+            problems.append(f"grammar is for {request.grammar.tokenizer.vocab_size} ids; the model has "
+                            f"{self.model_config.vocab_size}")
         if problems:
             raise ValueError("the engine cannot take this request:\n" + "\n".join(f"  - {p}" for p in problems))
 
@@ -399,7 +404,7 @@ class Engine:
             ticket.runs = []
             for i in range(ticket.request.n):
                 run = _Run(ticket, i, pool, free.pop(0) if i in wanted else NOWHERE,
-                           None if grammar is None else grammar.matcher())
+                           None if grammar is None else grammar.copy())
                 run.over = i not in wanted
                 if i in wanted:
                     pool.rows[run.row] = run

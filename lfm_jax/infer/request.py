@@ -13,7 +13,7 @@ from lfm_jax.config import ModelConfig
 from lfm_jax.infer.sampling import GREEDY, Sampling
 
 if TYPE_CHECKING:
-    from lfm_jax.infer.grammar import Grammar
+    from lfm_jax.infer.grammar import Matcher
 
 Finish = Literal["stop", "length", "cancelled", "deadline"]
 """`stop`: a stop id. `length`: max_new_tokens. `cancelled` and `deadline` may come at any time, also while it waits."""
@@ -43,8 +43,8 @@ class Request:
     """Tell the log-probability of each token and of so many likeliest ones, before sampling parameters."""
     prompt_logprobs: bool = False
     """Tell those of the prompt's tokens too, as many as `logprobs` says."""
-    grammar: Grammar | None = None
-    """What the continuation must match; it ends with a stop id where the grammar does."""
+    grammar: Matcher | None = None
+    """What the continuation must follow, at its start; each continuation follows a copy."""
     deadline: float | None = None
     """Seconds from its submission after which it is ended."""
 

@@ -61,8 +61,9 @@ class ToolCallParser:
     - The markers are special tokens wherever they stand: either ends the block before it, even inside a string
       literal (`render_call` escapes them there).
     - A block is a list of calls, or calls one after the other. Each is Pythonic, or a JSON object with `name` and
-      `arguments` (or `parameters`; an object, or the JSON text of one). Literals are those of Python and of JSON in any
-      mixture; a tuple becomes a list. The end marker may be missing, and so may the bracket that closes the list.
+      `arguments` (or `parameters`; an object, or the JSON text of one) and perhaps `id` and `type`, which are ignored.
+      Literals are those of Python and of JSON in any mixture; a tuple becomes a list. The end marker may be missing,
+      and so may the bracket that closes the list.
     - A call is given as soon as its last bracket is there, and never taken back. At the first fault what follows the
       last call becomes content, up to and with the end marker, and with the start marker where there was no call.
     - Faults: what neither Python nor JSON allows (line breaks in string literals are let pass), positional arguments
@@ -81,6 +82,7 @@ class ToolCallParser:
     def __init__(self, tools: Sequence[Tool] = ()):
         self._parameters = {t["name"]: list(t["parameters"].get("properties", ())) for t in tool_schemas(tools)}
         self._events: list[Event] = []
+        self._content: list[str] = []  # In pieces, not yet an event.
         self._tail = ""  # What may still become a marker.
         self._state = "content"  # Or "call", inside of one, or a key of _STEPS.
         self._listed = False
@@ -91,9 +93,8 @@ class ToolCallParser:
     def push(self, text: str) -> list[Event]:
         """The events that have become certain with this piece."""
         text = self._tail + _SURROGATE.sub("\ufffd", text)
-        cut = text.rfind("<")
-        if cut < 0 or not (START.startswith(text[cut:]) or END.startswith(text[cut:])):
-            cut = len(text)
+        begun = _BEGUN.search(text)
+        cut = begun.start() if begun else len(text)
         self._tail = text[cut:]
         for part in _MARKER.split(text[:cut]):
             if part in (START, END):
@@ -102,6 +103,7 @@ class ToolCallParser:
                     self._state, self._listed, self._held = "start", False, [START]
             else:
                 self._read(part)
+        self._give()
         events, self._events = self._events, []
         return events
 
@@ -122,12 +124,15 @@ class ToolCallParser:
 
     def _give_back(self, text: str) -> None:
         """What is held, and then `text`, is content."""
-        text = "".join([*self._held, text])
+        self._content += [*self._held, text]
         self._state, self._held = "content", []
-        if text and self._events and isinstance(last := self._events[-1], Content):
-            self._events[-1] = Content(last.text + text)
-        elif text:
+
+    def _give(self, *calls: ToolCall) -> None:
+        """Makes events of the content so far, and of `calls` after it."""
+        if text := "".join(self._content):
             self._events.append(Content(text))
+        self._events += calls
+        self._content = []
 
     def _read(self, text: str) -> None:
         """Takes text without markers."""
@@ -140,7 +145,7 @@ class ToolCallParser:
                     call = _read_call("".join([*self._held, text[start : i + 1]])[self._lead :], self._parameters)
                     if call is None:
                         break
-                    self._events.append(call)
+                    self._give(call)
                     self._state, self._held, start = "after" if self._listed else "bare", [], i + 1
             elif not c.isspace():
                 state = _STEPS[self._state].get("f" if c == "{" or c.isidentifier() else c)
@@ -162,6 +167,7 @@ class ToolCallParser:
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MARKER = re.compile(f"({re.escape(START)}|{re.escape(END)})")
+_BEGUN = re.compile(f"(?:{'|'.join({re.escape(m[:n]) for m in (START, END) for n in range(1, len(m))})})\\Z")
 _STEPS: dict[str, dict[str, str]] = {
     "start": {"[": "list", "f": "call"},
     "list": {"f": "call", "]": "done"},
@@ -258,7 +264,7 @@ class _Reader:
         return ToolCall(name, arguments)
 
     def _argument(self) -> tuple[str | None, Any]:
-        keyword = self.take(r"(\w+)\s*=(?!=)")
+        keyword = self.take(r"(\w+)\s*=")
         if keyword and not keyword[1].isidentifier():
             raise _NotACall
         return keyword and keyword[1], self.value()
@@ -284,11 +290,11 @@ class _Reader:
 
         if depth > MAX_DEPTH:
             raise _NotACall
-        if self.take(r"\["):
-            return list(self._items(r"\]", inner))
-        if self.take(r"\{"):
-            return dict(self._items(r"\}", entry))
-        if self.take(r"\("):
+        if bracket := self.take(r"([\[{(])"):
+            if bracket[1] == "[":
+                return list(self._items(r"\]", inner))
+            if bracket[1] == "{":
+                return dict(self._items(r"\}", entry))
             if self.take(r"\)"):
                 return []
             first = inner()
@@ -296,19 +302,22 @@ class _Reader:
                 return first
             self.need(",")
             return [first, *self._items(r"\)", inner)]
-        if number := self.take(r"([-+]?)\s*(\.?[0-9](?:[eE][-+]|[\w.])*)"):
+        if number := self.take(r"([-+]?)\s*(\.?[0-9](?:[eE][-+]|[0-9A-Za-z_.])*)"):
             return _number(number[1], number[2])
         if word := self.take(r"(True|true|False|false|None|null)\b"):
             return {"t": True, "f": False, "n": None}[word[1][0].lower()]
         return self._string()
 
     def _string(self) -> str:
-        literal = self.need(r"""("{3}|'{3}|"|')((?:(?!\1)[^\\]|\\.)*+)\1""")
-        text = _ESCAPE.sub(_unescape, literal[2])
+        literal, pieces = self.need(_STRING), []
+        while literal:  # Those that follow each other are one, as in Python.
+            pieces.append(_ESCAPE.sub(_unescape, literal[2]))
+            literal = self.take(_STRING)
         # Two surrogates are one character, as in JSON.
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return "".join(pieces).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
+_STRING = r"""((?>"{3}|'{3}|"|'))((?:(?!\1)[^\\]|\\.)*+)\1"""
 _ESCAPE = re.compile(r"\\(?:x(H{2})|u(H{4})|U(H{8})|([0-7]{1,3})|(.))".replace("H", "[0-9a-fA-F]"), re.DOTALL)
 _LETTERS: dict[str, str] = dict(zip("abfnrtv\\'\"/\n", [*"\a\b\f\n\r\t\v\\'\"/", ""], strict=True))
 
@@ -353,7 +362,8 @@ def render_call(call: ToolCall) -> str:
         raise ValueError("the call of a tool must have a name")
     if _is_name(call.name) and all(isinstance(key, str) and key.isidentifier() for key in call.arguments):
         return f"{call.name}({', '.join(f'{key}={_literal(value)}' for key, value in call.arguments.items())})"
-    return f'{{"name": {_literal(call.name)}, "arguments": {_literal(call.arguments, ("null", "true", "false"))}}}'
+    # The object itself is one level.
+    return f'{{"name": {_literal(call.name)}, "arguments": {_literal(call.arguments, _JSON, 1)}}}'
 
 
 def render_calls(calls: Iterable[ToolCall]) -> str:
@@ -365,8 +375,10 @@ def render_calls(calls: Iterable[ToolCall]) -> str:
     return f"{START}[{', '.join(map(render_call, calls))}]{END}"
 
 
-def _literal(value: Any, words: tuple[str, str, str] = ("None", "True", "False"), depth: int = 0) -> str:
-    """Python's literal of a value, or JSON's with its own words."""
+_PYTHON, _JSON = ("None", "True", "False"), ("null", "true", "false")
+
+
+def _literal(value: Any, words: tuple[str, str, str] = _PYTHON, depth: int = 0) -> str:
     if depth > MAX_DEPTH:
         raise ValueError(f"arguments may be nested {MAX_DEPTH} deep and no deeper")
     match value:
@@ -401,8 +413,8 @@ def tool_schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
             continue
         schemas.append(schema)
         problems += [f"tool {i}: {problem}" for problem in _schema_problems(schema)]
-        if any(schema.get("name") == other.get("name") for other in schemas[:-1]):
-            problems.append(f"tool {i}: there is another of the name {schema.get('name')!r}")
+        if schema.get("name") in [other.get("name", "") for other in schemas[:-1]]:
+            problems.append(f"tool {i}: there is another of the name {schema['name']!r}")
     if problems:
         raise ValueError("tools are not valid:\n" + "\n".join(f"  - {p}" for p in problems))
     return schemas
@@ -504,7 +516,7 @@ def _hint_schema(hint: Any, within: tuple[Any, ...] = ()) -> dict[str, Any]:
         return _enum(hint, [member.value for member in hint])
     if typing.is_typeddict(hint) and hint not in within:
         return _typed_dict(hint, (*within, hint))
-    if hint in _TYPES:
+    if hint is None or (isinstance(hint, type) and hint in _TYPES):
         return {"type": _TYPES[hint]}
     raise ValueError(f"has the type {hint}, of which there is no JSON schema" + " (it holds itself)" * (hint in within))
 

@@ -1,0 +1,186 @@
+"""Lark rules for tool calls in LFM2's Pythonic syntax, from the JSON schemas of their parameters.
+
+The structure is spelled out here, with Python's words for true, false and null; each string and each number is a
+small JSON schema of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lfm_jax.infer.json_schema import (
+    ANY_VALUE,
+    IN_PLACE,
+    KEYWORDS,
+    OF_TYPE,
+    OPTIONS,
+    Bounds,
+    GrammarError,
+    Schema,
+    bounded,
+    bounded_string,
+    compiled,
+    refusal,
+    resolved,
+    types,
+)
+
+_PYTHON = {None: "None", True: "True", False: "False"}
+_JSON = {None: "null", True: "true", False: "false"}
+_CHARACTER, _LAST = r"(?:[^<]|<{1,8}[^<|])", "<{0,8}$"
+"""Of a string without `<|`, which would read as a marker."""
+
+
+class CallRules:
+    """Collects the rules of calls; each method that makes a rule returns its name.
+
+    Raises:
+      GrammarError: from `call`, see `Grammar.tool_calls`.
+    """
+
+    def __init__(self, bounds: Bounds):
+        self.bodies: dict[str, str] = {}
+        """Right-hand sides by name."""
+        self._bounds = bounds
+        self._names: dict[str, str] = {}
+        self._root: Schema = {}
+        self._references: dict[str, str] = {}
+        self._words = _PYTHON
+
+    def call(self, tool: Mapping[str, Any]) -> str:
+        """A call of a tool, given as `tool_schemas` gives it."""
+        name, place = tool["name"], f"tool {tool['name']!r}: parameters"
+        try:
+            compiled(tool["parameters"], self._bounds)
+            # Of strings without a limit of their own see `_string`.
+            root = bounded({"properties": {}} | tool["parameters"], dataclasses.replace(self._bounds, string=None))
+        except GrammarError as error:
+            raise GrammarError(f"{place}: {error}") from None
+        self._only(root, {"type"} | OF_TYPE["object"] - {"patternProperties"}, place)
+        pythonic = all(word.isidentifier() for word in [*root["properties"], *root.get("required", ())])
+        self._root, self._references, self._words = root, {}, _PYTHON if pythonic else _JSON
+        if pythonic:
+            return self._rule(f'"{name}(" {self._members(root, place, keywords=True)} ")"')
+        opening = f'{{"name": "{name}", "arguments": {{'
+        return self._rule(f"{json.dumps(opening)} {self._members(root, place)} \"}}}}\"")
+
+    def _rule(self, body: str) -> str:
+        if body not in self._names:
+            self._names[body] = f"r{len(self.bodies)}"
+            self.bodies[self._names[body]] = body
+        return self._names[body]
+
+    def _choice(self, choices: Sequence[str], place: str) -> str:
+        if not choices:
+            raise GrammarError(f"{place}: nothing fits")
+        return self._rule(" | ".join(choices))
+
+    def _only(self, node: Schema, supported: set[str], place: str) -> None:
+        if refused := sorted(node.keys() & KEYWORDS - supported):
+            raise GrammarError(f"{place}/{refused[0]} is not supported here")
+
+    def _members(self, node: Schema, place: str, *, keywords: bool = False) -> str:
+        """Named values in order, commas between them; those not required may be left out."""
+        required, named = node.get("required", []), node.get("properties", {})
+        named = named | {name: node["additionalProperties"] for name in required if name not in named}
+        if node.get("minProperties", 0) > len(required) or node.get("maxProperties", len(named)) < len(named):
+            raise GrammarError(f"{place}: minProperties and maxProperties are not supported beside properties")
+        first = rest = '""'
+        for name, child in reversed(named.items()):
+            key = json.dumps(f"{name}=" if keywords else f"{self._literal(name)}: ")
+            item = f"{key} {self._value(child, f'{place}/properties/{name}')}"
+            if name in required:
+                first, rest = self._rule(f"{item} {rest}"), self._rule(f'", " {item} {rest}')
+            else:
+                first, rest = self._rule(f"{item} {rest} | {first}"), self._rule(f'(", " {item})? {rest}')
+        return first
+
+    def _value(self, node: Any, place: str) -> str:
+        """A literal that fits a schema."""
+        if not isinstance(node, dict):
+            raise GrammarError(f"{place}: the schema false is not supported")
+        in_place = node.keys() & IN_PLACE
+        if in_place & {"const", "enum"}:
+            self._only(node, {"const", "enum", "type"}, place)
+            values = [v for v in node.get("enum", [node.get("const")]) if v == node.get("const", v)]
+            return self._choice([json.dumps(self._literal(v)) for v in values if _is_of(v, types(node))], place)
+        if in_place:
+            (key, *_) = sorted(in_place)
+            self._only(node, {key}, place)
+            if key == "$ref":
+                return self._reference(node[key], place)
+            if key == "allOf" and len(node[key]) > 1:
+                raise GrammarError(f"{place}/allOf is not supported where it combines schemas")
+            return self._choice([self._value(child, f"{place}/{key}/{i}") for i, child in enumerate(node[key])], place)
+        self._only(node, KEYWORDS - {"patternProperties", "prefixItems", "additionalItems"}, place)
+        if not types(node):
+            return self._reference(ANY_VALUE["$ref"], place)
+        return self._choice([self._of_type(kind, node, place) for kind in types(node)], place)
+
+    def _reference(self, reference: str, place: str) -> str:
+        if reference not in self._references:
+            name = self._references[reference] = f"r{len(self.bodies)}"
+            self.bodies[name] = ""  # Takes the name, which may be needed inside.
+            self.bodies[name] = self._value(resolved(self._root, reference), f"{place} ({reference})")
+        return self._references[reference]
+
+    def _of_type(self, kind: str, node: Schema, place: str) -> str:
+        if kind == "null":
+            return json.dumps(self._words[None])
+        if kind == "boolean":
+            return f'"{self._words[True]}" | "{self._words[False]}"'
+        if kind == "string":
+            return self._string(node, place)
+        if kind == "array":
+            item = self._value(node.get("items", {}), f"{place}/items")
+            return self._repeated("[]", item, node.get("minItems", 0), node["maxItems"], place)
+        if kind != "object":
+            return self._leaf({"type": kind} | {key: node[key] for key in node.keys() & OF_TYPE["number"]}, place)
+        if node.get("properties") or node["additionalProperties"] is False:
+            return f'"{{" {self._members(node, place)} "}}"'
+        value = self._value(node["additionalProperties"], f"{place}/additionalProperties")
+        item = f'{self._string({}, place)} ": " {value}'
+        return self._repeated("{}", item, node.get("minProperties", 0), node["maxProperties"], place)
+
+    def _repeated(self, brackets: str, item: str, low: int, high: int, place: str) -> str:
+        if low > high:
+            raise GrammarError(f"{place}: no number of items is within the limits")
+        some = f'{item} (", " {item}){{{max(low - 1, 0)},{high - 1}}}' if high else ""
+        return f'"{brackets[0]}" {some if low or not high else f"({some})?"} "{brackets[1]}"'
+
+    def _string(self, node: Schema, place: str) -> str:
+        said = {key: node[key] for key in node.keys() & OF_TYPE["string"]}
+        if not said.keys() <= {"minLength"} or self._bounds.string is None:
+            limited = bounded_string(said, self._bounds)
+            return self._leaf({"type": "string", "allOf": [{"pattern": f"^{_CHARACTER}*{_LAST}"}]} | limited, place)
+        # Masks take a tenth of the time where one regex says both characters and length.
+        low = node.get("minLength", 0)
+        pattern = f"^{_CHARACTER}{{{low},{max(low, self._bounds.string)}}}{_LAST}"
+        return self._leaf({"type": "string", "pattern": pattern}, place)
+
+    def _leaf(self, schema: Schema, place: str) -> str:
+        body = f"%json {json.dumps(schema | {'x-guidance': OPTIONS})}"
+        if body not in self._names and (why := refusal(f"start: {body}")):
+            raise GrammarError(f"{place}: {why}")
+        return self._rule(body)
+
+    def _literal(self, value: Any) -> str:
+        if value is None or isinstance(value, bool):
+            return self._words[value]
+        if isinstance(value, list):
+            return f"[{', '.join(map(self._literal, value))}]"
+        if isinstance(value, dict):
+            return f"{{{', '.join(f'{self._literal(k)}: {self._literal(v)}' for k, v in value.items())}}}"
+        return json.dumps(value, ensure_ascii=False).replace("<|", "<\\u007c")
+
+
+_NAMES = {bool: {"boolean"}, int: {"integer", "number"}, float: {"number"}, str: {"string"}, list: {"array"},
+          dict: {"object"}}
+
+
+def _is_of(value: Any, kinds: Sequence[str]) -> bool:
+    """Whether a value is of one of some types; with none it is."""
+    return not kinds or not _NAMES.get(type(value), {"null"}).isdisjoint(kinds)

@@ -1,0 +1,248 @@
+"""Two things that a small model is for: data out of text, by a schema; and which of some labels fits a text.
+
+Dimensions: B texts of a batch, L labels, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lfm_jax.infer.chat import DEFAULT_TEMPLATE, END_OF_TURN, render_chat, special_tokens
+from lfm_jax.infer.decoding import bucket
+from lfm_jax.infer.engine import Engine, EngineConfig
+from lfm_jax.infer.request import Event, Request
+from lfm_jax.infer.sampling import GREEDY, Sampling
+from lfm_jax.infer.text import check_tokenizer
+from lfm_jax.model import LFM
+from lfm_jax.state import State
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+EXTRACTION = "Extract what the JSON schema asks for from the user's text. Answer with JSON only. Schema: {schema}"
+CLASSIFICATION = "Which of these labels fits the user's text? {labels}. Answer with the label only."
+SLOTS = 8
+"""Texts that `extract` works on at one time."""
+CHUNK = 256
+"""Tokens of a prompt that go through the model at one time."""
+ROWS = 32
+"""Pairs of text and label that `classify` looks at in one batch."""
+
+
+@overload
+def extract(
+    model: LFM, tokenizer: Tokenizer, text: str, schema: Mapping[str, Any], *, template: str | None = None,
+    instruction: str = EXTRACTION, sampling: Sampling = GREEDY, max_new_tokens: int = 512,
+) -> Any: ...
+
+
+@overload
+def extract(
+    model: LFM, tokenizer: Tokenizer, text: Sequence[str], schema: Mapping[str, Any], *, template: str | None = None,
+    instruction: str = EXTRACTION, sampling: Sampling = GREEDY, max_new_tokens: int = 512,
+) -> list[Any]: ...
+
+
+def extract(
+    model: LFM, tokenizer: Tokenizer, text: str | Sequence[str], schema: Mapping[str, Any], *,
+    template: str | None = None, instruction: str = EXTRACTION, sampling: Sampling = GREEDY, max_new_tokens: int = 512,
+) -> Any:
+    """Data that fits a JSON schema, as the model finds it in a text. Needs the extra `lfm_jax[grammar]`.
+
+    Every token is chosen among those that the schema allows, so that even a bad model gives valid data.
+
+    Args:
+      model, tokenizer: as `lfm.load` gives them.
+      text: one, or several.
+      schema: what is wanted. Texts and lists without a limit of their own get one (`json_schema.Bounds`).
+      template: chat template (`lfm.convert.hf.chat_template`); None means DEFAULT_TEMPLATE.
+      instruction: the system's message; `{schema}` in it stands for the schema.
+      sampling: how tokens are chosen.
+      max_new_tokens: of the JSON.
+
+    Returns:
+      The data of a text, or a list of them.
+
+    Raises:
+      ValueError: a schema that is not supported (`GrammarError`); an answer that max_new_tokens does not hold, or a
+        text too long for the model, with the number of the text.
+    """
+    from lfm_jax.infer.grammar import Grammar, grammar_tokenizer
+
+    check_tokenizer(tokenizer, model.config)
+    stop_ids = _stop_ids(model, tokenizer)
+    grammar = grammar_tokenizer(tokenizer, model.config.vocab_size, stop_ids).matcher(Grammar.json_schema(schema))
+    texts = [text] if isinstance(text, str) else list(text)
+    if not texts:
+        return []
+    system = instruction.replace("{schema}", json.dumps(schema, ensure_ascii=False))
+    prompts = [_prompt(model, tokenizer, template, system, each) for each in texts]
+    _check_lengths(model, prompts, max_new_tokens)
+    length = min(bucket(max(map(len, prompts)) + max_new_tokens), model.config.max_position)
+    config = EngineConfig(slots=((min(SLOTS, max(2, len(texts))), length),), chunk=CHUNK,
+                          prefix_cache_bytes=2 * model.config.state_bytes(length))
+    answers = [_Answer() for _ in texts]
+    engine = Engine(model, config)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        engine.submit(Request(prompt=prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids,
+                              grammar=grammar), answer)
+    while engine.step():
+        pass
+    results = []
+    for number, answer in enumerate(answers):
+        if answer.finish != "stop":
+            raise ValueError(f"the answer for text {number} needs more than max_new_tokens {max_new_tokens}; raise it, "
+                             "or bound the schema (maxLength, maxItems)")
+        results.append(json.loads(tokenizer.decode([i for i in answer.tokens if i not in stop_ids])))
+    return results[0] if isinstance(text, str) else results
+
+
+class _Answer:
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.finish: str | None = None
+
+    def __call__(self, event: Event) -> None:
+        self.tokens += event.tokens
+        self.finish = event.finish
+
+
+def _stop_ids(model: LFM, tokenizer: Tokenizer) -> tuple[int, ...]:
+    end = tokenizer.token_to_id(END_OF_TURN)
+    ids = tuple(sorted({*model.config.eos_ids, *([] if end is None else [end])}))
+    if not ids:
+        raise ValueError("the model has no eos_ids and the tokenizer no <|im_end|>: nothing can end an answer")
+    return ids
+
+
+def _prompt(model: LFM, tokenizer: Tokenizer, template: str | None, system: str, text: str) -> list[int]:
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
+    rendered = render_chat(template or DEFAULT_TEMPLATE, messages, **special_tokens(tokenizer, model.config))
+    return tokenizer.encode(rendered, add_special_tokens=False).ids
+
+
+def _check_lengths(model: LFM, prompts: Sequence[Sequence[int]], more: int) -> None:
+    most = model.config.max_position
+    long = [i for i, prompt in enumerate(prompts) if len(prompt) + more > most]
+    if long:
+        raise ValueError(f"texts {long[:5]} take {len(prompts[long[0]])} tokens, with {more} for the answer more than "
+                         f"the model's max_position {most}; cut them")
+
+
+def classify(
+    model: LFM, tokenizer: Tokenizer, texts: str | Sequence[str], labels: Sequence[str], *,
+    template: str | None = None, instruction: str = CLASSIFICATION,
+) -> Any:
+    """How likely each label is as the whole answer, among these labels.
+
+    The probability of a label is the model's for its tokens and the end of the turn, over the sum of all labels'. What
+    all prompts begin with goes through the model once, each text once, and then all labels side by side.
+
+    Args:
+      model, tokenizer, template: as for `extract`.
+      texts: one, or several.
+      labels: at least two different ones.
+      instruction: the system's message; `{labels}` in it stands for the labels.
+
+    Returns:
+      {label: probability} for a text, or a list of them.
+
+    Raises:
+      ValueError: labels that are not at least two different texts, or a text too long for the model.
+    """
+    check_tokenizer(tokenizer, model.config)
+    if isinstance(labels, str) or len(labels) < 2 or len(set(labels)) < len(labels) or "" in labels:
+        raise ValueError(f"labels is {labels!r:.100}; expected a list of at least two different texts")
+    if isinstance(texts, str):
+        return classify(model, tokenizer, [texts], labels, template=template, instruction=instruction)[0]
+    if not texts:
+        return []
+    system = instruction.replace("{labels}", ", ".join(labels))
+    prompts = [_prompt(model, tokenizer, template, system, text) for text in texts]
+    end = _stop_ids(model, tokenizer)[-1]
+    answers = [[*tokenizer.encode(label, add_special_tokens=False).ids, end] for label in labels]
+    longest = max(map(len, answers))
+    _check_lengths(model, prompts, longest)
+    length = min(bucket(max(map(len, prompts)) + longest), model.config.max_position)
+    shared = min(_common(prompts), min(map(len, prompts)) - 1)  # Every text keeps a token to run.
+
+    graphdef, params = nnx.split(model, nnx.Param)
+    run = functools.partial(_run(graphdef), nnx.to_pure_dict(params))
+    beginning = model.init_state(1, length)
+    for tokens_1T in _chunks([prompts[0][:shared]]):
+        _, beginning = run(beginning, *tokens_1T)
+    size = max(1, ROWS // len(labels))
+    found: list[np.ndarray] = []
+    for start in range(0, len(prompts), size):
+        group = [prompt[shared:] for prompt in prompts[start : start + size]]
+        group += [group[-1]] * (size - len(group) if len(prompts) > size else 0)
+        state = _repeat(beginning, len(group))
+        first_BV = jnp.zeros((len(group), model.config.vocab_size))
+        for tokens_BT, real_BT in _chunks(group):
+            logits_BTV, state = run(state, tokens_BT, real_BT)
+            last_B = np.maximum(real_BT.sum(axis=1) - 1, 0)
+            newest_BV = jnp.take_along_axis(logits_BTV, jnp.asarray(last_B)[:, None, None], axis=1)[:, 0]
+            first_BV = jnp.where(jnp.asarray(real_BT.any(axis=1))[:, None], newest_BV, first_BV)
+        found += list(_score(run, state, first_BV, answers))
+    results = [dict(zip(labels, row.tolist(), strict=True)) for row in found[: len(texts)]]
+    return results
+
+
+def _common(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with."""
+    shortest = min(map(len, rows))
+    block = np.array([row[:shortest] for row in rows])
+    same = (block == block[0]).all(axis=0)
+    return shortest if same.all() else int(np.argmin(same))
+
+
+def _chunks(rows: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(tokens, whether they are real), [rows, T] each, in steps of CHUNK, padded at the right to few shapes."""
+    chunks = []
+    for start in range(0, max(map(len, rows)), CHUNK):
+        parts = [row[start : start + CHUNK] for row in rows]
+        width = min(CHUNK, bucket(max(map(len, parts))))
+        real_BT = np.arange(width) < np.array([len(part) for part in parts])[:, None]
+        tokens_BT = np.zeros((len(rows), width), np.int32)
+        tokens_BT[real_BT] = np.concatenate([np.asarray(part, np.int32) for part in parts])
+        chunks.append((tokens_BT, real_BT))
+    return chunks
+
+
+def _repeat(state: State, times: int) -> State:
+    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), state)
+
+
+@functools.lru_cache(maxsize=8)
+def _run(graphdef: Any) -> Any:
+    @jax.jit
+    def run(params: Any, state: State, tokens_BT: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, State]:
+        """Logits after every token, float32 [B, T, V], and the state after the last."""
+        model = nnx.merge(graphdef, params)
+        logits_BTV, new_state = model(tokens_BT, None, real_BT.astype(jnp.int32), state, "all", padding="right")
+        return logits_BTV.astype(jnp.float32), new_state
+
+    return run
+
+
+def _score(run: Any, state: State, first_BV: jax.Array, answers: Sequence[Sequence[int]]) -> np.ndarray:
+    """Probability of each answer, [B, L], among them all."""
+    B, L = len(first_BV), len(answers)
+    width = bucket(max(map(len, answers)))
+    real_LT = np.arange(width) < np.array([len(answer) for answer in answers])[:, None]
+    tokens_LT = np.zeros((L, width), np.int32)
+    tokens_LT[real_LT] = np.concatenate([np.asarray(answer, np.int32) for answer in answers])
+    tokens_XT, real_XT = np.tile(tokens_LT, (B, 1)), np.tile(real_LT, (B, 1))
+    logits_XTV, _ = run(_repeat(state, L), tokens_XT, real_XT)
+    before_XTV = jnp.concatenate([jnp.repeat(first_BV, L, axis=0)[:, None], logits_XTV[:, :-1]], axis=1)
+    log_p_XT = jnp.take_along_axis(jax.nn.log_softmax(before_XTV), jnp.asarray(tokens_XT)[:, :, None], axis=2)[:, :, 0]
+    total_BL = jnp.sum(jnp.where(jnp.asarray(real_XT), log_p_XT, 0), axis=1).reshape(B, L)
+    return np.asarray(jax.nn.softmax(total_BL, axis=1))

@@ -1,0 +1,270 @@
+"""Constrained decoding: which tokens may come next so that the text fits a JSON schema, a regex or a tool's signature.
+
+A `Grammar` is text that llguidance compiles; a `Matcher` follows one request through it and says, as a packed bitmask,
+which tokens may come next. llguidance is the optional extra `lfm_jax[grammar]`.
+
+Dimensions: B batch, V vocabulary, W = ceil(V / 32) words of a bitmask.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lfm_jax.infer.call_grammar import CallRules
+from lfm_jax.infer.json_schema import Bounds, GrammarError, accepted, compiled, llguidance, one_line
+from lfm_jax.infer.tools import END, START, Tool, tool_schemas
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+MAX_CALLS = 8
+"""Most calls of one reply."""
+BOUNDS = Bounds()
+
+# Tokens of such characters only are looked at together; without `<|` they suit the strings of tool calls too.
+_SLICES = [r'[^"\\<|\x00-\x1F\x7F]{1,10}', r'[^"\\<|\x00-\x1F\x7F]{1,30}']
+
+
+@dataclasses.dataclass(frozen=True)
+class Grammar:
+    """A grammar for any tokenizer. The class methods make one, checked.
+
+    Raises:
+      GrammarError: from each class method, for what llguidance refuses.
+      ImportError: llguidance is not installed.
+    """
+
+    text: str
+    """As llguidance takes it."""
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any] | bool | str, *, bounds: Bounds = BOUNDS) -> Grammar:
+        """JSON that fits `schema`, given as data or JSON text, with at most one blank after each comma and colon.
+
+        Keys come in the order of `properties`. What is accepted fits the schema; not all that fits is accepted, see
+        `json_schema.bounded`.
+
+        Raises:
+          GrammarError: keywords and formats that llguidance does not support (none is ignored), `oneOf` whose choices
+            are not provably distinct, numbers that a float cannot hold, a schema that nothing fits.
+        """
+        return cls(compiled(schema, bounds))
+
+    @classmethod
+    def json_object(cls, *, bounds: Bounds = BOUNDS) -> Grammar:
+        """Any JSON object."""
+        return cls.json_schema({"type": "object"}, bounds=bounds)
+
+    @classmethod
+    def regex(cls, pattern: str) -> Grammar:
+        """Text that the whole of `pattern` matches, in the syntax of Rust's `regex`, without lookaround."""
+        return cls(accepted(llguidance().LLMatcher.grammar_from_regex(pattern)))
+
+    @classmethod
+    def lark(cls, text: str) -> Grammar:
+        """Text of the rule `start` in llguidance's variant of Lark, where `<|name|>` is a special token."""
+        return cls(accepted(text))
+
+    @classmethod
+    def choice(cls, choices: Sequence[str]) -> Grammar:
+        """One of these texts."""
+        if isinstance(choices, str) or not choices or not all(isinstance(c, str) for c in choices):
+            raise GrammarError(f"choices is {choices!r:.60}; expected a list of at least one text")
+        return cls.lark(f"start: {' | '.join(map(json.dumps, choices))}")
+
+    @classmethod
+    def tool_calls(
+        cls, tools: Sequence[Tool], *, required: bool = False, parallel: bool = True, name: str | None = None,
+        bounds: Bounds = BOUNDS,
+    ) -> Grammar:
+        """Calls that fit the tools, as LFM2 writes them: `<|tool_call_start|>[f(a="x", b=1), g()]<|tool_call_end|>`.
+
+        Arguments are Python literals; they come in the order of `properties`, and the optional ones may be left out.
+        A call with an argument whose name is no identifier is a JSON object, `{"name": "f", "arguments": {...}}`.
+        Objects have no keys beyond their `properties`, where they have any. No string holds `<|`, lest it read as a
+        marker.
+
+        Args:
+          tools: as for `tool_schemas`.
+          required: calls and nothing else. Otherwise free text, then calls if the model begins them, then text again.
+          parallel: up to MAX_CALLS calls instead of one.
+          name: of the only tool that may be called; implies `required`.
+          bounds: as for `json_schema`.
+
+        Raises:
+          GrammarError: no tool, or none of that name; parameters that `json_schema` refuses, that combine schemas
+            (`allOf`, siblings of `anyOf`, `oneOf` and `$ref`), or that have `patternProperties` or `prefixItems`. It
+            names the tool, the place and the keyword.
+          ValueError: see `tool_schemas`.
+        """
+        chosen = [tool for tool in tool_schemas(tools) if name in (None, tool["name"])]
+        if not chosen:
+            raise GrammarError("there are no tools" if name is None else f"there is no tool {name!r}")
+        rules = CallRules(bounds)
+        calls = [rules.call(tool) for tool in chosen]
+        more = f'(", " call){{0,{MAX_CALLS - 1}}}' if parallel else ""
+        block = f'{START} "[" call {more} "]" {END}'
+        return cls.lark("\n".join([
+            f"start: {block}" if required or name is not None else f"start: TEXT ({block} TEXT)?",
+            # Markers that are spelled out would be read like the tokens, and as calls that nothing has checked.
+            r"TEXT: /(?s:.*)/ & ~/(?s:.*)<\|tool_call_(start|end)\|>(?s:.*)/",
+            f"call: {' | '.join(calls)}",
+            *(f"{rule}: {body}" for rule, body in rules.bodies.items()),
+        ]))
+
+
+# -------------------------------------------------------------------- following a request
+
+
+class GrammarTokenizer:
+    """What llguidance needs to know of a tokenizer. Making one takes a second; see `grammar_tokenizer`.
+
+    Args:
+      tokenizer: byte-level; its special tokens come only where a grammar names them.
+      vocab_size: of the model; ids that the tokenizer lacks are never allowed.
+      eos_ids: tokens that end a request, the model's and the request's own. They are allowed where the text so far is
+        complete, nowhere else, and where it cannot go on nothing else is.
+
+    Raises:
+      ValueError: no eos_ids, ids beyond vocab_size, or a tokenizer with more ids than that.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]):
+        from tokenizers import Tokenizer
+
+        ids = sorted(tokenizer.get_vocab(with_added_tokens=True).values())
+        if ids[-1] >= vocab_size:
+            raise ValueError(f"the tokenizer has ids up to {ids[-1]}, the model's vocab_size is {vocab_size}")
+        if not eos_ids or not 0 <= min(eos_ids) <= max(eos_ids) < vocab_size:
+            raise ValueError(f"eos_ids is {tuple(eos_ids)}; a grammar needs at least one, within 0..{vocab_size - 1}")
+        copy = Tokenizer.from_str(tokenizer.to_str())
+        copy.no_padding()
+        copy.no_truncation()
+        self.vocab_size = vocab_size
+        self.handle = llguidance().LLTokenizer(
+            copy.to_str(), n_vocab=vocab_size, eos_token=list(eos_ids), slices=_SLICES
+        )
+        self.known_W = _packed([*ids, *eos_ids], vocab_size)
+        self.eos_W = _packed(eos_ids, vocab_size)
+
+    def matcher(self, grammar: Grammar) -> Matcher:
+        """A matcher at the start of the grammar.
+
+        Raises:
+          GrammarError: the grammar names a special token that the tokenizer lacks, or is too large.
+        """
+        matcher = llguidance().LLMatcher(self.handle, grammar.text, log_level=0)
+        if matcher.is_error():
+            raise GrammarError(one_line(matcher.get_error()))
+        return Matcher(self, matcher)
+
+
+@functools.lru_cache(maxsize=4)
+def grammar_tokenizer(tokenizer: Tokenizer, vocab_size: int, eos_ids: tuple[int, ...]) -> GrammarTokenizer:
+    """A `GrammarTokenizer`, made once for each tokenizer object (which must not change), size and set of ids."""
+    return GrammarTokenizer(tokenizer, vocab_size, eos_ids)
+
+
+class Matcher:
+    """One request on its way through a grammar; `GrammarTokenizer.matcher` makes one."""
+
+    def __init__(self, tokenizer: GrammarTokenizer, matcher: Any):
+        self.tokenizer = tokenizer
+        self.handle = matcher
+        self.error: str | None = None
+        """Why the grammar can be followed no further, because it has become too complex; only eos is allowed then."""
+
+    @property
+    def accepts_eos(self) -> bool:
+        """The text so far is complete."""
+        return self.error is None and self.handle.is_accepting()
+
+    @property
+    def done(self) -> bool:
+        """The text is complete and cannot go on: only eos is allowed, or has come."""
+        return self.accepts_eos and self.handle.is_stopped()
+
+    def mask(self, out_W: np.ndarray) -> None:
+        """Writes the mask of the next token, uint32: bit `i % 32` of word `i // 32` is 1 where token i is allowed."""
+        fill_masks([self], out_W[None])
+
+    def consume(self, token: int) -> None:
+        """Goes on by a token.
+
+        Raises:
+          ValueError: the token is not allowed; the matcher is of no use any more.
+        """
+        if self.error is None and not self.handle.consume_token(token):
+            raise ValueError(f"token {token} is not allowed by the grammar: {one_line(self.handle.get_error())}")
+
+    def rollback(self, tokens: int) -> None:
+        """Takes the last tokens back.
+
+        Raises:
+          ValueError: there are not as many.
+        """
+        if tokens and not self.handle.rollback(tokens):
+            raise ValueError(f"cannot take back {tokens} tokens: {one_line(self.handle.get_error())}")
+
+    def copy(self) -> Matcher:
+        """Another matcher at the same place."""
+        copy = Matcher(self.tokenizer, self.handle.deep_copy())
+        copy.error = self.error
+        return copy
+
+
+def fill_masks(matchers: Sequence[Matcher | None], masks_BW: np.ndarray) -> None:
+    """Writes a row of `masks_BW`, uint32 and contiguous, for each matcher, several at once; None allows every token.
+
+    A matcher that fails has its `error` set and allows eos; the others know nothing of it.
+
+    Raises:
+      ValueError: an array of another shape or dtype.
+    """
+    if masks_BW.dtype != np.uint32 or masks_BW.ndim != 2 or len(masks_BW) != len(matchers):
+        raise ValueError(f"masks_BW is {masks_BW.dtype}{list(masks_BW.shape)}; expected uint32[{len(matchers)}, W]")
+    live = [(m.handle, row) for row, m in enumerate(matchers) if m is not None]
+    if len(live) > 1:
+        from llguidance.numpy import fill_next_token_bitmask_par
+
+        fill_next_token_bitmask_par(_executor(), live, masks_BW.view(np.int32))
+    elif live:
+        from llguidance.numpy import fill_next_token_bitmask
+
+        fill_next_token_bitmask(*live[0][:1], masks_BW.view(np.int32), live[0][1])
+    for matcher, mask_W in zip(matchers, masks_BW, strict=True):
+        if matcher is None:
+            mask_W[:] = 0xFFFFFFFF
+            continue
+        mask_W &= matcher.tokenizer.known_W  # A grammar may name ids that are no token.
+        if matcher.handle.is_error():
+            matcher.error = one_line(matcher.handle.get_error())
+        elif not mask_W.any():
+            matcher.error = "no token can go on"
+        if matcher.error is not None:
+            mask_W[:] = matcher.tokenizer.eos_W
+
+
+def unpack(mask_BW: jax.Array, vocab_size: int) -> jax.Array:
+    """The bits of packed masks as bool[B, V]; for use inside a jit."""
+    bits_BW32 = (mask_BW[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return bits_BW32.reshape(len(mask_BW), -1)[:, :vocab_size].astype(bool)
+
+
+def _packed(ids: Sequence[int], vocab_size: int) -> np.ndarray:
+    allowed = np.zeros(-(-vocab_size // 32) * 32, bool)
+    allowed[np.asarray(ids)] = True
+    return np.packbits(allowed, bitorder="little").view(np.uint32)
+
+
+@functools.cache
+def _executor() -> Any:
+    return llguidance().LLExecutor()

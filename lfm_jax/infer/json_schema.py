@@ -1,0 +1,343 @@
+"""JSON schemas for constrained decoding: checked, given finite sizes, compiled by llguidance.
+
+llguidance keeps every promise of a schema that it accepts but for a few, which are refused or rewritten here: numbers
+that a float cannot hold, small exclusive limits, numbers that overflow, keys that repeat.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+from typing import Any
+from urllib.parse import unquote
+
+Schema = dict[str, Any]
+
+OF_TYPE = {
+    "object": {"properties", "required", "additionalProperties", "patternProperties", "minProperties", "maxProperties"},
+    "array": {"items", "prefixItems", "additionalItems", "minItems", "maxItems"},
+    "string": {"minLength", "maxLength", "pattern", "format"},
+    "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
+}
+"""Keywords that speak of one type only."""
+IN_PLACE = {"const", "enum", "allOf", "anyOf", "oneOf", "$ref"}
+KEYWORDS = {"type", *IN_PLACE}.union(*OF_TYPE.values())
+"""All that llguidance supports, annotations apart."""
+ANY_VALUE = {"$ref": "#/$defs/lfm_jax.any"}
+"""Stands in a bounded schema for one without keywords."""
+MAX_DIVISOR = 1000
+"""Largest `multipleOf`, its decimal point left out: with the next ones masks fail."""
+OPTIONS = {
+    "whitespace_flexible": False, "lenient": False, "coerce_one_of": False,
+    # Written with an escape, a key that is taken would pass for another; and Python has no pairs of surrogates.
+    "json_allowed_escapes": 'nrbtf\\"',
+}
+
+_MAPS = {"properties", "patternProperties", "$defs", "definitions"}
+_LISTS = {"allOf", "anyOf", "oneOf", "prefixItems", "items"}
+_SINGLE = {"items", "additionalItems", "additionalProperties"}
+_SHAPES: dict[str, tuple[Any, set[str]]] = {
+    "an object": (dict, _MAPS),
+    "a list": (list, {"enum", "required", "allOf", "anyOf", "oneOf", "prefixItems"}),
+    "a text": (str, {"$ref", "pattern", "format"}),
+    "a whole number": (int, {"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"}),
+    "a number": ((int, float), OF_TYPE["number"]),
+}
+
+
+class GrammarError(ValueError):
+    """A grammar that is not valid, or that asks for what cannot be promised; the message says what and where."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """Sizes for what a schema leaves open: a model that does not stop by itself would fill it for ever."""
+
+    string: int | None = 4096
+    """Characters of a string without `maxLength`; None is no limit."""
+    items: int = 64
+    """Items of an array without `maxItems`; keys of the model's choice in an object without `maxProperties`."""
+    digits: int = 15
+    """Digits before the point of a number without `minimum` or `maximum`."""
+    decimals: int = 6
+    """Digits after the point of a number without `multipleOf`."""
+
+
+def compiled(schema: Any, bounds: Bounds) -> str:
+    """The text of llguidance for JSON that fits `bounded(schema, bounds)`.
+
+    Raises:
+      GrammarError: see `Grammar.json_schema`.
+    """
+    root = plain(schema)
+    try:
+        if '"oneOf"' in json.dumps(root):  # Choices that overlap may seem distinct once they are bounded.
+            accepted(_text(root))
+        return accepted(_text(bounded(root, bounds), item_separator=", ?", key_separator=": ?"))
+    except GrammarError as error:
+        raise GrammarError(f"the JSON schema is refused: {error}{_where(root, str(error))}") from None
+
+
+def plain(schema: Any) -> Schema:
+    """A schema, given as data or JSON text, as data of its own: each schema in it is another object, true is `{}`.
+
+    Raises:
+      GrammarError: no schema, or one nested too deeply.
+    """
+
+    def opened(node: Any, place: str) -> Any:
+        if place.count("/") > 200:
+            raise GrammarError(f"the JSON schema is nested too deeply, at {place:.60}...")
+        if isinstance(node, dict):
+            return replaced(node, lambda child, part: opened(child, f"{place}/{part}"))
+        return {} if node is True else node
+
+    try:
+        data = json.loads(schema) if isinstance(schema, str) else schema
+        data = json.loads(json.dumps(data, allow_nan=False, ensure_ascii=False).encode())
+    except (TypeError, ValueError, RecursionError) as error:
+        raise GrammarError(f"the JSON schema is not JSON: {error}") from None
+    if not isinstance(data, dict) and data is not True:
+        raise GrammarError(f"the JSON schema is {data!r:.60}; expected an object, or true")
+    return opened(data, "#")
+
+
+def bounded(schema: Mapping[str, Any] | bool | str, bounds: Bounds) -> Schema:
+    """A schema of finite sizes; whatever fits it fits `schema` too.
+
+    - Strings, arrays and numbers without limits get those of `bounds`; a string whose `pattern` or `format` the limit
+      does not suit stays without.
+    - Objects that name keys, and do not speak of others, have no others; a map has a limited number of them.
+    - A schema without `type` is of the types that its keywords are about; one without keywords is any value, bounded.
+    - Where schemas meet (`allOf`, siblings of `anyOf`, `oneOf` or `$ref`, `properties` beside `patternProperties`)
+      only strings, arrays and numbers get limits, since each schema may need what another brings.
+
+    Nesting has no bound where a schema is recursive.
+
+    Raises:
+      GrammarError: a malformed schema, numbers that a float cannot hold or that have no room within their limits,
+        `minProperties` beyond what is required by name.
+    """
+    root = plain(schema)
+    met = _met(root)
+
+    def bound(node: Any, place: str) -> Any:
+        if not isinstance(node, dict):
+            return node
+        _check(node, place)
+        new = replaced(node, lambda child, part: bound(child, f"{place}/{part}"))
+        alone, kinds = id(node) not in met, types(node)
+        if not kinds or {"const", "enum"} & node.keys():
+            return new | ANY_VALUE if alone and not node.keys() & KEYWORDS else new
+        if "string" in kinds:
+            new = bounded_string(new, bounds)
+        if {"number", "integer"} & set(kinds):
+            new = _bounded_number(new, "number" not in kinds, bounds, place)
+        if "array" in kinds:
+            new.setdefault("maxItems", max(new.get("minItems", 0), len(new.get("prefixItems", ())), bounds.items))
+        if alone:
+            new["type"] = kinds
+            if "array" in kinds:
+                new.setdefault("additionalItems" if isinstance(node.get("items"), list) else "items", ANY_VALUE)
+            if "object" in kinds:
+                _close(new, bounds)
+        return new
+
+    result = bound(root, "#")
+    scalar = bound({"type": ["null", "boolean", "number", "string"]}, "#")
+    array = {"type": "array", "items": ANY_VALUE, "maxItems": bounds.items}
+    mapping = {"type": "object", "additionalProperties": ANY_VALUE, "maxProperties": bounds.items}
+    return result | {"$defs": result.get("$defs", {}) | {"lfm_jax.any": {"anyOf": [scalar, array, mapping]}}}
+
+
+def _close(new: Schema, bounds: Bounds) -> None:
+    """Bans the keys that an object leaves open, or limits their number where llguidance can."""
+    required, named = new.get("required", []), new.get("properties", {})
+    if "additionalProperties" not in new and {"properties", "patternProperties"} & new.keys():
+        new["properties"] = named | {name: {} for name in required if name not in named}
+        new["additionalProperties"] = False
+    elif named.keys() <= set(required):
+        new.setdefault("additionalProperties", ANY_VALUE)
+        new.setdefault("maxProperties", max(new.get("minProperties", 0), len(required) + bounds.items))
+
+
+def bounded_string(node: Schema, bounds: Bounds) -> Schema:
+    """The schema with a limit to the length of strings, if it has none and there are strings within the limit."""
+    if bounds.string is None or "maxLength" in node:
+        return node
+    limited = node | {"maxLength": max(node.get("minLength", 0), bounds.string)}
+    return limited if not {"pattern", "format"} & node.keys() or _possible(limited, "string") else node
+
+
+def _bounded_number(node: Schema, whole: bool, bounds: Bounds, place: str) -> Schema:
+    """Makes limits inclusive, since llguidance takes small exclusive ones so, and finite, since 1e999 is not."""
+    step = 1 if whole else float(f"1e-{bounds.decimals}")
+    divisor = Decimal(str(node.get("multipleOf", step)))
+    if divisor * 10 ** max(0, -int(divisor.as_tuple().exponent)) > MAX_DIVISOR:
+        raise GrammarError(f"multipleOf {divisor} has more than {MAX_DIVISOR} remainders to follow (at {place})")
+    new = {key: value for key, value in node.items() if key not in ("exclusiveMinimum", "exclusiveMaximum")}
+    low, high = node.get("minimum", -math.inf), node.get("maximum", math.inf)
+    over, under = node.get("exclusiveMinimum", False), node.get("exclusiveMaximum", False)
+    if over is not False:  # In draft 4 it is True, and about `minimum`.
+        low = max(low, _above(low if over is True else over, step))
+    if under is not False:
+        high = min(high, -_above(-(high if under is True else under), step))
+    reach = max(10**bounds.digits, abs(node.get("multipleOf", 0)))
+    least = min(high, 0) - (reach if low == -math.inf else max(reach, 2**53))
+    most = max(low, 0) + (reach if high == math.inf else max(reach, 2**53))
+    new |= {"minimum": _up(max(low, least)), "maximum": -_up(-min(high, most))}
+    if not whole:
+        new.setdefault("multipleOf", step)
+    if OF_TYPE["number"] & node.keys() and not _possible(new, "integer" if whole else "number"):
+        raise GrammarError(f"no number of at most {bounds.decimals} decimals is within the limits (at {place})")
+    return new
+
+
+def _above(x: float, step: float) -> float:
+    """The least number that is surely more than `x`; a whole one where `step` is."""
+    return math.floor(x) + 1 if isinstance(step, int) else max(x + step, math.nextafter(x, math.inf))
+
+
+def _up(x: float) -> float:
+    """The least number of at least `x` that a float can hold."""
+    return x if float(x) == x else float(x) if float(x) > x else math.nextafter(float(x), math.inf)
+
+
+def _possible(node: Schema, kind: str) -> bool:
+    """Whether any string or number fits what the node says of them."""
+    keywords = OF_TYPE["string" if kind == "string" else "number"]
+    return not refusal(_text({"type": kind} | {key: node[key] for key in node.keys() & keywords}))
+
+
+def _met(root: Schema) -> set[int]:
+    """Ids of the schemas that meet another in an intersection, and of all inside them."""
+    met: set[int] = set()
+
+    def visit(node: Any, meets: bool) -> None:
+        if not isinstance(node, dict) or id(node) in met:
+            return
+        parts = sum(len(node[key]) if key == "allOf" else 1 for key in node.keys() & IN_PLACE)
+        meets = meets or parts + bool(node.keys() & (KEYWORDS - IN_PLACE)) > 1
+        meets = meets or (node is not root and not {"$id", "id"}.isdisjoint(node))  # ANY_VALUE would start from there.
+        if meets:
+            met.add(id(node))
+            visit(resolved(root, node.get("$ref", "")), True)
+        inside = meets or {"properties", "patternProperties"} <= node.keys()
+        replaced(node, lambda child, part: visit(child, inside and not part.startswith(("$defs/", "definitions/"))))
+
+    visit(root, False)
+    return met
+
+
+def types(node: Schema) -> list[str]:
+    """The types that a schema is about: none where schemas in its place say it, or where it has no keywords."""
+    kinds = node.get("type", [])
+    if not kinds and not node.keys() & IN_PLACE:
+        return [name for name, keywords in OF_TYPE.items() if keywords & node.keys()]
+    return [kinds] if isinstance(kinds, str) else kinds
+
+
+def replaced(node: Schema, function: Callable[[Any, str], Any]) -> Schema:
+    """The schema with `function(child, place)` for each schema directly inside it."""
+    new = dict(node)
+    for key, value in node.items():
+        if key in _MAPS and isinstance(value, dict):
+            new[key] = {name: function(child, f"{key}/{name}") for name, child in value.items()}
+        elif key in _LISTS and isinstance(value, list):
+            new[key] = [function(child, f"{key}/{i}") for i, child in enumerate(value)]
+        elif key in _SINGLE:
+            new[key] = function(value, key)
+    return new
+
+
+def resolved(root: Any, reference: str) -> Any:
+    """What a local reference points to, or None."""
+    for part in reference.removeprefix("#").strip("/").split("/") if reference.strip("#/") else ():
+        part = unquote(part).replace("~1", "/").replace("~0", "~")
+        root = root.get(part) if isinstance(root, dict) else None
+    return root if reference.startswith("#") else None
+
+
+def _check(node: Schema, place: str) -> None:
+    """Refuses what llguidance would get wrong, and what has not the shape of a schema."""
+
+    def whole(digits: str) -> int:
+        if abs(int(digits)) > 2**53:
+            raise GrammarError(f"{digits:.20} is more than a float can hold (at {place})")
+        return int(digits)
+
+    for name, (kind, keywords) in _SHAPES.items():
+        for key in node.keys() & keywords:
+            if not isinstance(node[key], kind):
+                raise GrammarError(f"{key} is {node[key]!r:.40}; expected {name} (at {place})")
+    if {"const", "enum"} & node.keys():
+        json.loads(json.dumps([node.get("const"), node.get("enum")]), parse_int=whole)
+    if node.get("minProperties", 0) - len(node.get("required", ())) > 1:
+        raise GrammarError(f"minProperties is not supported: keys of the model's choice may repeat (at {place})")
+
+
+# -------------------------------------------------------------------- llguidance
+
+
+def llguidance() -> Any:
+    """The module.
+
+    Raises:
+      ImportError: it is not installed.
+    """
+    try:
+        import llguidance
+    except ImportError:
+        raise ImportError("grammars need llguidance: pip install lfm_jax[grammar]") from None
+    return llguidance
+
+
+def refusal(grammar: str) -> str:
+    """What llguidance has against a grammar, or nothing."""
+    message = llguidance().LLMatcher.validate_grammar(grammar)
+    return "" if message.startswith("WARNING") else one_line(message)
+
+
+def accepted(grammar: str) -> str:
+    """The grammar itself.
+
+    Raises:
+      GrammarError: llguidance refuses it.
+    """
+    if why := refusal(grammar):
+        raise GrammarError(why)
+    return grammar
+
+
+def one_line(message: str) -> str:
+    """A message of llguidance on one line, without its dump of the parser."""
+    return " ".join(message.split("<state>")[0].split())[:400]
+
+
+def _text(schema: Schema, **options: Any) -> str:
+    schema = {key: value for key, value in schema.items() if key != "x-guidance"}  # It would set options.
+    return llguidance().LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS | options)
+
+
+def _where(root: Schema, message: str) -> str:
+    """The places of the keywords that a message of llguidance is about."""
+    if found := re.match(r"Unimplemented keys: (\[.*?\])", message):
+        keys = set(json.loads(found[1]))
+        places = [place for place, node in _nodes(root, "#") if keys <= node.keys()]
+    elif found := re.match(r"Unknown format: (.*)", message):
+        places = [place for place, node in _nodes(root, "#") if node.get("format") == found[1]]
+    else:
+        places = [place for place, node in _nodes(root, "#") if "oneOf" in message and "oneOf" in node]
+    return f" (at {', '.join(places[:3])})" if places else ""
+
+
+def _nodes(node: Any, place: str) -> list[tuple[str, Schema]]:
+    """All schemas within a schema, itself included, each after its place."""
+    found = [(place, node)] if isinstance(node, dict) else []
+    for _, own in found[:]:
+        replaced(own, lambda child, part: found.extend(_nodes(child, f"{place}/{part}")))
+    return found

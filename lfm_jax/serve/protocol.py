@@ -1,0 +1,268 @@
+"""Bodies of requests, as OpenAI's clients send them, and what they ask of the engine.
+
+A field that is not here, or has a value that the engine cannot honour, is refused: nothing is passed over in silence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lfm_jax.infer.grammar import Grammar
+from lfm_jax.infer.sampling import Sampling
+from lfm_jax.infer.tools import tool_schemas
+
+MAX_STOPS = 8
+MAX_TOP_LOGPROBS = 20
+
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(_Body):
+    include_usage: bool = False
+    include_obfuscation: Literal[False, None] = None
+
+
+class _Shared(_Body):
+    """Fields that both kinds of completion have."""
+
+    model: str
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    seed: Seed | None = None
+    temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    logit_bias: dict[str, Bias] | None = None
+    # Known to other servers of open models too.
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    skip_special_tokens: bool | None = None
+    # Of no consequence for the answer.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    # With the one value that leaves things as they are.
+    frequency_penalty: Literal[0] | None = None
+    presence_penalty: Literal[0] | None = None
+
+    @model_validator(mode="after")
+    def _streaming(self) -> _Shared:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options goes with stream: true")
+        if self.logit_bias and not all(key.isascii() and key.isdigit() and len(key) < 10 for key in self.logit_bias):
+            raise ValueError("logit_bias must map token ids (as texts) to numbers")
+        return self
+
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def biases(self) -> dict[int, float]:
+        """As in OpenAI's API, -100 forbids a token."""
+        return {int(key): -float("inf") if value == -100 else value for key, value in (self.logit_bias or {}).items()}
+
+    def sampling(self, default: Sampling, seed: int) -> Sampling:
+        """How to choose tokens: what is not said is the server's default; `seed` where none is given."""
+        given = {"temperature": self.temperature, "top_p": self.top_p, "min_p": self.min_p,
+                 "repetition_penalty": self.repetition_penalty,
+                 "top_k": None if self.top_k is None else max(self.top_k, 0),
+                 "seed": seed if self.seed is None else self.seed % 2**32}
+        fields = {name: getattr(default, name) for name in Sampling.__dataclass_fields__}
+        return Sampling(**fields | {name: value for name, value in given.items() if value is not None})
+
+
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+
+
+class CompletionBody(_Shared):
+    """POST /v1/completions."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=256)] | Ids | Annotated[
+        list[Ids], Field(min_length=1, max_length=256)]
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    best_of: int | None = None
+    suffix: Literal[""] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> CompletionBody:
+        if self.best_of not in (None, self.n or 1):
+            raise ValueError("best_of must be n: every continuation is given back")
+        return self
+
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(_Body):
+    name: str
+    arguments: str
+
+
+class CalledTool(_Body):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatMessage(_Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[CalledTool] | None = None
+    tool_call_id: str | None = None
+    refusal: None = None
+    # Clients send back what they were sent.
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As templates take it: text for content, calls with parsed arguments."""
+        content = self.content
+        if isinstance(content, list):
+            content = "".join(part.text for part in content)
+        if content is None and not self.tool_calls:
+            raise ValueError(f"a message of role {self.role} has no content")
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role,
+                                   "content": content or ""}
+        if self.tool_calls:
+            if self.role != "assistant":
+                raise ValueError(f"a message of role {self.role} has tool_calls; only the assistant's may")
+            message["tool_calls"] = [
+                {"name": call.function.name, "arguments": _arguments(call.function)} for call in self.tool_calls
+            ]
+        return message
+
+
+def _arguments(function: CalledFunction) -> dict[str, Any]:
+    try:
+        arguments = json.loads(function.arguments or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise ValueError(f"arguments of the call of {function.name} are not a JSON object")
+    return arguments
+
+
+class FunctionTool(_Body):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolEntry(_Body):
+    type: Literal["function"]
+    function: FunctionTool
+
+
+class NamedFunction(_Body):
+    name: str
+
+
+class NamedTool(_Body):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchemaFormat(_Body):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | bool = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("response_format has json_schema exactly where its type is json_schema")
+        return self
+
+
+class ChatBody(_Shared):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    tools: Annotated[list[ToolEntry], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs goes with logprobs: true")
+        if self.tool_choice not in (None, "none", "auto") and not self.tools:
+            raise ValueError("tool_choice asks for a tool and there are none")
+        if self.calls_tools and self.response_format is not None and self.response_format.type != "text":
+            raise ValueError("tools and a response_format go together only with tool_choice none")
+        return self
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether a tool may be called."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+    def schemas(self) -> list[dict[str, Any]] | None:
+        """The tools as the template shows them."""
+        tools = [tool.function.model_dump(exclude_none=True, exclude={"strict"}) for tool in self.tools or ()]
+        return tool_schemas(tools) if tools else None
+
+    def grammar(self) -> Grammar | None:
+        """What the answer must follow.
+
+        Raises:
+          GrammarError: a schema or a tool that is not supported.
+        """
+        if self.calls_tools:
+            name = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+            return Grammar.tool_calls(self.schemas() or (), required=self.tool_choice == "required", name=name,
+                                      parallel=self.parallel_tool_calls is not False)
+        form = self.response_format
+        if form is None or form.type == "text":
+            return None
+        if form.json_schema is None:
+            return Grammar.json_object()
+        return Grammar.json_schema(form.json_schema.schema_)
+
+
+def plain_messages(messages: Sequence[ChatMessage]) -> list[Mapping[str, Any]]:
+    """As `Service.encode_chat` takes them.
+
+    Raises:
+      ValueError: a message without content, or calls that are none.
+    """
+    return [message.plain() for message in messages]

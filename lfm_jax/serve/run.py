@@ -1,0 +1,246 @@
+"""`lfm serve` and `lfm batch`: a service from a path, an address, a file."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+
+from lfm_jax.data.manifest import locked
+from lfm_jax.infer.engine import EngineConfig
+from lfm_jax.infer.sampling import Sampling
+from lfm_jax.infer.service import Service
+from lfm_jax.serve.app import Limits, error_body, make_app
+
+KEY_VARIABLE = "LFM_API_KEY"
+URLS = ("/v1/chat/completions", "/v1/completions")
+"""What a line of a batch may ask for."""
+
+
+def open_service(path: Path, dtype: str | None, engine: EngineConfig, mesh: tuple[int, int]) -> Service:
+    """A service of the model at `path`, compiled; says what it does on stderr.
+
+    Args:
+      mesh: replicas, and devices of each one.
+
+    Raises:
+      ValueError: a path without model or tokenizer, or what `Engine` refuses.
+    """
+    from lfm_jax.convert.hf import chat_template
+    from lfm_jax.loading import load
+    from lfm_jax.sharding import make_mesh
+
+    keep_compiled()
+    model, tokenizer = load(path, dtype)
+    if tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer.json; put the checkpoint's own beside its weights")
+    data, tensor = mesh
+    over = None if data * tensor == 1 else make_mesh(data=data, tensor=tensor)
+    service = Service(model, tokenizer, chat_template(path), engine, over)
+    for name, size in service.engine.memory.items():
+        _say(f"{size / 2**20:10,.1f} MiB  {name}")
+    began = time.monotonic()
+    _say("compiling")
+    count = service.engine.warm_up()
+    _say(f"{count} programs ready after {time.monotonic() - began:.0f} s")
+    return service
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs between starts, unless JAX has been told where already."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "lfm_jax" / "compiled"))
+
+
+def check_address(host: str, api_key: str | None) -> None:
+    """Raises ValueError for an address that others reach, without a key."""
+    try:
+        private = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        private = host == "localhost"
+    if not private and not api_key:
+        raise ValueError(f"host {host} can be reached from elsewhere: set a key in {KEY_VARIABLE}, or keep 127.0.0.1")
+
+
+def serve(
+    service: Service, name: str, host: str, port: int, sampling: Sampling, limits: Limits, drain_seconds: int
+) -> None:
+    """Serves until SIGINT or SIGTERM; then takes no more, and lets what runs end within `drain_seconds`."""
+    import uvicorn
+
+    api_key = os.environ.get(KEY_VARIABLE) or None
+    check_address(host, api_key)
+    app = make_app(service, name, api_key=api_key, sampling=sampling, limits=limits)
+    _say(f"serving {name} on http://{host}:{port}{'' if api_key else ', no key asked for'}")
+    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=drain_seconds,
+                server_header=False, h11_max_incomplete_event_size=2**16)
+
+
+# -------------------------------------------------------------------- batch
+
+
+def batch(
+    service: Service, name: str, source: Path, target: Path, *, shard: str = "0/1", sampling: Sampling = Sampling(),
+    limits: Limits = Limits(),
+) -> int:
+    """Answers every line of a file in OpenAI's batch format; goes on with what an earlier call left.
+
+    A line is `{"custom_id": ..., "method": "POST", "url": "/v1/chat/completions", "body": {...}}`; the model need not be
+    named. Each gives one line of the target: `{"id": "line-N", "custom_id": ..., "response": {"status_code": ...,
+    "body": ...}, "error": null}`. A line that cannot be read has an `error`. At the end they stand in order.
+
+    Args:
+      shard: I/N: only every N-th line from number I (from 0) on, for a file spread over machines, each with a target of
+        its own.
+
+    Returns:
+      How many lines got an error.
+
+    Raises:
+      ValueError: a file that cannot be read, a bad shard, or a target that another call is at or that is no such file.
+    """
+    i, n = _parts(shard)
+    lines = {number: line for number, line in enumerate(_lines(source)) if number % n == i and line.strip()}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target.parent, f"{target.name}.lock"):
+        done = _kept(target, lines)
+        left = {number: line for number, line in lines.items() if number not in done}
+        _say(f"{len(done)} of {len(lines)} lines are done")
+        app = make_app(service, name, sampling=sampling, limits=limits)
+        service.engine.serve()
+        try:
+            asyncio.run(_run(app, service, name, left, target, len(lines)))
+        finally:
+            service.engine.close(drain=False)
+        results = sorted((json.loads(line) for line in _lines(target)), key=lambda r: int(r["id"].split("-")[1]))
+        whole = target.with_name(f"{target.name}.tmp")
+        whole.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results), encoding="utf-8")
+        os.replace(whole, target)
+    return sum(r["error"] is not None or r["response"]["status_code"] != 200 for r in results)
+
+
+def _parts(shard: str) -> tuple[int, int]:
+    i, _, n = shard.partition("/")
+    if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
+        raise ValueError(f"shard is {shard!r}; write I/N with I from 0 to N - 1")
+    return int(i), int(n)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            yield from file
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _kept(target: Path, lines: dict[int, str]) -> set[int]:
+    """Numbers of the lines that are answered; what a kill left half written is cut off."""
+    if not target.exists():
+        return set()
+    text = target.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    done = set()
+    for row in whole.splitlines():
+        try:
+            number = int(json.loads(row)["id"].removeprefix("line-"))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{target} is there and no answers of a batch; name another file") from None
+        if number not in lines:
+            raise ValueError(f"{target} answers line {number}, which is not to be answered here; name another file")
+        done.add(number)
+    if len(whole) < len(text):
+        os.truncate(target, len(whole))
+    return done
+
+
+async def _run(
+    app: FastAPI, service: Service, name: str, left: dict[int, str], target: Path, total: int
+) -> None:
+    todo = iter(left.items())
+    said = time.monotonic()
+    answered = total - len(left)
+    with target.open("a", encoding="utf-8") as file:
+
+        async def work() -> None:
+            nonlocal said, answered
+            for number, line in todo:
+                row = json.dumps(await _one(app, name, number, line), ensure_ascii=False)
+                file.write(row + "\n")
+                file.flush()
+                answered += 1
+                if time.monotonic() - said > 10:
+                    said = time.monotonic()
+                    _say(f"{answered} of {total} lines; {service.engine.counts['tokens']} tokens")
+
+        # As many as fill all slots, and some that are ready when one is free.
+        workers = 2 * service.engine.slots
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(workers, len(left))):
+                group.create_task(work())
+
+
+async def _one(app: FastAPI, name: str, number: int, line: str) -> dict[str, Any]:
+    result: dict[str, Any] = {"id": f"line-{number}", "custom_id": None, "response": None, "error": None}
+    try:
+        task = json.loads(line)
+        result["custom_id"] = task.get("custom_id")
+        url, body = task.get("url", URLS[0]), task["body"]
+        if url not in URLS:
+            raise ValueError(f"url is {url!r}; choose of {', '.join(URLS)}")
+        if not isinstance(body, dict):
+            raise ValueError("body is not an object")
+        if body.get("stream"):
+            raise ValueError("a batch does not stream; leave stream out")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        result["error"] = {"code": "bad_line", "message": f"{type(error).__name__}: {error}"[:500]}
+        return result
+    status, answer = await call(app, url, {"model": name} | body)
+    result["response"] = {"status_code": status, "body": answer}
+    return result
+
+
+async def call(app: FastAPI, url: str, body: dict[str, Any]) -> tuple[int, Any]:
+    """POSTs a body to the application without a network: (status, answer)."""
+    sent = json.dumps(body).encode()
+    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": url,
+             "raw_path": url.encode(), "query_string": b"", "root_path": "", "scheme": "http", "client": None,
+             "server": ("batch", 80),
+             "headers": [(b"content-type", b"application/json"), (b"content-length", str(len(sent)).encode())]}
+    parts: list[bytes] = []
+    status = 500
+    messages = iter([{"type": "http.request", "body": sent, "more_body": False}])
+
+    async def receive() -> Any:
+        for message in messages:
+            return message
+        return await asyncio.Future()  # This client never goes away.
+
+    async def send(message: Any) -> None:
+        nonlocal status
+        status = message.get("status", status)
+        parts.append(message.get("body", b""))
+
+    try:
+        await app(scope, receive, send)
+    except Exception as error:  # One line must not end the others.
+        return 500, error_body(500, f"{type(error).__name__}: {error}")
+    with contextlib.suppress(ValueError):
+        return status, json.loads(b"".join(parts))
+    return status, None
+
+
+def _say(text: str) -> None:
+    print(f"lfm: {text}", file=sys.stderr, flush=True)
