@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from lfm_jax.config import PRESETS, DType
+from lfm_jax.infer.engine_config import EngineConfig
 from lfm_jax.infer.sampling import Sampling
+from lfm_jax.serve.limits import LIMITS, Limits
 
 if TYPE_CHECKING:
     from lfm_jax.model import LFM
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
     Preset = str
 else:
     Preset = Literal[*sorted(PRESETS)]  # So that --help lists them.
+
+
+PUBLISHED = Sampling(temperature=0.1, top_k=50, repetition_penalty=1.05)
+"""As published for LFM2.5-350M."""
+SERVER = EngineConfig(max_logprobs=20, prefix_cache_bytes=2**28)
 
 
 def train(recipe: tyro.conf.Positional[Path]) -> int:
@@ -137,9 +144,7 @@ def generate(
 def chat(
     path: tyro.conf.Positional[Path],
     /,
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling(  # noqa: B008
-        temperature=0.1, top_k=50, repetition_penalty=1.05
-    ),
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = PUBLISHED,
     system: str | None = None,
     max_new_tokens: int = 512,
     dtype: DType | None = None,
@@ -160,6 +165,87 @@ def chat(
     template = chat_template(path) or DEFAULT_TEMPLATE
     chat_loop(model, tokenizer, template, system=system, sampling=sampling, max_new_tokens=max_new_tokens)
     return 0
+
+
+def serve(
+    path: tyro.conf.Positional[Path],
+    /,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str | None = None,
+    sampling: Sampling = PUBLISHED,
+    engine: EngineConfig = SERVER,
+    limits: Limits = LIMITS,
+    data: int = 1,
+    tensor: int = 1,
+    dtype: DType | None = None,
+    drain_seconds: int = 60,
+) -> int:
+    """Serve a model over HTTP with the API of OpenAI, and a page to try it at /. Needs `lfm_jax[serve]`.
+
+    With a key in the environment variable LFM_API_KEY, clients must send it.
+
+    Args:
+      path: Hugging Face directory or run directory.
+      host: address to listen on; one that others reach needs a key.
+      port: to listen on.
+      name: of the model, to clients; the name of the directory if left out.
+      sampling: for what a request does not say; the defaults are those published for LFM2.5-350M.
+      engine: slots and limits of the engine.
+      limits: of one request.
+      data: replicas of the model.
+      tensor: devices that each replica is split over.
+      dtype: of parameters and computation; the stored one if left out.
+      drain_seconds: how long what runs may take to end after SIGTERM.
+    """
+    run = _serving()
+    run.check_address(host, os.environ.get(run.KEY_VARIABLE))
+    service = run.open_service(path, dtype, engine, (data, tensor))
+    run.serve(service, name or path.resolve().name, host, port, sampling, limits, drain_seconds)
+    return 0
+
+
+def batch(
+    path: tyro.conf.Positional[Path],
+    source: tyro.conf.Positional[Path],
+    target: tyro.conf.Positional[Path],
+    /,
+    shard: str = "0/1",
+    sampling: Sampling = PUBLISHED,
+    engine: EngineConfig = SERVER,
+    data: int = 1,
+    tensor: int = 1,
+    dtype: DType | None = None,
+) -> int:
+    """Answer a file of requests in OpenAI's batch format, one a line; the same command goes on. Needs `lfm_jax[serve]`.
+
+    Exit status 1 if a line got an error; every line has an answer in any case.
+
+    Args:
+      path: Hugging Face directory or run directory.
+      source: lines `{"custom_id": ..., "url": "/v1/chat/completions", "body": {...}}`.
+      target: one line of answer for each.
+      shard: I/N: only every N-th line from number I on, to spread a file over machines.
+      sampling: for what a request does not say; the defaults are those published for LFM2.5-350M.
+      engine: slots and limits of the engine.
+      data: replicas of the model.
+      tensor: devices that each replica is split over.
+      dtype: of parameters and computation; the stored one if left out.
+    """
+    run = _serving()
+    run.check_shard(shard)
+    service = run.open_service(path, dtype, engine, (data, tensor))
+    bad = run.batch(service, path.resolve().name, source, target, shard=shard, sampling=sampling)
+    print(f"{target}: every line is answered{f', {bad} with an error' if bad else ''}")
+    return 1 if bad else 0
+
+
+def _serving() -> Any:
+    try:
+        from lfm_jax.serve import run
+    except ImportError as error:
+        raise ValueError(f"{error.name} is not installed: pip install 'lfm_jax[serve]'") from None
+    return run
 
 
 def convert(
@@ -266,7 +352,7 @@ def _load(path: Path, dtype: str | None, *, need_tokenizer: bool = True) -> tupl
 
 VERBS = {
     "train": train, "plan": plan, "data": data, "generate": generate, "chat": chat, "convert": convert, "bench": bench,
-    "selfcheck": selfcheck, "ablate": ablate,
+    "selfcheck": selfcheck, "ablate": ablate, "serve": serve, "batch": batch,
 }
 DATACLASS_VERBS = {"train": _train, "plan": _plan, "data": _data, "ablate": _ablate}
 """Verbs whose flags come from a config dataclass, not from the function's signature."""

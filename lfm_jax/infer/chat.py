@@ -27,6 +27,14 @@ END_OF_TURN = "<|im_end|>"
 
 DEFAULT_TEMPLATE = """\
 {{- bos_token -}}
+{%- if tools -%}
+    {%- set list = "List of tools: " + tools | tojson -%}
+    {%- if messages[0]["role"] == "system" -%}
+        {%- set messages = [{"role": "system", "content": messages[0]["content"] + "\\n" + list}] + messages[1:] -%}
+    {%- else -%}
+        {%- set messages = [{"role": "system", "content": list}] + messages -%}
+    {%- endif -%}
+{%- endif -%}
 {%- for message in messages -%}
     {{- "<|im_start|>" + message["role"] + "\\n" + message["content"] + "<|im_end|>\\n" -}}
 {%- endfor -%}
@@ -34,7 +42,7 @@ DEFAULT_TEMPLATE = """\
     {{- "<|im_start|>assistant\\n" -}}
 {%- endif -%}
 """
-"""ChatML turns as LFM2 has them, for checkpoints that bring no template; it knows no tools."""
+"""ChatML turns as LFM2 has them, tools listed as LFM2.5 lists them, for checkpoints that bring no template."""
 
 
 def render_chat(

@@ -17,7 +17,8 @@ from flax import nnx
 
 from lfm_jax.infer.chat import DEFAULT_TEMPLATE, END_OF_TURN, render_chat, special_tokens
 from lfm_jax.infer.decoding import bucket
-from lfm_jax.infer.engine import Engine, EngineConfig
+from lfm_jax.infer.engine import Engine
+from lfm_jax.infer.engine_config import EngineConfig
 from lfm_jax.infer.request import Event, Request
 from lfm_jax.infer.sampling import GREEDY, Sampling
 from lfm_jax.infer.text import check_tokenizer
@@ -192,8 +193,7 @@ def classify(
             newest_BV = jnp.take_along_axis(logits_BTV, jnp.asarray(last_B)[:, None, None], axis=1)[:, 0]
             first_BV = jnp.where(jnp.asarray(real_BT.any(axis=1))[:, None], newest_BV, first_BV)
         found += list(_score(run, state, first_BV, answers))
-    results = [dict(zip(labels, row.tolist(), strict=True)) for row in found[: len(texts)]]
-    return results
+    return [dict(zip(labels, row.tolist(), strict=True)) for row in found[: len(texts)]]
 
 
 def _common(rows: Sequence[Sequence[int]]) -> int:

@@ -229,9 +229,11 @@ def fill_masks(matchers: Sequence[Matcher | None], masks_BW: np.ndarray) -> None
     Raises:
       ValueError: an array of another shape or dtype.
     """
-    if masks_BW.dtype != np.uint32 or masks_BW.ndim != 2 or len(masks_BW) != len(matchers):
-        raise ValueError(f"masks_BW is {masks_BW.dtype}{list(masks_BW.shape)}; expected uint32[{len(matchers)}, W]")
     live = [(m.handle, row) for row, m in enumerate(matchers) if m is not None]
+    words = {len(m.tokenizer.known_W) for m in matchers if m is not None} or {masks_BW.shape[-1]}
+    if masks_BW.dtype != np.uint32 or words != {masks_BW.shape[-1]} or masks_BW.shape[:-1] != (len(matchers),):
+        shape = [len(matchers), *words]
+        raise ValueError(f"masks_BW is {masks_BW.dtype}{list(masks_BW.shape)}; expected uint32{shape}")
     if len(live) > 1:
         from llguidance.numpy import fill_next_token_bitmask_par
 

@@ -1,7 +1,7 @@
 """JSON schemas for constrained decoding: checked, given finite sizes, compiled by llguidance.
 
-llguidance keeps every promise of a schema that it accepts but for a few, which are refused or rewritten here: numbers
-that a float cannot hold, small exclusive limits, numbers that overflow, keys that repeat.
+llguidance keeps the promises of a schema that it accepts, all but a few, which are refused or rewritten here: about
+numbers of many digits, small exclusive limits, numbers that overflow, large divisors, keys that repeat.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def bounded(schema: Mapping[str, Any] | bool | str, bounds: Bounds) -> Schema:
         if not kinds or {"const", "enum"} & node.keys():
             return new | ANY_VALUE if alone and not node.keys() & KEYWORDS else new
         if "string" in kinds:
-            new = bounded_string(new, bounds)
+            new = _bounded_string(new, bounds)
         if {"number", "integer"} & set(kinds):
             new = _bounded_number(new, "number" not in kinds, bounds, place)
         if "array" in kinds:
@@ -165,7 +165,7 @@ def _close(new: Schema, bounds: Bounds) -> None:
         new.setdefault("maxProperties", max(new.get("minProperties", 0), len(required) + bounds.items))
 
 
-def bounded_string(node: Schema, bounds: Bounds) -> Schema:
+def _bounded_string(node: Schema, bounds: Bounds) -> Schema:
     """The schema with a limit to the length of strings, if it has none and there are strings within the limit."""
     if bounds.string is None or "maxLength" in node:
         return node
@@ -192,6 +192,8 @@ def _bounded_number(node: Schema, whole: bool, bounds: Bounds, place: str) -> Sc
     new |= {"minimum": _up(max(low, least)), "maximum": -_up(-min(high, most))}
     if not whole:
         new.setdefault("multipleOf", step)
+    if max(new["minimum"], -new["maximum"]) > 2**53:
+        raise GrammarError(f"the limits of a number are beyond what a float can hold (at {place})")
     if OF_TYPE["number"] & node.keys() and not _possible(new, "integer" if whole else "number"):
         raise GrammarError(f"no number of at most {bounds.decimals} decimals is within the limits (at {place})")
     return new
@@ -265,17 +267,19 @@ def resolved(root: Any, reference: str) -> Any:
 def _check(node: Schema, place: str) -> None:
     """Refuses what llguidance would get wrong, and what has not the shape of a schema."""
 
-    def whole(digits: str) -> int:
-        if abs(int(digits)) > 2**53:
-            raise GrammarError(f"{digits:.20} is more than a float can hold (at {place})")
-        return int(digits)
+    def number(text: str) -> None:
+        value = Decimal(text).normalize()
+        _, digits, exponent = value.as_tuple()
+        # Of other numbers llguidance reads, or writes, a neighbour.
+        if abs(value) > 2**53 or int(exponent) < -22 or (int(exponent) < 0 and len(digits) > 15):
+            raise GrammarError(f"{text:.40} has too many digits (at {place})")
 
     for name, (kind, keywords) in _SHAPES.items():
         for key in node.keys() & keywords:
             if not isinstance(node[key], kind):
                 raise GrammarError(f"{key} is {node[key]!r:.40}; expected {name} (at {place})")
     if {"const", "enum"} & node.keys():
-        json.loads(json.dumps([node.get("const"), node.get("enum")]), parse_int=whole)
+        json.loads(json.dumps([node.get("const"), node.get("enum")]), parse_int=number, parse_float=number)
     if node.get("minProperties", 0) - len(node.get("required", ())) > 1:
         raise GrammarError(f"minProperties is not supported: keys of the model's choice may repeat (at {place})")
 

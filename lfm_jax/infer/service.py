@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from jax.sharding import Mesh
 
 from lfm_jax.infer.chat import DEFAULT_TEMPLATE, END_OF_TURN, Message, render_chat, special_tokens
-from lfm_jax.infer.engine import Engine, EngineConfig
+from lfm_jax.infer.engine import Engine
+from lfm_jax.infer.engine_config import DEFAULT, EngineConfig
 from lfm_jax.infer.grammar import Grammar, Matcher, grammar_tokenizer
 from lfm_jax.infer.request import Event, Finish, Request, TokenLogprob
 from lfm_jax.infer.text import Reply, check_tokenizer, encode
@@ -51,7 +52,7 @@ class Service:
     """
 
     def __init__(
-        self, model: LFM, tokenizer: Tokenizer, template: str | None = None, config: EngineConfig = EngineConfig(),
+        self, model: LFM, tokenizer: Tokenizer, template: str | None = None, config: EngineConfig = DEFAULT,
         mesh: Mesh | None = None,
     ):
         check_tokenizer(tokenizer, model.config)

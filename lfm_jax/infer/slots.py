@@ -22,13 +22,12 @@ from jax.sharding import PartitionSpec as P
 
 from lfm_jax import state as state_lib
 from lfm_jax.config import ModelConfig
+from lfm_jax.infer.engine_config import STEPS
 from lfm_jax.infer.sampling import ANYTHING, Params, Plan, sample
 from lfm_jax.model import LFM
 from lfm_jax.sharding import reshard, spec
 from lfm_jax.state import State
 
-STEPS = 32
-"""Most steps of one dispatch."""
 NGRAM = 2
 """Tokens that must have occurred before for what followed them to be drafted."""
 GREEDY_PLAN = Plan(*[False] * len(Plan._fields))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,23 @@ def encode(tokenizer: Tokenizer, text: str, bos_id: int) -> list[int]:
         )
     ids = encoding.ids
     return ids[1:] if ids[:2] == [bos_id, bos_id] else ids
+
+
+def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    """The bytes of one token of a byte-level tokenizer, which may be part of a character."""
+    piece = tokenizer.id_to_token(token) or ""
+    try:
+        return bytes(_byte_of()[c] for c in piece)
+    except KeyError:  # A special token is written as it is.
+        return piece.encode()
+
+
+@functools.cache
+def _byte_of() -> dict[str, int]:
+    """Character -> byte in the alphabet of byte-level tokenizers (GPT-2, `bytes_to_unicode`)."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 class Detokenizer:

@@ -25,27 +25,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lfm_jax.infer import request as engine_request
 from lfm_jax.infer.request import EngineFullError, TokenLogprob
-from lfm_jax.infer.sampling import Sampling
+from lfm_jax.infer.sampling import GREEDY, Sampling
 from lfm_jax.infer.service import Piece, Service
+from lfm_jax.infer.text import token_bytes
 from lfm_jax.infer.tools import Content, ToolCallParser
+from lfm_jax.serve.limits import LIMITS, Limits
 from lfm_jax.serve.metrics import Metrics
 from lfm_jax.serve.protocol import ChatBody, CompletionBody, plain_messages
 
 OPEN = ("/", "/health")
 """Paths that need no key."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What one request may ask for."""
-
-    body_bytes: int = 2**20
-    schema_bytes: int = 2**16
-    """Of a response schema or all tools together, as JSON."""
-    seconds: float = 600.0
-    """From arrival to the last token."""
-    choices: int = 16
-    """Continuations of one request: prompts times n."""
 
 
 class RefusalError(Exception):
@@ -66,8 +55,8 @@ def error_body(status: int, message: str, code: str | None = None) -> dict[str, 
 
 
 def make_app(
-    service: Service, name: str, *, api_key: str | None = None, sampling: Sampling = Sampling(),
-    limits: Limits = Limits(),
+    service: Service, name: str, *, api_key: str | None = None, sampling: Sampling = GREEDY,
+    limits: Limits = LIMITS,
 ) -> FastAPI:
     """The application over a running service.
 
@@ -420,7 +409,7 @@ class _TextAnswer:
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": best, "text_offset": offsets}
 
     def _token(self, token: int) -> str:
-        return self._tokenizer.decode([token], skip_special_tokens=False)
+        return token_bytes(self._tokenizer, token).decode(errors="replace")
 
 
 class _ChatAnswer:
@@ -486,8 +475,8 @@ class _ChatAnswer:
 
     def _logprob(self, told: TokenLogprob) -> dict[str, Any]:
         def entry(token: int, logprob: float) -> dict[str, Any]:
-            text = self._tokenizer.decode([token], skip_special_tokens=False)
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            raw = token_bytes(self._tokenizer, token)
+            return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
 
         return entry(told.token, told.logprob) | {"top_logprobs": [entry(*best) for best in told.best]}
 
@@ -526,13 +515,10 @@ class _Guard:
                 message = await receive()
                 size += len(message.get("body", b""))
                 if size > self._body_bytes:
-                    raise _TooLargeError
+                    raise HTTPException(413, self._too_large())  # The one kind that FastAPI passes on.
                 return message
 
-            try:
-                await self._app(scope, counted, told)
-            except _TooLargeError:
-                await JSONResponse(error_body(413, self._too_large()), 413)(scope, receive, told)
+            await self._app(scope, counted, told)
         finally:
             self._metrics.request(path, status, time.monotonic() - began)
 
@@ -549,7 +535,3 @@ class _Guard:
 
     def _too_large(self) -> str:
         return f"the body is larger than {self._body_bytes} bytes"
-
-
-class _TooLargeError(Exception):
-    pass

@@ -7,6 +7,7 @@ import contextlib
 import ipaddress
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -16,10 +17,11 @@ from typing import Any
 from fastapi import FastAPI
 
 from lfm_jax.data.manifest import locked
-from lfm_jax.infer.engine import EngineConfig
-from lfm_jax.infer.sampling import Sampling
+from lfm_jax.infer.engine_config import EngineConfig
+from lfm_jax.infer.sampling import GREEDY, Sampling
 from lfm_jax.infer.service import Service
-from lfm_jax.serve.app import Limits, error_body, make_app
+from lfm_jax.serve.app import error_body, make_app
+from lfm_jax.serve.limits import LIMITS, Limits
 
 KEY_VARIABLE = "LFM_API_KEY"
 URLS = ("/v1/chat/completions", "/v1/completions")
@@ -80,25 +82,38 @@ def serve(
     """Serves until SIGINT or SIGTERM; then takes no more, and lets what runs end within `drain_seconds`."""
     import uvicorn
 
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """As in uvicorn, but a signal that has been obeyed is not raised once more at the end."""
+            before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
     api_key = os.environ.get(KEY_VARIABLE) or None
     check_address(host, api_key)
     app = make_app(service, name, api_key=api_key, sampling=sampling, limits=limits)
     _say(f"serving {name} on http://{host}:{port}{'' if api_key else ', no key asked for'}")
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=drain_seconds,
-                server_header=False, h11_max_incomplete_event_size=2**16)
+    Server(uvicorn.Config(
+        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=drain_seconds, server_header=False,
+        h11_max_incomplete_event_size=2**16,
+    )).run()
 
 
 # -------------------------------------------------------------------- batch
 
 
 def batch(
-    service: Service, name: str, source: Path, target: Path, *, shard: str = "0/1", sampling: Sampling = Sampling(),
-    limits: Limits = Limits(),
+    service: Service, name: str, source: Path, target: Path, *, shard: str = "0/1", sampling: Sampling = GREEDY,
+    limits: Limits = LIMITS,
 ) -> int:
     """Answers every line of a file in OpenAI's batch format; goes on with what an earlier call left.
 
-    A line is `{"custom_id": ..., "method": "POST", "url": "/v1/chat/completions", "body": {...}}`; the model need not be
-    named. Each gives one line of the target: `{"id": "line-N", "custom_id": ..., "response": {"status_code": ...,
+    A line is `{"custom_id": ..., "method": "POST", "url": "/v1/chat/completions", "body": {...}}`; the model need not
+    be named. Each gives one line of the target: `{"id": "line-N", "custom_id": ..., "response": {"status_code": ...,
     "body": ...}, "error": null}`. A line that cannot be read has an `error`. At the end they stand in order.
 
     Args:
@@ -111,7 +126,7 @@ def batch(
     Raises:
       ValueError: a file that cannot be read, a bad shard, or a target that another call is at or that is no such file.
     """
-    i, n = _parts(shard)
+    i, n = check_shard(shard)
     lines = {number: line for number, line in enumerate(_lines(source)) if number % n == i and line.strip()}
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target.parent, f"{target.name}.lock"):
@@ -131,7 +146,8 @@ def batch(
     return sum(r["error"] is not None or r["response"]["status_code"] != 200 for r in results)
 
 
-def _parts(shard: str) -> tuple[int, int]:
+def check_shard(shard: str) -> tuple[int, int]:
+    """(I, N) of a shard; ValueError for what is none."""
     i, _, n = shard.partition("/")
     if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
         raise ValueError(f"shard is {shard!r}; write I/N with I from 0 to N - 1")

@@ -95,7 +95,7 @@ def hf_tokenizer():
 
 @pytest.mark.parametrize(
     ("template", "tools"),
-    [(DEFAULT_TEMPLATE, None), (WITH_TOOLS, None), (WITH_TOOLS, TOOLS), (BLOCKS, None), (BLOCKS, TOOLS)],
+    [(DEFAULT_TEMPLATE, None), (DEFAULT_TEMPLATE, TOOLS), (WITH_TOOLS, None), (WITH_TOOLS, TOOLS), (BLOCKS, None), (BLOCKS, TOOLS)],
 )
 @pytest.mark.parametrize("prompted", [True, False])
 def test_renders_as_transformers(template, prompted, tools):
@@ -149,7 +149,7 @@ def test_template_errors_are_one_kind(template, message):
 
 def test_what_no_template_can_take_is_refused():
     with pytest.raises(ValueError, match="takes no tools"):
-        render_chat(DEFAULT_TEMPLATE, TURNS[:2], tools=TOOLS, **SPECIALS)
+        render_chat("{{ messages }}", TURNS[:2], tools=TOOLS, **SPECIALS)
     with pytest.raises(ValueError, match="messages must be plain data"):
         render_chat(DEFAULT_TEMPLATE, [{"role": "user", "content": object()}])
     for messages in ("hello", [{"content": "x"}], ["x"]):

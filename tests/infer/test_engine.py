@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from lfm_jax.config import ModelConfig
-from lfm_jax.infer.engine import Engine, EngineConfig, chunk_width, chunk_widths
+from lfm_jax.infer.engine import Engine, chunk_width, chunk_widths
+from lfm_jax.infer.engine_config import EngineConfig
 from lfm_jax.infer.generate import generate_tokens
 from lfm_jax.infer.prefix_cache import PrefixCache
 from lfm_jax.infer.request import EngineFullError, Request
@@ -93,7 +94,7 @@ def test_500_mixes_give_each_request_what_it_gets_alone():
                 ticket = engine().submit(requests[i], heard[i])
                 if rng.random() < 0.1:
                     cancelled[i] = (turn + int(rng.integers(0, 4)), ticket)
-            for i, (when, ticket) in cancelled.items():
+            for when, ticket in cancelled.values():
                 if when == turn:
                     engine().cancel(ticket)
             turn += 1

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from meshes import mesh_of
 
-from lfm_jax.infer.engine import Engine, EngineConfig
+from lfm_jax.infer.engine import Engine
+from lfm_jax.infer.engine_config import EngineConfig
 from lfm_jax.infer.request import Request
 from lfm_jax.infer.sampling import Sampling
 from lfm_jax.testing import tiny_model
@@ -18,7 +19,8 @@ def requests():
     rng = np.random.default_rng(0)
     return [
         Request(prompt=[*range(20), *rng.integers(0, V, rng.integers(1, 20)).tolist()],
-                max_new_tokens=int(rng.integers(1, 60 if i % 5 == 0 else 20)), n=1 + (i % 3 == 1 and i % 5 != 0), stop_ids=(3,),
+                max_new_tokens=int(rng.integers(1, 60 if i % 5 == 0 else 20)), n=1 + (i % 3 == 1 and i % 5 != 0),
+                stop_ids=(3,),
                 sampling=Sampling(temperature=float(i % 2), seed=i), logit_bias={5: 1.0} if i % 4 == 0 else {})
         for i in range(14)
     ]

@@ -115,7 +115,8 @@ class _Synthetic:
         )
 
     def digest(self) -> str:
-        plain = {key: value for key, value in dataclasses.asdict(self._settings).items() if key not in ("steps", "peak_lrs")}
+        fields = dataclasses.asdict(self._settings)
+        plain = {key: value for key, value in fields.items() if key not in ("steps", "peak_lrs")}
         text = type(self._settings).__name__ + json.dumps(plain, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

@@ -1,0 +1,359 @@
+"""A real server process: OpenAI's own client, streams, tools, structure, limits, clients that leave, SIGTERM."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import jsonschema
+import openai
+import pytest
+
+import lfm_jax as lfm
+from lfm_jax.infer.sampling import Sampling
+from lfm_jax.testing import tiny_model, tiny_tokenizer
+
+KEY = "secret-key"
+FLAGS = ("--engine.slots", "6", "1024", "--engine.chunk", "64", "--engine.max-queue", "6",
+         "--engine.prefix-cache-bytes", "1000000", "--limits.body-bytes", "20000", "--limits.choices", "6")
+HELLO = [{"role": "user", "content": "hello"}]
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "year": {"type": "integer", "minimum": 0, "maximum": 99},
+                   "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 2}},
+    "required": ["name", "year", "tags"], "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {
+        "type": "object", "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99},
+                                         "exact": {"type": "boolean"}}, "required": ["a", "exact"]}}},
+    {"type": "function", "function": {"name": "ping", "parameters": {"type": "object", "properties": {}}}},
+]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A random model with a tokenizer."""
+    path = tmp_path_factory.mktemp("serve") / "tiny"
+    tokenizer = tiny_tokenizer()
+    lfm.save_hf(tiny_model(vocab_size=tokenizer.get_vocab_size() + 5), path, tokenizer=tokenizer)
+    return path
+
+
+def start(checkpoint, *flags, key=KEY):
+    port = free_port()
+    env = os.environ | {"XDG_CACHE_HOME": str(checkpoint.parent), "JAX_PLATFORMS": "cpu"}
+    env |= {"LFM_API_KEY": key} if key else {}
+    command = [sys.executable, "-m", "lfm_jax.cli", "serve", str(checkpoint), "--port", str(port), *FLAGS, *flags]
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    base = f"http://127.0.0.1:{port}"
+    while True:
+        try:
+            if httpx.get(f"{base}/health").status_code == 200:
+                return process, base
+        except httpx.TransportError:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint):
+    process, base = start(checkpoint)
+    yield base
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    said = process.stderr.read()
+    assert "Traceback" not in said
+    assert "hello" not in said  # Nothing of a request.
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server}/v1", api_key=KEY, max_retries=0)
+
+
+def test_models(client):
+    assert [m.id for m in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "lfm_jax"
+    with pytest.raises(openai.NotFoundError, match="there is no model 'other'"):
+        client.models.retrieve("other")
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt'"):
+        client.chat.completions.create(model="gpt", messages=HELLO)
+
+
+def test_a_completion_is_that_of_generate(client, checkpoint):
+    model, tokenizer = lfm.load(checkpoint)
+    for sampling in (Sampling(), Sampling(temperature=0.8, top_p=0.9, seed=5)):
+        [text] = lfm.generate(model, tokenizer, ["the quick"], sampling, max_new_tokens=20)
+        answer = client.completions.create(
+            model="tiny", prompt="the quick", max_tokens=20, temperature=sampling.temperature, top_p=sampling.top_p,
+            seed=sampling.seed, extra_body=dict(top_k=0, repetition_penalty=1.0),
+        )
+        assert answer.choices[0].text == text
+        assert answer.usage.prompt_tokens == len(tokenizer.encode("the quick").ids)
+
+
+def test_streams_are_their_answers_in_pieces(client):
+    for n in (1, 3):
+        asked = dict(model="tiny", messages=HELLO, max_tokens=30, seed=3, temperature=1.0, n=n)
+        whole = client.chat.completions.create(**asked)
+        texts, finish, usage = [""] * n, [None] * n, None
+        for chunk in client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+            usage = chunk.usage or usage
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+                finish[choice.index] = choice.finish_reason or finish[choice.index]
+        assert texts == [choice.message.content for choice in whole.choices]
+        assert finish == [choice.finish_reason for choice in whole.choices]
+        assert usage.model_dump() == whole.usage.model_dump()
+    asked = dict(model="tiny", prompt=["the", "quick brown"], max_tokens=12, seed=3, temperature=1.0, n=2, echo=True)
+    whole = client.completions.create(**asked)
+    texts = [""] * 4
+    for chunk in client.completions.create(**asked, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == [choice.text for choice in whole.choices]
+    assert all(text.startswith(start) for text, start in zip(texts, ["the", "the", "quick", "quick"], strict=True))
+
+
+def test_stop_texts(client):
+    whole = client.completions.create(model="tiny", prompt="the", max_tokens=40, temperature=0).choices[0].text
+    stop = whole[5:7]
+    cut = client.completions.create(model="tiny", prompt="the", max_tokens=40, temperature=0, stop=[stop, "never"])
+    assert cut.choices[0].text == whole[: whole.index(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+    assert cut.usage.completion_tokens < 40
+    pieces = client.completions.create(model="tiny", prompt="the", max_tokens=40, temperature=0, stop=stop, stream=True)
+    assert "".join(choice.text for chunk in pieces for choice in chunk.choices) == whole[: whole.index(stop)]
+
+
+def test_log_probabilities(client):
+    chat = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=5, logprobs=True, top_logprobs=3,
+                                          temperature=0, extra_body=dict(repetition_penalty=1.0))
+    content = chat.choices[0].logprobs.content
+    assert len(content) == 5
+    for entry in content:
+        assert [t.logprob for t in entry.top_logprobs] == sorted((t.logprob for t in entry.top_logprobs), reverse=True)
+        assert entry.logprob == entry.top_logprobs[0].logprob <= 0  # Greedy.
+        assert bytes(entry.bytes).decode(errors="replace") == entry.token
+    old = client.completions.create(model="tiny", prompt="the quick", max_tokens=3, logprobs=2, echo=True)
+    told = old.choices[0].logprobs
+    assert told.token_logprobs[0] is None
+    assert all(p <= 0 for p in told.token_logprobs[1:])
+    assert len(told.tokens) == len(told.top_logprobs) == len(told.text_offset) == old.usage.total_tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_fits_its_schema(client, stream):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+    for seed in range(3):
+        asked = dict(model="tiny", messages=HELLO, max_tokens=200, response_format=form, temperature=1.5, seed=seed,
+                     extra_body=dict(top_k=0))
+        if stream:
+            chunks = client.chat.completions.create(**asked, stream=True)
+            text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+        else:
+            text = client.chat.completions.create(**asked).choices[0].message.content
+        jsonschema.validate(json.loads(text), SCHEMA)
+    answer = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=300, seed=1,
+                                            response_format={"type": "json_object"})
+    if answer.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(answer.choices[0].message.content), dict)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}], ids=str)
+def test_tools_are_called_as_they_must_be(client, choice):
+    for seed in range(3):
+        asked = dict(model="tiny", messages=HELLO, max_tokens=250, tools=TOOLS, tool_choice=choice, seed=seed,
+                     parallel_tool_calls=choice == "required", temperature=1.0, extra_body=dict(top_k=0))
+        answer = client.chat.completions.create(**asked).choices[0]
+        assert answer.finish_reason == "tool_calls"
+        calls = [(call.function.name, call.function.arguments) for call in answer.message.tool_calls]
+        streamed = {}
+        for chunk in client.chat.completions.create(**asked, stream=True):
+            for call in chunk.choices[0].delta.tool_calls or []:
+                streamed[call.index] = (call.function.name, call.function.arguments)
+        assert [streamed[i] for i in range(len(calls))] == calls
+        for name, arguments in calls:
+            tool = next(t["function"] for t in TOOLS if t["function"]["name"] == name)
+            jsonschema.validate(json.loads(arguments), tool["parameters"])
+        if choice != "required":
+            assert [name for name, _ in calls] == ["add"]
+        history = [*HELLO, answer.message.model_dump(exclude_none=True)]
+        history += [{"role": "tool", "tool_call_id": call.id, "content": "7"} for call in answer.message.tool_calls]
+        assert client.chat.completions.create(model="tiny", messages=history, max_tokens=3, tools=TOOLS).choices
+
+
+def test_tools_may_be_left_alone(client):
+    for choice in ("auto", "none"):
+        answer = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=10, tools=TOOLS,
+                                                tool_choice=choice, temperature=0)
+        assert answer.choices[0].message.content or answer.choices[0].message.tool_calls
+
+
+BAD = {
+    "unknown field": (dict(nonsense=1), "nonsense"),
+    "penalty": (dict(frequency_penalty=0.5), "frequency_penalty"),
+    "temperature": (dict(temperature=-1), "temperature"),
+    "too many": (dict(n=7), "n is 7; at most 6"),
+    "too long": (dict(max_tokens=9999), "more than the longest slot, 1024"),
+    "bias": (dict(logit_bias={"x": 1}), "logit_bias"),
+    "bias beyond": (dict(logit_bias={"99999": 1}), "token ids lie in"),
+    "stop": (dict(stop=""), "stop"),
+    "top": (dict(top_logprobs=2), "top_logprobs goes with"),
+    "schema": (dict(response_format={"type": "json_schema", "json_schema": {"schema": {"type": "strange"}}}), "schema"),
+    "no schema": (dict(response_format={"type": "json_schema"}), "json_schema exactly"),
+    "schema size": (dict(response_format={"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 70_000]}}}),
+                    "larger than 20000"),
+    "tool": (dict(tools=[{"type": "function", "function": {"name": "a b"}}]), "a b"),
+    "no tool": (dict(tool_choice="required"), "there are none"),
+    "image": (dict(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+              "content"),
+    "no content": (dict(messages=[{"role": "user"}]), "has no content"),
+    "role": (dict(messages=[{"role": "king", "content": "x"}]), "role"),
+    "nobody": (dict(messages=[]), "messages"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_requests_say_why(server, name):
+    changes, message = BAD[name]
+    answer = httpx.post(f"{server}/v1/chat/completions", headers={"Authorization": f"Bearer {KEY}"},
+                        json=dict(model="tiny", messages=HELLO, max_tokens=5) | changes)
+    assert answer.status_code == (413 if name == "schema size" else 400)
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert message in error["message"]
+
+
+def test_the_key(server):
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}):
+        for path in ("/v1/models", "/metrics", "/openapi.json"):
+            answer = httpx.get(f"{server}{path}", headers=headers)
+            assert answer.status_code == 401
+            assert answer.json()["error"]["type"] == "authentication_error"
+    assert httpx.get(f"{server}/health").json() == {"status": "ok"}
+    assert "<title>lfm_jax</title>" in httpx.get(f"{server}/").text
+
+
+def test_bodies_have_a_limit_told_or_not(server):
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    large = json.dumps(dict(model="tiny", prompt="x" * 30_000)).encode()
+    assert httpx.post(f"{server}/v1/completions", headers=headers, content=large).status_code == 413
+
+    def chunks():
+        for i in range(0, len(large), 1000):
+            yield large[i : i + 1000]
+
+    assert httpx.post(f"{server}/v1/completions", headers=headers, content=chunks()).status_code == 413
+
+
+def metric(server, name):
+    text = httpx.get(f"{server}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
+    return next(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
+
+
+def wait_until_idle(server):
+    until = time.monotonic() + 30
+    while metric(server, "lfm_slots_in_use") or metric(server, "lfm_waiting"):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_a_client_that_leaves_frees_its_slots(server, client):
+    asked = dict(model="tiny", messages=HELLO, max_tokens=900, n=6, temperature=1.0,
+                 logit_bias={str(i): -100 for i in (2, 7)})
+    cancelled = metric(server, 'lfm_continuations_total{finish="cancelled"}')
+    stream = client.chat.completions.create(**asked, stream=True)
+    next(iter(stream))
+    assert metric(server, "lfm_slots_in_use") > 0
+    stream.close()
+    wait_until_idle(server)
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.05).chat.completions.create(**asked)
+    wait_until_idle(server)
+    assert metric(server, 'lfm_continuations_total{finish="cancelled"}') > cancelled
+
+
+def test_too_many_wait(server, client):
+    status = []
+
+    def ask():
+        try:
+            client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=200, n=6, temperature=1.0)
+            status.append(200)
+        except openai.RateLimitError as error:
+            status.append(error.status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(status) == {200, 429}
+    wait_until_idle(server)
+
+
+def test_answers_are_alike_under_load(client):
+    asked = [dict(model="tiny", messages=[{"role": "user", "content": f"hello {i}"}], max_tokens=10 + i, seed=i,
+                  temperature=float(i % 2)) for i in range(8)]
+    alone = [client.chat.completions.create(**one).choices[0].message.content for one in asked]
+    together = [None] * len(asked)
+
+    def ask(i):
+        together[i] = client.chat.completions.create(**asked[i]).choices[0].message.content
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(asked))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+
+
+def test_metrics(server, client):
+    tokens, steps = metric(server, "lfm_tokens_total"), metric(server, "lfm_steps_total")
+    client.completions.create(model="tiny", prompt="the", max_tokens=7, temperature=0, extra_body={"min_tokens": 7})
+    assert metric(server, "lfm_tokens_total") == tokens + 7
+    assert metric(server, "lfm_steps_total") == steps + 7
+    assert metric(server, 'lfm_requests_total{path="/v1/completions",status="200"}') >= 1
+    assert metric(server, "lfm_first_token_seconds_count") >= 1
+    httpx.get(f"{server}/somewhere", headers={"Authorization": f"Bearer {KEY}"})
+    assert metric(server, 'lfm_requests_total{path="other",status="404"}') >= 1
+
+
+def test_sigterm_lets_what_runs_end(checkpoint):
+    process, base = start(checkpoint, key=None)
+    answer = {}
+
+    def ask():
+        body = dict(model="tiny", messages=HELLO, max_tokens=250, min_tokens=250, temperature=1.0)
+        answer["response"] = httpx.post(f"{base}/v1/chat/completions", json=body, timeout=60)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while not metric(base, "lfm_slots_in_use"):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    thread.join()
+    assert answer["response"].json()["usage"]["completion_tokens"] == 250
+    assert process.wait(60) == 0
+
+
+def test_an_open_address_needs_a_key(checkpoint):
+    env = {name: value for name, value in os.environ.items() if name != "LFM_API_KEY"}
+    done = subprocess.run([sys.executable, "-m", "lfm_jax.cli", "serve", str(checkpoint), "--host", "0.0.0.0"],
+                          env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "set a key in LFM_API_KEY" in done.stderr
