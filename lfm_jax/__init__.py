@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lfm_jax.config import ModelConfig
     from lfm_jax.convert.hf import from_state_dict, save_hf, to_state_dict
+    from lfm_jax.infer.extract import classify, extract
     from lfm_jax.infer.generate import generate, stream
     from lfm_jax.infer.sampling import Sampling
     from lfm_jax.loading import load
@@ -20,6 +21,8 @@ __all__ = [
     "ModelConfig",
     "Sampling",
     "State",
+    "classify",
+    "extract",
     "from_state_dict",
     "generate",
     "load",
@@ -30,7 +33,8 @@ __all__ = [
 
 _MODULES = {
     "LFM": "model", "ModelConfig": "config", "Sampling": "infer.sampling", "State": "state",
-    "from_state_dict": "convert.hf", "generate": "infer.generate", "load": "loading", "save_hf": "convert.hf",
+    "classify": "infer.extract", "extract": "infer.extract", "from_state_dict": "convert.hf",
+    "generate": "infer.generate", "load": "loading", "save_hf": "convert.hf",
     "stream": "infer.generate", "to_state_dict": "convert.hf",
 }
 

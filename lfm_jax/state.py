@@ -158,8 +158,8 @@ def snapshot(config: ModelConfig, state: State, row: jax.Array, start: jax.Array
         if kind != "full_attention":
             return row_state
         assert isinstance(row_state, KV)
-        part = (jax.lax.dynamic_slice_in_dim(x, start, length) for x in (row_state.k_BSKH, row_state.v_BSKH))
-        return KV(*part, row_state.start_B, row_state.end_B)
+        k_SKH, v_SKH = (jax.lax.dynamic_slice_in_dim(x, start, length) for x in (row_state.k_BSKH, row_state.v_BSKH))
+        return KV(k_SKH, v_SKH, row_state.start_B, row_state.end_B)
 
     layers = tuple(layer(kind, s) for kind, s in zip(config.layer_types, state.layers, strict=True))
     return State(layers, state.position_B[row])

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -430,8 +431,8 @@ class Engine:
             bias_RP[r, : len(request.logit_bias)] = list(request.logit_bias.values())
         return Asked(
             sampling=params, budget_B=_filled([q.max_new_tokens for q in requests], R, 0),
-            least_B=_filled([q.min_new_tokens for q in requests], R, 0), stop_ids_BM=stop_ids_RM,
-            bias_ids_BP=bias_ids_RP, bias_BP=bias_RP,
+            least_B=_filled([q.min_new_tokens for q in requests], R, 0), stop_ids_BM=jnp.asarray(stop_ids_RM),
+            bias_ids_BP=jnp.asarray(bias_ids_RP), bias_BP=jnp.asarray(bias_RP),
             draft_B=_filled([q.grammar is None and q.sampling.repetition_penalty == 1 for q in requests], R, False),
             logprobs_B=_filled([q.logprobs is not None for q in requests], R, False),
         )

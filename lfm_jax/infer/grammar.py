@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 MAX_CALLS = 8
 """Most calls of one reply."""
 BOUNDS = Bounds()
+STEP_FUEL = 500_000
+"""Most work for a mask, about 35 ms; a matcher that needs more fails. With 200,000 a few real schemas do."""
 
 # Tokens of such characters only are looked at together; without `<|` they suit the strings of tool calls too.
 _SLICES = [r'[^"\\<|\x00-\x1F\x7F]{1,10}', r'[^"\\<|\x00-\x1F\x7F]{1,30}']
@@ -149,9 +152,7 @@ class GrammarTokenizer:
         copy.no_padding()
         copy.no_truncation()
         self.vocab_size = vocab_size
-        self.handle = llguidance().LLTokenizer(
-            copy.to_str(), n_vocab=vocab_size, eos_token=list(eos_ids), slices=_SLICES
-        )
+        self.handle = llguidance().LLTokenizer(copy.to_str(), vocab_size, list(eos_ids), _SLICES)
         self.known_W = _packed([*ids, *eos_ids], vocab_size)
         self.eos_W = _packed(eos_ids, vocab_size)
 
@@ -161,7 +162,8 @@ class GrammarTokenizer:
         Raises:
           GrammarError: the grammar names a special token that the tokenizer lacks, or is too large.
         """
-        matcher = llguidance().LLMatcher(self.handle, grammar.text, log_level=0)
+        limits = llguidance().LLParserLimits(step_lexer_fuel=STEP_FUEL, verbose_errors=False)
+        matcher = llguidance().LLMatcher(self.handle, grammar.text, log_level=0, limits=limits)
         if matcher.is_error():
             raise GrammarError(one_line(matcher.get_error()))
         return Matcher(self, matcher)
@@ -180,7 +182,7 @@ class Matcher:
         self.tokenizer = tokenizer
         self.handle = matcher
         self.error: str | None = None
-        """Why the grammar can be followed no further, because it has become too complex; only eos is allowed then."""
+        """Why the grammar can be followed no further, as when it needs too much work; only eos is allowed then."""
 
     @property
     def accepts_eos(self) -> bool:
@@ -197,13 +199,16 @@ class Matcher:
         fill_masks([self], out_W[None])
 
     def consume(self, token: int) -> None:
-        """Goes on by a token.
+        """Goes on by a token; a matcher with an `error` stays where it is.
 
         Raises:
           ValueError: the token is not allowed; the matcher is of no use any more.
         """
         if self.error is None and not self.handle.consume_token(token):
-            raise ValueError(f"token {token} is not allowed by the grammar: {one_line(self.handle.get_error())}")
+            why = one_line(self.handle.get_error())
+            if re.search("doesn't satisfy|out of range|parser stopped", why):
+                raise ValueError(f"token {token} is not allowed by the grammar: {why}")
+            self.error = why
 
     def rollback(self, tokens: int) -> None:
         """Takes the last tokens back.
@@ -229,11 +234,11 @@ def fill_masks(matchers: Sequence[Matcher | None], masks_BW: np.ndarray) -> None
     Raises:
       ValueError: an array of another shape or dtype.
     """
-    live = [(m.handle, row) for row, m in enumerate(matchers) if m is not None]
     words = {len(m.tokenizer.known_W) for m in matchers if m is not None} or {masks_BW.shape[-1]}
     if masks_BW.dtype != np.uint32 or words != {masks_BW.shape[-1]} or masks_BW.shape[:-1] != (len(matchers),):
         shape = [len(matchers), *words]
         raise ValueError(f"masks_BW is {masks_BW.dtype}{list(masks_BW.shape)}; expected uint32{shape}")
+    live = [(m.handle, row) for row, m in enumerate(matchers) if m is not None]
     if len(live) > 1:
         from llguidance.numpy import fill_next_token_bitmask_par
 
@@ -241,7 +246,8 @@ def fill_masks(matchers: Sequence[Matcher | None], masks_BW: np.ndarray) -> None
     elif live:
         from llguidance.numpy import fill_next_token_bitmask
 
-        fill_next_token_bitmask(*live[0][:1], masks_BW.view(np.int32), live[0][1])
+        ((handle, row),) = live
+        fill_next_token_bitmask(handle, masks_BW.view(np.int32), row)
     for matcher, mask_W in zip(matchers, masks_BW, strict=True):
         if matcher is None:
             mask_W[:] = 0xFFFFFFFF

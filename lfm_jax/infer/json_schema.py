@@ -319,7 +319,7 @@ def accepted(grammar: str) -> str:
 
 def one_line(message: str) -> str:
     """A message of llguidance on one line, without its dump of the parser."""
-    return " ".join(message.split("<state>")[0].split())[:400]
+    return " ".join(re.split("<state>|<non-verbose/>", message)[0].split())[:400]
 
 
 def _text(schema: Schema, **options: Any) -> str:

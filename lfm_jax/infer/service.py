@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +90,7 @@ class Service:
 
     async def run(
         self, request: Request, stop: Sequence[str] = (), *, skip_special_tokens: bool = True
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece]:
         """Runs a request and yields news of its continuations; the last one of each has a `finish`.
 
         Left early, it ends the request, and its slots are free.

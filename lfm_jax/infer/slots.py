@@ -24,7 +24,7 @@ from lfm_jax import state as state_lib
 from lfm_jax.config import ModelConfig
 from lfm_jax.infer.engine_config import STEPS
 from lfm_jax.infer.sampling import ANYTHING, Params, Plan, sample
-from lfm_jax.model import LFM
+from lfm_jax.model import LFM, Logits
 from lfm_jax.sharding import reshard, spec
 from lfm_jax.state import State
 
@@ -159,17 +159,18 @@ def programs(graphdef: nnx.GraphDef[LFM], shape: SlotShape) -> Programs:
     jit = functools.partial(jax.jit, donate_argnames="slots")
 
     def run(
-        params: Any, tokens_RC: jax.Array, length_R: jax.Array, state: State, logits: str
+        params: Any, tokens_RC: jax.Array, length_R: jax.Array, state: State, logits: Logits
     ) -> tuple[jax.Array, State]:
         model = nnx.merge(graphdef, params)
         tokens_RC, length_R = _on_mesh(tokens_RC), _on_mesh(length_R)
         segment_ids_RC = (jnp.arange(tokens_RC.shape[1]) < length_R[:, None]).astype(jnp.int32)
-        out, state = model(tokens_RC, None, segment_ids_RC, state, logits, padding="right")
-        return reshard(out, P()), state
+        out, new_state = model(tokens_RC, None, segment_ids_RC, state, logits, padding="right")
+        assert new_state is not None  # It is None only when none was given.
+        return reshard(out, P()), new_state
 
     def take_in(
         params: Any, slots: Slots, rows_R: jax.Array, tokens_RC: jax.Array, length_R: jax.Array, fresh_R: jax.Array,
-        logits: str,
+        logits: Logits,
     ) -> tuple[Slots, jax.Array]:
         """Runs chunks of prompts; the slots after it and logits. Rows that are `fresh_R` begin empty."""
         state = state_lib.reset(_take(slots.state, rows_R), fresh_R)

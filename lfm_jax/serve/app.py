@@ -12,7 +12,7 @@ import hmac
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
 from importlib.resources import files
 from typing import Any
@@ -251,7 +251,7 @@ async def _answer(
 
 async def _merged(
     service: Service, asked: list[engine_request.Request], body: ChatBody | CompletionBody, markers: bool
-) -> AsyncIterator[Piece]:
+) -> AsyncGenerator[Piece]:
     """The pieces of several requests as they come; continuation i of request r has number r * n + i."""
     skip = body.skip_special_tokens is not False and not markers
     n = asked[0].n
@@ -464,10 +464,9 @@ class _ChatAnswer:
     def whole(self, choices: dict[int, _Choice], asked: list[engine_request.Request]) -> dict[str, Any]:
         entries = []
         for i, choice in sorted(choices.items()):
-            message = {"role": "assistant", "content": choice.text if choice.text or not choice.calls else None,
-                       "refusal": None}
+            message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
             if choice.calls:
-                message["tool_calls"] = choice.calls
+                message |= {"content": choice.text or None, "tool_calls": choice.calls}
             logprobs = {"content": [self._logprob(t) for t in choice.logprobs]} if self._body.logprobs else None
             entries.append({"index": i, "message": message, "logprobs": logprobs,
                             "finish_reason": self._reason(choice)})

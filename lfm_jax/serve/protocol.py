@@ -76,11 +76,12 @@ class _Shared(_Body):
 
     def sampling(self, default: Sampling, seed: int) -> Sampling:
         """How to choose tokens: what is not said is the server's default; `seed` where none is given."""
-        given = {"temperature": self.temperature, "top_p": self.top_p, "min_p": self.min_p,
-                 "repetition_penalty": self.repetition_penalty,
-                 "top_k": None if self.top_k is None else max(self.top_k, 0),
-                 "seed": seed if self.seed is None else self.seed % 2**32}
-        fields = {name: getattr(default, name) for name in Sampling.__dataclass_fields__}
+        given: dict[str, Any] = {
+            "temperature": self.temperature, "top_p": self.top_p, "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty, "top_k": None if self.top_k is None else max(self.top_k, 0),
+            "seed": seed if self.seed is None else self.seed % 2**32,
+        }
+        fields: dict[str, Any] = {name: getattr(default, name) for name in Sampling.__dataclass_fields__}
         return Sampling(**fields | {name: value for name, value in given.items() if value is not None})
 
 
@@ -105,9 +106,9 @@ class CompletionBody(_Shared):
         return self
 
     def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+        """Texts and lists of ids."""
+        prompt: Any = self.prompt
+        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
 
 
 class TextPart(_Body):

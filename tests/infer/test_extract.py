@@ -1,0 +1,93 @@
+"""Data out of text always fits its schema; probabilities of labels are those of whole passes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import jsonschema
+import numpy as np
+import pytest
+
+import lfm_jax as lfm
+from lfm_jax.infer import extract as module
+from lfm_jax.infer.chat import DEFAULT_TEMPLATE, render_chat, special_tokens
+from lfm_jax.infer.extract import classify, extract
+from lfm_jax.infer.sampling import Sampling
+from lfm_jax.testing import tiny_model, tiny_tokenizer
+
+SCHEMA = {
+    "type": "object", "required": ["who", "when"], "additionalProperties": False,
+    "properties": {"who": {"type": "string", "maxLength": 6}, "when": {"type": ["integer", "null"], "minimum": 0}},
+}
+LABELS = ["good", "bad", "so so", "good grief"]
+TEXTS = ["one", "two three", "the quick brown fox", "jumps " * 9, "over the lazy dog"]
+
+
+@functools.cache
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@functools.cache
+def model():
+    return tiny_model(vocab_size=tokenizer().get_vocab_size() + 3, max_position=1024)
+
+
+def test_extracted_data_fits_the_schema():
+    many = extract(model(), tokenizer(), TEXTS[:3], SCHEMA, sampling=Sampling(temperature=1.2, seed=3))
+    assert len(many) == 3
+    for data in many:
+        jsonschema.validate(data, SCHEMA)
+    assert extract(model(), tokenizer(), [], SCHEMA) == []
+    with pytest.raises(ValueError, match="answer for text 0 needs more than max_new_tokens 3"):
+        extract(model(), tokenizer(), TEXTS[:1], SCHEMA, max_new_tokens=3)
+    with pytest.raises(ValueError, match=r"texts \[1\] take \d+ tokens, with 9 for the answer more than"):
+        extract(model(), tokenizer(), ["a", "jumps " * 900], SCHEMA, max_new_tokens=9)
+    with pytest.raises(ValueError, match="the JSON schema is"):
+        extract(model(), tokenizer(), "a", {"type": "strange"})
+
+
+@jax.jit
+def whole_pass(tokens_1T):
+    segment_ids_1T = (tokens_1T > 0).astype(jnp.int32)
+    return jax.nn.log_softmax(model()(tokens_1T, None, segment_ids_1T, padding="right")[0][0])
+
+
+def expected(text):
+    """Softmax over the log-probabilities of whole passes, one for each label."""
+    totals = []
+    system = module.CLASSIFICATION.replace("{labels}", ", ".join(LABELS))
+    prompt = tokenizer().encode(render_chat(
+        DEFAULT_TEMPLATE, [{"role": "system", "content": system}, {"role": "user", "content": text}],
+        **special_tokens(tokenizer(), model().config)), add_special_tokens=False).ids
+    for label in LABELS:
+        answer = [*tokenizer().encode(label, add_special_tokens=False).ids, tokenizer().token_to_id("<|im_end|>")]
+        log_p_TV = whole_pass(jnp.asarray([(prompt + answer + [0] * 256)[:256]]))
+        totals.append(sum(float(log_p_TV[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)))
+    return np.exp(totals - np.logaddexp.reduce(totals))
+
+
+def test_probabilities_are_those_of_whole_passes(monkeypatch):
+    theirs = [expected(text) for text in TEXTS]
+    for rows in (len(LABELS) * 2, 64):  # In groups, the last of them filled up; and all at once.
+        monkeypatch.setattr(module, "ROWS", rows)
+        ours = classify(model(), tokenizer(), TEXTS, LABELS)
+        for one, probabilities in zip(ours, theirs, strict=True):
+            assert list(one) == LABELS
+            np.testing.assert_allclose(list(one.values()), probabilities, rtol=2e-4)
+    single = classify(model(), tokenizer(), TEXTS[0], LABELS)
+    np.testing.assert_allclose(list(single.values()), theirs[0], rtol=2e-4)
+    same = classify(model(), tokenizer(), [TEXTS[0], TEXTS[0]], LABELS)
+    np.testing.assert_allclose([list(one.values()) for one in same], [theirs[0]] * 2, rtol=2e-4)
+    assert classify(model(), tokenizer(), [], LABELS) == []
+
+
+@pytest.mark.parametrize("labels", [["a"], "ab", ["a", "a"], ["a", ""]])
+def test_bad_labels(labels):
+    with pytest.raises(ValueError, match="at least two different texts"):
+        classify(model(), tokenizer(), "x", labels)
+
+
+def test_both_are_public():
+    assert lfm.extract is extract
+    assert lfm.classify is classify

@@ -1,0 +1,105 @@
+"""Offline batches: one answer a line whatever the line is, resumed anywhere, spread over machines."""
+
+import functools
+import json
+
+import pytest
+
+from lfm_jax.infer.engine_config import EngineConfig
+from lfm_jax.infer.service import Service
+from lfm_jax.serve.run import batch
+from lfm_jax.testing import tiny_model, tiny_tokenizer
+
+LINES = [
+    {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "the", "max_tokens": 4}},
+    {"custom_id": "b", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "x"}],
+                                                               "max_tokens": 3}},
+    "not JSON {",
+    {"custom_id": "c", "body": {"messages": []}},
+    {"custom_id": "d", "url": "/v1/models", "body": {}},
+    {"custom_id": "e"},
+    [1, 2],
+    {"custom_id": "f", "body": {"messages": [{"role": "user", "content": "x"}], "stream": True}},
+    {"custom_id": "g", "url": "/v1/completions", "body": {"prompt": "the", "max_tokens": 4, "model": "other"}},
+    *({"custom_id": f"n{i}", "url": "/v1/completions", "body": {"prompt": f"fox {i}", "max_tokens": 2 + i}}
+      for i in range(12)),
+]
+STATUS = [200, 200, None, 400, None, None, None, None, 404, *[200] * 12]
+
+
+@functools.cache
+def parts():
+    tokenizer = tiny_tokenizer()
+    return tiny_model(vocab_size=tokenizer.get_vocab_size()), tokenizer
+
+
+def run(source, target, **changes):
+    service = Service(*parts(), None, EngineConfig(slots=((4, 128),), chunk=32))
+    return batch(service, "tiny", source, target, **changes)
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in LINES))
+    return path
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_ids(rows):
+    """Ids of answers and times are new each time."""
+    for row in rows:
+        if row["response"] and row["response"]["status_code"] == 200:
+            for key in ("id", "created"):
+                del row["response"]["body"][key]
+    return rows
+
+
+def test_one_answer_a_line_and_resuming_anywhere(source, tmp_path):
+    target = tmp_path / "out.jsonl"
+    assert run(source, target) == 7
+    rows = read(target)
+    assert [row["id"] for row in rows] == [f"line-{i}" for i in range(len(LINES))]
+    assert [row["custom_id"] for row in rows] == ["a", "b", None, "c", "d", "e", None, "f", "g",
+                                                  *(f"n{i}" for i in range(12))]
+    assert [row["response"] and row["response"]["status_code"] for row in rows] == STATUS
+    for row in rows:
+        assert (row["response"] is None) == (row["error"] is not None)
+    assert "url is '/v1/models'" in rows[4]["error"]["message"]
+    assert "does not stream" in rows[7]["error"]["message"]
+    assert rows[9]["response"]["body"]["usage"]["completion_tokens"] <= 2
+    whole = target.read_bytes()
+    expected = without_ids(rows)
+    for cut in (0, 10, len(whole) // 3, len(whole) - 5):  # As a kill leaves it.
+        target.write_bytes(whole[:cut])
+        assert run(source, target) == 7
+        assert without_ids(read(target)) == expected
+        assert target.read_bytes().startswith(whole[: whole.rfind(b"\n", 0, cut) + 1])  # What was there stays.
+    run(source, target)  # Nothing is left to do.
+    assert without_ids(read(target)) == expected
+
+
+def test_shards_together_are_the_whole(source, tmp_path):
+    rows = []
+    for i in range(3):
+        run(source, tmp_path / f"{i}.jsonl", shard=f"{i}/3")
+        rows += read(tmp_path / f"{i}.jsonl")
+    assert sorted(int(row["id"].removeprefix("line-")) for row in rows) == list(range(len(LINES)))
+
+
+def test_what_cannot_be_worked_on_is_refused(source, tmp_path):
+    with pytest.raises(ValueError, match="write I/N"):
+        run(source, tmp_path / "out.jsonl", shard="3/3")
+    with pytest.raises(ValueError, match="cannot be read"):
+        run(tmp_path / "none.jsonl", tmp_path / "out.jsonl")
+    other = tmp_path / "other.jsonl"
+    other.write_text("{}\n")
+    with pytest.raises(ValueError, match="no answers of a batch"):
+        run(source, other)
+    assert other.read_text() == "{}\n"
+    other.write_text('{"id": "line-99"}\n')
+    with pytest.raises(ValueError, match="answers line 99"):
+        run(source, other)
