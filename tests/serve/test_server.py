@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import jsonschema
@@ -193,6 +195,18 @@ def test_tools_are_called_as_they_must_be(client, choice):
         history = [*HELLO, answer.message.model_dump(exclude_none=True)]
         history += [{"role": "tool", "tool_call_id": call.id, "content": "7"} for call in answer.message.tool_calls]
         assert client.chat.completions.create(model="tiny", messages=history, max_tokens=3, tools=TOOLS).choices
+
+
+def test_the_client_of_the_docs(server):
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    [block] = [block for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "OpenAI" in block]
+    namespace = {}
+    for old, new in (("http://127.0.0.1:8000", server), ('"none"', repr(KEY)), ("LFM2.5-350M", "tiny")):
+        assert old in block
+        block = block.replace(old, new)
+    exec(compile(block, "docs/serving.md", "exec"), namespace)
+    assert namespace["call"].name == "get_weather"
+    assert isinstance(json.loads(namespace["call"].arguments)["city"], str)
 
 
 def test_tools_may_be_left_alone(client):
