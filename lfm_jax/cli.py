@@ -304,7 +304,7 @@ def selfcheck() -> int:
 
 
 def bench(
-    suite: tyro.conf.Positional[Literal["model", "kernels", "train", "data"]] = "model",
+    suite: tyro.conf.Positional[Literal["model", "kernels", "train", "data", "serve"]] = "model",
     /,
     preset: Preset = "lfm2.5-350m",
     repeats: int = 5,
@@ -314,8 +314,9 @@ def bench(
     Args:
       suite: model: prefill, decode and training step beside transformers; kernels: implementations of each kernel;
         train: training steps and their memory beside transformers, each side in a process of its own;
-        data: packed tokens a second from shards, beside packing text on the fly.
-      preset: shape for the model and train suites.
+        data: packed tokens a second from shards, beside packing text on the fly; serve: the engine's tokens a second
+        beside transformers or a roofline, and decoding by context.
+      preset: shape for the model, train and serve suites.
       repeats: timed runs of which the median counts.
     """
     from lfm_jax.config import ModelConfig
@@ -330,6 +331,10 @@ def bench(
         from lfm_jax.bench.kernels import bench_kernels
 
         print(bench_kernels(repeats=repeats))
+    elif suite == "serve":
+        from lfm_jax.bench.serve import ServeBench, bench_serve
+
+        print(bench_serve(ServeBench(preset=preset, repeats=repeats)))
     elif suite == "train":
         from lfm_jax.bench.train import bench_train
 

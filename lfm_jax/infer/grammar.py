@@ -26,6 +26,7 @@ from lfm_jax.infer.tools import END, START, Tool, tool_schemas
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+DEAD_END = "no token can go on"
 MAX_CALLS = 8
 """Most calls of one reply."""
 BOUNDS = Bounds()
@@ -141,18 +142,13 @@ class GrammarTokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]):
-        from tokenizers import Tokenizer
-
         ids = sorted(tokenizer.get_vocab(with_added_tokens=True).values())
         if ids[-1] >= vocab_size:
             raise ValueError(f"the tokenizer has ids up to {ids[-1]}, the model's vocab_size is {vocab_size}")
         if not eos_ids or not 0 <= min(eos_ids) <= max(eos_ids) < vocab_size:
             raise ValueError(f"eos_ids is {tuple(eos_ids)}; a grammar needs at least one, within 0..{vocab_size - 1}")
-        copy = Tokenizer.from_str(tokenizer.to_str())
-        copy.no_padding()
-        copy.no_truncation()
         self.vocab_size = vocab_size
-        self.handle = llguidance().LLTokenizer(copy.to_str(), vocab_size, list(eos_ids), _SLICES)
+        self.handle = llguidance().LLTokenizer(tokenizer.to_str(), vocab_size, list(eos_ids), _SLICES)
         self.known_W = _packed([*ids, *eos_ids], vocab_size)
         self.eos_W = _packed(eos_ids, vocab_size)
 
@@ -254,9 +250,9 @@ def fill_masks(matchers: Sequence[Matcher | None], masks_BW: np.ndarray) -> None
             continue
         mask_W &= matcher.tokenizer.known_W  # A grammar may name ids that are no token.
         if matcher.handle.is_error():
-            matcher.error = one_line(matcher.handle.get_error())
+            matcher.error = one_line(matcher.handle.get_error()).replace("NoExtensionBias", DEAD_END)
         elif not mask_W.any():
-            matcher.error = "no token can go on"
+            matcher.error = DEAD_END
         if matcher.error is not None:
             mask_W[:] = matcher.tokenizer.eos_W
 

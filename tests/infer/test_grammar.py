@@ -264,7 +264,7 @@ def test_sizes_are_bounded():
         # An `$id` within moves where references start from.
         ({"properties": {"a": {"$id": "http://x.org/a", "properties": {"b": {}}}}}, ['{"a":{"b":[1]}}'], []),
         # What would set options of llguidance does not.
-        ({"x-guidance": {"lenient": True, "whitespace_flexible": True}, "type": "array"}, ["[1]"], ["[  1]"]),
+        ({"x-guidance": {"whitespace_pattern": "[ ]+", "lenient": True}, "type": "array"}, ["[1]"], ["[  1]"]),
         # At most one blank, after a comma or colon.
         (
             {"type": "object"},
@@ -617,7 +617,9 @@ def test_many_masks_at_once_are_those_of_each():
         np.testing.assert_array_equal(np.flatnonzero(row), np.arange(V) if m is None else allowed(m))
 
 
-@pytest.mark.parametrize(("limit", "message"), [("step_max_items", "Too many items"), ("max_items_in_row", "max is 20")])
+@pytest.mark.parametrize(
+    ("limit", "message"), [("step_max_items", "Too many items"), ("max_items_in_row", "max is 20")]
+)
 def test_a_grammar_too_complex_ends_its_own_request_only(limit, message):
     """Whether it shows while a mask is made or while a token is taken in."""
     import llguidance
@@ -639,12 +641,20 @@ def test_a_grammar_too_complex_ends_its_own_request_only(limit, message):
     assert set(np.flatnonzero(mask_BV[1])) == {x}
     assert failing.copy().error == failing.error
     failing.consume(EOS[0])
+    if limit == "max_items_in_row":
+        hasty = Matcher(tools, llguidance.LLMatcher(tools.handle, grammar.text, log_level=0, limits=limits))
+        for _ in range(6):
+            hasty.consume(x)
+        assert message in hasty.error
 
 
-def test_a_grammar_without_a_way_on_is_an_error():
-    m = matcher(Grammar.lark("start: a\na: a"))
+@pytest.mark.parametrize("rest", ["a\na: a", "<[320]>", "A\nA: /y/ & /z/"])
+def test_a_grammar_without_a_way_on_fails_where_it_ends(rest):
+    m = matcher(Grammar.lark(f'start: "x" {rest}'))
+    assert set(allowed(m)) == {tokenizer().token_to_id("x")}
+    m.consume(tokenizer().token_to_id("x"))
     assert set(allowed(m)) == set(EOS)
-    assert m.error is not None
+    assert m.error == "no token can go on"
 
 
 def test_masks_of_another_shape_are_refused():

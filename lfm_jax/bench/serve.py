@@ -1,0 +1,283 @@
+"""`lfm bench serve` or `python -m lfm_jax.bench.serve`: tokens a second of the engine, and decoding by context.
+
+Needs jax, flax and numpy. On a CPU the peer is `transformers`; on an accelerator each row stands beside its roofline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lfm_jax.bench.model import _Peer
+from lfm_jax.bench.timing import Row, conditions, interleave, table
+from lfm_jax.chips import chip_of
+from lfm_jax.config import PRESETS, ModelConfig
+from lfm_jax.infer.engine import Engine
+from lfm_jax.infer.engine_config import EngineConfig
+from lfm_jax.infer.generate import generate_tokens
+from lfm_jax.infer.request import Event, Request
+from lfm_jax.model import LFM
+from lfm_jax.state import KV, State
+
+EQUAL, SPREAD = 48, (16, 256)
+"""Tokens a request on a CPU: all the same, and drawn from a range."""
+PROMPT = 64
+CONTEXTS = (1024, 8192, 32_768)
+SHAPES = ((512, 512), (1024, 128))
+"""(prompt, generated) tokens of a request on an accelerator."""
+CONCURRENCY = (1, 8, 64, 256, 1024, 2048)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeBench:
+    """What to measure. On an accelerator the whole of it takes under 8 minutes."""
+
+    preset: str = "lfm2.5-350m"
+    concurrency: tuple[int, ...] = CONCURRENCY
+    """Of the rows on an accelerator."""
+    contexts: tuple[int, ...] = CONTEXTS
+    """At which one step of decoding is timed."""
+    repeats: int = 3
+    """Timed runs of which the median counts, on a CPU and for contexts."""
+    toy: bool = False
+    """A small model and short runs, to try the command."""
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset is {self.preset!r}; choose of {', '.join(sorted(PRESETS))}")
+
+    def model(self) -> ModelConfig:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        config = ModelConfig.preset(self.preset).replace(param_dtype=dtype, dtype=dtype)
+        if self.toy:
+            config = config.replace(hidden_size=64, ffn_size=128, num_heads=4, num_kv_heads=2, head_dim=16,
+                                    vocab_size=512)
+        return config
+
+
+def bench_serve(bench: ServeBench) -> str:
+    """Measures and returns a Markdown report; says on stderr what it is at."""
+    config = bench.model()
+    model = LFM(config, rngs=nnx.Rngs(0))
+    on_cpu = jax.default_backend() == "cpu"
+    parts = [f"{config.num_params():,} parameters, {config.dtype}; {jax.devices()[0].device_kind}.\n"
+             + conditions("jax", "jaxlib", "flax", "torch", "transformers")]
+    parts.append(_beside_transformers(model, bench) if on_cpu else _throughput(model, bench))
+    parts.append(_contexts(model, bench))
+    return "\n\n".join(parts)
+
+
+# -------------------------------------------------------------------- runs
+
+
+class _Clock:
+    """Counts the tokens of a run, and when the first one of each request came."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.first: list[float] = []
+
+    def listener(self) -> Callable[[Event], None]:
+        asked, waiting = time.perf_counter(), True
+
+        def hear(event: Event) -> None:
+            nonlocal waiting
+            if waiting and event.tokens:
+                waiting = False
+                self.first.append(time.perf_counter() - asked)
+            self.tokens += len(event.tokens)
+
+        return hear
+
+
+def _requests(config: ModelConfig, prompt: int, lengths: Sequence[int], seed: int = 0) -> list[Request]:
+    rng = np.random.default_rng(seed)
+    return [
+        Request(prompt=rng.integers(8, config.vocab_size, prompt).tolist(), max_new_tokens=n, stop_ids=())
+        for n in lengths
+    ]
+
+
+def _run(engine: Engine, requests: Sequence[Request]) -> _Clock:
+    clock = _Clock()
+    for request in requests:
+        engine.submit(request, clock.listener())
+    while engine.step():
+        pass
+    return clock
+
+
+def _engine(model: LFM, slots: int, length: int, **changes: Any) -> Engine:
+    engine = Engine(model, EngineConfig(slots=((slots, length),), max_queue=10**6, **changes))
+    _say(f"{engine.warm_up()} programs compiled for {slots} slots of {length} tokens")
+    return engine
+
+
+# -------------------------------------------------------------------- on a CPU
+
+
+def _beside_transformers(model: LFM, bench: ServeBench) -> str:
+    """Rows beside `transformers` with the same weights, in turn in one process."""
+    config, peer, slots = model.config, _Peer.build(model), 16
+    equal = 6 if bench.toy else EQUAL
+    low, high = (2, 12) if bench.toy else SPREAD
+    rng = np.random.default_rng(1)
+    spread = rng.integers(low, high + 1, slots).tolist()
+    engine = _engine(model, slots, PROMPT + high, steps=32)
+    rows = []
+
+    def batch(requests: Sequence[Request]) -> np.ndarray:
+        return np.array([request.prompt for request in requests], np.int32)
+
+    def row(name: str, lengths: Sequence[int], target: float, peer_run: Callable[[], object]) -> None:
+        _say(name)
+        requests = _requests(config, PROMPT, lengths)
+        tasks: list[Callable[[], object]] = [lambda: _run(engine, requests)]
+        if peer is not None:
+            tasks.append(peer_run)
+        times = interleave(tasks, bench.repeats)
+        rows.append(Row(name, times[0], times[1] if len(times) > 1 else None, target))
+
+    one = _requests(config, PROMPT, [equal])
+    single = [_requests(config, PROMPT, [n])[0] for n in (4, 4 + equal)]
+    _say("decode, batch 1")
+    tasks: list[Callable[[], object]] = [
+        lambda n=request.max_new_tokens: generate_tokens(model, [single[0].prompt], max_new_tokens=n, stop_ids=())
+        for request in single
+    ]
+    if peer is not None:
+        tasks += [lambda n=request.max_new_tokens: peer.generate(batch(one), n) for request in single]
+    times = interleave(tasks, bench.repeats)
+    each = [(times[i + 1] - times[i]) / equal for i in range(0, len(times), 2)]
+    rows.append(Row("one token at batch 1, `lfm.generate`", each[0], each[1] if len(each) > 1 else None, 2.0))
+    row(f"{slots} requests, {equal} tokens each", [equal] * slots, 1.7,
+        lambda: peer and peer.generate(batch(_requests(config, PROMPT, [equal] * slots)), equal))
+    # A batch of transformers goes on until its longest text is done.
+    row(f"{2 * slots} requests, {low} to {high} tokens", spread * 2, 3.0, lambda: [
+        peer and peer.generate(batch(_requests(config, PROMPT, spread)), max(spread)) for _ in range(2)
+    ])
+    _say("time to the first token")
+    clock = _run(engine, _requests(config, PROMPT, spread * 2))
+    alone = statistics.median(_run(engine, one).first[0] for _ in range(bench.repeats))
+    first = (f"Time to the first token: {alone * 1e3:.0f} ms alone; of {2 * slots} requests at once for {slots} slots "
+             f"median {statistics.median(clock.first) * 1e3:.0f} ms, longest {max(clock.first) * 1e3:.0f} ms.")
+    return f"Prompts of {PROMPT} tokens, greedy.\n\n{table(rows, 'transformers')}\n\n{first}"
+
+
+# -------------------------------------------------------------------- on an accelerator
+
+
+def _throughput(model: LFM, bench: ServeBench) -> str:
+    """Output tokens a second by concurrency, beside what memory and arithmetic allow."""
+    lines = ["| prompt / generated | concurrency | output tokens/s | of the roofline | first token, median |",
+             "|---|---|---|---|---|"]
+    for prompt, made in SHAPES if not bench.toy else ((32, 16),):
+        for concurrency in bench.concurrency:
+            try:
+                lines.append(_row_of(model, prompt, made, concurrency))
+            except (ValueError, jax.errors.JaxRuntimeError) as error:  # Above all memory; the others are worth having.
+                lines.append(f"| {prompt} / {made} | {concurrency} | failed: {str(error).splitlines()[0][:80]} | | |")
+            print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines)
+
+
+def _row_of(model: LFM, prompt: int, made: int, concurrency: int) -> str:
+    engine = _engine(model, concurrency, prompt + made, steps=32, chunk=512, prefill_rows=min(8, concurrency))
+    requests = _requests(model.config, prompt, [made] * (2 * concurrency if concurrency < 256 else concurrency))
+    _run(engine, requests[:1])
+    began = time.perf_counter()
+    clock = _run(engine, requests)
+    seconds = time.perf_counter() - began
+    rate = clock.tokens / seconds
+    bound = roofline(model.config, prompt, made, concurrency)
+    share = "" if bound is None else f"{rate / bound:.0%} of {bound:,.0f}"
+    return (f"| {prompt} / {made} | {concurrency} | {rate:,.0f} | {share} | "
+            f"{statistics.median(clock.first) * 1e3:.0f} ms |")
+
+
+def roofline(config: ModelConfig, prompt: int, made: int, concurrency: int) -> float | None:
+    """Output tokens a second that a device's memory and arithmetic allow; None for one that the table of chips lacks.
+
+    A step reads all parameters once and the state of each row, at its mean length; prompts are arithmetic alone. The
+    larger of the time for bytes and that for operations counts, for steps and prompts by themselves.
+    """
+    chip = chip_of(jax.devices()[0])
+    if chip is None:
+        return None
+    item = jnp.dtype(config.dtype).itemsize
+    mean = prompt + made // 2
+    step_bytes = config.num_params() * item + concurrency * config.state_bytes(mean)
+    step_flops = concurrency * config.flops_per_token(mean)
+    step = max(step_bytes / chip.hbm_bandwidth, step_flops / chip.peak_bf16_flops)
+    taken_in = prompt * config.flops_per_token(prompt) / chip.peak_bf16_flops
+    return made / (made * step / concurrency + taken_in)
+
+
+# -------------------------------------------------------------------- long contexts
+
+
+def _contexts(model: LFM, bench: ServeBench) -> str:
+    """One step of decoding after contexts of several lengths, beside a model of the same size with attention alone."""
+    config = model.config
+    dense = config.replace(layer_types=("full_attention",) * config.num_layers)
+    gap = config.num_params() - dense.num_params()
+    dense = dense.replace(ffn_size=dense.ffn_size + round(gap / (3 * dense.hidden_size * dense.num_layers)))
+    lines = [f"One step of decoding at batch 1, beside {dense.num_params():,} parameters, all attention.", "",
+             "| context | hybrid | all attention | ratio | state of the hybrid | of all attention |",
+             "|---|---|---|---|---|---|"]
+    steps = {config: _step(model), dense: _step(LFM(dense, rngs=nnx.Rngs(0)))}
+    for context in bench.contexts:
+        _say(f"a step at {context} tokens")
+        ours, theirs = interleave([steps[c](context) for c in (config, dense)], bench.repeats)
+        size = [c.state_bytes(context) / 2**20 for c in (config, dense)]
+        lines.append(f"| {context:,} | {ours * 1e3:.1f} ms | {theirs * 1e3:.1f} ms | {theirs / ours:.2f}x | "
+                     f"{size[0]:.1f} MiB | {size[1]:.1f} MiB |")
+    return "\n".join(lines)
+
+
+def _step(model: LFM) -> Callable[[int], Callable[[], object]]:
+    """A function from a context to a task that decodes some tokens after it; its time is that of one token."""
+    graphdef, state = nnx.split(model, nnx.Param)
+    params = nnx.to_pure_dict(state)
+
+    @functools.partial(jax.jit, donate_argnames="state")
+    def run(params: Any, state: State, token_B1: jax.Array) -> tuple[jax.Array, State]:
+        logits_B1V, state = nnx.merge(graphdef, params)(token_B1, state=state, logits="last")
+        return logits_B1V, state
+
+    def at(context: int) -> Callable[[], object]:
+        # What is in the slots makes no difference to the time, only how many are in use.
+        state = model.init_state(1, min(context + 64, model.config.max_position))
+        full_B = jnp.full((1,), context, jnp.int32)
+        layers = tuple(dataclasses.replace(s, end_B=full_B + 0) if isinstance(s, KV) else s for s in state.layers)
+        state = State(layers, full_B)
+
+        def task() -> None:
+            nonlocal state
+            logits_B1V, state = run(params, state, jnp.ones((1, 1), jnp.int32))
+            jax.block_until_ready(logits_B1V)
+
+        return task
+
+    return at
+
+
+def _say(text: str) -> None:
+    print(f"bench serve: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m lfm_jax.bench.serve")
+    parser.add_argument("--toy", action="store_true", help="a small model and short runs, to try the command")
+    print(bench_serve(ServeBench(toy=parser.parse_args().toy)))
