@@ -253,8 +253,9 @@ def _step(model: LFM) -> Callable[[int], Callable[[], object]]:
 
     @functools.partial(jax.jit, donate_argnames="state")
     def run(params: Any, state: State, token_B1: jax.Array) -> tuple[jax.Array, State]:
-        logits_B1V, state = nnx.merge(graphdef, params)(token_B1, state=state, logits="last")
-        return logits_B1V, state
+        logits_B1V, new_state = nnx.merge(graphdef, params)(token_B1, state=state, logits="last")
+        assert new_state is not None  # It is None only when none was given.
+        return logits_B1V, new_state
 
     def at(context: int) -> Callable[[], object]:
         # What is in the slots makes no difference to the time, only how many are in use.

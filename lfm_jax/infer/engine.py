@@ -493,12 +493,14 @@ class Engine:
                 run.matcher.consume(token)
         first, run.made = run.made == 0, run.made + len(tokens)
         finish: Finish | None = None
-        if tokens[-1] in self._stop_ids(request):
+        if run.matcher is not None and run.matcher.error is not None:
+            finish = "failed"
+        elif tokens[-1] in self._stop_ids(request):
             finish = "stop"
         elif run.made >= request.max_new_tokens:
             finish = "length"
         if finish is not None:
-            self._release(run, stop=False)
+            self._release(run, stop=finish == "failed")
             self.counts[finish] += 1
         scores = run.scores if first and request.prompt_logprobs else None
         run.ticket.say(Event(run.choice, tokens, logprobs, scores, finish))

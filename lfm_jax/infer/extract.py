@@ -99,6 +99,9 @@ def extract(
         pass
     results = []
     for number, answer in enumerate(answers):
+        if answer.finish == "failed":
+            raise ValueError(f"the answer for text {number} became too complex for the schema to be followed; simplify "
+                             "the schema")
         if answer.finish != "stop":
             raise ValueError(f"the answer for text {number} needs more than max_new_tokens {max_new_tokens}; raise it, "
                              "or bound the schema (maxLength, maxItems)")

@@ -15,8 +15,9 @@ from lfm_jax.infer.sampling import GREEDY, Sampling
 if TYPE_CHECKING:
     from lfm_jax.infer.grammar import Matcher
 
-Finish = Literal["stop", "length", "cancelled", "deadline"]
-"""`stop`: a stop id. `length`: max_new_tokens. `cancelled` and `deadline` may come at any time, also while it waits."""
+Finish = Literal["stop", "length", "cancelled", "deadline", "failed"]
+"""`stop`: a stop id. `length`: max_new_tokens. `cancelled` and `deadline` may come at any time, also while it waits.
+`failed`: the grammar could be followed no further, and the text does not fit it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

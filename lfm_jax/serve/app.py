@@ -49,6 +49,11 @@ KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_fo
          503: "server_error", 504: "timeout_error"}
 
 
+BROKEN = {"deadline": (504, "the answer took too long"),
+          "failed": (500, "the answer became too complex for its schema to be followed; simplify the schema")}
+"""Ends of a continuation that are no answer."""
+
+
 def error_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
     """An error in OpenAI's form."""
     return {"error": {"message": message, "type": KINDS.get(status, "server_error"), "param": None, "code": code}}
@@ -123,7 +128,7 @@ def make_app(
         check_model(model)
         return model_entry
 
-    @app.post("/v1/completions", responses=_errors(400, 401, 404, 413, 429, 503, 504))
+    @app.post("/v1/completions", responses=_errors(400, 401, 404, 413, 429, 500, 503, 504))
     async def completions(body: CompletionBody, request: Request) -> Response:
         check_model(body.model)
         prompts = [service.encode(p) if isinstance(p, str) else p for p in body.prompts()]
@@ -138,7 +143,7 @@ def make_app(
         kind = _TextAnswer(service, name, body, prompts)
         return await _answer(kind, service, asked, body, request, metrics)
 
-    @app.post("/v1/chat/completions", responses=_errors(400, 401, 404, 413, 429, 503, 504))
+    @app.post("/v1/chat/completions", responses=_errors(400, 401, 404, 413, 429, 500, 503, 504))
     async def chat(body: ChatBody, request: Request) -> Response:
         check_model(body.model)
         _check_schemas(body, limits)
@@ -244,8 +249,9 @@ async def _answer(
         for task in (collecting, leaving):
             task.cancel()
         await asyncio.gather(collecting, leaving, return_exceptions=True)
-    if any(choice.finish == "deadline" for choice in choices.values()):
-        raise RefusalError(504, "the answer took too long")
+    for choice in choices.values():
+        if choice.finish in BROKEN:
+            raise RefusalError(*BROKEN[choice.finish])
     return JSONResponse(kind.whole(choices, asked))
 
 
@@ -329,8 +335,8 @@ async def _stream(
         _note(choice, piece)
         for chunk in kind.deltas(piece, choice):
             yield event(chunk)
-        if piece.finish == "deadline":
-            yield f"data: {json.dumps(error_body(504, 'the answer took too long'))}\n\n"
+        if piece.finish in BROKEN:
+            yield f"data: {json.dumps(error_body(*BROKEN[piece.finish]))}\n\n"
             return
     if usage:
         yield f"data: {json.dumps(kind.frame([]) | {'usage': _usage(choices, asked)})}\n\n"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from lfm_jax.infer.engine import Engine
+from lfm_jax.infer.request import Finish
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
@@ -50,7 +51,7 @@ class _EngineCounts:
         for name, what in TOKENS.items():
             yield CounterMetricFamily(f"lfm_{name}", what, value=counts[name])
         ends = CounterMetricFamily("lfm_continuations", "Continuations by how they ended", labels=["finish"])
-        for finish in ("stop", "length", "cancelled", "deadline"):
+        for finish in get_args(Finish):
             ends.add_metric([finish], counts[finish])
         yield ends
         yield GaugeMetricFamily("lfm_slots_in_use", "Slots in use", value=self._engine.running())
