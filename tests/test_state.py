@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import KINDS, Net, batches, documents, every_kind, net, rel_err, tokens_like
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lfm_jax as lfm
 from lfm_jax import state as state_lib
-from lfm_jax.testing import tiny_config
+from lfm_jax.testing import tiny_config, tiny_model
 
 B, C, CALLS = 3, 8, 4
 SLOTS = C * CALLS
@@ -291,3 +291,63 @@ def test_wrong_arguments_are_named():
     }.items():
         with pytest.raises(ValueError, match=match):
             model(**kwargs)
+
+
+GOING_BACK = {
+    "lfm2": dict(), "one tap": dict(conv_taps=1), "seven taps": dict(conv_taps=7),
+    "window": dict(layer_types=("conv", "sliding_attention", "full_attention"), sliding_window=3),
+}
+
+
+@pytest.mark.parametrize("name", GOING_BACK)
+@settings(max_examples=6)
+@given(data=st.data())
+def test_rolled_back_tokens_were_never_there(name, data):
+    model, back = tiny_model(**GOING_BACK[name]), 3
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    rows = jnp.asarray(rng.integers(8, 97, (2, 24)), jnp.int32)
+    state, twin = state_lib.init_state(model.config, 2, 32, rollback=back), model.init_state(2, 32)
+    at_B = np.zeros(2, np.int32)
+    for _ in range(4):
+        # Each row takes in some tokens that stay, then some that go back; padding fills up.
+        stay_B, go_B = rng.integers(1, 4, 2), rng.integers(0, back + 1, 2)
+        index_BT = at_B[:, None] + np.arange(6)
+        tokens_BT = jnp.take_along_axis(rows, jnp.asarray(index_BT), axis=1)
+        together_BT = jnp.asarray(np.arange(6) < (stay_B + go_B)[:, None], jnp.int32)
+        alone_BT = jnp.asarray(np.arange(6) < stay_B[:, None], jnp.int32)
+        _, state = model(tokens_BT, None, together_BT, state, None, padding="right")
+        state = state_lib.rollback(state, jnp.asarray(go_B, jnp.int32))
+        _, twin = model(tokens_BT, None, alone_BT, twin, None, padding="right")
+        at_B += stay_B.astype(np.int32)
+        np.testing.assert_array_equal(state.position_B, at_B)
+        token_B1 = jnp.take_along_axis(rows, jnp.asarray(at_B)[:, None], axis=1)
+        ours, _ = model(token_B1, state=state, logits="last")
+        theirs, _ = model(token_B1, state=twin, logits="last")
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_rollback_needs_layers_that_can_go_back():
+    config = tiny_config(layer_types=("recurrence", "full_attention"))
+    with pytest.raises(ValueError, match="leave rollback at 0"):
+        state_lib.init_state(config, 1, 8, rollback=1)
+
+
+@pytest.mark.parametrize("kinds", [
+    ("conv", "full_attention", "conv"), ("sliding_attention", "recurrence", "full_attention"),
+], ids=str)
+def test_snapshots_of_all_parts_make_a_row_anew(kinds):
+    config = tiny_config(layer_types=kinds, sliding_window=5)
+    model = tiny_model(layer_types=kinds, sliding_window=5)
+    rng = np.random.default_rng(0)
+    rows = jnp.asarray(rng.integers(8, 97, (3, 13)), jnp.int32)
+    state, parts = model.init_state(3, 16), []
+    for start in (0, 4, 8):
+        _, state = model(rows[:, start : start + 4], state=state, logits=None)
+        parts.append(state_lib.snapshot(config, state, jnp.int32(1), jnp.int32(start), 4))
+    _, other = model(rows[:, ::-1], state=model.init_state(3, 16), logits=None)  # Rows that hold something else.
+    other = state_lib.reset(other, jnp.array([True, False, False]))
+    for start, part in zip((0, 4, 8), parts, strict=True):
+        other = state_lib.restore(config, other, jnp.int32(0), jnp.int32(start), part)
+    ours, _ = model(rows[1:2, 12:].repeat(3, 0), state=other, logits="last")
+    theirs, _ = model(rows[:, 12:], state=state, logits="last")
+    np.testing.assert_allclose(ours[0], theirs[1], rtol=1e-5, atol=1e-5)

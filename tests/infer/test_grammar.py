@@ -512,7 +512,7 @@ def test_a_name_that_is_no_identifier_makes_a_json_object():
         ({"type": "array", "items": {"patternProperties": {"a": {}}}}, "x/items/patternProperties"),
         ({"type": "array", "prefixItems": [{}]}, "x/prefixItems"),
         ({"type": "string", "pattern": r"^<\|$"}, "/properties/x"),
-        ({"type": "object", "properties": {"a": {}}, "maxProperties": 0}, "Properties"),
+        ({"type": "object", "properties": {"a": {}, "b": {}}, "minProperties": 1}, "/properties/x: minProperties"),
         ({"type": "array", "minItems": 3, "maxItems": 2}, "/properties/x"),
         ({"enum": [1], "type": "string"}, "/properties/x: nothing fits"),
         (False, "/properties/x"),
