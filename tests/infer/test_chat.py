@@ -95,7 +95,7 @@ def hf_tokenizer():
 
 @pytest.mark.parametrize(
     ("template", "tools"),
-    [(DEFAULT_TEMPLATE, None), (DEFAULT_TEMPLATE, TOOLS), (WITH_TOOLS, None), (WITH_TOOLS, TOOLS), (BLOCKS, None), (BLOCKS, TOOLS)],
+    [(template, tools) for template in (DEFAULT_TEMPLATE, WITH_TOOLS, BLOCKS) for tools in (None, TOOLS)],
 )
 @pytest.mark.parametrize("prompted", [True, False])
 def test_renders_as_transformers(template, prompted, tools):
