@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import sys
@@ -198,10 +199,10 @@ def serve(
       dtype: of parameters and computation; the stored one if left out.
       drain_seconds: how long what runs may take to end after SIGTERM.
     """
-    run = _serving()
-    run.check_address(host, os.environ.get(run.KEY_VARIABLE))
-    service = run.open_service(path, dtype, engine, (data, tensor))
-    run.serve(service, name or path.resolve().name, host, port, sampling, limits, drain_seconds)
+    launch = _serving("launch")
+    launch.check_address(host, os.environ.get(launch.KEY_VARIABLE))
+    service = launch.open_service(path, dtype, engine, (data, tensor))
+    launch.serve(service, name or path.resolve().name, host, port, sampling, limits, drain_seconds)
     return 0
 
 
@@ -232,20 +233,19 @@ def batch(
       tensor: devices that each replica is split over.
       dtype: of parameters and computation; the stored one if left out.
     """
-    run = _serving()
+    run = _serving("batch")
     run.check_shard(shard)
-    service = run.open_service(path, dtype, engine, (data, tensor))
+    service = _serving("launch").open_service(path, dtype, engine, (data, tensor))
     bad = run.batch(service, path.resolve().name, source, target, shard=shard, sampling=sampling)
     print(f"{target}: every line is answered{f', {bad} with an error' if bad else ''}")
     return 1 if bad else 0
 
 
-def _serving() -> Any:
+def _serving(module: Literal["launch", "batch"]) -> Any:
     try:
-        from lfm_jax.serve import run
+        return importlib.import_module(f"lfm_jax.serve.{module}")
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed: pip install 'lfm_jax[serve]'") from None
-    return run
 
 
 def convert(

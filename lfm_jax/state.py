@@ -166,7 +166,7 @@ def snapshot(config: ModelConfig, state: State, row: jax.Array, start: jax.Array
 
 
 def restore(config: ModelConfig, state: State, row: jax.Array, start: jax.Array, part: State) -> State:
-    """The state with `part`, a `snapshot` of tokens from `start` on, put into row `row`."""
+    """The state with `part`, a `snapshot` of tokens from `start` on, put into row `row`; a row beyond all: nothing."""
 
     def put(full: jax.Array, new: jax.Array) -> jax.Array:
         return full.at[row].set(new)
@@ -176,8 +176,10 @@ def restore(config: ModelConfig, state: State, row: jax.Array, start: jax.Array,
             return jax.tree.map(put, s, new)
         assert isinstance(s, KV)
         assert isinstance(new, KV)
+        slots = start + jnp.arange(new.k_BSKH.shape[0], dtype=jnp.int32)
+        # Not dynamic_update_slice: it would move what does not fit to where it does.
         k_BSKH, v_BSKH = (
-            jax.lax.dynamic_update_slice(full, x[None], (row, start, 0, 0))
+            full.at[row, slots].set(x, mode="drop")
             for full, x in ((s.k_BSKH, new.k_BSKH), (s.v_BSKH, new.v_BSKH))
         )
         return KV(k_BSKH, v_BSKH, put(s.start_B, new.start_B), put(s.end_B, new.end_B))

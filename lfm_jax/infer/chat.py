@@ -15,6 +15,7 @@ from lfm_jax.config import ModelConfig
 from lfm_jax.infer.generate import stream
 from lfm_jax.infer.sampling import GREEDY, Sampling
 from lfm_jax.infer.text import check_tokenizer
+from lfm_jax.infer.tools import ToolCall, render_calls
 from lfm_jax.model import LFM
 
 if TYPE_CHECKING:
@@ -142,6 +143,40 @@ def special_tokens(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
     return {name: "" if i is None else tokenizer.id_to_token(i) or "" for name, i in ids.items()}
 
 
+def encode_chat(
+    tokenizer: Tokenizer, config: ModelConfig, template: str | None, messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> list[int]:
+    """Token ids of a conversation, up to the opening of the assistant's turn; template None means DEFAULT_TEMPLATE.
+
+    Calls in earlier turns (`tool_calls`, each with `name` and `arguments`) are written as the model writes them,
+    unless the template does it.
+
+    Raises:
+      ValueError: see `render_chat`.
+    """
+    template = template or DEFAULT_TEMPLATE
+    if "tool_calls" not in template:
+        messages = [_with_calls_as_text(message) for message in messages]
+    text = render_chat(template, messages, tools=tools, **special_tokens(tokenizer, config))
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _with_calls_as_text(message: Message) -> Message:
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    text = render_calls(ToolCall(call["name"], call["arguments"]) for call in calls)
+    rest = {key: value for key, value in message.items() if key != "tool_calls"}
+    return rest | {"content": (message.get("content") or "") + text}
+
+
+def turn_stop_ids(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
+    """Tokens that end the assistant's turn: eos and the end of a turn, where the tokenizer has one."""
+    end = tokenizer.token_to_id(END_OF_TURN)
+    return tuple(sorted({*config.eos_ids, *([] if end is None else [end])}))
+
+
 def chat_loop(
     model: LFM,
     tokenizer: Tokenizer,
@@ -178,7 +213,7 @@ def chat_loop(
         elif line:
             turn = [*messages, {"role": "user", "content": line}]
             try:
-                reply = _reply(model, tokenizer, template or DEFAULT_TEMPLATE, turn, sampling, max_new_tokens, write)
+                reply = _reply(model, tokenizer, template, turn, sampling, max_new_tokens, write)
             except ValueError as error:  # Above all: the conversation has outgrown the model's context.
                 write(f"{error}\n/reset begins a new conversation.")
             else:
@@ -194,17 +229,15 @@ def _ask(read: Callable[[str], str]) -> str:
 
 
 def _reply(
-    model: LFM, tokenizer: Tokenizer, template: str, messages: Sequence[Message], sampling: Sampling,
+    model: LFM, tokenizer: Tokenizer, template: str | None, messages: Sequence[Message], sampling: Sampling,
     max_new_tokens: int, write: Callable[..., None],
 ) -> str:
     """Streams the assistant's turn to `write` and returns it, or what there was of it at Ctrl-C."""
-    prompt = render_chat(template, messages, **special_tokens(tokenizer, model.config))
-    end = tokenizer.token_to_id(END_OF_TURN)
-    stop_ids = {*model.config.eos_ids, *([] if end is None else [end])}
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    ids = encode_chat(tokenizer, model.config, template, messages)
+    stop_ids = turn_stop_ids(tokenizer, model.config)
     text = ""
     try:
-        for piece in stream(model, tokenizer, ids, sampling, max_new_tokens, stop_ids=sorted(stop_ids)):
+        for piece in stream(model, tokenizer, ids, sampling, max_new_tokens, stop_ids=stop_ids):
             text += piece
             write(piece, end="", flush=True)
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lfm_jax.infer.chat import DEFAULT_TEMPLATE, END_OF_TURN, render_chat, special_tokens
+from lfm_jax.infer.chat import encode_chat, turn_stop_ids
 from lfm_jax.infer.decoding import bucket
 from lfm_jax.infer.engine import Engine
 from lfm_jax.infer.engine_config import EngineConfig
@@ -100,8 +100,7 @@ def extract(
     results = []
     for number, answer in enumerate(answers):
         if answer.finish == "failed":
-            raise ValueError(f"the answer for text {number} became too complex for the schema to be followed; simplify "
-                             "the schema")
+            raise ValueError(f"the answer for text {number} cannot be finished: {answer.reason}")
         if answer.finish != "stop":
             raise ValueError(f"the answer for text {number} needs more than max_new_tokens {max_new_tokens}; raise it, "
                              "or bound the schema (maxLength, maxItems)")
@@ -113,15 +112,15 @@ class _Answer:
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.finish: str | None = None
+        self.reason: str | None = None
 
     def __call__(self, event: Event) -> None:
         self.tokens += event.tokens
-        self.finish = event.finish
+        self.finish, self.reason = event.finish, event.reason
 
 
 def _stop_ids(model: LFM, tokenizer: Tokenizer) -> tuple[int, ...]:
-    end = tokenizer.token_to_id(END_OF_TURN)
-    ids = tuple(sorted({*model.config.eos_ids, *([] if end is None else [end])}))
+    ids = turn_stop_ids(tokenizer, model.config)
     if not ids:
         raise ValueError("the model has no eos_ids and the tokenizer no <|im_end|>: nothing can end an answer")
     return ids
@@ -129,8 +128,7 @@ def _stop_ids(model: LFM, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def _prompt(model: LFM, tokenizer: Tokenizer, template: str | None, system: str, text: str) -> list[int]:
     messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
-    rendered = render_chat(template or DEFAULT_TEMPLATE, messages, **special_tokens(tokenizer, model.config))
-    return tokenizer.encode(rendered, add_special_tokens=False).ids
+    return encode_chat(tokenizer, model.config, template, messages)
 
 
 def _check_lengths(model: LFM, prompts: Sequence[Sequence[int]], more: int) -> None:

@@ -15,13 +15,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lfm_jax.infer.call_grammar import CallRules
 from lfm_jax.infer.json_schema import Bounds, GrammarError, accepted, compiled, llguidance, one_line
-from lfm_jax.infer.tools import END, START, Tool, tool_schemas
+from lfm_jax.infer.tool_schemas import Tool, tool_schemas
+from lfm_jax.infer.tools import END, START
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -255,12 +254,6 @@ def fill_masks(matchers: Sequence[Matcher | None], masks_BW: np.ndarray) -> None
             matcher.error = DEAD_END
         if matcher.error is not None:
             mask_W[:] = matcher.tokenizer.eos_W
-
-
-def unpack(mask_BW: jax.Array, vocab_size: int) -> jax.Array:
-    """The bits of packed masks as bool[B, V]; for use inside a jit."""
-    bits_BW32 = (mask_BW[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-    return bits_BW32.reshape(len(mask_BW), -1)[:, :vocab_size].astype(bool)
 
 
 def _packed(ids: Sequence[int], vocab_size: int) -> np.ndarray:

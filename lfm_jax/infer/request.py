@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Finish = Literal["stop", "length", "cancelled", "deadline", "failed"]
 """`stop`: a stop id. `length`: max_new_tokens. `cancelled` and `deadline` may come at any time, also while it waits.
-`failed`: the grammar could be followed no further, and the text does not fit it."""
+`failed`: the grammar could be followed no further, or the engine has failed; the event says why."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,6 +124,8 @@ class Event:
     """Of the prompt's tokens from the second on; with the first event, if they were asked for."""
     finish: Finish | None = None
     """Set with the last event of a continuation."""
+    reason: str | None = None
+    """Why it failed."""
 
 
 Listener = Callable[[Event], None]

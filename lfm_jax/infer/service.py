@@ -9,17 +9,18 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
 
-from lfm_jax.infer.chat import DEFAULT_TEMPLATE, END_OF_TURN, Message, render_chat, special_tokens
+from lfm_jax.infer.chat import Message, encode_chat, turn_stop_ids
 from lfm_jax.infer.engine import Engine
 from lfm_jax.infer.engine_config import DEFAULT, EngineConfig
 from lfm_jax.infer.grammar import Grammar, Matcher, grammar_tokenizer
+from lfm_jax.infer.pool import Ticket
 from lfm_jax.infer.request import Event, Finish, Request, TokenLogprob
 from lfm_jax.infer.text import Reply, check_tokenizer, encode
-from lfm_jax.infer.tools import ToolCall, render_calls
 from lfm_jax.model import LFM
 
 if TYPE_CHECKING:
@@ -31,12 +32,15 @@ class Piece:
     """News of one continuation, in text."""
 
     choice: int
+    """Of all requests that were submitted together, in order."""
     text: str
     tokens: list[int]
     """New tokens, a stop id included; their text may come with a later piece."""
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
     finish: Finish | None = None
+    reason: str | None = None
+    """Why it failed."""
 
 
 class Service:
@@ -56,10 +60,10 @@ class Service:
         mesh: Mesh | None = None,
     ):
         check_tokenizer(tokenizer, model.config)
-        self.tokenizer, self.template, self.config = tokenizer, template or DEFAULT_TEMPLATE, model.config
+        self.tokenizer, self.config = tokenizer, model.config
+        self._template = template
         self.engine = Engine(model, config, mesh)
-        turn = tokenizer.token_to_id(END_OF_TURN)
-        self.stop_ids = tuple(sorted({*model.config.eos_ids, *([] if turn is None else [turn])}))
+        self.stop_ids = turn_stop_ids(tokenizer, model.config)
         """Tokens that end a continuation."""
 
     def encode(self, text: str) -> list[int]:
@@ -67,18 +71,8 @@ class Service:
         return encode(self.tokenizer, text, self.config.bos_id)
 
     def encode_chat(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
-        """Token ids of a conversation, up to the opening of the assistant's turn.
-
-        Calls in earlier turns (`tool_calls`, each with `name` and `arguments`) are written as the model writes them,
-        unless the template does it.
-
-        Raises:
-          ValueError: see `render_chat`.
-        """
-        if "tool_calls" not in self.template:
-            messages = [_with_calls_as_text(message) for message in messages]
-        text = render_chat(self.template, messages, tools=tools, **special_tokens(self.tokenizer, self.config))
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        """Token ids of a conversation; see `chat.encode_chat`."""
+        return encode_chat(self.tokenizer, self.config, self._template, messages, tools)
 
     def matcher(self, grammar: Grammar) -> Matcher:
         """A matcher for `Request.grammar`.
@@ -88,12 +82,10 @@ class Service:
         """
         return grammar_tokenizer(self.tokenizer, self.config.vocab_size, self.stop_ids).matcher(grammar)
 
-    async def run(
-        self, request: Request, stop: Sequence[str] = (), *, skip_special_tokens: bool = True
-    ) -> AsyncGenerator[Piece]:
-        """Runs a request and yields news of its continuations; the last one of each has a `finish`.
-
-        Left early, it ends the request, and its slots are free.
+    def submit(
+        self, requests: Sequence[Request], stop: Sequence[str] = (), *, skip_special_tokens: bool = True
+    ) -> Answers:
+        """Queues requests, all or none, from a running event loop.
 
         Args:
           stop: texts before which a continuation ends.
@@ -102,43 +94,69 @@ class Service:
         Raises:
           ValueError, EngineFullError, RuntimeError: see `Engine.submit`.
         """
-        loop = asyncio.get_running_loop()
-        news: asyncio.Queue[Event] = asyncio.Queue()
+        return Answers(self, requests, stop, skip_special_tokens=skip_special_tokens)
 
-        def listen(event: Event) -> None:
-            with suppress(RuntimeError):  # The loop is closed: nobody waits any more.
-                loop.call_soon_threadsafe(news.put_nowait, event)
 
-        ids = self.stop_ids if request.stop_ids is None else request.stop_ids
-        request = dataclasses.replace(request, stop_ids=ids)
-        replies = {i: Reply(self.tokenizer, stop, ids, skip_special_tokens=skip_special_tokens)
-                   for i in range(request.n)}
-        ticket = self.engine.submit(request, listen)
+class Answers:
+    """The continuations of some requests as they come."""
+
+    def __init__(
+        self, service: Service, requests: Sequence[Request], stop: Sequence[str], *, skip_special_tokens: bool
+    ):
+        self._engine, self._loop = service.engine, asyncio.get_running_loop()
+        self._news: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
+        self._tickets: list[Ticket] = []
+        self._firsts: list[int] = []
+        """Number of the first continuation of each request."""
+        self._replies: dict[int, Reply] = {}
+        """Of the continuations that have not ended."""
         try:
-            while replies:
-                event = await news.get()
-                reply = replies.get(event.choice)
+            for request in requests:
+                ids = service.stop_ids if request.stop_ids is None else request.stop_ids
+                self._firsts.append(len(self._replies))
+                for _ in range(request.n):
+                    self._replies[len(self._replies)] = Reply(
+                        service.tokenizer, stop, ids, skip_special_tokens=skip_special_tokens
+                    )
+                listener = partial(self._listen, len(self._tickets))
+                self._tickets.append(self._engine.submit(dataclasses.replace(request, stop_ids=ids), listener))
+        except BaseException:
+            self.cancel()
+            raise
+
+    def _listen(self, number: int, event: Event) -> None:
+        """Called by the engine's thread."""
+        with suppress(RuntimeError):  # The loop is closed: nobody waits any more.
+            self._loop.call_soon_threadsafe(self._news.put_nowait, (number, event))
+
+    def cancel(self) -> None:
+        """Ends what has not ended, and `pieces`; slots are free at the engine's next turn."""
+        for ticket in self._tickets:
+            if not ticket.done:
+                self._engine.cancel(ticket)
+        self._news.put_nowait(None)
+
+    async def pieces(self) -> AsyncGenerator[Piece]:
+        """News of the continuations; the last one of each has a `finish`. Left early, it cancels."""
+        try:
+            while self._replies:
+                news = await self._news.get()
+                if news is None:
+                    return
+                number, event = news
+                choice = self._firsts[number] + event.choice
+                reply = self._replies.get(choice)
                 if reply is None:  # Ended by a stop text; the engine had gone on.
                     continue
                 text, finish = reply.push(event.tokens), event.finish
                 if reply.stopped:
                     if finish is None:
-                        self.engine.cancel(ticket, event.choice)
+                        self._engine.cancel(self._tickets[number], event.choice)
                     finish = "stop"
                 elif finish is not None:
                     text += reply.finish()
                 if finish is not None:
-                    del replies[event.choice]
-                yield Piece(event.choice, text, event.tokens, event.logprobs, event.prompt_logprobs, finish)
+                    del self._replies[choice]
+                yield Piece(choice, text, event.tokens, event.logprobs, event.prompt_logprobs, finish, event.reason)
         finally:
-            if not ticket.done:
-                self.engine.cancel(ticket)
-
-
-def _with_calls_as_text(message: Message) -> Message:
-    calls = message.get("tool_calls")
-    if not calls:
-        return message
-    text = render_calls(ToolCall(call["name"], call["arguments"]) for call in calls)
-    rest = {key: value for key, value in message.items() if key != "tool_calls"}
-    return rest | {"content": (message.get("content") or "") + text}
+            self.cancel()

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +76,7 @@ class Slots:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Told:
-    """Chosen tokens and what is told of them; axes [steps, rows, tokens], fewer where there is one of something."""
+    """Chosen tokens and what is told of them, [steps, rows, tokens]."""
 
     token: jax.Array
     """-1 where there is none."""
@@ -137,82 +136,83 @@ class SlotShape:
         return -(-self.config.vocab_size // 32)
 
 
-class Programs(NamedTuple):
-    """The compiled functions of one `SlotShape`; parameters of the model are arguments. Slots given are used up."""
+class Programs:
+    """The compiled functions of one `SlotShape`; parameters of the model are arguments. Slots given are used up.
 
-    prefill: Callable[..., tuple[Slots, jax.Array]]
-    score: Callable[..., tuple[Slots, jax.Array, Told]]
-    start: Callable[..., tuple[Slots, Told]]
-    decode: Callable[..., tuple[Slots, Told]]
-    advance: Callable[..., tuple[Slots, jax.Array]]
-    choose: Callable[..., tuple[Slots, Told]]
-    fork: Callable[..., Slots]
-    stop: Callable[..., Slots]
-    snapshot: Callable[..., State]
-    restore: Callable[..., Slots]
+    `prefill`, `score`, `start`, `decode`, `advance`, `choose`, `fork`, `stop`, `snapshot`, `restore`: see the methods.
+    """
 
+    def __init__(self, graphdef: nnx.GraphDef[LFM], shape: SlotShape):
+        self._graphdef, self._shape = graphdef, shape
+        jit = functools.partial(jax.jit, donate_argnames="slots")
+        self.prefill, self.score = jit(self._prefill), jit(self._score)
+        self.start, self.fork, self.stop = jit(self._start), jit(self._fork), jit(self._stop)
+        self.decode = jit(self._decode, static_argnames=("rows", "plain"))
+        self.advance = jit(self._advance, static_argnames="rows")
+        self.choose = jit(self._choose, static_argnames="rows")
+        self.snapshot = jax.jit(self._snapshot, static_argnames="length")
+        self.restore = jit(self._restore)
 
-@functools.lru_cache(maxsize=32)
-def programs(graphdef: nnx.GraphDef[LFM], shape: SlotShape) -> Programs:
-    """See `Programs`."""
-    config, V, L = shape.config, shape.config.vocab_size, shape.max_logprobs
-    jit = functools.partial(jax.jit, donate_argnames="slots")
+    # ---------------------------------------------------------------- prompts
 
-    def run(
-        params: Any, tokens_RC: jax.Array, length_R: jax.Array, state: State, logits: Logits
+    def _prefill(
+        self, params: Any, slots: Slots, rows_R: jax.Array, tokens_RC: jax.Array, length_R: jax.Array,
+        fresh_R: jax.Array,
+    ) -> tuple[Slots, jax.Array]:
+        """Takes in a chunk of a prompt a row; logits_RV after it. Rows that are `fresh_R` begin empty."""
+        slots, logits_R1V = self._take_in(params, slots, rows_R, tokens_RC, length_R, fresh_R, "last")
+        return slots, logits_R1V[:, 0]
+
+    def _score(
+        self, params: Any, slots: Slots, rows_R: jax.Array, tokens_RC: jax.Array, length_R: jax.Array,
+        fresh_R: jax.Array, targets_RC: jax.Array,
+    ) -> tuple[Slots, jax.Array, Told]:
+        """`prefill` that also tells the log-probability of the token that follows each one, as one step."""
+        slots, logits_RCV = self._take_in(params, slots, rows_R, tokens_RC, length_R, fresh_R, "all")
+        last_R1 = jnp.maximum(length_R - 1, 0)[:, None, None]
+        told = _tell(logits_RCV, targets_RC, self._shape.max_logprobs)
+        return slots, jnp.take_along_axis(logits_RCV, last_R1, axis=1)[:, 0], _as_one_step(told)
+
+    def _take_in(
+        self, params: Any, slots: Slots, rows_R: jax.Array, tokens_RC: jax.Array, length_R: jax.Array,
+        fresh_R: jax.Array, logits: Logits,
+    ) -> tuple[Slots, jax.Array]:
+        state = state_lib.reset(_take(slots.state, rows_R), fresh_R)
+        slots = _remember(_forget(slots, rows_R, fresh_R), rows_R, state.position_B, tokens_RC, length_R)
+        out, state = self._run(params, tokens_RC, length_R, state, logits)
+        return dataclasses.replace(slots, state=_put(slots.state, rows_R, state)), out
+
+    def _run(
+        self, params: Any, tokens_RC: jax.Array, length_R: jax.Array, state: State, logits: Logits
     ) -> tuple[jax.Array, State]:
-        model = nnx.merge(graphdef, params)
+        model = nnx.merge(self._graphdef, params)
         tokens_RC, length_R = _on_mesh(tokens_RC), _on_mesh(length_R)
         segment_ids_RC = (jnp.arange(tokens_RC.shape[1]) < length_R[:, None]).astype(jnp.int32)
         out, new_state = model(tokens_RC, None, segment_ids_RC, state, logits, padding="right")
         assert new_state is not None  # It is None only when none was given.
         return reshard(out, P()), new_state
 
-    def take_in(
-        params: Any, slots: Slots, rows_R: jax.Array, tokens_RC: jax.Array, length_R: jax.Array, fresh_R: jax.Array,
-        logits: Logits,
-    ) -> tuple[Slots, jax.Array]:
-        """Runs chunks of prompts; the slots after it and logits. Rows that are `fresh_R` begin empty."""
-        state = state_lib.reset(_take(slots.state, rows_R), fresh_R)
-        slots = _remember(_forget(slots, rows_R, fresh_R), rows_R, state.position_B, tokens_RC, length_R)
-        out, state = run(params, tokens_RC, length_R, state, logits)
-        return dataclasses.replace(slots, state=_put(slots.state, rows_R, state)), out
-
-    @jit
-    def prefill(
-        params: Any, slots: Slots, rows_R: jax.Array, tokens_RC: jax.Array, length_R: jax.Array, fresh_R: jax.Array
-    ) -> tuple[Slots, jax.Array]:
-        """Takes in a chunk of a prompt a row; logits_RV after it."""
-        slots, logits_R1V = take_in(params, slots, rows_R, tokens_RC, length_R, fresh_R, "last")
-        return slots, logits_R1V[:, 0]
-
-    @jit
-    def score(
-        params: Any, slots: Slots, rows_R: jax.Array, tokens_RC: jax.Array, length_R: jax.Array, fresh_R: jax.Array,
-        targets_RC: jax.Array,
-    ) -> tuple[Slots, jax.Array, Told]:
-        """`prefill` that also tells the log-probability of the token that follows each one."""
-        slots, logits_RCV = take_in(params, slots, rows_R, tokens_RC, length_R, fresh_R, "all")
-        last_R1 = jnp.maximum(length_R - 1, 0)[:, None, None]
-        return slots, jnp.take_along_axis(logits_RCV, last_R1, axis=1)[:, 0], _tell(logits_RCV, targets_RC, L)
-
-    @jit
-    def start(
-        slots: Slots, logits_RV: jax.Array, source_R: jax.Array, rows_R: jax.Array, asked: Asked, mask_RW: jax.Array
+    def _start(
+        self, slots: Slots, logits_RV: jax.Array, source_R: jax.Array, rows_R: jax.Array, asked: Asked,
+        mask_RW: jax.Array,
     ) -> tuple[Slots, Told]:
         """Begins to generate in some rows: sets what is asked and chooses the first token from `logits[source]`."""
         part = dataclasses.replace(_take(_light(slots), rows_R), asked=asked, left_B=asked.budget_B)
-        part, told = _choose(part, logits_RV[source_R][:, None], None, ANYTHING, L, mask_RW)
-        return dataclasses.replace(_put(_light(slots), rows_R, part), state=slots.state), told
+        part, told = _next_tokens(part, logits_RV[source_R][:, None], None, ANYTHING, self._shape.max_logprobs, mask_RW)
+        return dataclasses.replace(_put(_light(slots), rows_R, part), state=slots.state), _as_one_step(told)
 
-    @functools.partial(jax.jit, donate_argnames="slots", static_argnames=("rows", "plain"))
-    def decode(params: Any, slots: Slots, steps: jax.Array, *, rows: int, plain: bool) -> tuple[Slots, Told]:
+    # ---------------------------------------------------------------- generation
+
+    def _decode(
+        self, params: Any, slots: Slots, steps: jax.Array, *, rows: int, plain: bool
+    ) -> tuple[Slots, Told]:
         """Up to `steps` (at most STEPS) steps of the first `rows` slots; ends early when all of them are idle.
 
         Args:
           plain: all of these rows are greedy without penalty, bias, least tokens and log-probabilities.
         """
-        plan, most = (GREEDY_PLAN, 0) if plain else (ANYTHING, L)
+        shape = self._shape
+        plan, most = (GREEDY_PLAN, 0) if plain else (ANYTHING, shape.max_logprobs)
 
         def unfinished(loop: tuple[jax.Array, Slots, Told]) -> jax.Array:
             n, part, _ = loop
@@ -220,71 +220,64 @@ def programs(graphdef: nnx.GraphDef[LFM], shape: SlotShape) -> Programs:
 
         def body(loop: tuple[jax.Array, Slots, Told]) -> tuple[jax.Array, Slots, Told]:
             n, part, told = loop
-            live_b = part.left_B > 0
+            live_b, tokens_bT, drafts, length_b = part.left_B > 0, part.token_B[:, None], None, jnp.int32(1)
             if shape.draft:
-                drafts_bK, drafted_b = _draft(part, shape.draft)
-                tokens_bT = jnp.concatenate([part.token_B[:, None], drafts_bK], axis=1)
-                length_b = jnp.where(live_b, 1 + drafted_b, 0)
-                logits_bTV, state = run(params, tokens_bT, length_b, part.state, "all")
-                part = dataclasses.replace(part, state=state)
-                part, new = _choose(part, logits_bTV, (drafts_bK, drafted_b), plan, most)
-            else:
-                logits_b1V, state = run(params, part.token_B[:, None], live_b.astype(jnp.int32), part.state, "last")
-                part, new = _choose(dataclasses.replace(part, state=state), logits_b1V, None, plan, most)
+                drafts = _draft(part, shape.draft)
+                tokens_bT, length_b = jnp.concatenate([tokens_bT, drafts[0]], axis=1), 1 + drafts[1]
+            logits_bTV, state = self._run(
+                params, tokens_bT, jnp.where(live_b, length_b, 0), part.state, "all" if shape.draft else "last"
+            )
+            part, new = _next_tokens(dataclasses.replace(part, state=state), logits_bTV, drafts, plan, most)
             return n + 1, part, jax.tree.map(lambda all_, x: all_.at[n].set(x), told, new)
 
         part = jax.tree.map(lambda x: x[:rows], slots)
+        logits = jax.ShapeDtypeStruct((rows, 1 + shape.draft, shape.config.vocab_size), jnp.float32)
+        tokens = jax.ShapeDtypeStruct((rows, 1 + shape.draft), jnp.int32)
         told = jax.tree.map(lambda x: jnp.full((STEPS, *x.shape), -1, x.dtype),
-                            _told_shape(rows, 1 + shape.draft, most))
+                            jax.eval_shape(lambda x, y: _tell(x, y, most), logits, tokens))
         _, part, told = jax.lax.while_loop(unfinished, body, (jnp.int32(0), part, told))
         return _put_first(slots, part), told
 
-    @functools.partial(jax.jit, donate_argnames="slots", static_argnames="rows")
-    def advance(params: Any, slots: Slots, *, rows: int) -> tuple[Slots, jax.Array]:
+    def _advance(self, params: Any, slots: Slots, *, rows: int) -> tuple[Slots, jax.Array]:
         """The first half of one step of the first `rows` slots: takes in their tokens; logits_bV."""
         part = jax.tree.map(lambda x: x[:rows], slots.state)
         live_b = (slots.left_B[:rows] > 0).astype(jnp.int32)
-        logits_b1V, part = run(params, slots.token_B[:rows, None], live_b, part, "last")
+        logits_b1V, part = self._run(params, slots.token_B[:rows, None], live_b, part, "last")
         return dataclasses.replace(slots, state=_put_first(slots.state, part)), logits_b1V[:, 0]
 
-    @functools.partial(jax.jit, donate_argnames="slots", static_argnames="rows")
-    def choose(slots: Slots, logits_bV: jax.Array, mask_bW: jax.Array, *, rows: int) -> tuple[Slots, Told]:
+    def _choose(self, slots: Slots, logits_bV: jax.Array, mask_bW: jax.Array, *, rows: int) -> tuple[Slots, Told]:
         """The second half: chooses among the tokens that `mask_bW` allows."""
         part = jax.tree.map(lambda x: x[:rows], _light(slots))
-        part, told = _choose(part, logits_bV[:, None], None, ANYTHING, L, mask_bW)
-        return dataclasses.replace(_put_first(_light(slots), part), state=slots.state), told
+        part, told = _next_tokens(part, logits_bV[:, None], None, ANYTHING, self._shape.max_logprobs, mask_bW)
+        return dataclasses.replace(_put_first(_light(slots), part), state=slots.state), _as_one_step(told)
 
-    @jit
-    def fork(slots: Slots, source: jax.Array, rows_R: jax.Array) -> Slots:
+    # ---------------------------------------------------------------- rows
+
+    def _fork(self, slots: Slots, source: jax.Array, rows_R: jax.Array) -> Slots:
         """Copies row `source` to others."""
         return _put(slots, rows_R, _take(slots, jnp.full_like(rows_R, source)))
 
-    @jit
-    def stop(slots: Slots, rows_R: jax.Array) -> Slots:
+    def _stop(self, slots: Slots, rows_R: jax.Array) -> Slots:
         """Makes rows idle."""
         return dataclasses.replace(slots, left_B=slots.left_B.at[rows_R].set(0, mode="drop"))
 
-    @functools.partial(jax.jit, static_argnames="length")
-    def snapshot(slots: Slots, row: jax.Array, first: jax.Array, *, length: int) -> State:
+    def _snapshot(self, slots: Slots, row: jax.Array, first: jax.Array, *, length: int) -> State:
         """What a row's tokens [first, first + length), its newest, have added; see `state.snapshot`."""
-        return state_lib.snapshot(config, slots.state, row, first, length)
+        return state_lib.snapshot(self._shape.config, slots.state, row, first, length)
 
-    @jit
-    def restore(slots: Slots, row: jax.Array, first: jax.Array, part: State, tokens_C: jax.Array) -> Slots:
+    def _restore(self, slots: Slots, row: jax.Array, first: jax.Array, part: State, tokens_C: jax.Array) -> Slots:
         """Puts a snapshot of `tokens_C` back into a row; one that begins at 0 clears it first."""
-        rows_1 = row[None]
-        fresh_1 = first[None] == 0
+        rows_1, fresh_1 = row[None], first[None] == 0
         state = _put(slots.state, rows_1, state_lib.reset(_take(slots.state, rows_1), fresh_1))
         length_1 = jnp.full((1,), tokens_C.shape[0], jnp.int32)
         slots = _remember(_forget(slots, rows_1, fresh_1), rows_1, first[None], tokens_C[None], length_1)
-        return dataclasses.replace(slots, state=state_lib.restore(config, state, row, first, part))
+        return dataclasses.replace(slots, state=state_lib.restore(self._shape.config, state, row, first, part))
 
-    def _told_shape(rows: int, T: int, most: int) -> Any:
-        out_bTV = jax.ShapeDtypeStruct((rows, T, V), config.logits_dtype)
-        tokens_bT = jax.ShapeDtypeStruct((rows, T), jnp.int32)
-        return jax.eval_shape(lambda logits, tokens: _tell(logits, tokens, most), out_bTV, tokens_bT)
 
-    return Programs(prefill, score, start, decode, advance, choose, fork, stop, snapshot, restore)
+@functools.lru_cache(maxsize=32)
+def programs(graphdef: nnx.GraphDef[LFM], shape: SlotShape) -> Programs:
+    """`Programs`, compiled once for all engines of a process that have them in common."""
+    return Programs(graphdef, shape)
 
 
 # -------------------------------------------------------------------- rows
@@ -337,7 +330,7 @@ def _remember(
 # -------------------------------------------------------------------- tokens
 
 
-def _choose(
+def _next_tokens(
     slots: Slots, logits_BTV: jax.Array, drafts: tuple[jax.Array, jax.Array] | None, plan: Plan, most: int,
     mask_BW: jax.Array | None = None,
 ) -> tuple[Slots, Told]:
@@ -373,7 +366,7 @@ def _choose(
     right_BK &= jnp.arange(T - 1) < drafted_B[:, None]
     right_B = jnp.sum(jnp.cumprod(right_BK.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
     made_B = jnp.where(live_B, right_B + 1, 0)
-    told = _tell(logits_BTV, token_BT, most)
+    told = _tell(logits_BTV, token_BT, most, wanted=jnp.any(asked.logprobs_B & live_B))
     told = dataclasses.replace(told, token=jnp.where(jnp.arange(T) < made_B[:, None], token_BT, -1))
     slots = _remember(slots, jnp.arange(B), first_B, token_BT, made_B)
     stopped_B = jnp.take_along_axis(stops_BT, right_B[:, None], axis=1)[:, 0]
@@ -387,15 +380,27 @@ def _choose(
     ), told
 
 
-def _tell(logits_BTV: jax.Array, token_BT: jax.Array, most: int) -> Told:
-    """Log-probabilities of the tokens and of the `most` likeliest ones; 0: none."""
+def _tell(logits_BTV: jax.Array, token_BT: jax.Array, most: int, wanted: jax.Array | bool = True) -> Told:
+    """Log-probabilities of the tokens and of the `most` likeliest ones, zeros where none is `wanted`; 0: no arrays."""
     if not most:
         return Told(token_BT, None, None, None)
-    logits_BTV = logits_BTV.astype(jnp.float32)
-    norm_BT = jax.nn.logsumexp(logits_BTV, axis=2)
-    best_logit_BTL, best_BTL = jax.lax.top_k(logits_BTV, most)
-    logit_BT = jnp.take_along_axis(logits_BTV, jnp.maximum(token_BT, 0)[:, :, None], axis=2)[:, :, 0]
-    return Told(token_BT, logit_BT - norm_BT, best_BTL.astype(jnp.int32), best_logit_BTL - norm_BT[:, :, None])
+
+    def tell() -> Told:
+        logits32_BTV = logits_BTV.astype(jnp.float32)
+        norm_BT = jax.nn.logsumexp(logits32_BTV, axis=2)
+        best_BTL, best_id_BTL = jax.lax.top_k(logits32_BTV, most)
+        logit_BT = jnp.take_along_axis(logits32_BTV, jnp.maximum(token_BT, 0)[:, :, None], axis=2)[:, :, 0]
+        return Told(token_BT, logit_BT - norm_BT, best_id_BTL.astype(jnp.int32), best_BTL - norm_BT[:, :, None])
+
+    def zeros() -> Told:
+        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(tell))
+        return dataclasses.replace(empty, token=token_BT)
+
+    return jax.lax.cond(wanted, tell, zeros)
+
+
+def _as_one_step(told: Told) -> Told:
+    return jax.tree.map(lambda x: x[None], told)
 
 
 def _biased(logits_BTV: jax.Array, asked: Asked) -> jax.Array:

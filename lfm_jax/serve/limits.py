@@ -14,12 +14,14 @@ class Limits:
     """Of a response schema or all tools together, as JSON."""
     seconds: float = 600.0
     """From arrival to the last token."""
+    tokens: int = 1024
+    """Of the answer to a chat that does not say how long it may be."""
     choices: int = 16
     """Continuations of one request: prompts times n."""
 
     def __post_init__(self) -> None:
-        problems = [f"{name} is {getattr(self, name)!r}; it must be above 0"
-                    for name in ("body_bytes", "schema_bytes", "seconds", "choices") if not getattr(self, name) > 0]
+        problems = [f"{field.name} is {getattr(self, field.name)!r}; it must be above 0"
+                    for field in dataclasses.fields(self) if not getattr(self, field.name) > 0]
         if problems:
             raise ValueError("Limits are not valid:\n" + "\n".join(f"  - {p}" for p in problems))
 

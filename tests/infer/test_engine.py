@@ -1,5 +1,6 @@
 """The engine: what a request gets is its own, whoever runs beside it; limits; news; nothing compiled on the way."""
 
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 
 from lfm_jax.config import ModelConfig
-from lfm_jax.infer.engine import Engine, chunk_width, chunk_widths
+from lfm_jax.infer.engine import Engine
 from lfm_jax.infer.engine_config import EngineConfig
 from lfm_jax.infer.generate import generate_tokens
+from lfm_jax.infer.pool import chunk_width, chunk_widths
 from lfm_jax.infer.prefix_cache import PrefixCache
 from lfm_jax.infer.request import EngineFullError, Request
 from lfm_jax.infer.sampling import Sampling
@@ -114,7 +116,7 @@ def test_500_mixes_give_each_request_what_it_gets_alone():
 
 def programs_of(made):
     return [(f"{pool.shape.length} {name}", program) for pool in made._pools
-            for name, program in pool.programs._asdict().items()]
+            for name, program in vars(pool._programs).items() if hasattr(program, "_cache_size")]
 
 
 def test_as_generate_where_the_best_two_are_apart():
@@ -357,7 +359,7 @@ def test_memory_is_counted_before_anything_is_made():
     memory = config.memory(model().config)
     made = Engine(model(), config)
     for pool in made._pools:
-        held = sum(x.nbytes for x in jax.tree.leaves(pool.slots))
+        held = sum(x.nbytes for x in jax.tree.leaves(pool._slots))
         assert memory[f"{pool.shape.slots} slots of {pool.shape.length} tokens"] == held
     assert memory["parameters"] == 4 * model().config.num_params()
     assert memory["prefix cache"] == 1000
@@ -396,6 +398,27 @@ def test_closing_without_draining_ends_everything():
     assert {each.finish[0] for each in heard} <= {"cancelled", "length"}
     assert "cancelled" in {each.finish[0] for each in heard}
     assert made.running() == made.waiting() == 0
+
+
+def test_a_failure_is_told_to_everyone_and_nobody_waits(monkeypatch, capsys):
+    made = Engine(model(), CONFIG)
+    made.serve()
+    monkeypatch.setattr(made._pools[0], "generate", lambda: 1 / 0)
+    heard = []
+    with contextlib.suppress(RuntimeError):  # It may have failed before it takes the last of them.
+        for n in (1, 2, 2, 3, 6, 6, 1):
+            each = Heard(n)
+            made.submit(Request(prompt=[1, 2], max_new_tokens=9, n=n), each)
+            heard.append(each)
+    made._thread.join(60)
+    assert len(heard) >= 1
+    assert {finish for each in heard for finish in each.finish} == {"failed"}
+    assert "ZeroDivisionError" in made.failure
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="the engine has failed"):
+        made.submit(Request(prompt=[1]), Heard())
+    assert made.running() == made.waiting() == 0
+    made.close()
 
 
 def test_chunk_shapes():

@@ -32,9 +32,9 @@ def test_as_on_one_device(sizes):
                        sliding_window=8)
     expected = Engine(model, CONFIG).complete(requests())
     made = Engine(model, CONFIG, mesh_of(**sizes))
-    used = {d for pool in made._pools for x in jax.tree.leaves(pool.slots) for d in x.devices()}
+    used = {d for pool in made._pools for x in jax.tree.leaves(pool._slots) for d in x.devices()}
     assert len(used) == np.prod(list(sizes.values()))
-    kv = next(s for s in made._pools[0].slots.state.layers if hasattr(s, "k_BSKH"))
+    kv = next(s for s in made._pools[0]._slots.state.layers if hasattr(s, "k_BSKH"))
     assert kv.k_BSKH.addressable_shards[0].data.shape[2] == 2 // sizes.get("tensor", 1)
     assert made.complete(requests()) == expected
     assert made.counts["cached_tokens"] > 0

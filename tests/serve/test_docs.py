@@ -60,7 +60,7 @@ def test_commands_run(desk, monkeypatch):
         open_service = staticmethod(lambda path, dtype, engine, mesh: asked.update(path=path, engine=engine))
         serve = staticmethod(lambda *args: asked.update(args=args))
 
-    monkeypatch.setattr(cli, "_serving", lambda: Run)
+    monkeypatch.setattr(cli, "_serving", lambda module: Run)
     with pytest.raises(SystemExit) as status:
         cli.main(serve)
     assert status.value.code == 0

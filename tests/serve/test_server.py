@@ -174,7 +174,7 @@ BAD = {
     "unknown field": (dict(nonsense=1), "nonsense"),
     "penalty": (dict(frequency_penalty=0.5), "frequency_penalty"),
     "temperature": (dict(temperature=-1), "temperature"),
-    "too many": (dict(n=7), "n is 7; at most 6"),
+    "too many": (dict(n=7), "n is 7 for 1 prompts; at most 6"),
     "too long": (dict(max_tokens=9999), "more than the longest slot, 1024"),
     "bias": (dict(logit_bias={"x": 1}), "logit_bias"),
     "bias beyond": (dict(logit_bias={"99999": 1}), "token ids lie in"),
@@ -252,6 +252,27 @@ def test_a_client_that_leaves_frees_its_slots(server, client):
         client.with_options(timeout=0.05).chat.completions.create(**asked)
     wait_until_idle(server)
     assert metric(server, 'lfm_continuations_total{finish="cancelled"}') > cancelled
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_while_it_waits_is_noticed(server, client, stream):
+    long = dict(model="tiny", messages=HELLO, max_tokens=900, n=6, temperature=1.0, stream=True,
+                logit_bias={str(i): -100 for i in (2, 7)})
+    busy = client.chat.completions.create(**long)
+    next(iter(busy))
+    headers = {"Authorization": f"Bearer {KEY}"}
+    body = dict(model="tiny", messages=HELLO, max_tokens=900, n=6, stream=stream)
+    with pytest.raises(httpx.ReadTimeout), httpx.stream(
+        "POST", f"{server}/v1/chat/completions", headers=headers, json=body, timeout=0.1
+    ) as answer:
+        answer.read()
+    until = time.monotonic() + 5
+    while metric(server, "lfm_waiting"):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert metric(server, "lfm_slots_in_use") == 6  # The one before is still at it.
+    busy.close()
+    wait_until_idle(server)
 
 
 def test_too_many_wait(server, client):

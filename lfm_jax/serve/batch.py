@@ -1,14 +1,11 @@
-"""`lfm serve` and `lfm batch`: a service from a path, an address, a file."""
+"""`lfm batch`: a file of requests answered offline, through the application of the server but without a network."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import json
 import os
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,98 +14,18 @@ from typing import Any
 from fastapi import FastAPI
 
 from lfm_jax.data.manifest import locked
-from lfm_jax.infer.engine_config import EngineConfig
 from lfm_jax.infer.sampling import GREEDY, Sampling
 from lfm_jax.infer.service import Service
-from lfm_jax.serve.app import error_body, make_app
-from lfm_jax.serve.limits import LIMITS, Limits
+from lfm_jax.serve.app import make_app
+from lfm_jax.serve.errors import RefusalError
+from lfm_jax.serve.launch import say
 
-KEY_VARIABLE = "LFM_API_KEY"
 URLS = ("/v1/chat/completions", "/v1/completions")
-"""What a line of a batch may ask for."""
-
-
-def open_service(path: Path, dtype: str | None, engine: EngineConfig, mesh: tuple[int, int]) -> Service:
-    """A service of the model at `path`, compiled; says what it does on stderr.
-
-    Args:
-      mesh: replicas, and devices of each one.
-
-    Raises:
-      ValueError: a path without model or tokenizer, or what `Engine` refuses.
-    """
-    from lfm_jax.convert.hf import chat_template
-    from lfm_jax.loading import load
-    from lfm_jax.sharding import make_mesh
-
-    keep_compiled()
-    model, tokenizer = load(path, dtype)
-    if tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer.json; put the checkpoint's own beside its weights")
-    data, tensor = mesh
-    over = None if data * tensor == 1 else make_mesh(data=data, tensor=tensor)
-    service = Service(model, tokenizer, chat_template(path), engine, over)
-    for name, size in service.engine.memory.items():
-        _say(f"{size / 2**20:10,.1f} MiB  {name}")
-    began = time.monotonic()
-    _say("compiling")
-    count = service.engine.warm_up()
-    _say(f"{count} programs ready after {time.monotonic() - began:.0f} s")
-    return service
-
-
-def keep_compiled() -> None:
-    """Keeps compiled programs between starts, unless JAX has been told where already."""
-    import jax
-
-    if jax.config.jax_compilation_cache_dir is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "lfm_jax" / "compiled"))
-
-
-def check_address(host: str, api_key: str | None) -> None:
-    """Raises ValueError for an address that others reach, without a key."""
-    try:
-        private = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        private = host == "localhost"
-    if not private and not api_key:
-        raise ValueError(f"host {host} can be reached from elsewhere: set a key in {KEY_VARIABLE}, or keep 127.0.0.1")
-
-
-def serve(
-    service: Service, name: str, host: str, port: int, sampling: Sampling, limits: Limits, drain_seconds: int
-) -> None:
-    """Serves until SIGINT or SIGTERM; then takes no more, and lets what runs end within `drain_seconds`."""
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            """As in uvicorn, but a signal that has been obeyed is not raised once more at the end."""
-            before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-            try:
-                yield
-            finally:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
-
-    api_key = os.environ.get(KEY_VARIABLE) or None
-    check_address(host, api_key)
-    app = make_app(service, name, api_key=api_key, sampling=sampling, limits=limits)
-    _say(f"serving {name} on http://{host}:{port}{'' if api_key else ', no key asked for'}")
-    Server(uvicorn.Config(
-        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=drain_seconds, server_header=False,
-        h11_max_incomplete_event_size=2**16,
-    )).run()
-
-
-# -------------------------------------------------------------------- batch
+"""What a line may ask for."""
 
 
 def batch(
-    service: Service, name: str, source: Path, target: Path, *, shard: str = "0/1", sampling: Sampling = GREEDY,
-    limits: Limits = LIMITS,
+    service: Service, name: str, source: Path, target: Path, *, shard: str = "0/1", sampling: Sampling = GREEDY
 ) -> int:
     """Answers every line of a file in OpenAI's batch format; goes on with what an earlier call left.
 
@@ -132,8 +49,8 @@ def batch(
     with locked(target.parent, f"{target.name}.lock"):
         done = _kept(target, lines)
         left = {number: line for number, line in lines.items() if number not in done}
-        _say(f"{len(done)} of {len(lines)} lines are done")
-        app = make_app(service, name, sampling=sampling, limits=limits)
+        say(f"{len(done)} of {len(lines)} lines are done")
+        app = make_app(service, name, sampling=sampling)
         service.engine.serve()
         try:
             asyncio.run(_run(app, service, name, left, target, len(lines)))
@@ -199,7 +116,7 @@ async def _run(
                 answered += 1
                 if time.monotonic() - said > 10:
                     said = time.monotonic()
-                    _say(f"{answered} of {total} lines; {service.engine.counts['tokens']} tokens")
+                    say(f"{answered} of {total} lines; {service.engine.counts['tokens']} tokens")
 
         # As many as fill all slots, and some that are ready when one is free.
         workers = 2 * service.engine.slots
@@ -252,11 +169,7 @@ async def call(app: FastAPI, url: str, body: dict[str, Any]) -> tuple[int, Any]:
     try:
         await app(scope, receive, send)
     except Exception as error:  # One line must not end the others.
-        return 500, error_body(500, f"{type(error).__name__}: {error}")
+        return 500, RefusalError(500, f"{type(error).__name__}: {error}").body()
     with contextlib.suppress(ValueError):
         return status, json.loads(b"".join(parts))
     return status, None
-
-
-def _say(text: str) -> None:
-    print(f"lfm: {text}", file=sys.stderr, flush=True)

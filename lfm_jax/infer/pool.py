@@ -1,0 +1,348 @@
+"""Slots of one length on one replica of the model, what runs in them, and what is sent to the device for it.
+
+Dimensions: as in `slots.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lfm_jax.infer.engine_config import EngineConfig
+from lfm_jax.infer.prefix_cache import PrefixCache
+from lfm_jax.infer.request import Event, Listener, Request, TokenLogprob
+from lfm_jax.infer.sampling import to_arrays
+from lfm_jax.infer.slots import NOWHERE, Asked, Slots, SlotShape, Told, programs
+
+if TYPE_CHECKING:
+    from lfm_jax.infer.grammar import Matcher
+
+
+class Ticket:
+    """A request that the engine has taken."""
+
+    def __init__(self, request: Request, listener: Listener, expires: float | None):
+        self.request, self.listener, self.expires = request, listener, expires
+        self.runs: list[Run] = []
+        """One for each continuation, in order, once there are slots for them."""
+        self.ended: set[int] = set()
+        """Continuations that have had their last event."""
+
+    @property
+    def done(self) -> bool:
+        """Every continuation has ended."""
+        return len(self.ended) == self.request.n
+
+    def say(self, event: Event) -> None:
+        """Tells the listener."""
+        if event.finish is not None:
+            self.ended.add(event.choice)
+        self.listener(event)
+
+
+class Run:
+    """One continuation in its slot; `over` from the start where it was cancelled before."""
+
+    def __init__(self, ticket: Ticket, choice: int, pool: Pool, row: int | None):
+        self.ticket, self.choice, self.pool = ticket, choice, pool
+        self.row = NOWHERE if row is None else row
+        self.over = row is None
+        grammar = ticket.request.grammar
+        self.matcher: Matcher | None = None if grammar is None else grammar.copy()
+        self.made = 0
+        """Tokens handed out."""
+        self.taken_in = 0
+        """Tokens of the prompt in the state, if this is the one of its ticket that takes it in."""
+        self.scores: list[TokenLogprob] = []
+        """Of the prompt, until the first event."""
+
+    @property
+    def request(self) -> Request:
+        return self.ticket.request
+
+
+@dataclasses.dataclass
+class Sent:
+    """Tokens under way from the device."""
+
+    told: Told
+    runs: list[tuple[int, Run]]
+    """(row of `told`, its run)."""
+
+
+class Pool:
+    """The slots; methods that send something to the device return what will come back."""
+
+    def __init__(
+        self, graphdef: Any, params: Any, mesh: Mesh, shape: SlotShape, config: EngineConfig, cache: PrefixCache
+    ):
+        self.mesh, self.shape, self.cache = mesh, shape, cache
+        self._params, self._config = params, config
+        self._programs = programs(graphdef, shape)
+        with jax.set_mesh(mesh):
+            self._slots: Slots = shape.init()
+        self.rows: list[Run | None] = [None] * shape.slots
+        self.prefilling: list[Run] = []
+        """Runs whose prompts are being taken in, oldest first."""
+        self.live: set[Run] = set()
+        """Runs that generate."""
+        sizes = {shape.slots}
+        while (smallest := min(sizes)) > 4:
+            sizes.add(-(-smallest // 4))
+        self._row_counts = sorted(sizes)
+        """How many rows a dispatch may have."""
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.prefilling or self.live)
+
+    @property
+    def matching(self) -> bool:
+        """Something that generates follows a grammar."""
+        return any(run.matcher is not None for run in self.live)
+
+    def free(self) -> list[int]:
+        """Slots without a run."""
+        return [i for i, run in enumerate(self.rows) if run is None]
+
+    def admit(self, ticket: Ticket) -> int:
+        """Gives slots to a ticket, which must be there; how many tokens of its prompt the cache had."""
+        free = iter(self.free())
+        for i in range(ticket.request.n):
+            run = Run(ticket, i, self, None if i in ticket.ended else next(free))
+            if not run.over:
+                self.rows[run.row] = run
+            ticket.runs.append(run)
+        first = next(run for run in ticket.runs if not run.over)
+        self.prefilling.append(first)
+        if not ticket.request.prompt_logprobs:  # They must be computed.
+            self._restore(first)
+        return first.taken_in
+
+    def release(self, run: Run, *, stop: bool) -> None:
+        """Frees a slot; the device need not be told (`stop`) where the row came to its end there."""
+        run.over = True
+        if stop and run in self.live:
+            with jax.set_mesh(self.mesh):
+                self._slots = self._programs.stop(self._slots, np.array([run.row], np.int32))
+        self.live.discard(run)
+        self.rows[run.row] = None
+        if run in self.prefilling:
+            self.prefilling.remove(run)
+            # Others of its ticket were to be forked from it; one of them begins anew.
+            heir = next((other for other in run.ticket.runs if not other.over), None)
+            if heir is not None:
+                self.prefilling.append(heir)
+
+    # ---------------------------------------------------------------- prompts
+
+    def _restore(self, run: Run) -> None:
+        """Puts what the cache has of the prompt into the slot."""
+        C, prompt = self._config.chunk, run.request.prompt
+        with jax.set_mesh(self.mesh):
+            for part in self.cache.find(prompt):
+                tokens_C = np.asarray(prompt[run.taken_in : run.taken_in + C], np.int32)
+                self._slots = self._programs.restore(
+                    self._slots, np.int32(run.row), np.int32(run.taken_in), part, tokens_C
+                )
+                run.taken_in += C
+
+    def take_in(self) -> list[Sent]:
+        """One chunk of the oldest prompt under way, and of others that share its shape."""
+        width, scored = shape = self._chunk_shape(self.prefilling[0])
+        R, C = self._config.prefill_rows, self._config.chunk
+        runs = [run for run in self.prefilling if self._chunk_shape(run) == shape][:R]
+        rows_R, length_R, fresh_R = np.full(R, NOWHERE, np.int32), np.zeros(R, np.int32), np.zeros(R, bool)
+        tokens_RC, targets_RC = np.zeros((R, width), np.int32), np.zeros((R, width), np.int32)
+        for r, run in enumerate(runs):
+            prompt, begin = run.request.prompt, run.taken_in
+            part, following = prompt[begin : begin + C], prompt[begin + 1 : begin + 1 + C]
+            rows_R[r], length_R[r], fresh_R[r] = run.row, len(part), begin == 0
+            tokens_RC[r, : len(part)], targets_RC[r, : len(following)] = part, following
+            run.taken_in += len(part)
+        args = (self._params, self._slots, rows_R, tokens_RC, length_R, fresh_R)
+        if scored:
+            self._slots, logits_RV, told = self._programs.score(*args, targets_RC)
+            told = jax.tree.map(np.asarray, told)
+            for r, run in enumerate(runs):
+                # Nothing follows the prompt's last token.
+                known = length_R[r] - (run.taken_in == len(run.request.prompt))
+                run.scores += logprobs(told, r, np.arange(width)[None] < known, run.request.logprobs)
+        else:
+            self._slots, logits_RV = self._programs.prefill(*args)
+        for run in runs:
+            self._keep(run)
+        finished = [(r, run) for r, run in enumerate(runs) if run.taken_in == len(run.request.prompt)]
+        return self._begin(logits_RV, finished)
+
+    def _chunk_shape(self, run: Run) -> tuple[int, bool]:
+        """(tokens, whether they are scored) of the dispatch that takes in the next chunk of a prompt."""
+        left = len(run.request.prompt) - run.taken_in
+        return chunk_width(left, self._config.chunk), run.request.prompt_logprobs
+
+    def _keep(self, run: Run) -> None:
+        """Gives the block that has just been taken in to the cache, if it is whole."""
+        C, prompt = self._config.chunk, run.request.prompt
+        if run.taken_in % C == 0 and self.cache.wants(prompt, run.taken_in // C):
+            part = self._programs.snapshot(self._slots, np.int32(run.row), np.int32(run.taken_in - C), length=C)
+            self.cache.add(prompt, run.taken_in // C, part)
+
+    def _begin(self, logits_RV: jax.Array, finished: Sequence[tuple[int, Run]]) -> list[Sent]:
+        """Chooses the first tokens of continuations whose prompts have been taken in."""
+        R = self._config.prefill_rows
+        starts: list[tuple[int, Run]] = []
+        for r, first in finished:
+            self.prefilling.remove(first)
+            runs = [run for run in first.ticket.runs if not run.over]
+            for some in _groups([run.row for run in runs if run is not first], R):
+                self._slots = self._programs.fork(self._slots, np.int32(first.row), _filled(some, R, NOWHERE))
+            for run in runs:
+                run.scores = first.scores
+            starts += [(r, run) for run in runs]
+        sent = []
+        for some in _groups(starts, R):
+            runs = [run for _, run in some]
+            source_R, rows_R = _filled([r for r, _ in some], R, 0), _filled([run.row for run in runs], R, NOWHERE)
+            masks_RW = _masks([run.matcher for run in runs], R, self.shape.mask_words)
+            asked = _asked(runs, R, self.shape)
+            self._slots, told = self._programs.start(self._slots, logits_RV, source_R, rows_R, asked, masks_RW)
+            sent.append(_send(told, list(enumerate(runs))))
+            self.live.update(runs)
+        return sent
+
+    # ---------------------------------------------------------------- generation
+
+    def generate(self) -> Sent:
+        """Some steps of all that generate; one step where something follows a grammar.
+
+        Then every token so far must have been handed out, and the host makes the masks while the device takes in the
+        tokens that were chosen last.
+        """
+        highest = max(run.row for run in self.live) + 1
+        rows = next(n for n in self._row_counts if n >= highest)
+        if self.matching:
+            self._slots, logits_bV = self._programs.advance(self._params, self._slots, rows=rows)
+            by_row = {run.row: run.matcher for run in self.live}
+            masks_bW = _masks([by_row.get(row) for row in range(rows)], rows, self.shape.mask_words)
+            self._slots, told = self._programs.choose(self._slots, logits_bV, masks_bW, rows=rows)
+        else:
+            self._slots, told = self._programs.decode(
+                self._params, self._slots, np.int32(self._config.steps), rows=rows,
+                plain=all(_is_plain(run.request) for run in self.live),
+            )
+        return _send(told, [(run.row, run) for run in self.live])
+
+    # ---------------------------------------------------------------- before anything runs
+
+    def warm_up(self) -> int:
+        """Compiles all programs; how many there are."""
+        run, shape, config = self._programs, self.shape, self._config
+        R, count = config.prefill_rows, 3
+        nowhere_R, no_R, logits_RV = np.full(R, NOWHERE, np.int32), np.zeros(R, np.int32), None
+        with jax.set_mesh(self.mesh):
+            for width in chunk_widths(shape.length, config.chunk):
+                tokens_RC = np.zeros((R, width), np.int32)
+                args = (nowhere_R, tokens_RC, no_R, no_R != 0)
+                self._slots, logits_RV = run.prefill(self._params, self._slots, *args)
+                if config.max_logprobs:
+                    self._slots, logits_RV, _ = run.score(self._params, self._slots, *args, tokens_RC)
+                count += 1 + bool(config.max_logprobs)
+            masks_RW = _masks([None] * R, R, shape.mask_words)
+            self._slots, _ = run.start(self._slots, logits_RV, no_R, nowhere_R, shape.asked(R), masks_RW)
+            self._slots = run.fork(self._slots, np.int32(0), nowhere_R)
+            self._slots = run.stop(self._slots, nowhere_R[:1])
+            for rows in self._row_counts:
+                for plain in (False, True):
+                    self._slots, _ = run.decode(self._params, self._slots, np.int32(0), rows=rows, plain=plain)
+                self._slots, logits_bV = run.advance(self._params, self._slots, rows=rows)
+                masks_bW = _masks([None] * rows, rows, shape.mask_words)
+                self._slots, _ = run.choose(self._slots, logits_bV, masks_bW, rows=rows)
+                count += 4
+            C = config.chunk
+            if config.prefix_cache_bytes and shape.length > C:
+                part = run.snapshot(self._slots, np.int32(0), np.int32(0), length=C)
+                self._slots = run.restore(self._slots, np.int32(NOWHERE), np.int32(0), part, np.zeros(C, np.int32))
+                count += 2
+        jax.block_until_ready(self._slots)
+        return count
+
+
+def _send(told: Told, runs: list[tuple[int, Run]]) -> Sent:
+    for leaf in jax.tree.leaves(told):
+        leaf.copy_to_host_async()
+    return Sent(told, runs)
+
+
+def _is_plain(request: Request) -> bool:
+    return (request.sampling.temperature == 0 and request.sampling.repetition_penalty == 1 and not request.logit_bias
+            and not request.min_new_tokens and request.logprobs is None)
+
+
+def chunk_width(tokens: int, chunk: int) -> int:
+    """The shape that the next `tokens` tokens of a prompt are taken in with: a power of 2 from 16 to `chunk`."""
+    return min(chunk, max(16, 1 << (tokens - 1).bit_length()))
+
+
+def chunk_widths(most: int, chunk: int) -> list[int]:
+    """All shapes of prompts up to `most` tokens."""
+    return sorted({chunk_width(n, chunk) for n in (*(1 << i for i in range(most.bit_length())), most)})
+
+
+def _asked(runs: Sequence[Run], R: int, shape: SlotShape) -> Asked:
+    """What requests ask for, as arrays of R rows."""
+    requests = [run.request for run in runs]
+    V, M, P = shape.config.vocab_size, shape.max_stop_ids, shape.max_biases
+    samplings = [run.request.choice_sampling(run.choice) for run in runs]
+    params, _ = to_arrays(samplings + [samplings[0]] * (R - len(runs)), V)
+    stop_ids_RM, bias_ids_RP = np.full((R, M), -1, np.int32), np.full((R, P), V, np.int32)
+    bias_RP = np.zeros((R, P), np.float32)
+    for r, request in enumerate(requests):
+        ids = request.stop_ids or ()
+        stop_ids_RM[r, : len(ids)] = ids
+        bias_ids_RP[r, : len(request.logit_bias)] = list(request.logit_bias)
+        bias_RP[r, : len(request.logit_bias)] = list(request.logit_bias.values())
+    return Asked(
+        sampling=params, budget_B=_filled([q.max_new_tokens for q in requests], R, 0),
+        least_B=_filled([q.min_new_tokens for q in requests], R, 0), stop_ids_BM=jnp.asarray(stop_ids_RM),
+        bias_ids_BP=jnp.asarray(bias_ids_RP), bias_BP=jnp.asarray(bias_RP),
+        draft_B=_filled([q.grammar is None and q.sampling.repetition_penalty == 1 for q in requests], R, False),
+        logprobs_B=_filled([q.logprobs is not None for q in requests], R, False),
+    )
+
+
+def _groups[X](items: Sequence[X], size: int) -> Iterable[Sequence[X]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def _filled(values: Sequence[Any], size: int, filler: Any) -> Any:
+    return np.array([*values, *[filler] * (size - len(values))], bool if isinstance(filler, bool) else np.int32)
+
+
+def _masks(matchers: Sequence[Matcher | None], rows: int, words: int) -> np.ndarray:
+    """Bits of the tokens that each row may have next; all of them where no grammar says."""
+    masks_BW = np.full((rows, words), 0xFFFFFFFF, np.uint32)
+    if any(matcher is not None for matcher in matchers):
+        from lfm_jax.infer.grammar import fill_masks
+
+        fill_masks(matchers, masks_BW[: len(matchers)])
+    return masks_BW
+
+
+def logprobs(told: Told, row: int, real_NT: np.ndarray, most: int | None) -> list[TokenLogprob]:
+    """What was told of a row's tokens where they are real."""
+
+    def of_row(x: Any) -> list[Any]:
+        assert x is not None  # The engine refuses requests for what its programs do not tell.
+        return np.asarray(x)[:, row][real_NT].tolist()
+
+    columns = zip(of_row(told.token), of_row(told.logprob), of_row(told.best), of_row(told.best_logprob), strict=True)
+    return [
+        TokenLogprob(token, logprob, tuple(zip(best[:most], best_logprob[:most], strict=True)))
+        for token, logprob, best, best_logprob in columns
+    ]

@@ -1,0 +1,36 @@
+"""Errors in the form of OpenAI's API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lfm_jax.infer.service import Piece
+
+KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
+         405: "invalid_request_error", 413: "invalid_request_error", 429: "rate_limit_error", 500: "server_error",
+         503: "server_error", 504: "timeout_error"}
+"""What errors are called, by status."""
+
+
+class RefusalError(Exception):
+    """A request that gets an error instead of an answer."""
+
+    def __init__(self, status: int, message: str, code: str | None = None):
+        super().__init__(message)
+        self.status, self.message, self.code = status, message, code
+
+    def body(self) -> dict[str, Any]:
+        """As clients read it."""
+        kind = KINDS.get(self.status, "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
+
+
+def broken(piece: Piece) -> RefusalError | None:
+    """The error of a continuation whose end is no answer."""
+    if piece.finish == "deadline":
+        return RefusalError(504, "the answer took too long")
+    if piece.finish == "failed":
+        return RefusalError(500, f"the answer cannot be finished: {piece.reason}")
+    if piece.finish == "cancelled":
+        return RefusalError(503, "the server is closing")
+    return None

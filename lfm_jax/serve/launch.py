@@ -1,0 +1,100 @@
+"""`lfm serve`: a service from a path, and the process that offers it on an address."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from lfm_jax.infer.engine_config import EngineConfig
+from lfm_jax.infer.sampling import Sampling
+from lfm_jax.infer.service import Service
+from lfm_jax.serve.app import make_app
+from lfm_jax.serve.limits import Limits
+
+KEY_VARIABLE = "LFM_API_KEY"
+
+
+def open_service(path: Path, dtype: str | None, engine: EngineConfig, mesh: tuple[int, int]) -> Service:
+    """A service of the model at `path`, compiled; says what it does on stderr.
+
+    Args:
+      mesh: replicas, and devices of each one.
+
+    Raises:
+      ValueError: a path without model or tokenizer, or what `Engine` refuses.
+    """
+    from lfm_jax.convert.hf import chat_template
+    from lfm_jax.loading import load
+    from lfm_jax.sharding import make_mesh
+
+    keep_compiled()
+    model, tokenizer = load(path, dtype)
+    if tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer.json; put the checkpoint's own beside its weights")
+    data, tensor = mesh
+    over = None if data * tensor == 1 else make_mesh(data=data, tensor=tensor)
+    service = Service(model, tokenizer, chat_template(path), engine, over)
+    for name, size in service.engine.memory.items():
+        say(f"{size / 2**20:10,.1f} MiB  {name}")
+    began = time.monotonic()
+    say("compiling")
+    count = service.engine.warm_up()
+    say(f"{count} programs ready after {time.monotonic() - began:.0f} s")
+    return service
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs between starts, unless JAX has been told where already."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "lfm_jax" / "compiled"))
+
+
+def check_address(host: str, api_key: str | None) -> None:
+    """Raises ValueError for an address that others reach, without a key."""
+    try:
+        private = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        private = host == "localhost"
+    if not private and not api_key:
+        raise ValueError(f"host {host} can be reached from elsewhere: set a key in {KEY_VARIABLE}, or keep 127.0.0.1")
+
+
+def serve(
+    service: Service, name: str, host: str, port: int, sampling: Sampling, limits: Limits, drain_seconds: int
+) -> None:
+    """Serves until SIGINT or SIGTERM; then takes no more, and lets what runs end within `drain_seconds`."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """As in uvicorn, but a signal that has been obeyed is not raised once more at the end."""
+            before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    api_key = os.environ.get(KEY_VARIABLE) or None
+    check_address(host, api_key)
+    app = make_app(service, name, api_key=api_key, sampling=sampling, limits=limits)
+    say(f"serving {name} on http://{host}:{port}{'' if api_key else ', no key asked for'}")
+    Server(uvicorn.Config(
+        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=drain_seconds, server_header=False,
+        h11_max_incomplete_event_size=2**16,
+    )).run()
+
+
+def say(text: str) -> None:
+    """One line on stderr."""
+    print(f"lfm: {text}", file=sys.stderr, flush=True)
