@@ -332,9 +332,9 @@ def bench(
 
         print(bench_kernels(repeats=repeats))
     elif suite == "serve":
-        from lfm_jax.bench.serve import ServeBench, bench_serve
+        from lfm_jax.bench.serve import bench_serve
 
-        print(bench_serve(ServeBench(preset=preset, repeats=repeats)))
+        print(bench_serve(preset=preset, repeats=repeats))
     elif suite == "train":
         from lfm_jax.bench.train import bench_train
 

@@ -22,7 +22,7 @@ from flax import nnx
 from lfm_jax.bench.model import _Peer
 from lfm_jax.bench.timing import Row, conditions, interleave, table
 from lfm_jax.chips import chip_of
-from lfm_jax.config import PRESETS, ModelConfig
+from lfm_jax.config import ModelConfig
 from lfm_jax.infer.engine import Engine
 from lfm_jax.infer.engine_config import EngineConfig
 from lfm_jax.infer.generate import generate_tokens
@@ -34,48 +34,33 @@ EQUAL, SPREAD = 48, (16, 256)
 """Tokens a request on a CPU: all the same, and drawn from a range."""
 PROMPT = 64
 CONTEXTS = (1024, 8192, 32_768)
+"""At which a step of decoding is timed."""
 SHAPES = ((512, 512), (1024, 128))
 """(prompt, generated) tokens of a request on an accelerator."""
 CONCURRENCY = (1, 8, 64, 256, 1024, 2048)
+"""Requests at one time, on an accelerator."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ServeBench:
-    """What to measure. On an accelerator the whole of it takes under 8 minutes."""
+def bench_serve(*, preset: str = "lfm2.5-350m", repeats: int = 3, toy: bool = False) -> str:
+    """Measures and returns a Markdown report; says on stderr what it is at.
 
-    preset: str = "lfm2.5-350m"
-    concurrency: tuple[int, ...] = CONCURRENCY
-    """Of the rows on an accelerator."""
-    contexts: tuple[int, ...] = CONTEXTS
-    """At which one step of decoding is timed."""
-    repeats: int = 3
-    """Timed runs of which the median counts, on a CPU and for contexts."""
-    toy: bool = False
-    """A small model and short runs, to try the command."""
-
-    def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset is {self.preset!r}; choose of {', '.join(sorted(PRESETS))}")
-
-    def model(self) -> ModelConfig:
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        config = ModelConfig.preset(self.preset).replace(param_dtype=dtype, dtype=dtype)
-        if self.toy:
-            config = config.replace(hidden_size=64, ffn_size=128, num_heads=4, num_kv_heads=2, head_dim=16,
-                                    vocab_size=512)
-        return config
-
-
-def bench_serve(bench: ServeBench) -> str:
-    """Measures and returns a Markdown report; says on stderr what it is at."""
-    config = bench.model()
-    model = LFM(config, rngs=nnx.Rngs(0))
+    Args:
+      preset: shape of the model, with random weights: float32 on a CPU, bfloat16 elsewhere.
+      repeats: timed runs of which the median counts; on an accelerator throughput is measured once.
+      toy: a small model and short runs, to try the command.
+    """
     on_cpu = jax.default_backend() == "cpu"
-    parts = [f"{config.num_params():,} parameters, {config.dtype}; {jax.devices()[0].device_kind}.\n"
-             + conditions("jax", "jaxlib", "flax", "torch", "transformers")]
-    parts.append(_beside_transformers(model, bench) if on_cpu else _throughput(model, bench))
-    parts.append(_contexts(model, bench))
-    return "\n\n".join(parts)
+    dtype = "float32" if on_cpu else "bfloat16"
+    config = ModelConfig.preset(preset).replace(param_dtype=dtype, dtype=dtype)
+    if toy:
+        config = config.replace(
+            hidden_size=64, ffn_size=128, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=512,
+        )
+    model = LFM(config, rngs=nnx.Rngs(0))
+    head = (f"{config.num_params():,} parameters, {dtype}; {jax.devices()[0].device_kind}.\n"
+            + conditions("jax", "jaxlib", "flax", "torch", "transformers"))
+    rows = _beside_transformers(model, repeats, toy) if on_cpu else _throughput(model, toy)
+    return "\n\n".join([head, rows, _contexts(model, repeats)])
 
 
 # -------------------------------------------------------------------- runs
@@ -127,11 +112,11 @@ def _engine(model: LFM, slots: int, length: int, **changes: Any) -> Engine:
 # -------------------------------------------------------------------- on a CPU
 
 
-def _beside_transformers(model: LFM, bench: ServeBench) -> str:
+def _beside_transformers(model: LFM, repeats: int, toy: bool) -> str:
     """Rows beside `transformers` with the same weights, in turn in one process."""
     config, peer, slots = model.config, _Peer.build(model), 16
-    equal = 6 if bench.toy else EQUAL
-    low, high = (2, 12) if bench.toy else SPREAD
+    equal = 6 if toy else EQUAL
+    low, high = (2, 12) if toy else SPREAD
     rng = np.random.default_rng(1)
     spread = rng.integers(low, high + 1, slots).tolist()
     engine = _engine(model, slots, PROMPT + high, steps=32)
@@ -146,7 +131,7 @@ def _beside_transformers(model: LFM, bench: ServeBench) -> str:
         tasks: list[Callable[[], object]] = [lambda: _run(engine, requests)]
         if peer is not None:
             tasks.append(peer_run)
-        times = interleave(tasks, bench.repeats)
+        times = interleave(tasks, repeats)
         rows.append(Row(name, times[0], times[1] if len(times) > 1 else None, target))
 
     one = _requests(config, PROMPT, [equal])
@@ -158,7 +143,7 @@ def _beside_transformers(model: LFM, bench: ServeBench) -> str:
     ]
     if peer is not None:
         tasks += [lambda n=request.max_new_tokens: peer.generate(batch(one), n) for request in single]
-    times = interleave(tasks, bench.repeats)
+    times = interleave(tasks, repeats)
     each = [(times[i + 1] - times[i]) / equal for i in range(0, len(times), 2)]
     rows.append(Row("one token at batch 1, `lfm.generate`", each[0], each[1] if len(each) > 1 else None, 2.0))
     row(f"{slots} requests, {equal} tokens each", [equal] * slots, 1.7,
@@ -169,7 +154,7 @@ def _beside_transformers(model: LFM, bench: ServeBench) -> str:
     ])
     _say("time to the first token")
     clock = _run(engine, _requests(config, PROMPT, spread * 2))
-    alone = statistics.median(_run(engine, one).first[0] for _ in range(bench.repeats))
+    alone = statistics.median(_run(engine, one).first[0] for _ in range(repeats))
     first = (f"Time to the first token: {alone * 1e3:.0f} ms alone; of {2 * slots} requests at once for {slots} slots "
              f"median {statistics.median(clock.first) * 1e3:.0f} ms, longest {max(clock.first) * 1e3:.0f} ms.")
     return f"Prompts of {PROMPT} tokens, greedy.\n\n{table(rows, 'transformers')}\n\n{first}"
@@ -178,12 +163,12 @@ def _beside_transformers(model: LFM, bench: ServeBench) -> str:
 # -------------------------------------------------------------------- on an accelerator
 
 
-def _throughput(model: LFM, bench: ServeBench) -> str:
+def _throughput(model: LFM, toy: bool) -> str:
     """Output tokens a second by concurrency, beside what memory and arithmetic allow."""
     lines = ["| prompt / generated | concurrency | output tokens/s | of the roofline | first token, median |",
              "|---|---|---|---|---|"]
-    for prompt, made in SHAPES if not bench.toy else ((32, 16),):
-        for concurrency in bench.concurrency:
+    for prompt, made in SHAPES if not toy else ((32, 16),):
+        for concurrency in CONCURRENCY:
             try:
                 lines.append(_row_of(model, prompt, made, concurrency))
             except (ValueError, jax.errors.JaxRuntimeError) as error:  # Above all memory; the others are worth having.
@@ -227,7 +212,7 @@ def roofline(config: ModelConfig, prompt: int, made: int, concurrency: int) -> f
 # -------------------------------------------------------------------- long contexts
 
 
-def _contexts(model: LFM, bench: ServeBench) -> str:
+def _contexts(model: LFM, repeats: int) -> str:
     """One step of decoding after contexts of several lengths, beside a model of the same size with attention alone."""
     config = model.config
     dense = config.replace(layer_types=("full_attention",) * config.num_layers)
@@ -237,9 +222,9 @@ def _contexts(model: LFM, bench: ServeBench) -> str:
              "| context | hybrid | all attention | ratio | state of the hybrid | of all attention |",
              "|---|---|---|---|---|---|"]
     steps = {config: _step(model), dense: _step(LFM(dense, rngs=nnx.Rngs(0)))}
-    for context in bench.contexts:
+    for context in CONTEXTS:
         _say(f"a step at {context} tokens")
-        ours, theirs = interleave([steps[c](context) for c in (config, dense)], bench.repeats)
+        ours, theirs = interleave([steps[c](context) for c in (config, dense)], repeats)
         size = [c.state_bytes(context) / 2**20 for c in (config, dense)]
         lines.append(f"| {context:,} | {ours * 1e3:.1f} ms | {theirs * 1e3:.1f} ms | {theirs / ours:.2f}x | "
                      f"{size[0]:.1f} MiB | {size[1]:.1f} MiB |")
@@ -281,4 +266,4 @@ def _say(text: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m lfm_jax.bench.serve")
     parser.add_argument("--toy", action="store_true", help="a small model and short runs, to try the command")
-    print(bench_serve(ServeBench(toy=parser.parse_args().toy)))
+    print(bench_serve(toy=parser.parse_args().toy))
