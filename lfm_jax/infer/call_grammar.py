@@ -1,7 +1,7 @@
-"""Lark rules for tool calls in LFM2's Pythonic syntax, from the JSON schemas of their parameters.
+"""Lark rules for tool calls as `tools.render_call` writes them, from the JSON schemas of their parameters.
 
-The structure is spelled out here, with Python's words for true, false and null; each string and each number is a
-small JSON schema of its own.
+The structure is spelled out here, with the words of Python or JSON for true, false and null; each string and each
+number is a small JSON schema of its own.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from lfm_jax.infer.json_schema import (
     resolved,
     types,
 )
+from lfm_jax.infer.tools import is_pythonic
 
 _PYTHON = {None: "None", True: "True", False: "False"}
 _JSON = {None: "null", True: "true", False: "false"}
@@ -59,7 +60,7 @@ class CallRules:
         except GrammarError as error:
             raise GrammarError(f"{place}: {error}") from None
         self._only(root, {"type"} | OF_TYPE["object"] - {"patternProperties"}, place)
-        pythonic = all(word.isidentifier() for word in [*root["properties"], *root.get("required", ())])
+        pythonic = is_pythonic(name, [*root["properties"], *root.get("required", ())])
         self._root, self._references, self._words = root, {}, _PYTHON if pythonic else _JSON
         if pythonic:
             return self._rule(f'"{name}(" {self._members(root, place, keywords=True)} ")"')

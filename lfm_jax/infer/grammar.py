@@ -91,9 +91,9 @@ class Grammar:
         """Calls that fit the tools, as LFM2 writes them: `<|tool_call_start|>[f(a="x", b=1), g()]<|tool_call_end|>`.
 
         Arguments are Python literals; they come in the order of `properties`, and the optional ones may be left out.
-        A call with an argument whose name is no identifier is a JSON object, `{"name": "f", "arguments": {...}}`.
-        Objects have no keys beyond their `properties`, where they have any. No string holds `<|`, lest it read as a
-        marker.
+        Where the name of the tool (`get-weather`) or of an argument is no identifier, a call is a JSON object,
+        `{"name": "f", "arguments": {...}}`. Objects have no keys beyond their `properties`, where they have any. No
+        string holds `<|`, lest it read as a marker.
 
         Args:
           tools: as for `tool_schemas`.

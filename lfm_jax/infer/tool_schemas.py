@@ -1,4 +1,4 @@
-"""Schemas of the functions that a model may call: read from Python's hints and docstrings, or given as data and checked.
+"""Schemas of the functions that a model may call: read from Python functions, or given as data and checked.
 
 A schema is plain data, `{"name", "description", "parameters"}`, its parameters a JSON schema of an object.
 """
@@ -60,8 +60,8 @@ def _schema(tool: Tool) -> dict[str, Any]:
 
 def _schema_problems(schema: Mapping[str, Any]) -> Iterator[str]:
     name, parameters = schema.get("name"), schema["parameters"]
-    if not isinstance(name, str) or not _is_name(name):
-        yield f"its name is {name!r}; it must be an identifier, or several with dots between"
+    if not isinstance(name, str) or not name or not f"_{re.sub('[.-]', '', name)}".isidentifier():
+        yield f"its name is {name!r}; it must be made of letters, digits, _, - and dots"
     if not isinstance(schema.get("description", ""), str):
         yield "its description must be a text"
     if not isinstance(parameters, dict) or parameters.get("type") != "object":

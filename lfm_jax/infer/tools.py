@@ -343,7 +343,19 @@ def _number(sign: str, digits: str) -> int | float:
 
 
 def _is_name(name: str) -> bool:
-    return all(part.isidentifier() for part in name.split("."))
+    return all(_is_word(part) for part in name.split("."))
+
+
+def is_pythonic(name: str, keys: Iterable[Any]) -> bool:
+    """Whether a call is written in Python's syntax: its name, perhaps dotted, and its keys are identifiers.
+
+    Those with combining marks are not: letters of their own make a word for the parser.
+    """
+    return _is_name(name) and all(isinstance(key, str) and _is_word(key) for key in keys)
+
+
+def _is_word(name: str) -> bool:
+    return name.isidentifier() and re.fullmatch(r"\w+", name) is not None
 
 
 def render_call(call: ToolCall) -> str:
@@ -356,7 +368,7 @@ def render_call(call: ToolCall) -> str:
     """
     if not call.name:
         raise ValueError("the call of a tool must have a name")
-    if _is_name(call.name) and all(isinstance(key, str) and key.isidentifier() for key in call.arguments):
+    if is_pythonic(call.name, call.arguments):
         return f"{call.name}({', '.join(f'{key}={_literal(value)}' for key, value in call.arguments.items())})"
     # The object itself is one level.
     return f'{{"name": {_literal(call.name)}, "arguments": {_literal(call.arguments, _JSON, 1)}}}'

@@ -23,7 +23,7 @@ from grammars import (
 
 from lfm_jax.infer.grammar import MAX_CALLS, Grammar
 from lfm_jax.infer.json_schema import GrammarError
-from lfm_jax.infer.tools import parse_tool_calls
+from lfm_jax.infer.tools import ToolCall, parse_tool_calls, render_calls
 
 PARAMETERS = {
     "get_weather": WEATHER["parameters"], "trees.plant": PLANT["function"]["parameters"], "ping": {"properties": {}},
@@ -119,6 +119,25 @@ def test_a_name_that_is_no_identifier_makes_a_json_object():
     assert [c.arguments for b in sorted(blocks) for c in parse_tool_calls(b)[1]] == [
         {"a-b": False}, {"a-b": None}, {"a-b": True}, {},
     ]
+
+
+@pytest.mark.parametrize("name", ["get-weather", "mcp.server-1.do_it", "7zip", "-", "straße-1"])
+def test_a_tool_whose_name_is_no_identifier_is_called_by_that_name(name):
+    tools = [WEATHER | {"name": name}, PING]
+    blocks = samples(Grammar.tool_calls(tools, required=True, bounds=SMALL), 40)
+    seen = set()
+    for block in filter(None, blocks):
+        content, calls = parse_tool_calls(block, tools)
+        assert content == ""
+        for call in calls:
+            seen.add(call.name)
+            assert faults(WEATHER["parameters"] if call.name == name else {"maxProperties": 0}, call.arguments) == []
+    assert seen == {name, "ping"}
+    grammar = Grammar.tool_calls([*tools, {"name": "a-b"}], name="a-b", parallel=False)
+    assert set(samples(grammar, 3)) == {render_calls([ToolCall("a-b", {})])}
+    call = ToolCall(name, {"city": "Bern", "unit": True, "days": 2})
+    assert accepts(Grammar.tool_calls(tools), render_calls([call, ToolCall("ping", {})]))
+    assert not accepts(Grammar.tool_calls(tools), f'{START}[{name}(city="Bern", unit=True, days=2)]{END}')
 
 
 @pytest.mark.parametrize(

@@ -157,12 +157,20 @@ def test_tools_in_every_form():
     assert tool_schemas([]) == []
 
 
+def test_names_of_tools():
+    good = ["f", "get-weather", "mcp.server-1.do_it", "7zip", "_", "-", "straße-1"]
+    assert [schema["name"] for schema in tool_schemas([{"name": name} for name in good])] == good
+    for name in ("", "g h", "a/b", 'a"b', "f()", "f\n", "<|x|>", "²", None):
+        with pytest.raises(ValueError, match="it must be made of letters, digits, _, - and dots"):
+            tool_schemas([{"name": name}])
+
+
 def test_every_problem_of_the_tools_is_told():
     loop: dict = {}
     loop["name"] = loop
     parameters = {"type": "object", "properties": {}}
     tools = [
-        {"name": "f"}, {"name": "f"}, {"name": "g-h", "parameters": {"type": "string"}}, {},
+        {"name": "f"}, {"name": "f"}, {"name": "g h", "parameters": {"type": "string"}}, {},
         {"name": "i", "description": 1}, {"name": "j", "parameters": parameters | {"properties": []}},
         {"name": "k", "parameters": parameters | {"required": "x"}},
         {"name": "l", "parameters": parameters | {"properties": {"x": 1}}}, "m",
@@ -176,7 +184,7 @@ def test_every_problem_of_the_tools_is_told():
     told = [(int(line.split(":")[0].split()[-1]), line) for line in lines]
     assert [i for i, _ in told] == [1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]
     for (_, line), words in zip(told, [
-        "another of the name 'f'", "its name is 'g-h'", '"type": "object"', "its name is None", "description",
+        "another of the name 'f'", "its name is 'g h'", '"type": "object"', "its name is None", "description",
         "properties", "required", "properties", "not 'm'", "plain data", "plain data", "not 1", "its name is None",
         "no type hint", "<lambda>", '"type": "object"', "plain data",
     ], strict=True):  # fmt: skip

@@ -254,6 +254,16 @@ def test_calls_are_written_as_lfm2_writes_them():
     assert render_call(ToolCall("get-x", {})) == '{"name": "get-x", "arguments": {}}'
 
 
+@pytest.mark.parametrize("name", ["get-weather", "mcp.server-1.do_it", "7zip", "-", "straße-1"])
+def test_a_name_that_is_no_identifier_comes_back(name):
+    calls = [ToolCall(name, {"city": 'Bern "<|x|>"', "now": True}), ToolCall("f", {"a": None}), ToolCall(name, {})]
+    text = render_calls(calls)
+    assert text.startswith(f'{START}[{{"name": "{name}", "arguments": {{"city": ')
+    assert text.endswith(f', f(a=None), {{"name": "{name}", "arguments": {{}}}}]{END}')
+    assert parse_tool_calls(text, [{"name": name}, {"name": "f"}]) == ("", calls)
+    assert whole([text]) == whole(text) == calls
+
+
 def nested(depth):
     value: Any = 1
     for _ in range(depth):
@@ -451,3 +461,9 @@ def test_positional_arguments_of_a_function():
     assert parse_tool_calls(f"{START}[f('Bern', 3)]{END}", [f]) == ("", [ToolCall("f", {"city": "Bern", "days": 3})])
     with pytest.raises(ValueError, match="tools are not valid"):
         ToolCallParser([f, f])
+
+
+@pytest.mark.parametrize("word", ["मौसम", "e\u0301cole", "a·b", "größe", "x"])
+def test_words_of_any_script_come_back(word):
+    for call in (ToolCall(word, {"a": 1}), ToolCall("f", {word: 1})):
+        assert parse_tool_calls(render_calls([call])) == ("", [call])
