@@ -5,6 +5,8 @@ Dimensions: B batch, T query time, S key slots, N query heads, K key/value heads
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -54,7 +56,7 @@ def attention(
         `xla`: `jax.nn.dot_product_attention`, the reference, with all scores in memory.
         `direct`: products as sums that XLA fuses. Keys and values are read once where they lie, while the products of
           `xla` need them with heads first, copied on a CPU at each call. For one query a row, as in decoding. Above
-          DIRECT_KEYS slots it stops at the last one that is seen, and has no derivative (by reverse mode).
+          DIRECT_KEYS slots it stops at the last one that is seen.
         `blockwise`: online softmax over blocks (`blockwise_attention`); memory of the order of q, k and v.
         `splash`: JAX's Pallas kernel for TPU; whole rows only: T = S, both orders None.
         `cudnn`: cuDNN's flash attention for NVIDIA GPUs; whole rows only, one document each, in
@@ -94,9 +96,9 @@ def attention(
         return blockwise_attention(q_BTNH, k_BSKH, v_BSKH, query_BT, key_BS, window)
     visible_BTS = visible(query_BT, key_BS, window)
     if impl == "direct":
-        if segment_ids_BT is not None:  # Padding must not make slots of a row that idles count as seen.
-            visible_BTS &= segment_ids_BT[:, :, None] != 0
-        return _direct(q_BTNH, k_BSKH, v_BSKH, visible_BTS)
+        # What padding sees, above all in a row that idles, is no reason to go further.
+        real_BTS = visible_BTS if segment_ids_BT is None else visible_BTS & (segment_ids_BT[:, :, None] != 0)
+        return _direct(q_BTNH, k_BSKH, v_BSKH, visible_BTS, jnp.any(real_BTS, axis=(0, 1)))
     return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=visible_BTS[:, None], implementation="xla")
 
 
@@ -113,54 +115,85 @@ def _choose(shape_BTNH: tuple[int, ...], S: int) -> str:
     return "blockwise" if faster or 4 * B * N * T * S > SCORE_BYTES else "xla"
 
 
-def _direct(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible_BTS: jax.Array) -> jax.Array:
+def _direct(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible_BTS: jax.Array, seen_S: jax.Array
+) -> jax.Array:
     """Heads stay where they lie in keys and values; what is summed is [B, T, S, K, G, H], and fused away.
 
-    With many key slots block by block, softmax online, up to the last slot that any query sees: what lies behind costs
-    nothing, and how far other rows reach changes no bit of a row, since a block that a row does not see leaves its sums
-    as they are.
+    Args:
+      seen_S: slots that any query sees whose output means something.
+    """
+    if k_BSKH.shape[1] > DIRECT_KEYS:
+        return _direct_by_blocks(q_BTNH, k_BSKH, v_BSKH, visible_BTS, seen_S)
+    return _direct_at_once(q_BTNH, k_BSKH, v_BSKH, visible_BTS)
+
+
+def _direct_at_once(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible_BTS: jax.Array) -> jax.Array:
+    scores_BTSKG = jnp.where(visible_BTS[..., None, None], _direct_scores(q_BTNH, k_BSKH), jnp.finfo(jnp.float32).min)
+    weight_BTSKG = jax.nn.softmax(scores_BTSKG, axis=2)
+    return _direct_sum(weight_BTSKG, v_BSKH).reshape(q_BTNH.shape).astype(q_BTNH.dtype)
+
+
+def _direct_scores(q_BTNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BT1KGH = q_BTNH.reshape(B, T, 1, K, N // K, H).astype(jnp.float32)
+    return jnp.sum(q_BT1KGH * k_BSKH[:, None, :, :, None].astype(jnp.float32), axis=-1) * H**-0.5
+
+
+def _direct_sum(weight_BTSKG: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+    return jnp.sum(weight_BTSKG[..., None] * v_BSKH[:, None, :, :, None].astype(jnp.float32), axis=2)
+
+
+@jax.custom_vjp
+def _direct_by_blocks(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible_BTS: jax.Array, seen_S: jax.Array
+) -> jax.Array:
+    """The same by blocks of DIRECT_KEYS slots, softmax online, up to the last slot that is seen.
+
+    What lies behind costs nothing, and how far other rows reach changes no bit of a row: a block that a row does not
+    see leaves its sums as they are.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
-    Y = min(S, DIRECT_KEYS)
-    q_BT1KGH = q_BTNH.reshape(B, T, 1, K, N // K, H).astype(jnp.float32)
 
-    def meet(
-        start: jax.Array | int, first: jax.Array | int, peak_BTKG: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Peak (no lower than the given one), sum of weights and weighted values of slots [first, start + Y)."""
+    def meet(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        peak_BTKG, total_BTKG, sum_BTKGH = carry
+        first = j * DIRECT_KEYS
+        start = jnp.minimum(first, S - DIRECT_KEYS)  # The last block is moved back to end with the slots.
         k_BYKH, v_BYKH, visible_BTY = (
-            lax.dynamic_slice_in_dim(x, start, Y, axis=axis)
+            lax.dynamic_slice_in_dim(x, start, DIRECT_KEYS, axis=axis)
             for x, axis in ((k_BSKH, 1), (v_BSKH, 1), (visible_BTS, 2))
         )
-        if Y < S:
-            visible_BTY &= start + jnp.arange(Y) >= first
-        k_B1YK1H, v_B1YK1H = (x[:, None, :, :, None].astype(jnp.float32) for x in (k_BYKH, v_BYKH))
-        scores_BTYKG = jnp.sum(q_BT1KGH * k_B1YK1H, axis=-1) * H**-0.5
-        scores_BTYKG = jnp.where(visible_BTY[..., None, None], scores_BTYKG, -jnp.inf)
-        highest_BTKG = jnp.max(scores_BTYKG, axis=2, initial=jnp.finfo(jnp.float32).min)
-        peak_BTKG = highest_BTKG if peak_BTKG is None else jnp.maximum(peak_BTKG, highest_BTKG)
-        weight_BTYKG = jnp.exp(scores_BTYKG - peak_BTKG[:, :, None])
-        return peak_BTKG, weight_BTYKG.sum(axis=2), jnp.sum(weight_BTYKG[..., None] * v_B1YK1H, axis=2)
+        visible_BTY &= start + jnp.arange(DIRECT_KEYS) >= first
+        scores_BTYKG = jnp.where(visible_BTY[..., None, None], _direct_scores(q_BTNH, k_BYKH), -jnp.inf)
+        higher_BTKG = jnp.maximum(peak_BTKG, jnp.max(scores_BTYKG, axis=2))
+        shrink_BTKG = jnp.exp(peak_BTKG - higher_BTKG)
+        weight_BTYKG = jnp.exp(scores_BTYKG - higher_BTKG[:, :, None])
+        total_BTKG = total_BTKG * shrink_BTKG + weight_BTYKG.sum(axis=2)
+        return higher_BTKG, total_BTKG, sum_BTKGH * shrink_BTKG[..., None] + _direct_sum(weight_BTYKG, v_BYKH)
 
-    if Y == S:
-        _, total_BTKG, sum_BTKGH = meet(0, 0, None)
-    else:
-        def step(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            peak_BTKG, total_BTKG, sum_BTKGH = carry
-            # The last block is moved back to end with the slots.
-            higher_BTKG, part_BTKG, part_BTKGH = meet(jnp.minimum(j * Y, S - Y), j * Y, peak_BTKG)
-            shrink_BTKG = jnp.exp(peak_BTKG - higher_BTKG)
-            return (higher_BTKG, total_BTKG * shrink_BTKG + part_BTKG,
-                    sum_BTKGH * shrink_BTKG[..., None] + part_BTKGH)
-
-        seen_S = jnp.any(visible_BTS, axis=(0, 1))
-        used = jnp.max(jnp.where(seen_S, jnp.arange(1, S + 1), 0))
-        zero_BTKG = jnp.zeros((B, T, K, N // K))
-        start = (jnp.full_like(zero_BTKG, jnp.finfo(jnp.float32).min), zero_BTKG, jnp.zeros((*zero_BTKG.shape, H)))
-        _, total_BTKG, sum_BTKGH = lax.fori_loop(0, -(-used // Y), step, start)
+    used = jnp.max(jnp.where(seen_S, jnp.arange(1, S + 1), 0))
+    zero_BTKG = jnp.zeros((B, T, K, N // K))
+    # The peak starts finite and invisible scores are -inf: where no key is seen, weights are 0 and never NaN.
+    carry = (jnp.full_like(zero_BTKG, jnp.finfo(jnp.float32).min), zero_BTKG, jnp.zeros((*zero_BTKG.shape, H)))
+    _, total_BTKG, sum_BTKGH = lax.fori_loop(0, -(-used // DIRECT_KEYS), meet, carry)
     out_BTKGH = sum_BTKGH / jnp.where(total_BTKG == 0, 1, total_BTKG)[..., None]
     return out_BTKGH.reshape(q_BTNH.shape).astype(q_BTNH.dtype)
+
+
+def _direct_forward(*args: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _direct_by_blocks(*args), args
+
+
+def _direct_backward(args: tuple[jax.Array, ...], dout_BTNH: jax.Array) -> tuple[Any, ...]:
+    # A loop of a length that only the data knows has no derivative; without blocks there is no loop.
+    q_BTNH, k_BSKH, v_BSKH, visible_BTS, _ = args
+    _, pull = jax.vjp(lambda q, k, v: _direct_at_once(q, k, v, visible_BTS), q_BTNH, k_BSKH, v_BSKH)
+    return (*pull(dout_BTNH), None, None)
+
+
+_direct_by_blocks.defvjp(_direct_forward, _direct_backward)
 
 
 def _cudnn(

@@ -21,7 +21,7 @@ from lfm_jax.infer.sampling import Sampling
 from lfm_jax.testing import tiny_config, tiny_model
 
 V, STOP = 97, (3, 5, 90)
-CONFIG = EngineConfig(slots=((6, 64), (2, 256)), chunk=16, prefix_cache_bytes=1 << 20, max_logprobs=5)
+CONFIG = EngineConfig(slots=((6, 64), (2, 320)), chunk=16, prefix_cache_bytes=1 << 20, max_logprobs=5)
 
 
 @functools.cache
@@ -307,7 +307,7 @@ def test_deadline_and_queue():
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    (dict(prompt=list(range(90)) * 3), "prompt has 270 tokens, with max_new_tokens 5 more than the longest slot, 256"),
+    (dict(prompt=list(range(90)) * 4), "prompt has 360 tokens, with max_new_tokens 5 more than the longest slot, 320"),
     (dict(n=7), "n is 7; there are 6 slots of its length"),
     (dict(stop_ids=tuple(range(9))), "max_stop_ids is 8"),
     (dict(logit_bias=dict.fromkeys(range(17), 1.0)), "max_biases is 16"),
