@@ -1,5 +1,6 @@
 """Settings of every test: CPU, exact float32 products, few threads, hypothesis that repeats itself."""
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -23,6 +24,14 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("lfm_jax")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Frees what a module compiled: each program maps pages, and Linux ends a process at its 65,530th mapping."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
