@@ -14,11 +14,12 @@ from lfm_jax.config import ModelConfig
 from lfm_jax.infer.engine import Engine
 from lfm_jax.infer.engine_config import EngineConfig
 from lfm_jax.infer.generate import generate_tokens
+from lfm_jax.infer.grammar import Grammar, grammar_tokenizer
 from lfm_jax.infer.pool import chunk_width, chunk_widths
 from lfm_jax.infer.prefix_cache import PrefixCache
 from lfm_jax.infer.request import EngineFullError, Request
 from lfm_jax.infer.sampling import Sampling
-from lfm_jax.testing import tiny_config, tiny_model
+from lfm_jax.testing import tiny_config, tiny_model, tiny_tokenizer
 
 V, STOP = 97, (3, 5, 90)
 CONFIG = EngineConfig(slots=((6, 64), (2, 320)), chunk=16, prefix_cache_bytes=1 << 20, max_logprobs=5)
@@ -112,6 +113,41 @@ def test_500_mixes_give_each_request_what_it_gets_alone():
     assert engine().running() == engine().waiting() == 0
     assert engine().counts["cached_tokens"] > cached
     assert {name: program._cache_size() for name, program in programs_of(engine())} == sizes  # Nothing was compiled.
+
+
+def test_mixes_with_grammars_give_each_request_what_it_gets_alone():
+    """While a grammar is at work its neighbours go one token at a time: the same tokens, whenever it comes and goes."""
+    vocab = tiny_tokenizer().get_vocab_size() + 5
+    tokens = grammar_tokenizer(tiny_tokenizer(), vocab, STOP)
+    grammars = [tokens.matcher(grammar) for grammar in (
+        Grammar.choice(["left", "right", "straight on"]),
+        Grammar.json_schema({"type": "object", "properties": {"a": {"type": "integer", "maximum": 99, "minimum": 0},
+                                                              "b": {"enum": ["x", "yy", None]}}, "required": ["a"]}),
+        Grammar.regex("[a-f]{2,9}!"),
+    )]
+    made = Engine(tiny_model(vocab_size=vocab), EngineConfig(slots=((6, 128),), chunk=16, draft=3, max_logprobs=2))
+    rng = np.random.default_rng(12)
+    requests = [a_request(rng, max_new_tokens=int(rng.integers(1, 40)), min_new_tokens=0) for _ in range(20)]
+    requests = [r if r.size <= 128 else dataclasses.replace(r, prompt=r.prompt[:40]) for r in requests]
+    for i in range(0, 20, 2):
+        requests[i] = dataclasses.replace(requests[i], grammar=grammars[i % 3], max_new_tokens=60, n=1 + i % 4)
+    alone = [run(made, request)[0] for request in requests]
+    ended = 0
+    for _ in range(60):
+        picked = rng.choice(len(requests), rng.integers(2, 10), replace=False)
+        heard = {int(i): Heard(requests[i].n) for i in picked}
+        for i, each in heard.items():
+            made.submit(requests[i], each)
+            for _ in range(rng.integers(0, 3)):
+                made.step()
+        while made.step():
+            pass
+        for i, each in heard.items():
+            assert (each.tokens, each.finish) == (alone[i].tokens, alone[i].finish)
+            ended += each.finish.count("stop") if requests[i].grammar is not None else 0
+            for ours, theirs in zip(each.logprobs, alone[i].logprobs, strict=True):
+                np.testing.assert_allclose([t.logprob for t in ours], [t.logprob for t in theirs], atol=1e-5)
+    assert ended > 50  # By the grammar's own end.
 
 
 def programs_of(made):
