@@ -29,8 +29,8 @@ class EngineConfig:
     and max_new_tokens."""
     chunk: int = 256
     """Tokens of a prompt taken in at one time, and of a block of the prefix cache."""
-    prefill_rows: int = 1
-    """Prompts taken in side by side. On a CPU one fills the cores; accelerators want several."""
+    prefill_rows: int | None = None
+    """Prompts taken in side by side. None: one on a CPU, whose cores it fills, and 8 elsewhere."""
     steps: int = 8
     """Tokens generated between two looks at what else there is to do."""
     draft: int = 0
@@ -53,6 +53,7 @@ class EngineConfig:
                                 ("prefix_cache_bytes", 0), ("max_queue", 1), ("max_logprobs", 0),
                                 ("max_stop_ids", 1), ("max_biases", 1))
             if not (type(getattr(self, name)) is int and getattr(self, name) >= least)
+            and not (name == "prefill_rows" and self.prefill_rows is None)
         ]
         if self.chunk & (self.chunk - 1):
             problems.append(f"chunk is {self.chunk}; it must be a power of 2")
@@ -65,6 +66,12 @@ class EngineConfig:
             problems.append(f"slots {self.slots!r} names a length twice")
         if problems:
             raise ValueError("EngineConfig is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+
+    def prompts_at_once(self) -> int:
+        """`prefill_rows`, or what suits the devices at hand."""
+        import jax
+
+        return self.prefill_rows or (1 if jax.default_backend() == "cpu" else 8)
 
     def shapes(self, model: ModelConfig) -> list[SlotShape]:
         """What each kind of slot is compiled for, shortest first.
@@ -89,10 +96,10 @@ class EngineConfig:
         """Bytes that an engine takes on a device, by what they are for; working memory is an estimate."""
         import jax
 
-        V, tensor = model.vocab_size, 1 if mesh is None else mesh.shape["tensor"]
-        logits = 4 * V * max(self.prefill_rows, max(n for n, _ in self.slots) * (1 + self.draft))
+        V, R, tensor = model.vocab_size, self.prompts_at_once(), 1 if mesh is None else mesh.shape["tensor"]
+        logits = 4 * V * max(R, max(n for n, _ in self.slots) * (1 + self.draft))
         if self.max_logprobs:
-            logits = max(logits, 4 * V * self.prefill_rows * self.chunk)
+            logits = max(logits, 4 * V * R * self.chunk)
         found = {"parameters": model.num_params() * ITEMSIZE[model.param_dtype] // tensor}
         working = 0
         for shape in self.shapes(model):
@@ -101,7 +108,7 @@ class EngineConfig:
                            for tree in (slots.state, dataclasses.replace(slots, state=())))
             found[f"{shape.slots} slots of {shape.length} tokens"] = state // tensor + rest
             # A dispatch copies the rows that it works on, unless they are all there are.
-            working = max(working, 2 * state // tensor * max(1, self.prefill_rows) // shape.slots)
+            working = max(working, 2 * state // tensor * R // shape.slots)
         return found | {"prefix cache": self.prefix_cache_bytes, "working": working + 3 * logits}
 
 

@@ -156,7 +156,7 @@ class Pool:
     def take_in(self) -> list[Sent]:
         """One chunk of the oldest prompt under way, and of others that share its shape."""
         width, scored = shape = self._chunk_shape(self.prefilling[0])
-        R, C = self._config.prefill_rows, self._config.chunk
+        R, C = self._config.prompts_at_once(), self._config.chunk
         runs = [run for run in self.prefilling if self._chunk_shape(run) == shape][:R]
         rows_R, length_R, fresh_R = np.full(R, NOWHERE, np.int32), np.zeros(R, np.int32), np.zeros(R, bool)
         tokens_RC, targets_RC = np.zeros((R, width), np.int32), np.zeros((R, width), np.int32)
@@ -195,7 +195,7 @@ class Pool:
 
     def _begin(self, logits_RV: jax.Array, finished: Sequence[tuple[int, Run]]) -> list[Sent]:
         """Chooses the first tokens of continuations whose prompts have been taken in."""
-        R = self._config.prefill_rows
+        R = self._config.prompts_at_once()
         starts: list[tuple[int, Run]] = []
         for r, first in finished:
             self.prefilling.remove(first)
@@ -243,7 +243,7 @@ class Pool:
     def warm_up(self) -> int:
         """Compiles all programs; how many there are."""
         run, shape, config = self._programs, self.shape, self._config
-        R, count = config.prefill_rows, 3
+        R, count = config.prompts_at_once(), 3
         nowhere_R, no_R, logits_RV = np.full(R, NOWHERE, np.int32), np.zeros(R, np.int32), None
         with jax.set_mesh(self.mesh):
             for width in chunk_widths(shape.length, config.chunk):

@@ -125,7 +125,8 @@ def test_mixes_with_grammars_give_each_request_what_it_gets_alone():
                                                               "b": {"enum": ["x", "yy", None]}}, "required": ["a"]}),
         Grammar.regex("[a-f]{2,9}!"),
     )]
-    made = Engine(tiny_model(vocab_size=vocab), EngineConfig(slots=((6, 128),), chunk=16, draft=3, max_logprobs=2))
+    config = EngineConfig(slots=((6, 128),), chunk=16, prefill_rows=3, draft=3, max_logprobs=2)
+    made = Engine(tiny_model(vocab_size=vocab), config)
     rng = np.random.default_rng(12)
     requests = [a_request(rng, max_new_tokens=int(rng.integers(1, 40)), min_new_tokens=0) for _ in range(20)]
     requests = [r if r.size <= 128 else dataclasses.replace(r, prompt=r.prompt[:40]) for r in requests]
