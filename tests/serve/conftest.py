@@ -63,7 +63,15 @@ def server(checkpoint):
 @pytest.fixture(scope="session")
 def start_server(checkpoint):
     """Starts another one with more flags: (process, address)."""
-    return lambda *flags, key=KEY: start(checkpoint, *flags, key=key)
+    started = []
+
+    def another(*flags, key=KEY):
+        started.append(start(checkpoint, *flags, key=key))
+        return started[-1]
+
+    yield another
+    for process, _ in started:
+        process.kill()  # Those of tests that failed are still there.
 
 
 @pytest.fixture(scope="session")
