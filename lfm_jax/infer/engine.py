@@ -3,17 +3,20 @@
 Each turn of the loop admits what waits, takes in one chunk of prompts, and generates some tokens for all that are under
 way. What a request gets does not depend on its neighbours, its slot, its time of arrival or on what the prefix cache
 holds: chunks of a prompt begin at multiples of `chunk`, programs have fixed shapes, and random numbers come from seed
-and position.
+and position. One thing is left: how many rows a dispatch has depends on the slots in use, and may change the rounding
+of a sum (about 1e-6 in float32); `EngineConfig.fixed_rows` rules that out.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import threading
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -24,9 +27,12 @@ from lfm_jax.infer.engine_config import DEFAULT, EngineConfig
 from lfm_jax.infer.placement import check_memory, device_memory, place_replicas
 from lfm_jax.infer.pool import Pool, Run, Sent, Ticket, logprobs
 from lfm_jax.infer.prefix_cache import PrefixCache
-from lfm_jax.infer.request import EngineFullError, Event, Finish, Listener, Request
+from lfm_jax.infer.request import Continuation, EngineFullError, Event, Finish, Listener, Request
 from lfm_jax.infer.slots import Told
 from lfm_jax.model import LFM
+
+if TYPE_CHECKING:
+    from lfm_jax.infer.grammar import Matcher
 
 
 class Engine:
@@ -58,8 +64,10 @@ class Engine:
                  PrefixCache(config.chunk, config.prefix_cache_bytes // len(shapes)))
             for placed, part in place_replicas(nnx.to_pure_dict(params), model.config, mesh) for shape in shapes
         ]
-        self._lengths = [shape.length for shape in shapes]
-        self.longest = self._lengths[-1]
+        self._by_length = {
+            shape.length: [pool for pool in self._pools if pool.shape is shape] for shape in shapes
+        }
+        self.longest = max(self._by_length)
         """Tokens of the longest slot."""
         self.slots = sum(len(pool.rows) for pool in self._pools)
         """How many there are."""
@@ -74,7 +82,8 @@ class Engine:
         self.failure: str | None = None
         """Why the thread has ended before its time."""
         self.counts = collections.Counter[str]()
-        """prompt_tokens, cached_tokens, tokens, steps (row steps that made them), continuations by their finish."""
+        """prompt_tokens, cached_tokens, tokens, steps (row steps that made them), drafted_tokens, accepted_tokens (of
+        the drafted ones), continuations by their finish."""
 
     # ---------------------------------------------------------------- from any thread
 
@@ -101,8 +110,16 @@ class Engine:
         return ticket
 
     def cancel(self, ticket: Ticket, choice: int | None = None) -> None:
-        """Ends a request, or one continuation of it; its slot is free at the next turn."""
+        """Ends a request, or one continuation of it; its slot is free at the next turn.
+
+        Raises:
+          ValueError: the request has no such continuation.
+        """
+        if choice is not None and not 0 <= choice < ticket.request.n:
+            raise ValueError(f"choice is {choice}; the request has continuations 0..{ticket.request.n - 1}")
         with self._news:
+            if ticket.done:
+                return
             self._cancelled.append((ticket, choice))
             self._news.notify()
 
@@ -124,13 +141,15 @@ class Engine:
         if request.grammar is not None and request.grammar.tokenizer.vocab_size != self.model_config.vocab_size:
             problems.append(f"grammar is for {request.grammar.tokenizer.vocab_size} ids; the model has "
                             f"{self.model_config.vocab_size}")
+        elif request.grammar is not None and not set(request.grammar.tokenizer.eos_ids) <= set(stop_ids):
+            problems.append(f"grammar ends texts with {request.grammar.tokenizer.eos_ids}; stop_ids {tuple(stop_ids)} "
+                            "must name these too")
         if problems:
             raise ValueError("the engine cannot take this request:\n" + "\n".join(f"  - {p}" for p in problems))
 
     def _pools_for(self, request: Request) -> list[Pool]:
         """One on each replica."""
-        length = next(length for length in self._lengths if length >= request.size)
-        return [pool for pool in self._pools if pool.shape.length == length]
+        return next(pools for length, pools in self._by_length.items() if length >= request.size)
 
     def waiting(self) -> int:
         """Requests without a slot."""
@@ -205,20 +224,28 @@ class Engine:
         """One turn; whether there is more to do."""
         self._listen()
         self._admit()
-        before = len(self._sent)
+        before = list(self._sent)
         for pool in self._pools:
             with jax.set_mesh(pool.mesh):
                 if pool.prefilling:
                     self._sent += pool.take_in()
-                if pool.matching:  # The next masks need every token so far.
-                    self._deliver(len(self._sent))
-                    before = 0
-                if pool.live:
-                    self._sent.append(pool.generate())
+                self._generate(pool)
         # What was sent off before this turn is handed out now, while the device is at the new work.
-        self._deliver(before if len(self._sent) > before else len(self._sent))
+        old = [sent for sent in self._sent if sent in before]
+        self._deliver(old if len(self._sent) > len(old) else list(self._sent))
         with self._news:
             return bool(self._arrived or self._cancelled) or self._busy()
+
+    def _generate(self, pool: Pool) -> None:
+        """Some tokens of all that generate there: one dispatch, or one for each token while a grammar is at work."""
+        for _ in range(self.config.steps):
+            if pool.matching:  # The next masks need every token so far.
+                self._deliver([sent for sent in self._sent if sent.pool is pool])
+            matching = pool.matching
+            if pool.live:
+                self._sent.append(pool.generate())
+            if not matching:
+                return
 
     def _listen(self) -> None:
         """Takes what has arrived, and ends what is to end early."""
@@ -249,20 +276,25 @@ class Engine:
 
     def _admit(self) -> None:
         """Gives slots to requests in the order in which they came, for each length by itself."""
-        full: set[int] = set()
+        open_ = {length for length, pools in self._by_length.items() if any(pool.free() for pool in pools)}
         for ticket in list(self._waiting):
-            pool = max(self._pools_for(ticket.request), key=lambda pool: len(pool.free()))
-            if pool.shape.length in full or len(pool.free()) < ticket.request.n - len(ticket.ended):
-                full.add(pool.shape.length)  # Nobody overtakes.
+            if not open_:
+                return
+            pools = self._pools_for(ticket.request)
+            if pools[0].shape.length not in open_:
                 continue
-            self._waiting.remove(ticket)
+            pool = max(pools, key=lambda pool: len(pool.free()))
+            if len(pool.free()) < ticket.request.n - len(ticket.ended):
+                open_.remove(pool.shape.length)  # Nobody overtakes.
+                continue
             self.counts["prompt_tokens"] += len(ticket.request.prompt)
             self.counts["cached_tokens"] += pool.admit(ticket)
+            self._waiting.remove(ticket)
 
-    def _deliver(self, count: int) -> None:
-        """Hands out the tokens of the oldest `count` dispatches."""
-        for _ in range(count):
-            sent = self._sent.popleft()
+    def _deliver(self, ready: Sequence[Sent]) -> None:
+        """Hands out the tokens of some dispatches."""
+        for sent in ready:
+            self._sent.remove(sent)
             told = jax.tree.map(np.asarray, sent.told)
             for row, run in sent.runs:
                 if not run.over:
@@ -274,50 +306,66 @@ class Engine:
         tokens = token_NT[real_NT].tolist()
         if not tokens:
             return
-        request, first = run.request, run.made == 0
+        request, first, stepped_N = run.request, run.made == 0, real_NT.any(axis=1)
         run.made += len(tokens)
+        steps = int(stepped_N.sum())
         self.counts["tokens"] += len(tokens)
-        self.counts["steps"] += int(real_NT.any(axis=1).sum())
-        if run.matcher is not None:
-            for token in tokens:
-                run.matcher.consume(token)
+        self.counts["steps"] += steps
+        if told.drafted is not None:
+            self.counts["drafted_tokens"] += int(np.asarray(told.drafted)[:, row][stepped_N].sum())
+            self.counts["accepted_tokens"] += len(tokens) - steps
         finish: Finish | None = None
-        reason = None if run.matcher is None else run.matcher.error
+        reason = None if run.matcher is None else _follow(run.matcher, tokens)
         if reason is not None:
             finish = "failed"
         elif tokens[-1] in (request.stop_ids or ()):
             finish = "stop"
         elif run.made >= request.max_new_tokens:
             finish = "length"
+        event = Event(
+            run.choice, tokens, None if request.logprobs is None else logprobs(told, row, real_NT, request.logprobs),
+            run.scores if first and request.prompt_logprobs else None, finish, reason,
+        )
         if finish is not None:
             run.pool.release(run, stop=finish == "failed")
             self.counts[finish] += 1
-        run.ticket.say(Event(
-            run.choice, tokens, None if request.logprobs is None else logprobs(told, row, real_NT, request.logprobs),
-            run.scores if first and request.prompt_logprobs else None, finish, reason,
-        ))
+        run.ticket.say(event)
 
     # ---------------------------------------------------------------- offline
 
-    def complete(self, requests: Iterable[Request]) -> list[list[list[int]]]:
-        """Runs requests to their end, in this thread: the tokens of each continuation of each request.
+    def complete(self, requests: Iterable[Request]) -> list[list[Continuation]]:
+        """Runs requests to their end, in this thread: the continuations of each request, in order.
 
         Raises:
           ValueError: see `submit`.
+          RuntimeError: the engine serves in a thread of its own, or is closed.
         """
-        results: list[list[list[int]]] = []
+        if self._thread is not None:
+            raise RuntimeError("the engine serves in a thread of its own; submit requests to it")
+        ends: list[list[Continuation]] = []
         todo = collections.deque(requests)
         for request in todo:
             self._check(request)
         while todo or self._busy():
             while todo and len(self._waiting) < self.config.max_queue:
                 request = todo.popleft()
-                results.append([[] for _ in range(request.n)])
-                self.submit(request, _collect(results[-1]))
+                ends.append([Continuation([], "cancelled") for _ in range(request.n)])
+                self.submit(request, functools.partial(_collect, ends[-1]))
                 self._listen()
             self.step()
-        return results
+        return ends
 
 
-def _collect(texts: list[list[int]]) -> Listener:
-    return lambda event: texts[event.choice].extend(event.tokens)
+def _follow(matcher: Matcher, tokens: Sequence[int]) -> str | None:
+    """Goes on by what was chosen; why it cannot, if so."""
+    try:
+        for token in tokens:
+            matcher.consume(token)
+    except ValueError as error:
+        return str(error)
+    return matcher.error
+
+
+def _collect(ends: list[Continuation], event: Event) -> None:
+    tokens = [*ends[event.choice].tokens, *event.tokens]
+    ends[event.choice] = Continuation(tokens, event.finish or "cancelled", event.reason)

@@ -36,13 +36,16 @@ class EngineConfig:
     draft: int = 0
     """Tokens drafted a step by prompt lookup; 0 for none. Pays where few requests run and answers repeat the prompt."""
     prefix_cache_bytes: int = 0
-    """Device memory for states of prompt prefixes; 0 for none."""
+    """Device memory for states of prompt prefixes; 0 for none. The kinds of slot share it evenly, each for its own."""
     max_queue: int = 1024
-    """Requests that may wait."""
+    """Requests that may wait; those that have just come count too."""
     max_logprobs: int = 0
     """Most likeliest tokens that a request may ask for; 0: no log-probabilities at all."""
     max_stop_ids: int = 8
     max_biases: int = 16
+    fixed_rows: bool = False
+    """Every dispatch of generation takes all slots, however few are in use. Slower, and then what a request gets does
+    not depend on how many others run even by the rounding of a sum."""
     memory_bytes: int | None = None
     """Memory of a device that may be used; None: what the device says it has."""
 
@@ -51,27 +54,27 @@ class EngineConfig:
             f"{name} is {getattr(self, name)!r}; it must be a whole number of at least {least}"
             for name, least in (("chunk", 16), ("prefill_rows", 1), ("steps", 1), ("draft", 0),
                                 ("prefix_cache_bytes", 0), ("max_queue", 1), ("max_logprobs", 0),
-                                ("max_stop_ids", 1), ("max_biases", 1))
+                                ("max_stop_ids", 1), ("max_biases", 1), ("memory_bytes", 1))
             if not (type(getattr(self, name)) is int and getattr(self, name) >= least)
-            and not (name == "prefill_rows" and self.prefill_rows is None)
+            and not (name in ("prefill_rows", "memory_bytes") and getattr(self, name) is None)
         ]
-        if self.chunk & (self.chunk - 1):
+        if type(self.chunk) is int and self.chunk & (self.chunk - 1):
             problems.append(f"chunk is {self.chunk}; it must be a power of 2")
-        if self.steps > STEPS:
+        if type(self.steps) is int and self.steps > STEPS:
             problems.append(f"steps is {self.steps}; at most {STEPS}")
-        if not self.slots or not all(len(kind) == 2 and all(type(x) is int and x > 0 for x in kind)
-                                     for kind in self.slots):
+        if not _is_list(self.slots) or not all(_is_list(kind) and len(kind) == 2
+                                               and all(type(x) is int and x > 0 for x in kind) for kind in self.slots):
             problems.append(f"slots is {self.slots!r}; it must list (number, tokens), both above 0")
         elif len({length for _, length in self.slots}) < len(self.slots):
             problems.append(f"slots {self.slots!r} names a length twice")
         if problems:
             raise ValueError("EngineConfig is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
 
-    def prompts_at_once(self) -> int:
-        """`prefill_rows`, or what suits the devices at hand."""
+    def prompts_at_once(self, slots: int) -> int:
+        """`prefill_rows`, or what suits the devices at hand, for a kind of which there are `slots`."""
         import jax
 
-        return self.prefill_rows or (1 if jax.default_backend() == "cpu" else 8)
+        return min(slots, self.prefill_rows or (1 if jax.default_backend() == "cpu" else 8))
 
     def shapes(self, model: ModelConfig) -> list[SlotShape]:
         """What each kind of slot is compiled for, shortest first.
@@ -88,7 +91,7 @@ class EngineConfig:
             raise ValueError("draft needs layers whose state can go back, and a recurrence cannot; leave draft at 0")
         return [
             SlotShape(config=model, slots=number, length=length, draft=self.draft, max_logprobs=self.max_logprobs,
-                      max_stop_ids=self.max_stop_ids, max_biases=self.max_biases)
+                      max_stop_ids=self.max_stop_ids, max_biases=self.max_biases, fixed_rows=self.fixed_rows)
             for number, length in sorted(self.slots, key=lambda kind: kind[1])
         ]
 
@@ -96,10 +99,11 @@ class EngineConfig:
         """Bytes that an engine takes on a device, by what they are for; working memory is an estimate."""
         import jax
 
-        V, R, tensor = model.vocab_size, self.prompts_at_once(), 1 if mesh is None else mesh.shape["tensor"]
-        logits = 4 * V * max(R, max(n for n, _ in self.slots) * (1 + self.draft))
+        V, tensor = model.vocab_size, 1 if mesh is None else mesh.shape["tensor"]
+        most = max(n for n, _ in self.slots)
+        logits = 4 * V * most * (1 + self.draft)
         if self.max_logprobs:
-            logits = max(logits, 4 * V * R * self.chunk)
+            logits = max(logits, 4 * V * self.prompts_at_once(most) * self.chunk)
         found = {"parameters": model.num_params() * ITEMSIZE[model.param_dtype] // tensor}
         working = 0
         for shape in self.shapes(model):
@@ -107,9 +111,14 @@ class EngineConfig:
             state, rest = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
                            for tree in (slots.state, dataclasses.replace(slots, state=())))
             found[f"{shape.slots} slots of {shape.length} tokens"] = state // tensor + rest
-            # A dispatch copies the rows that it works on, unless they are all there are.
-            working = max(working, 2 * state // tensor * R // shape.slots)
+            # A dispatch copies the rows that it works on, unless they are all there are; prompts' once more.
+            copied = max(2 * self.prompts_at_once(shape.slots), *[n for n in shape.row_counts if n < shape.slots], 0)
+            working = max(working, (state // tensor + rest) * copied // shape.slots)
         return found | {"prefix cache": self.prefix_cache_bytes, "working": working + 3 * logits}
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, (tuple, list)) and bool(value)
 
 
 DEFAULT = EngineConfig()

@@ -146,7 +146,7 @@ class GrammarTokenizer:
             raise ValueError(f"the tokenizer has ids up to {ids[-1]}, the model's vocab_size is {vocab_size}")
         if not eos_ids or not 0 <= min(eos_ids) <= max(eos_ids) < vocab_size:
             raise ValueError(f"eos_ids is {tuple(eos_ids)}; a grammar needs at least one, within 0..{vocab_size - 1}")
-        self.vocab_size = vocab_size
+        self.vocab_size, self.eos_ids = vocab_size, tuple(eos_ids)
         self.handle = llguidance().LLTokenizer(tokenizer.to_str(), vocab_size, list(eos_ids), _SLICES)
         self.known_W = _packed([*ids, *eos_ids], vocab_size)
         self.eos_W = _packed(eos_ids, vocab_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,12 +40,15 @@ def place_replicas(params: Any, config: ModelConfig, mesh: Mesh | None) -> list[
 
 
 def device_memory() -> int:
-    """Bytes of memory of the first device: what its driver grants, or all of the machine's for a CPU."""
+    """Bytes of memory of the first device: what its driver grants; for a CPU the machine's, or its container's."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    said = limit.read_text().strip() if limit.is_file() else "max"
+    return min(machine, int(said)) if said.isdigit() else machine
 
 
 def check_memory(needed: Mapping[str, int], limit: int) -> None:

@@ -6,11 +6,11 @@ Dimensions: as in `slots.py`.
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -40,10 +40,13 @@ class Ticket:
         return len(self.ended) == self.request.n
 
     def say(self, event: Event) -> None:
-        """Tells the listener."""
+        """Tells the listener; if it raises, that is its own affair."""
         if event.finish is not None:
             self.ended.add(event.choice)
-        self.listener(event)
+        try:
+            self.listener(event)
+        except Exception:
+            traceback.print_exc()
 
 
 class Run:
@@ -67,13 +70,18 @@ class Run:
         return self.ticket.request
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Sent:
     """Tokens under way from the device."""
 
     told: Told
     runs: list[tuple[int, Run]]
-    """(row of `told`, its run)."""
+    """(row of `told`, its run), at least one."""
+
+    @property
+    def pool(self) -> Pool:
+        """Where they come from."""
+        return self.runs[0][1].pool
 
 
 class Pool:
@@ -92,11 +100,9 @@ class Pool:
         """Runs whose prompts are being taken in, oldest first."""
         self.live: set[Run] = set()
         """Runs that generate."""
-        sizes = {shape.slots}
-        while (smallest := min(sizes)) > 4:
-            sizes.add(-(-smallest // 4))
-        self._row_counts = sorted(sizes)
-        """How many rows a dispatch may have."""
+        self._rows_taken_in = config.prompts_at_once(shape.slots)
+        self._shortest_first = False
+        """Whose turn it is to have its prompt taken in: the oldest's, or that of the one with the least left."""
 
     @property
     def busy(self) -> bool:
@@ -154,10 +160,16 @@ class Pool:
                 run.taken_in += C
 
     def take_in(self) -> list[Sent]:
-        """One chunk of the oldest prompt under way, and of others that share its shape."""
-        width, scored = shape = self._chunk_shape(self.prefilling[0])
-        R, C = self._config.prompts_at_once(), self._config.chunk
-        runs = [run for run in self.prefilling if self._chunk_shape(run) == shape][:R]
+        """One chunk of a prompt, and of others that share its shape: in turns of the oldest, so that it gets done, and
+        of the one with the least left, so that a short one need not wait for a long one."""
+        chosen = self.prefilling[0]
+        if self._shortest_first:
+            chosen = min(self.prefilling, key=lambda run: len(run.request.prompt) - run.taken_in)
+        self._shortest_first = not self._shortest_first
+        width, scored = shape = self._chunk_shape(chosen)
+        R, C = self._rows_taken_in, self._config.chunk
+        others = [run for run in self.prefilling if run is not chosen and self._chunk_shape(run) == shape]
+        runs = [chosen, *others[: R - 1]]
         rows_R, length_R, fresh_R = np.full(R, NOWHERE, np.int32), np.zeros(R, np.int32), np.zeros(R, bool)
         tokens_RC, targets_RC = np.zeros((R, width), np.int32), np.zeros((R, width), np.int32)
         for r, run in enumerate(runs):
@@ -195,7 +207,7 @@ class Pool:
 
     def _begin(self, logits_RV: jax.Array, finished: Sequence[tuple[int, Run]]) -> list[Sent]:
         """Chooses the first tokens of continuations whose prompts have been taken in."""
-        R = self._config.prompts_at_once()
+        R = self._rows_taken_in
         starts: list[tuple[int, Run]] = []
         for r, first in finished:
             self.prefilling.remove(first)
@@ -225,7 +237,7 @@ class Pool:
         tokens that were chosen last.
         """
         highest = max(run.row for run in self.live) + 1
-        rows = next(n for n in self._row_counts if n >= highest)
+        rows = next(n for n in self.shape.row_counts if n >= highest)
         if self.matching:
             self._slots, logits_bV = self._programs.advance(self._params, self._slots, rows=rows)
             by_row = {run.row: run.matcher for run in self.live}
@@ -243,7 +255,7 @@ class Pool:
     def warm_up(self) -> int:
         """Compiles all programs; how many there are."""
         run, shape, config = self._programs, self.shape, self._config
-        R, count = config.prompts_at_once(), 3
+        R, count = self._rows_taken_in, 3
         nowhere_R, no_R, logits_RV = np.full(R, NOWHERE, np.int32), np.zeros(R, np.int32), None
         with jax.set_mesh(self.mesh):
             for width in chunk_widths(shape.length, config.chunk):
@@ -257,7 +269,7 @@ class Pool:
             self._slots, _ = run.start(self._slots, logits_RV, no_R, nowhere_R, shape.asked(R), masks_RW)
             self._slots = run.fork(self._slots, np.int32(0), nowhere_R)
             self._slots = run.stop(self._slots, nowhere_R[:1])
-            for rows in self._row_counts:
+            for rows in self.shape.row_counts:
                 for plain in (False, True):
                     self._slots, _ = run.decode(self._params, self._slots, np.int32(0), rows=rows, plain=plain)
                 self._slots, logits_bV = run.advance(self._params, self._slots, rows=rows)
@@ -300,8 +312,10 @@ def _asked(runs: Sequence[Run], R: int, shape: SlotShape) -> Asked:
     V, M, P = shape.config.vocab_size, shape.max_stop_ids, shape.max_biases
     samplings = [run.request.choice_sampling(run.choice) for run in runs]
     params, _ = to_arrays(samplings + [samplings[0]] * (R - len(runs)), V)
-    stop_ids_RM, bias_ids_RP = np.full((R, M), -1, np.int32), np.full((R, P), V, np.int32)
-    bias_RP = np.zeros((R, P), np.float32)
+    # Arrays of the host: the programs take them as they are, and nothing else is compiled for them.
+    stop_ids_RM: Any = np.full((R, M), -1, np.int32)
+    bias_ids_RP: Any = np.full((R, P), V, np.int32)
+    bias_RP: Any = np.zeros((R, P), np.float32)
     for r, request in enumerate(requests):
         ids = request.stop_ids or ()
         stop_ids_RM[r, : len(ids)] = ids
@@ -309,8 +323,8 @@ def _asked(runs: Sequence[Run], R: int, shape: SlotShape) -> Asked:
         bias_RP[r, : len(request.logit_bias)] = list(request.logit_bias.values())
     return Asked(
         sampling=params, budget_B=_filled([q.max_new_tokens for q in requests], R, 0),
-        least_B=_filled([q.min_new_tokens for q in requests], R, 0), stop_ids_BM=jnp.asarray(stop_ids_RM),
-        bias_ids_BP=jnp.asarray(bias_ids_RP), bias_BP=jnp.asarray(bias_RP),
+        least_B=_filled([q.min_new_tokens for q in requests], R, 0), stop_ids_BM=stop_ids_RM,
+        bias_ids_BP=bias_ids_RP, bias_BP=bias_RP,
         draft_B=_filled([q.grammar is None and q.sampling.repetition_penalty == 1 for q in requests], R, False),
         logprobs_B=_filled([q.logprobs is not None for q in requests], R, False),
     )

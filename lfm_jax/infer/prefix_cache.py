@@ -28,8 +28,6 @@ class PrefixCache:
         self._numbers = 0
         self.bytes = 0
         """Of all snapshots."""
-        self.hit_tokens = 0
-        self.asked_tokens = 0
 
     def find(self, prompt: Sequence[int]) -> list[Any]:
         """The snapshots of the longest prefix there is, in order; never the whole prompt: its last token must be run
@@ -43,8 +41,6 @@ class PrefixCache:
             keys.append((before, key_tokens))
             before = entry[0]
         self._use(keys)
-        self.asked_tokens += len(prompt)
-        self.hit_tokens += len(keys) * self._block
         return [self._entries[key][1] for key in keys]
 
     def wants(self, prompt: Sequence[int], blocks: int) -> bool:

@@ -32,20 +32,21 @@ class Request:
     """Token ids, at least one."""
     max_new_tokens: int = 64
     min_new_tokens: int = 0
-    """Tokens before which no stop id is chosen."""
+    """Tokens before which no stop id is chosen, unless a grammar allows nothing else."""
     sampling: Sampling = GREEDY
     n: int = 1
     """Continuations; number i has the seed `sampling.seed + i`."""
     stop_ids: Sequence[int] | None = None
     """Tokens that end a continuation; None means the model's eos ids."""
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    """Added to the logits of tokens; -inf forbids one."""
+    """Added to the logits of tokens; -inf forbids one, but where a grammar allows no other."""
     logprobs: int | None = None
     """Tell the log-probability of each token and of so many likeliest ones, before sampling parameters."""
     prompt_logprobs: bool = False
     """Tell those of the prompt's tokens too, as many as `logprobs` says."""
     grammar: Matcher | None = None
-    """What the continuation must follow, at its start; each continuation follows a copy."""
+    """What the continuation must follow, at its start; each continuation follows a copy. What ends its text must be
+    among `stop_ids`."""
     deadline: float | None = None
     """Seconds from its submission after which it is ended."""
 
@@ -60,14 +61,16 @@ class Request:
                 problems.append(f"{name} is {value!r}; it must be a whole number of at least {least}")
         if not problems and self.min_new_tokens > self.max_new_tokens:
             problems.append(f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}")
-        if not all(type(i) is int and isinstance(x, (int, float)) and (math.isfinite(x) or x == -math.inf)
-                   for i, x in self.logit_bias.items()):
+        if not isinstance(self.logit_bias, Mapping) or not all(
+            type(i) is int and isinstance(x, (int, float)) and (math.isfinite(x) or x == -math.inf)
+            for i, x in self.logit_bias.items()
+        ):
             problems.append("logit_bias must map token ids to numbers or -inf")
         if self.logprobs is not None and (type(self.logprobs) is not int or self.logprobs < 0):
             problems.append(f"logprobs is {self.logprobs!r}; it must be None or a whole number of at least 0")
         if self.prompt_logprobs and self.logprobs is None:
             problems.append("prompt_logprobs needs logprobs, the number of likeliest tokens to tell")
-        if self.deadline is not None and not self.deadline > 0:
+        if self.deadline is not None and not (isinstance(self.deadline, (int, float)) and self.deadline > 0):
             problems.append(f"deadline is {self.deadline!r}; it must be above 0 seconds")
         if problems:
             raise ValueError("Request is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
@@ -128,8 +131,19 @@ class Event:
     """Why it failed."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """One that has ended."""
+
+    tokens: list[int]
+    """A stop id included."""
+    finish: Finish
+    reason: str | None = None
+    """Why it failed."""
+
+
 Listener = Callable[[Event], None]
-"""Called by the engine's thread; must be quick and must not raise."""
+"""Called by the engine's thread; must be quick. What it raises is printed, and changes nothing."""
 
 
 class EngineFullError(RuntimeError):

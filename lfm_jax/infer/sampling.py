@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,14 +105,15 @@ FEW = 64
 
 
 def to_arrays(samplings: Sequence[Sampling], vocab_size: int) -> tuple[Params, Plan]:
-    """The parameters of a batch as arrays of float32, int32 (top_k) and uint32 (seed), and what they need."""
+    """The parameters of a batch as NumPy arrays of float32, int32 (top_k) and uint32 (seed), and what they need."""
 
-    def column(name: str, dtype: type) -> jax.Array:
-        return jnp.asarray(np.array([getattr(s, name) for s in samplings], dtype))
+    def column(name: str, dtype: type) -> Any:
+        return np.array([getattr(s, name) for s in samplings], dtype)
 
+    top_k_B: Any = np.array([min(s.top_k, vocab_size) for s in samplings], np.int32)
     params = Params(
         temperature_B=column("temperature", np.float32),
-        top_k_B=jnp.asarray(np.array([min(s.top_k, vocab_size) for s in samplings], np.int32)),
+        top_k_B=top_k_B,
         top_p_B=column("top_p", np.float32),
         min_p_B=column("min_p", np.float32),
         repetition_penalty_B=column("repetition_penalty", np.float32),

@@ -1,7 +1,8 @@
 """The device side of the engine: slots of one length, and the compiled programs that work on them.
 
 A slot is a row of every array in `Slots`. Programs have fixed shapes and take the numbers of rows as data, so that
-requests come and go without a compilation. A row's numbers never depend on what other rows hold.
+requests come and go without a compilation. A row's numbers never depend on what other rows hold; how many rows a
+dispatch has may change their rounding.
 
 Dimensions: B slots, S tokens of a slot, R rows and C tokens of a prefill, b <= B slots and N steps of a dispatch, T
 tokens of a step (1, and those drafted), V vocabulary, W = ceil(V / 32) words of a mask, M stop ids, P biased ids, L
@@ -80,6 +81,8 @@ class Told:
 
     token: jax.Array
     """-1 where there is none."""
+    drafted: jax.Array | None
+    """int32 [steps, rows], how many tokens were drafted; None in programs that draft none."""
     logprob: jax.Array | None
     """Of the token, before sampling parameters; None in programs that tell none."""
     best: jax.Array | None
@@ -102,6 +105,16 @@ class SlotShape:
     """L."""
     max_stop_ids: int = 8
     max_biases: int = 16
+    fixed_rows: bool = False
+    """Every dispatch of generation takes all slots."""
+
+    @functools.cached_property
+    def row_counts(self) -> list[int]:
+        """How many rows, from the first on, a dispatch of generation may have."""
+        counts = {self.slots}
+        while (smallest := min(counts)) > 4 and not self.fixed_rows:
+            counts.add(-(-smallest // 4))
+        return sorted(counts)
 
     def asked(self, rows: int) -> Asked:
         """Rows that ask for nothing."""
@@ -233,8 +246,10 @@ class Programs:
         part = jax.tree.map(lambda x: x[:rows], slots)
         logits = jax.ShapeDtypeStruct((rows, 1 + shape.draft, shape.config.vocab_size), jnp.float32)
         tokens = jax.ShapeDtypeStruct((rows, 1 + shape.draft), jnp.int32)
-        told = jax.tree.map(lambda x: jnp.full((STEPS, *x.shape), -1, x.dtype),
-                            jax.eval_shape(lambda x, y: _tell(x, y, most), logits, tokens))
+        told = jax.eval_shape(lambda x, y: _tell(x, y, most), logits, tokens)
+        if shape.draft:
+            told = dataclasses.replace(told, drafted=jax.ShapeDtypeStruct((rows,), jnp.int32))
+        told = jax.tree.map(lambda x: jnp.full((STEPS, *x.shape), -1, x.dtype), told)
         _, part, told = jax.lax.while_loop(unfinished, body, (jnp.int32(0), part, told))
         return _put_first(slots, part), told
 
@@ -340,7 +355,7 @@ def _next_tokens(
       logits_BTV: after the row's last token, and after each drafted one.
       drafts: (drafts_BK, how many of them are in the state already), K = T - 1. A draft counts as far as it is what is
         chosen anyway; the state goes back behind the others.
-      mask_BW: bits of the tokens that may be chosen.
+      mask_BW: bits of the tokens that may be chosen. Where bias or the ban on stop ids leave none of them, they yield.
     """
     B, T, V = logits_BTV.shape
     asked, live_B = slots.asked, slots.left_B > 0
@@ -353,7 +368,9 @@ def _next_tokens(
         allowed_BTV = _biased(allowed_BTV, asked)
         allowed_BTV = _without_stop_ids(allowed_BTV, asked, live_B[:, None] & (made_BT < asked.least_B[:, None]))
     if mask_BW is not None:
-        allowed_BTV = jnp.where(unpack(mask_BW, V)[:, None], allowed_BTV, -jnp.inf)
+        may_B1V = unpack(mask_BW, V)[:, None]
+        free_BTV, allowed_BTV = (jnp.where(may_B1V, x, -jnp.inf) for x in (logits_BTV.astype(jnp.float32), allowed_BTV))
+        allowed_BTV = jnp.where(jnp.any(allowed_BTV > -jnp.inf, axis=2, keepdims=True), allowed_BTV, free_BTV)
     if T == 1:
         token_BT = sample(allowed_BTV[:, 0], asked.sampling, plan, position_BT[:, 0], slots.seen_BV)[:, None]
     else:
@@ -367,7 +384,8 @@ def _next_tokens(
     right_B = jnp.sum(jnp.cumprod(right_BK.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
     made_B = jnp.where(live_B, right_B + 1, 0)
     told = _tell(logits_BTV, token_BT, most, wanted=jnp.any(asked.logprobs_B & live_B))
-    told = dataclasses.replace(told, token=jnp.where(jnp.arange(T) < made_B[:, None], token_BT, -1))
+    told = dataclasses.replace(told, token=jnp.where(jnp.arange(T) < made_B[:, None], token_BT, -1),
+                               drafted=None if drafts is None else drafted_B)
     slots = _remember(slots, jnp.arange(B), first_B, token_BT, made_B)
     stopped_B = jnp.take_along_axis(stops_BT, right_B[:, None], axis=1)[:, 0]
     state = slots.state
@@ -383,14 +401,14 @@ def _next_tokens(
 def _tell(logits_BTV: jax.Array, token_BT: jax.Array, most: int, wanted: jax.Array | bool = True) -> Told:
     """Log-probabilities of the tokens and of the `most` likeliest ones, zeros where none is `wanted`; 0: no arrays."""
     if not most:
-        return Told(token_BT, None, None, None)
+        return Told(token_BT, None, None, None, None)
 
     def tell() -> Told:
         logits32_BTV = logits_BTV.astype(jnp.float32)
         norm_BT = jax.nn.logsumexp(logits32_BTV, axis=2)
         best_BTL, best_id_BTL = jax.lax.top_k(logits32_BTV, most)
         logit_BT = jnp.take_along_axis(logits32_BTV, jnp.maximum(token_BT, 0)[:, :, None], axis=2)[:, :, 0]
-        return Told(token_BT, logit_BT - norm_BT, best_id_BTL.astype(jnp.int32), best_BTL - norm_BT[:, :, None])
+        return Told(token_BT, None, logit_BT - norm_BT, best_id_BTL.astype(jnp.int32), best_BTL - norm_BT[:, :, None])
 
     def zeros() -> Told:
         empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(tell))

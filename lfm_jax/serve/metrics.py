@@ -15,6 +15,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 3
 PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
 """Others are counted together, lest a client makes up series without end."""
 TOKENS = {"prompt_tokens": "Tokens of prompts", "cached_tokens": "Tokens of prompts found in the prefix cache",
+          "drafted_tokens": "Tokens drafted by prompt lookup", "accepted_tokens": "Drafted tokens that were right",
           "tokens": "Tokens generated", "steps": "Steps of rows that generated them"}
 
 

@@ -19,7 +19,7 @@ from lfm_jax.infer.pool import chunk_width, chunk_widths
 from lfm_jax.infer.prefix_cache import PrefixCache
 from lfm_jax.infer.request import EngineFullError, Request
 from lfm_jax.infer.sampling import Sampling
-from lfm_jax.testing import tiny_config, tiny_model, tiny_tokenizer
+from lfm_jax.testing import tiny_model, tiny_tokenizer
 
 V, STOP = 97, (3, 5, 90)
 CONFIG = EngineConfig(slots=((6, 64), (2, 320)), chunk=16, prefix_cache_bytes=1 << 20, max_logprobs=5)
@@ -60,13 +60,14 @@ class Heard:
     def __init__(self, n=1):
         self.tokens, self.finish = [[] for _ in range(n)], [None] * n
         self.logprobs, self.prompt_logprobs = [[] for _ in range(n)], [None] * n
+        self.reason = [None] * n
 
     def __call__(self, event):
         assert self.finish[event.choice] is None
         self.tokens[event.choice] += event.tokens
         self.logprobs[event.choice] += event.logprobs or []
         self.prompt_logprobs[event.choice] = event.prompt_logprobs or self.prompt_logprobs[event.choice]
-        self.finish[event.choice] = event.finish
+        self.finish[event.choice], self.reason[event.choice] = event.finish, event.reason
 
 
 def run(made, *requests):
@@ -234,7 +235,6 @@ def test_prefix_cache_keeps_prefixes_whole_and_its_bounds():
             assert len(cache.find(prompt)) == n
         assert cache.bytes == 64 * len(cache) <= 640
     assert not cache.wants(prompts[-1], 4)
-    assert cache.hit_tokens > 0
     other = PrefixCache(4, 0)
     assert not other.wants(prompts[0], 1)
     assert other.find(prompts[0]) == []
@@ -264,7 +264,10 @@ def test_drafts_change_no_token(name):
     theirs, ours = run(plain, *requests), run(drafting, *requests)
     assert [heard.tokens for heard in ours] == [heard.tokens for heard in theirs]
     assert plain.counts["steps"] == plain.counts["tokens"] == drafting.counts["tokens"]
-    assert drafting.counts["steps"] < drafting.counts["tokens"]  # Some tokens came from a draft.
+    accepted = drafting.counts["accepted_tokens"]
+    assert 0 < accepted < drafting.counts["drafted_tokens"]
+    assert drafting.counts["steps"] == drafting.counts["tokens"] - accepted
+    assert plain.counts["drafted_tokens"] == 0
 
 
 def test_drafts_are_refused_with_recurrences():
@@ -311,6 +314,110 @@ def test_bias_and_least_tokens():
         assert (len(heard.tokens[0]), heard.finish[0]) == ((least + 1, "stop") if least < 8 else (8, "length"))
 
 
+def test_a_grammar_outranks_bias_and_least_tokens():
+    """Where they leave none of the tokens that it allows; and what can be told of no token ends one request alone."""
+    vocab = tiny_tokenizer().get_vocab_size() + 5
+    tokens = grammar_tokenizer(tiny_tokenizer(), vocab, STOP)
+    made = Engine(tiny_model(vocab_size=vocab), EngineConfig(slots=((4, 64),), chunk=16))
+    grammar = tokens.matcher(Grammar.choice(["left", "right"]))
+    asked = Request(prompt=[50, 60, 70], max_new_tokens=30, stop_ids=STOP, grammar=grammar)
+    beside = Request(prompt=[50, 60, 70], max_new_tokens=30, stop_ids=())
+    [free, other] = run(made, asked, beside)
+    assert free.finish == ["stop"]
+    first = free.tokens[0][0]
+    for changes in (dict(min_new_tokens=25), dict(logit_bias=dict.fromkeys(STOP, -float("inf"))),
+                    dict(logit_bias={first: -float("inf")}), dict(logit_bias=dict.fromkeys(range(50, 64), -1e9))):
+        [heard, same] = run(made, dataclasses.replace(asked, **changes), beside)
+        assert heard.finish == ["stop"]
+        text = tiny_tokenizer().decode(heard.tokens[0][:-1])
+        assert text in ("left", "right")
+        assert same.tokens == other.tokens
+    with pytest.raises(ValueError, match=r"grammar ends texts with \(3, 5, 90\); stop_ids \(3, 5\) must"):
+        made.submit(dataclasses.replace(asked, stop_ids=STOP[:2]), Heard())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(grammar), "consume", lambda *_: (_ for _ in ()).throw(ValueError("token 9 is not allowed")))
+        [heard, same] = run(made, asked, beside)
+    assert (heard.finish, heard.reason) == (["failed"], ["token 9 is not allowed"])
+    assert same.tokens == other.tokens
+
+
+@pytest.mark.parametrize("fixed_rows", [True, False])
+def test_at_real_widths(fixed_rows):
+    """XLA adds up rows in another order when there are others beside them; with `fixed_rows` there always are."""
+    wide = tiny_model(vocab_size=V, hidden_size=1024, ffn_size=2304, layer_types=("conv", "full_attention"))
+    made = Engine(wide, EngineConfig(slots=((6, 64),), chunk=16, steps=4, max_logprobs=2, fixed_rows=fixed_rows))
+    rng = np.random.default_rng(13)
+    requests = [a_request(rng, max_new_tokens=16, min_new_tokens=0, logprobs=2, stop_ids=()) for _ in range(6)]
+    requests = [dataclasses.replace(request, prompt=request.prompt[:40]) for request in requests]
+    alone = [run(made, request)[0] for request in requests]
+    for heard, one in zip(run(made, *requests), alone, strict=True):
+        if fixed_rows:
+            assert (heard.tokens, heard.logprobs) == (one.tokens, one.logprobs)
+        for ours, theirs in zip(heard.logprobs[0], one.logprobs[0], strict=True):
+            if ours.token != theirs.token:  # Greedy, and two tokens are as likely.
+                assert theirs.best[0][1] - theirs.best[1][1] < 1e-4
+                break
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+
+
+def test_a_short_prompt_need_not_wait_for_a_long_one():
+    for order in (1, -1):
+        heard = [Heard(), Heard()]
+        requests = [Request(prompt=[1] * 300, max_new_tokens=4), Request(prompt=[2] * 70, max_new_tokens=4)]
+        long, short = requests
+        for i in (0, 1)[::order]:
+            engine().submit(requests[i], heard[i])
+        turns = [None, None]
+        for turn in range(100):
+            more = engine().step()
+            for i in (0, 1):
+                if turns[i] is None and heard[i].tokens[0]:
+                    turns[i] = turn
+            if not more:
+                break
+        assert turns[1] <= 2 * len(short.prompt) // 16 + 2
+        assert turns[0] <= (len(long.prompt) + len(short.prompt)) // 16 + 4
+        for pool in engine()._pools:
+            pool.cache.clear()
+
+
+def test_a_deadline_ends_what_runs():
+    request = Request(prompt=list(range(64)), max_new_tokens=200, stop_ids=(), deadline=0.2, n=2)
+    for turns in (1, 6):  # While the prompt is taken in, and while it generates.
+        heard = Heard(2)
+        ticket = engine().submit(request, heard)
+        for _ in range(turns):
+            engine().step()
+        ticket.expires = 0
+        engine().step()
+        assert heard.finish == ["deadline"] * 2
+        assert engine().running() == 0
+        while engine().step():
+            pass
+
+
+def test_nothing_is_compiled_after_warming_up():
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: compiled.append(event) if "backend_compile" in event else None)
+    made = Engine(tiny_model(vocab_size=V + 1), EngineConfig(slots=((5, 64),), chunk=16, prefill_rows=2, draft=2,
+                                                             prefix_cache_bytes=1 << 20, max_logprobs=2))
+    made.warm_up()
+    assert compiled
+    compiled.clear()
+    rng = np.random.default_rng(14)
+    requests = [a_request(rng, max_new_tokens=9, min_new_tokens=0, n=1 + i % 3) for i in range(12)]
+    requests = [dataclasses.replace(r, prompt=r.prompt[:40]) for r in requests]
+    requests.append(dataclasses.replace(requests[0], logprobs=1, prompt_logprobs=True))
+    tickets = [made.submit(request, Heard(request.n)) for request in requests]
+    made.step()
+    made.cancel(tickets[1])
+    while made.step():
+        pass
+    jax.monitoring.clear_event_listeners()
+    assert compiled == []
+
+
 def test_cancelling_frees_the_slot_in_one_turn():
     requests = [a_request(np.random.default_rng(i), prompt=list(range(40)), max_new_tokens=20, stop_ids=())
                 for i in range(9)]
@@ -326,6 +433,8 @@ def test_cancelling_frees_the_slot_in_one_turn():
         pass
     assert [each.finish[0] for each in heard] == ["cancelled"] * 8 + ["length"]
     engine().cancel(tickets[0])  # Once more is nothing.
+    with pytest.raises(ValueError, match=r"choice is 1; the request has continuations 0..0"):
+        engine().cancel(tickets[0], 1)
     assert not engine().step()
 
 
@@ -368,10 +477,16 @@ def test_bad_requests_and_configs_list_every_field():
         Request(prompt=[1], min_new_tokens=5, max_new_tokens=4)
     with pytest.raises(ValueError, match="prompt_logprobs needs logprobs"):
         Request(prompt=[1], prompt_logprobs=True)
-    bad = dict(slots=((0, 5),), chunk=24, prefill_rows=0, steps=33, draft=-1, max_queue=0)
+    bad = dict(slots=((0, 5),), chunk=24, prefill_rows=0, steps=33, draft=-1, max_queue=0, memory_bytes=0)
     with pytest.raises(ValueError, match="EngineConfig is not valid") as error:
         EngineConfig(**bad)
     assert all(name in str(error.value) for name in bad)
+    for bad in (dict(slots=(5,)), dict(slots=5), dict(chunk="a"), dict(steps=None)):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))} is"):
+            EngineConfig(**bad)
+    for bad in (dict(deadline="5"), dict(logit_bias=[1])):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            Request(prompt=[1], **bad)
     with pytest.raises(ValueError, match="names a length twice"):
         EngineConfig(slots=((1, 64), (2, 64)))
     with pytest.raises(ValueError, match="slots of 5000 tokens exceed the model's max_position 4096"):
@@ -402,6 +517,12 @@ def test_memory_is_counted_before_anything_is_made():
     assert memory["prefix cache"] == 1000
     with pytest.raises(ValueError, match=r"the engine needs .* MiB .* and may use 0.1; take fewer or shorter slots"):
         Engine(model(), dataclasses.replace(config, memory_bytes=100_000))
+    many = EngineConfig(slots=((64, 4096),), chunk=16)
+    [pool] = Engine(model(), many)._pools
+    for rows in pool.shape.row_counts:
+        lowered = pool._programs.decode.lower(pool._params, pool._slots, np.int32(1), rows=rows, plain=True)
+        taken = lowered.compile().memory_analysis().temp_size_in_bytes
+        assert taken < many.memory(model().config)["working"] + 2**20  # That is for what the layers make.
     large = ModelConfig.preset("lfm2.5-350m")
     memory = EngineConfig(slots=((64, 1024), (2, 32_768))).memory(large)
     beside = 4 + large.vocab_size + 4 * 32_768  # Tokens seen, history, and a little for what is asked.
@@ -437,6 +558,21 @@ def test_closing_without_draining_ends_everything():
     assert made.running() == made.waiting() == 0
 
 
+def test_a_listener_that_raises_harms_nobody(capsys):
+    def bad(event):
+        raise KeyError("mine")
+
+    heard = Heard()
+    request = Request(prompt=[1, 2, 3], max_new_tokens=20, stop_ids=())
+    engine().submit(request, bad)
+    engine().submit(request, heard)
+    while engine().step():
+        pass
+    assert heard.finish == ["length"]
+    assert engine().running() == 0
+    assert "KeyError: 'mine'" in capsys.readouterr().err
+
+
 def test_a_failure_is_told_to_everyone_and_nobody_waits(monkeypatch, capsys):
     made = Engine(model(), CONFIG)
     made.serve()
@@ -468,7 +604,12 @@ def test_complete_keeps_order():
     rng = np.random.default_rng(12)
     requests = [a_request(rng, n=int(rng.integers(1, 3))) for _ in range(7)]
     small = Engine(model(), dataclasses.replace(CONFIG, max_queue=1))
-    assert small.complete(requests) == [heard.tokens for heard in run(engine(), *requests)]
+    assert [[(c.tokens, c.finish) for c in ends] for ends in small.complete(requests)] == [
+        [*zip(heard.tokens, heard.finish, strict=True)] for heard in run(engine(), *requests)
+    ]
     with pytest.raises(ValueError, match="token ids"):
         small.complete([Request(prompt=[1]), Request(prompt=[99])])
-    assert tiny_config().vocab_size == V
+    small.serve()
+    with pytest.raises(RuntimeError, match="serves in a thread of its own"):
+        small.complete(requests)
+    small.close()
