@@ -308,6 +308,7 @@ def bench(
     /,
     preset: Preset = "lfm2.5-350m",
     repeats: int = 5,
+    gguf: Path | None = None,
 ) -> int:
     """Measure on this machine, beside a peer in the same process, and print a Markdown table.
 
@@ -318,8 +319,12 @@ def bench(
         beside transformers or a roofline, and decoding by context.
       preset: shape for the model, train and serve suites.
       repeats: timed runs of which the median counts.
+      gguf: file of llama.cpp with a model of the preset's shape, F32: the serve suite decodes beside it too.
     """
     from lfm_jax.config import ModelConfig
+
+    if gguf is not None and suite != "serve":
+        raise ValueError("--gguf belongs to `bench serve`; leave it out")
 
     if suite in ("kernels", "data") and preset != "lfm2.5-350m":
         raise ValueError(f"--preset belongs to the other suites; leave it out of `bench {suite}`")
@@ -334,7 +339,7 @@ def bench(
     elif suite == "serve":
         from lfm_jax.bench.serve import bench_serve
 
-        print(bench_serve(preset=preset, repeats=repeats))
+        print(bench_serve(preset=preset, repeats=repeats, gguf=gguf))
     elif suite == "train":
         from lfm_jax.bench.train import bench_train
 

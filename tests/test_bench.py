@@ -2,12 +2,16 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lfm_jax.bench import gpu_peers, kernels, model, passes, timing
+from lfm_jax.bench.serve import bench_serve, roofline
+from lfm_jax.chips import CHIPS
+from lfm_jax.config import ModelConfig
 from lfm_jax.kernels import reference
 from lfm_jax.testing import tiny_config
 
@@ -136,3 +140,28 @@ def test_conditions_name_what_is_absent():
     line = timing.conditions("jax", "no-such-package")
     assert "no-such-package absent" in line
     assert "cores" in line
+
+
+@pytest.mark.slow
+def test_serve_suite_at_toy_size(capsys):
+    report = bench_serve(repeats=1, toy=True)
+    assert "One step of decoding at batch 1" in report
+    rows = [line for line in report.splitlines() if line.startswith("|")]
+    assert [row.split("|")[1].strip() for row in rows if "x |" in row and "target" not in row] == [
+        "one token at batch 1, `lfm.generate`", "16 requests, 6 tokens each", "32 requests, 2 to 12 tokens",
+        "1,024", "8,192", "32,768",
+    ]
+    assert "Time to the first token" in report
+    assert "programs compiled" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="pip install llama-cpp-python"):
+        bench_serve(repeats=1, toy=True, gguf=Path("none.gguf"))
+
+
+def test_the_roofline_of_a_decoding_step():
+    """At batch 1 what an H100 can do is its bandwidth over the bytes of parameters and state."""
+    config = ModelConfig.preset("lfm2.5-350m").replace(dtype="bfloat16", param_dtype="bfloat16")
+    chip = CHIPS["H100"]
+    tokens = roofline(config, chip, prompt=512, made=512, concurrency=1)
+    step = (2 * config.num_params() + config.state_bytes(768)) / chip.hbm_bandwidth
+    assert tokens == pytest.approx(1 / step, rel=0.02)
+    assert roofline(config, chip, prompt=512, made=512, concurrency=64) > 30 * tokens

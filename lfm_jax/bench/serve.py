@@ -8,10 +8,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import importlib
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +24,7 @@ from flax import nnx
 
 from lfm_jax.bench.model import _Peer
 from lfm_jax.bench.timing import Row, conditions, interleave, table
-from lfm_jax.chips import chip_of
+from lfm_jax.chips import Chip, chip_of
 from lfm_jax.config import ModelConfig
 from lfm_jax.infer.engine import Engine
 from lfm_jax.infer.engine_config import EngineConfig
@@ -41,13 +44,19 @@ CONCURRENCY = (1, 8, 64, 256, 1024, 2048)
 """Requests at one time, on an accelerator."""
 
 
-def bench_serve(*, preset: str = "lfm2.5-350m", repeats: int = 3, toy: bool = False) -> str:
+def bench_serve(
+    *, preset: str = "lfm2.5-350m", repeats: int = 3, gguf: Path | None = None, toy: bool = False
+) -> str:
     """Measures and returns a Markdown report; says on stderr what it is at.
 
     Args:
       preset: shape of the model, with random weights: float32 on a CPU, bfloat16 elsewhere.
       repeats: timed runs of which the median counts; on an accelerator throughput is measured once.
+      gguf: the same shape as llama.cpp reads it, F32, to decode beside; needs llama-cpp-python.
       toy: a small model and short runs, to try the command.
+
+    Raises:
+      ValueError: `gguf` and no llama-cpp-python, or a model of another size.
     """
     on_cpu = jax.default_backend() == "cpu"
     dtype = "float32" if on_cpu else "bfloat16"
@@ -55,12 +64,16 @@ def bench_serve(*, preset: str = "lfm2.5-350m", repeats: int = 3, toy: bool = Fa
     if toy:
         config = config.replace(
             hidden_size=64, ffn_size=128, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=512,
+            layer_types=("conv", "full_attention"),
         )
     model = LFM(config, rngs=nnx.Rngs(0))
     head = (f"{config.num_params():,} parameters, {dtype}; {jax.devices()[0].device_kind}.\n"
-            + conditions("jax", "jaxlib", "flax", "torch", "transformers"))
-    rows = _beside_transformers(model, repeats, toy) if on_cpu else _throughput(model, toy)
-    return "\n\n".join([head, rows, _contexts(model, repeats)])
+            + conditions("jax", "jaxlib", "flax", "torch", "transformers", "llama_cpp_python"))
+    parts = [head]
+    if gguf is not None:
+        parts.append(_beside_llama_cpp(model, gguf, repeats, toy))
+    parts.append(_beside_transformers(model, repeats, toy) if on_cpu else _throughput(model, toy))
+    return "\n\n".join([*parts, _contexts(model, repeats)])
 
 
 # -------------------------------------------------------------------- runs
@@ -160,6 +173,35 @@ def _beside_transformers(model: LFM, repeats: int, toy: bool) -> str:
     return f"Prompts of {PROMPT} tokens, greedy.\n\n{table(rows, 'transformers')}\n\n{first}"
 
 
+def _beside_llama_cpp(model: LFM, gguf: Path, repeats: int, toy: bool) -> str:
+    """One token of decoding by each, in turn; the time of a few is taken off that of more, and the prompt's with it."""
+    try:
+        llama_cpp: Any = importlib.import_module("llama_cpp")  # No part of any extra.
+    except ImportError as error:
+        raise ValueError(f"gguf is for a comparison with llama.cpp: pip install llama-cpp-python ({error})") from None
+    cores = len(os.sched_getaffinity(0))
+    peer = llama_cpp.Llama(str(gguf), n_ctx=256, n_threads=cores, n_threads_batch=cores, verbose=False)
+    size = llama_cpp.llama_model_n_params(peer.model)
+    if abs(size / model.config.num_params() - 1) > 0.01:
+        raise ValueError(f"gguf has {size:,} parameters, the preset {model.config.num_params():,}: not the same shape")
+    [request] = _requests(model.config, PROMPT, [1])
+    equal = 6 if toy else EQUAL
+
+    def theirs(n: int) -> None:
+        peer.reset()
+        peer.eval(request.prompt)
+        for _ in range(n):
+            peer.eval([1])
+
+    _say("decode, batch 1, beside llama.cpp")
+    times = interleave([
+        *[lambda n=n: generate_tokens(model, [request.prompt], max_new_tokens=n, stop_ids=()) for n in (4, 4 + equal)],
+        *[lambda n=n: theirs(n) for n in (4, 4 + equal)],
+    ], repeats)
+    each = [(times[i + 1] - times[i]) / equal for i in (0, 2)]
+    return table([Row("one token at batch 1, `lfm.generate`", each[0], each[1], 0.8)], "llama.cpp, F32")
+
+
 # -------------------------------------------------------------------- on an accelerator
 
 
@@ -185,21 +227,20 @@ def _row_of(model: LFM, prompt: int, made: int, concurrency: int) -> str:
     clock = _run(engine, requests)
     seconds = time.perf_counter() - began
     rate = clock.tokens / seconds
-    bound = roofline(model.config, prompt, made, concurrency)
-    share = "" if bound is None else f"{rate / bound:.0%} of {bound:,.0f}"
+    chip, share = chip_of(jax.devices()[0]), ""
+    if chip is not None:
+        bound = roofline(model.config, chip, prompt, made, concurrency)
+        share = f"{rate / bound:.0%} of {bound:,.0f}"
     return (f"| {prompt} / {made} | {concurrency} | {rate:,.0f} | {share} | "
             f"{statistics.median(clock.first) * 1e3:.0f} ms |")
 
 
-def roofline(config: ModelConfig, prompt: int, made: int, concurrency: int) -> float | None:
-    """Output tokens a second that a device's memory and arithmetic allow; None for one that the table of chips lacks.
+def roofline(config: ModelConfig, chip: Chip, prompt: int, made: int, concurrency: int) -> float:
+    """Output tokens a second that a device's memory and arithmetic allow.
 
     A step reads all parameters once and the state of each row, at its mean length; prompts are arithmetic alone. The
     larger of the time for bytes and that for operations counts, for steps and prompts by themselves.
     """
-    chip = chip_of(jax.devices()[0])
-    if chip is None:
-        return None
     item = jnp.dtype(config.dtype).itemsize
     mean = prompt + made // 2
     step_bytes = config.num_params() * item + concurrency * config.state_bytes(mean)
