@@ -15,7 +15,7 @@ import tyro
 from lfm_jax.config import PRESETS, DType
 from lfm_jax.infer.engine_config import EngineConfig
 from lfm_jax.infer.sampling import Sampling
-from lfm_jax.serve.limits import LIMITS, Limits
+from lfm_jax.serve.limits import LIMITS, OFFLINE, Limits
 
 if TYPE_CHECKING:
     from lfm_jax.model import LFM
@@ -214,6 +214,7 @@ def batch(
     shard: str = "0/1",
     sampling: Sampling = PUBLISHED,
     engine: EngineConfig = SERVER,
+    limits: Limits = OFFLINE,
     data: int = 1,
     tensor: int = 1,
     dtype: DType | None = None,
@@ -229,6 +230,7 @@ def batch(
       shard: I/N: only every N-th line from number I on, to spread a file over machines.
       sampling: for what a request does not say; the defaults are those published for LFM2.5-350M.
       engine: slots and limits of the engine.
+      limits: of one line.
       data: replicas of the model.
       tensor: devices that each replica is split over.
       dtype: of parameters and computation; the stored one if left out.
@@ -236,7 +238,7 @@ def batch(
     run = _serving("batch")
     run.check_shard(shard)
     service = _serving("launch").open_service(path, dtype, engine, (data, tensor))
-    bad = run.batch(service, path.resolve().name, source, target, shard=shard, sampling=sampling)
+    bad = run.batch(service, path.resolve().name, source, target, shard=shard, sampling=sampling, limits=limits)
     print(f"{target}: every line is answered{f', {bad} with an error' if bad else ''}")
     return 1 if bad else 0
 

@@ -139,6 +139,8 @@ class CallRules:
             return self._repeated("[]", item, node.get("minItems", 0), node["maxItems"], place)
         if kind != "object":
             return self._leaf({"type": kind} | {key: node[key] for key in node.keys() & OF_TYPE["number"]}, place)
+        if "additionalProperties" not in node:
+            raise GrammarError(f"{place}: $id is not supported inside parameters")
         if node.get("properties") or node["additionalProperties"] is False:
             return f'"{{" {self._members(node, place)} "}}"'
         value = self._value(node["additionalProperties"], f"{place}/additionalProperties")

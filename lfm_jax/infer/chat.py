@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lfm_jax.config import ModelConfig
 from lfm_jax.infer.generate import stream
 from lfm_jax.infer.sampling import GREEDY, Sampling
-from lfm_jax.infer.text import check_tokenizer
+from lfm_jax.infer.text import check_tokenizer, encoded
 from lfm_jax.infer.tools import ToolCall, render_calls
 from lfm_jax.model import LFM
 
@@ -156,10 +156,20 @@ def encode_chat(
       ValueError: see `render_chat`.
     """
     template = template or DEFAULT_TEMPLATE
-    if "tool_calls" not in template:
-        messages = [_with_calls_as_text(message) for message in messages]
+    messages = [(_with_calls_in_full if "tool_calls" in template else _with_calls_as_text)(m) for m in messages]
     text = render_chat(template, messages, tools=tools, **special_tokens(tokenizer, config))
-    return tokenizer.encode(text, add_special_tokens=False).ids
+    return encoded(tokenizer, text, add_special_tokens=False).ids
+
+
+def _with_calls_in_full(message: Message) -> Message:
+    """Templates look for name and arguments in a call, or in its `function`."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    return dict(message) | {"tool_calls": [
+        {"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}} | call
+        for call in calls
+    ]}
 
 
 def _with_calls_as_text(message: Message) -> Message:

@@ -209,7 +209,7 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        while self.step():
+        while self.failure is None and self.step():
             pass
 
     def _busy(self) -> bool:

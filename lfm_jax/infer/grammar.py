@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lfm_jax.infer.call_grammar import CallRules
-from lfm_jax.infer.json_schema import Bounds, GrammarError, accepted, compiled, llguidance, one_line
+from lfm_jax.infer.json_schema import MALFORMED, Bounds, GrammarError, accepted, compiled, llguidance, one_line
 from lfm_jax.infer.tool_schemas import Tool, tool_schemas
 from lfm_jax.infer.tools import END, START
 
@@ -112,7 +112,10 @@ class Grammar:
         if not chosen:
             raise GrammarError("there are no tools" if name is None else f"there is no tool {name!r}")
         rules = CallRules(bounds)
-        calls = [rules.call(tool) for tool in chosen]
+        try:
+            calls = [rules.call(tool) for tool in chosen]
+        except MALFORMED as error:
+            raise GrammarError(f"the parameters of a tool are malformed: {type(error).__name__}: {error}") from None
         more = f'(", " call){{0,{MAX_CALLS - 1}}}' if parallel else ""
         block = f'{START} "[" call {more} "]" {END}'
         return cls.lark("\n".join([

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any
@@ -31,6 +32,10 @@ ANY_VALUE = {"$ref": "#/$defs/lfm_jax.any"}
 """Stands in a bounded schema for one without keywords."""
 MAX_DIVISOR = 1000
 """Largest `multipleOf`, its decimal point left out: with the next ones masks fail."""
+MAX_PATTERNS = 8
+"""Most patterns and formats that one text may have to fit: whether any does takes twice as long with each."""
+MALFORMED = (TypeError, KeyError, AttributeError, ArithmeticError)
+"""What reading a schema raises where it is none."""
 OPTIONS = {
     "whitespace_flexible": False, "lenient": False, "coerce_one_of": False,
     # Written with an escape, a key that is taken would pass for another; and Python has no pairs of surrogates.
@@ -47,6 +52,10 @@ _SHAPES: dict[str, tuple[Any, set[str]]] = {
     "a whole number": (int, {"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"}),
     "a number": ((int, float), OF_TYPE["number"]),
 }
+
+
+_EXCLUSIVE = {"exclusiveMinimum": {"minimum"}, "exclusiveMaximum": {"maximum"}}
+_FINITE = sys.float_info.max
 
 
 class GrammarError(ValueError):
@@ -75,11 +84,14 @@ def compiled(schema: Any, bounds: Bounds) -> str:
     """
     root = plain(schema)
     try:
+        _few_patterns(root)
         if '"oneOf"' in json.dumps(root):  # Choices that overlap may seem distinct once they are bounded.
             accepted(_text(root))
         return accepted(_text(bounded(root, bounds), item_separator=", ?", key_separator=": ?"))
     except GrammarError as error:
         raise GrammarError(f"the JSON schema is refused: {error}{_where(root, str(error))}") from None
+    except MALFORMED as error:
+        raise GrammarError(f"the JSON schema is malformed: {type(error).__name__}: {error}") from None
 
 
 def plain(schema: Any) -> Schema:
@@ -235,6 +247,34 @@ def _met(root: Schema) -> set[int]:
     return met
 
 
+def _few_patterns(root: Schema) -> None:
+    """Refuses schemas under which one text has more than MAX_PATTERNS patterns and formats to fit."""
+
+    counts: dict[int, int] = {}
+
+    def count(node: Any) -> int:
+        if not isinstance(node, dict):
+            return 0
+        if id(node) not in counts:
+            counts[id(node)] = 0  # A schema within itself adds nothing.
+            choices = [[count(child) for child in _listed(node, key)] for key in ("anyOf", "oneOf")]
+            together = len({"pattern", "format"} & node.keys()) + count(resolved(root, node.get("$ref", "")))
+            together += sum(count(child) for child in _listed(node, "allOf"))
+            # All of the choices where they meet something, each by itself where they are alone.
+            alone = not together and sum(map(bool, choices)) == 1
+            counts[id(node)] = together + sum(max(some, default=0) if alone else sum(some) for some in choices)
+        return counts[id(node)]
+
+    for place, node in _nodes(root, "#"):
+        if (found := count(node)) > MAX_PATTERNS:
+            raise GrammarError(f"{found} patterns and formats for one text; at most {MAX_PATTERNS} (at {place})")
+
+
+def _listed(node: Schema, key: str) -> list[Any]:
+    value = node.get(key, [])
+    return value if isinstance(value, list) else []
+
+
 def types(node: Schema) -> list[str]:
     """The types that a schema is about: none where schemas in its place say it, or where it has no keywords."""
     kinds = node.get("type", [])
@@ -274,10 +314,24 @@ def _check(node: Schema, place: str) -> None:
         if abs(value) > 2**53 or int(exponent) < -22 or (int(exponent) < 0 and len(digits) > 15):
             raise GrammarError(f"{text:.40} has too many digits (at {place})")
 
+    def wrong(key: str, expected: str) -> GrammarError:
+        return GrammarError(f"{key} is {node[key]!r:.40}; expected {expected} (at {place})")
+
     for name, (kind, keywords) in _SHAPES.items():
         for key in node.keys() & keywords:
-            if not isinstance(node[key], kind):
-                raise GrammarError(f"{key} is {node[key]!r:.40}; expected {name} (at {place})")
+            if not isinstance(node[key], kind) or (
+                # In draft 4 an exclusive limit is true or false, and about the other one.
+                isinstance(node[key], bool) and node.keys().isdisjoint(_EXCLUSIVE.get(key, ()))
+            ):
+                raise wrong(key, name)
+    for key in node.keys() & OF_TYPE["number"]:
+        if abs(node[key]) > _FINITE:
+            raise wrong(key, "what a float can hold")
+    for key, expected in (("type", "a type or a list of types"), ("required", "a list of texts")):
+        values = node.get(key, [])
+        values = [values] if key == "type" and isinstance(values, str) else values
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            raise wrong(key, expected)
     if {"const", "enum"} & node.keys():
         json.loads(json.dumps([node.get("const"), node.get("enum")]), parse_int=number, parse_float=number)
     if node.get("minProperties", 0) - len(node.get("required", ())) > 1:

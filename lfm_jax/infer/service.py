@@ -148,7 +148,10 @@ class Answers:
                 reply = self._replies.get(choice)
                 if reply is None:  # Ended by a stop text; the engine had gone on.
                     continue
-                text, finish = reply.push(event.tokens), event.finish
+                text, taken, finish = "", 0, event.finish
+                while taken < len(event.tokens) and not reply.stopped:
+                    text += reply.push(event.tokens[taken : taken + 1])
+                    taken += 1
                 if reply.stopped:
                     if finish is None:
                         self._engine.cancel(self._tickets[number], event.choice)
@@ -157,6 +160,8 @@ class Answers:
                     text += reply.finish()
                 if finish is not None:
                     del self._replies[choice]
-                yield Piece(choice, text, event.tokens, event.logprobs, event.prompt_logprobs, finish, event.reason)
+                # Tokens that came at once with those of the stop text are none of the answer's.
+                logprobs = None if event.logprobs is None else event.logprobs[:taken]
+                yield Piece(choice, text, event.tokens[:taken], logprobs, event.prompt_logprobs, finish, event.reason)
         finally:
             self.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 from lfm_jax.config import ModelConfig
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
@@ -34,13 +35,27 @@ def encode(tokenizer: Tokenizer, text: str, bos_id: int) -> list[int]:
     Raises:
       ValueError: the tokenizer is set to cut texts.
     """
-    encoding = tokenizer.encode(text, add_special_tokens=True)
+    encoding = encoded(tokenizer, text, add_special_tokens=True)
     if encoding.overflowing:
         raise ValueError(
             f"the tokenizer cuts texts at {len(encoding.ids)} tokens; call tokenizer.no_truncation() first"
         )
     ids = encoding.ids
     return ids[1:] if ids[:2] == [bos_id, bos_id] else ids
+
+
+def encoded(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> Encoding:
+    """`tokenizer.encode`, but other threads may run meanwhile.
+
+    Raises:
+      ValueError: half of a surrogate pair, which is no character.
+    """
+    try:
+        # Of a batch the library lets go of the interpreter's lock, of a single text it does not.
+        return tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+    except TypeError:
+        place = next(i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff")
+        raise ValueError(f"the text has half of a surrogate pair, {text[place]!r}, at character {place}") from None
 
 
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
@@ -67,27 +82,19 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
-        from tokenizers.decoders import DecodeStream
-
         self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-        self._ids: list[int] = []
-        self._length = 0
+        added = tokenizer.get_added_tokens_decoder() if skip_special_tokens else {}
+        self._left_out = frozenset(i for i, token in added.items() if token.special)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that has become certain with these tokens."""
-        pieces = []
-        for i in ids:
-            self._ids.append(i)
-            pieces.append(self._stream.step(self._tokenizer, i) or "")
-        text = "".join(pieces)
-        self._length += len(text)
-        return text
+        shown = (i for i in ids if i not in self._left_out)
+        return self._decoder.decode(b"".join(token_bytes(self._tokenizer, i) for i in shown))
 
     def finish(self) -> str:
         """The rest: bytes that never became a character, as U+FFFD."""
-        return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)[self._length :]
+        return self._decoder.decode(b"", final=True)
 
 
 class StopStrings:

@@ -7,10 +7,11 @@ prompt prefixes.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from importlib.resources import files
 from typing import Any
@@ -53,14 +54,25 @@ def make_app(
         yield
         await asyncio.to_thread(service.engine.close)
 
-    app = FastAPI(title="lfm_jax", version="1", lifespan=life, docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, api_key=api_key, body_bytes=limits.body_bytes, metrics=metrics)
+    app = FastAPI(title="lfm_jax", version="1", lifespan=life, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_middleware(Guard, api_key=api_key, limits=limits, metrics=metrics)
     app.add_exception_handler(RefusalError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.include_router(_about(service, name, metrics))
     app.include_router(_completions(_Desk(service, name, sampling, limits, metrics)))
+    app.openapi = functools.partial(_document, app)
     return app
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """The document of the API, without the status 422 that FastAPI would have: a body that is not valid gets 400."""
+    if app.openapi_schema is None:
+        app.openapi_schema = FastAPI.openapi(app)
+        for methods in app.openapi_schema["paths"].values():
+            for operation in methods.values():
+                operation["responses"].pop("422", None)
+    return app.openapi_schema
 
 
 async def _refused(request: Request, error: Any) -> Response:
@@ -92,21 +104,21 @@ def _about(service: Service, name: str, metrics: Metrics) -> APIRouter:
     async def page() -> str:
         return (files("lfm_jax.serve") / "page.html").read_text(encoding="utf-8")
 
-    @router.get("/health", responses=_errors(503))
+    @router.get("/health", responses=_errors(400, 503))
     async def health() -> dict[str, str]:
         if service.engine.failure is not None:
             raise RefusalError(503, "the engine has failed")
         return {"status": "ok"}
 
-    @router.get("/metrics", response_class=PlainTextResponse, responses=_errors(401))
+    @router.get("/metrics", response_class=PlainTextResponse, responses=_errors(400, 401))
     async def metrics_page() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @router.get("/v1/models", responses=_errors(401))
+    @router.get("/v1/models", responses=_errors(400, 401))
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [entry]}
 
-    @router.get("/v1/models/{model:path}", responses=_errors(401, 404))
+    @router.get("/v1/models/{model:path}", responses=_errors(400, 401, 404))
     async def model(model: str) -> dict[str, Any]:
         _check_model(model, name)
         return entry
@@ -122,7 +134,7 @@ def _check_model(wanted: str, name: str) -> None:
 def _completions(desk: _Desk) -> APIRouter:
     """The two endpoints that generate."""
     router = APIRouter()
-    errors = _errors(400, 401, 404, 413, 429, 500, 503, 504)
+    errors = _errors(400, 401, 404, 408, 413, 429, 500, 503, 504)
 
     @router.post("/v1/completions", responses=errors)
     async def completions(body: CompletionBody, request: Request) -> Response:
@@ -141,6 +153,7 @@ class _Desk:
     def __init__(self, service: Service, name: str, sampling: Sampling, limits: Limits, metrics: Metrics):
         self._service, self._name, self._sampling = service, name, sampling
         self._limits, self._metrics = limits, metrics
+        self._preparing = 0
 
     async def complete(self, body: CompletionBody, request: Request) -> Response:
         """Answers POST /v1/completions."""
@@ -154,7 +167,7 @@ class _Desk:
                 for prompt in prompts
             ]
 
-        asked = await _in_thread(prepare)
+        asked = await self._in_thread(prepare)
         form = TextFormat(self._service, self._name, body, [list(one.prompt) for one in asked])
         return await self._answer(form, asked, body, request)
 
@@ -173,8 +186,22 @@ class _Desk:
             logprobs = (body.top_logprobs or 0) if body.logprobs else None
             return [self._ask(prompt, body, most, logprobs, matcher=matcher)]
 
-        asked = await _in_thread(prepare)
+        asked = await self._in_thread(prepare)
         return await self._answer(ChatFormat(self._service, self._name, body), asked, body, request)
+
+    async def _in_thread(self, prepare: Callable[[], list[engine_request.Request]]) -> list[engine_request.Request]:
+        """Runs what may take a while, long texts and large schemas, beside the event loop."""
+        if self._preparing >= self._limits.prepared:
+            raise RefusalError(429, f"{self._preparing} requests are being made ready already", "queue_full")
+        self._preparing += 1
+        try:
+            return await asyncio.to_thread(prepare)
+        except ValueError as error:
+            raise RefusalError(400, str(error)) from None
+        except RecursionError:
+            raise RefusalError(400, "the body is nested too deep") from None
+        finally:
+            self._preparing -= 1
 
     def _check(self, body: ChatBody | CompletionBody, prompts: int) -> None:
         _check_model(body.model, self._name)
@@ -237,16 +264,6 @@ class _Desk:
                     yield piece
         finally:
             leaving.cancel()
-
-
-async def _in_thread(prepare: Any) -> list[engine_request.Request]:
-    """Runs what may take a while, long texts and large schemas, beside the event loop."""
-    try:
-        return await asyncio.to_thread(prepare)
-    except ValueError as error:
-        raise RefusalError(400, str(error)) from None
-    except RecursionError:
-        raise RefusalError(400, "the body is nested too deep") from None
 
 
 async def _cancel_when_gone(request: Request, answers: Answers) -> None:

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,13 +20,15 @@ from lfm_jax.infer.service import Service
 from lfm_jax.serve.app import make_app
 from lfm_jax.serve.errors import RefusalError
 from lfm_jax.serve.launch import say
+from lfm_jax.serve.limits import OFFLINE, Limits
 
 URLS = ("/v1/chat/completions", "/v1/completions")
 """What a line may ask for."""
 
 
 def batch(
-    service: Service, name: str, source: Path, target: Path, *, shard: str = "0/1", sampling: Sampling = GREEDY
+    service: Service, name: str, source: Path, target: Path, *, shard: str = "0/1", sampling: Sampling = GREEDY,
+    limits: Limits = OFFLINE,
 ) -> int:
     """Answers every line of a file in OpenAI's batch format; goes on with what an earlier call left.
 
@@ -36,26 +39,31 @@ def batch(
     Args:
       shard: I/N: only every N-th line from number I (from 0) on, for a file spread over machines, each with a target of
         its own.
+      limits: of one line.
 
     Returns:
       How many lines got an error.
 
     Raises:
-      ValueError: a file that cannot be read, a bad shard, or a target that another call is at or that is no such file.
+      ValueError: a file that cannot be read, a bad shard, or a target that another call is at or that is no such file;
+        or the engine has failed: what is answered by then is kept.
     """
     i, n = check_shard(shard)
     lines = {number: line for number, line in enumerate(_lines(source)) if number % n == i and line.strip()}
     target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target.parent, f"{target.name}.lock"):
+    target.touch()
+    with locked(target, f"another call is at work on {target}; name another target, or wait for it"):
         done = _kept(target, lines)
         left = {number: line for number, line in lines.items() if number not in done}
         say(f"{len(done)} of {len(lines)} lines are done")
-        app = make_app(service, name, sampling=sampling)
+        app = make_app(service, name, sampling=sampling, limits=limits)
         service.engine.serve()
         try:
             asyncio.run(_run(app, service, name, left, target, len(lines)))
         finally:
             service.engine.close(drain=False)
+        if service.engine.failure is not None:
+            raise ValueError(f"the engine has failed: {service.engine.failure}; what is answered is kept in {target}")
         results = sorted((json.loads(line) for line in _lines(target)), key=lambda r: int(r["id"].split("-")[1]))
         whole = target.with_name(f"{target.name}.tmp")
         whole.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results), encoding="utf-8")
@@ -71,15 +79,16 @@ def check_shard(shard: str) -> tuple[int, int]:
     return int(i), int(n)
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path) -> Iterator[bytes]:
+    """Ends with each b"\\n" and nowhere else, as JSON Lines have it."""
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
+        with path.open("rb") as file:
             yield from file
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _kept(target: Path, lines: dict[int, str]) -> set[int]:
+def _kept(target: Path, lines: dict[int, bytes]) -> set[int]:
     """Numbers of the lines that are answered; what a kill left half written is cut off."""
     if not target.exists():
         return set()
@@ -100,7 +109,7 @@ def _kept(target: Path, lines: dict[int, str]) -> set[int]:
 
 
 async def _run(
-    app: FastAPI, service: Service, name: str, left: dict[int, str], target: Path, total: int
+    app: FastAPI, service: Service, name: str, left: dict[int, bytes], target: Path, total: int
 ) -> None:
     todo = iter(left.items())
     said = time.monotonic()
@@ -110,8 +119,10 @@ async def _run(
         async def work() -> None:
             nonlocal said, answered
             for number, line in todo:
-                row = json.dumps(await _one(app, name, number, line), ensure_ascii=False)
-                file.write(row + "\n")
+                result = await _one(app, name, number, line)
+                if service.engine.failure is not None:
+                    return  # This line and those after it are left for another call.
+                file.write(json.dumps(result, ensure_ascii=False) + "\n")
                 file.flush()
                 answered += 1
                 if time.monotonic() - said > 10:
@@ -125,11 +136,15 @@ async def _run(
                 group.create_task(work())
 
 
-async def _one(app: FastAPI, name: str, number: int, line: str) -> dict[str, Any]:
+async def _one(app: FastAPI, name: str, number: int, line: bytes) -> dict[str, Any]:
     result: dict[str, Any] = {"id": f"line-{number}", "custom_id": None, "response": None, "error": None}
     try:
-        task = json.loads(line)
-        result["custom_id"] = task.get("custom_id")
+        task = json.loads(line.decode("utf-8-sig"))
+        custom_id = task.get("custom_id")
+        if not isinstance(custom_id, (str, NoneType)):
+            raise ValueError(f"custom_id is {custom_id!r:.40}; it must be a text")
+        (custom_id or "").encode()  # Half of a surrogate pair could not be written back.
+        result["custom_id"] = custom_id
         url, body = task.get("url", URLS[0]), task["body"]
         if url not in URLS:
             raise ValueError(f"url is {url!r}; choose of {', '.join(URLS)}")
@@ -141,6 +156,9 @@ async def _one(app: FastAPI, name: str, number: int, line: str) -> dict[str, Any
         result["error"] = {"code": "bad_line", "message": f"{type(error).__name__}: {error}"[:500]}
         return result
     status, answer = await call(app, url, {"model": name} | body)
+    while status == 429:  # Others of this file wait: so can this one.
+        await asyncio.sleep(0.05)
+        status, answer = await call(app, url, {"model": name} | body)
     result["response"] = {"status_code": status, "body": answer}
     return result
 

@@ -7,8 +7,8 @@ from typing import Any
 from lfm_jax.infer.service import Piece
 
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
-         405: "invalid_request_error", 413: "invalid_request_error", 429: "rate_limit_error", 500: "server_error",
-         503: "server_error", 504: "timeout_error"}
+         405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error", 429: "rate_limit_error",
+         500: "server_error", 503: "server_error", 504: "timeout_error"}
 """What errors are called, by status."""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from lfm_jax.infer.request import Request, TokenLogprob
 from lfm_jax.infer.service import Piece, Service
-from lfm_jax.infer.text import token_bytes
+from lfm_jax.infer.text import Detokenizer, token_bytes
 from lfm_jax.infer.tools import Content, ToolCallParser
 from lfm_jax.serve.errors import broken
 from lfm_jax.serve.protocol import ChatBody, CompletionBody
@@ -32,7 +32,8 @@ class Choice:
         """Counts a piece in; its text is the format's to split."""
         self.tokens += len(piece.tokens)
         self.logprobs += piece.logprobs or []
-        self.prompt_logprobs = piece.prompt_logprobs or self.prompt_logprobs
+        if piece.prompt_logprobs is not None:
+            self.prompt_logprobs = piece.prompt_logprobs
         self.finish = piece.finish
 
 
@@ -99,7 +100,8 @@ class TextFormat:
         self._tokenizer, self._name, self._body, self._prompts = service.tokenizer, name, body, prompts
         self._id, self._created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
         self._skip = body.skip_special_tokens is not False
-        self._offsets: dict[int, int] = {}
+        self._places: dict[int, tuple[Detokenizer, int]] = {}
+        """By continuation: where in the text its next token begins."""
 
     def frame(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self._id, "object": "text_completion", "created": self._created, "model": self._name,
@@ -119,7 +121,7 @@ class TextFormat:
         logprobs = None
         if piece.logprobs is not None:
             told = (piece.prompt_logprobs or []) + piece.logprobs
-            logprobs = self._logprobs(piece.choice, told, first=bool(piece.prompt_logprobs))
+            logprobs = self._logprobs(piece.choice, told, first=piece.prompt_logprobs is not None)
         if piece.text or piece.finish or logprobs:
             yield self.frame([{"index": piece.choice, "text": piece.text, "logprobs": logprobs,
                                "finish_reason": piece.finish}])
@@ -130,7 +132,7 @@ class TextFormat:
             logprobs = None
             if self._body.logprobs is not None:
                 told = (choice.prompt_logprobs or []) + choice.logprobs
-                self._offsets.pop(i, None)
+                self._places.pop(i, None)
                 logprobs = self._logprobs(i, told, first=choice.prompt_logprobs is not None)
             entries.append({"index": i, "text": self._echoed(i) + choice.text, "logprobs": logprobs,
                             "finish_reason": choice.finish})
@@ -138,19 +140,21 @@ class TextFormat:
 
     def _logprobs(self, choice: int, told: list[TokenLogprob], *, first: bool) -> dict[str, Any]:
         """In the old form: parallel lists; the prompt's first token has no probability."""
-        tokens = [self._token(t.token) for t in told]
+        ids = [t.token for t in told]
         values: list[float | None] = [t.logprob for t in told]
         best: list[dict[str, float] | None] = [{self._token(token): p for token, p in t.best} for t in told]
         if first:
-            tokens.insert(0, self._token(self._prompts[choice // (self._body.n or 1)][0]))
+            ids.insert(0, self._prompts[choice // (self._body.n or 1)][0])
             values.insert(0, None)
             best.insert(0, None)
-        offsets, at = [], self._offsets.get(choice, 0)
-        for token in tokens:
+        new = Detokenizer(self._tokenizer, skip_special_tokens=self._skip), 0 if first else len(self._echoed(choice))
+        (detokenizer, at), offsets = self._places.get(choice, new), []
+        for token in ids:
             offsets.append(at)
-            at += len(token)
-        self._offsets[choice] = at
-        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": best, "text_offset": offsets}
+            at += len(detokenizer.push([token]))
+        self._places[choice] = detokenizer, at
+        return {"tokens": [*map(self._token, ids)], "token_logprobs": values, "top_logprobs": best,
+                "text_offset": offsets}
 
     def _token(self, token: int) -> str:
         return token_bytes(self._tokenizer, token).decode(errors="replace")
@@ -164,7 +168,7 @@ class ChatFormat:
         self._id, self._created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
         self.keeps_markers = body.calls_tools
         """Calls are found by their markers, which are special tokens."""
-        self._schemas = body.schemas() or []
+        self._schemas = body.schemas() or [] if body.calls_tools else []
         self._parsers: dict[int, ToolCallParser] = {}
 
     def frame(self, choices: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,15 +1,20 @@
-"""What every request meets before anything of it is parsed: key and size; and how it ended is counted."""
+"""What every request meets before anything of it is parsed: key, host, size; and how it ended is counted."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import ipaddress
+import sys
 import time
+import traceback
 
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lfm_jax.serve.errors import RefusalError
+from lfm_jax.serve.limits import Limits
 from lfm_jax.serve.metrics import Metrics
 
 OPEN = ("/", "/health")
@@ -20,18 +25,19 @@ class Guard:
     """ASGI middleware.
 
     Args:
-      api_key: that clients must send as a bearer token; None: nothing.
-      body_bytes: largest body.
+      api_key: that clients must send as a bearer token; None: nothing, and then they must name this machine as the
+        host, or any page in a browser could talk to the server once its name leads here.
+      limits: largest body, and how long it may take.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None, body_bytes: int, metrics: Metrics):
-        self._app, self._key, self._body_bytes, self._metrics = app, api_key, body_bytes, metrics
+    def __init__(self, app: ASGIApp, api_key: str | None, limits: Limits, metrics: Metrics):
+        self._app, self._key, self._limits, self._metrics = app, api_key, limits, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status, size = time.monotonic(), 500, 0
+        began, status, size, whole = time.monotonic(), 0, 0, False
 
         async def told(message: Message) -> None:
             nonlocal status
@@ -40,32 +46,59 @@ class Guard:
             await send(message)
 
         async def counted() -> Message:
-            nonlocal size
-            message = await receive()
+            nonlocal size, whole
+            try:
+                async with asyncio.timeout_at(None if whole else arrived + self._limits.body_seconds):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"the body took longer than {self._limits.body_seconds:g} s") from None
+            whole = not message.get("more_body", False)
             size += len(message.get("body", b""))
-            if size > self._body_bytes:
+            if size > self._limits.body_bytes:
                 raise HTTPException(413, self._too_large())  # The one kind that FastAPI passes on.
             return message
 
+        arrived = asyncio.get_running_loop().time()
         try:
             refusal = self._refusal(scope)
             if refusal is None:
                 await self._app(scope, counted, told)
             else:
                 await JSONResponse(refusal.body(), refusal.status)(scope, receive, told)
+        except Exception as error:
+            # What it says may be a user's; where it was raised is not.
+            where = "".join(traceback.format_tb(error.__traceback__))
+            print(f"lfm: a request has failed: {type(error).__name__}\n{where}", file=sys.stderr, flush=True)
+            if not status:
+                refusal = RefusalError(500, "the server has failed at this request")
+                await JSONResponse(refusal.body(), refusal.status)(scope, receive, told)
         finally:
             self._metrics.request(scope["path"], status, time.monotonic() - began)
 
     def _refusal(self, scope: Scope) -> RefusalError | None:
         headers = dict(scope["headers"])
-        if self._key is not None and scope["path"] not in OPEN:
+        if self._key is None:
+            host = headers.get(b"host", b"localhost").decode("latin-1")
+            if not _is_here(host):
+                return RefusalError(400, f"host {host[:100]!r} is not this machine; without an API key only its own "
+                                         "names are answered: localhost, 127.0.0.1")
+        elif scope["path"] not in OPEN:
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, b"Bearer " + self._key.encode()):
                 return RefusalError(401, "the API key is missing or wrong; send it as a bearer token")
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self._body_bytes:
+        if not length.isdigit() or int(length) > self._limits.body_bytes:
             return RefusalError(413, self._too_large())
         return None
 
     def _too_large(self) -> str:
-        return f"the body is larger than {self._body_bytes} bytes"
+        return f"the body is larger than {self._limits.body_bytes} bytes"
+
+
+def _is_here(host: str) -> bool:
+    """Whether a Host header names the loopback interface."""
+    name = host[1 : host.find("]")] if host.startswith("[") else host.split(":")[0]
+    try:
+        return name.lower() == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

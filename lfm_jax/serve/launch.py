@@ -91,7 +91,9 @@ def serve(
     say(f"serving {name} on http://{host}:{port}{'' if api_key else ', no key asked for'}")
     Server(uvicorn.Config(
         app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=drain_seconds, server_header=False,
-        h11_max_incomplete_event_size=2**16,
+        # Two connections a place: as many as can be at work or wait, and as many again that look and leave.
+        http="h11", h11_max_incomplete_event_size=2**16,
+        limit_concurrency=2 * (service.engine.slots + service.engine.config.max_queue + limits.prepared),
     )).run()
 
 

@@ -85,14 +85,15 @@ class _Shared(_Body):
         return Sampling(**fields | {name: value for name, value in given.items() if value is not None})
 
 
-Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, fail_fast=True)]
+"""Errors of every element of a long list would take seconds to collect."""
 
 
 class CompletionBody(_Shared):
     """POST /v1/completions."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=256)] | Ids | Annotated[
-        list[Ids], Field(min_length=1, max_length=256)]
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=256, fail_fast=True)] | Ids | Annotated[
+        list[Ids], Field(min_length=1, max_length=256, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -129,9 +130,9 @@ class CalledTool(_Body):
 
 class ChatMessage(_Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=1024, fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: list[CalledTool] | None = None
+    tool_calls: Annotated[list[CalledTool], Field(max_length=128, fail_fast=True)] | None = None
     tool_call_id: str | None = None
     refusal: None = None
     # Clients send back what they were sent.
@@ -152,9 +153,11 @@ class ChatMessage(_Body):
             if self.role != "assistant":
                 raise ValueError(f"a message of role {self.role} has tool_calls; only the assistant's may")
             message["tool_calls"] = [
-                {"name": call.function.name, "arguments": _arguments(call.function)} for call in self.tool_calls
+                {"id": call.id, "name": call.function.name, "arguments": _arguments(call.function)}
+                for call in self.tool_calls
             ]
-        return message
+        told = {"name": self.name, "tool_call_id": self.tool_call_id}
+        return message | {key: value for key, value in told.items() if value is not None}
 
 
 def _arguments(function: CalledFunction) -> dict[str, Any]:
@@ -211,12 +214,12 @@ class ResponseFormat(_Body):
 class ChatBody(_Shared):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: Annotated[list[ToolEntry], Field(max_length=128)] | None = None
+    tools: Annotated[list[ToolEntry], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None

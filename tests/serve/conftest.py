@@ -38,15 +38,20 @@ def start(checkpoint, *flags, key=KEY):
     env = os.environ | {"XDG_CACHE_HOME": str(checkpoint.parent), "JAX_PLATFORMS": "cpu"}
     env |= {"LFM_API_KEY": key} if key else {}
     command = [sys.executable, "-m", "lfm_jax.cli", "serve", str(checkpoint), "--port", str(port), *FLAGS, *flags]
-    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-    base = f"http://127.0.0.1:{port}"
-    while True:
+    log = checkpoint.parent / f"{port}.txt"  # A pipe that nobody reads would hold up a server that says much.
+    with log.open("w") as said:
+        process = subprocess.Popen(command, env=env, stderr=said)
+    process.log = log
+    base, until = f"http://127.0.0.1:{port}", time.monotonic() + 600
+    while time.monotonic() < until:
         try:
             if httpx.get(f"{base}/health").status_code == 200:
                 return process, base
         except httpx.TransportError:
-            assert process.poll() is None, process.stderr.read()
+            assert process.poll() is None, log.read_text()
             time.sleep(0.2)
+    process.kill()
+    raise AssertionError(f"not ready: {log.read_text()}")
 
 
 @pytest.fixture(scope="session")
@@ -55,8 +60,9 @@ def server(checkpoint):
     yield base
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
-    said = process.stderr.read()
+    said = process.log.read_text()
     assert "Traceback" not in said
+    assert "has failed" not in said
     assert "hello" not in said  # Nothing of a request.
 
 

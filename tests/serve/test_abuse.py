@@ -48,6 +48,14 @@ def test_what_the_document_allows_gets_what_it_tells(server, key):
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {
     "type": "object", "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["a"]}}}
 FORM = {"type": "json_schema", "json_schema": {"schema": {"enum": ["left", "right", "straight on"]}}}
+SCHEMA = {
+    "type": "object", "required": ["a"], "additionalProperties": False, "properties": {
+        "a": {"type": "number", "minimum": 0, "maximum": 9, "multipleOf": 1},
+        "b": {"type": ["string", "null"], "maxLength": 4},
+        "c": {"type": "array", "items": {"enum": ["x", 1]}, "maxItems": 2},
+        "d": {"anyOf": [{"const": 1}, {"$ref": "#/$defs/e"}]}},
+    "$defs": {"e": {"type": "string", "pattern": "^[a-z]{2}$"}},
+}
 GOOD = [
     (CHAT, dict(messages=[{"role": "user", "content": "hello"}], max_tokens=6)),
     (CHAT, dict(messages=[{"role": "system", "content": "be"}, {"role": "user", "content": "x" * 300}], max_tokens=9,
@@ -56,6 +64,10 @@ GOOD = [
                 top_logprobs=2)),
     (CHAT, dict(messages=[{"role": "user", "content": "go"}], max_tokens=40, response_format=FORM)),
     (CHAT, dict(messages=[{"role": "user", "content": "go"}], max_tokens=60, tools=[TOOL], tool_choice="required")),
+    (CHAT, dict(messages=[{"role": "user", "content": "go"}], max_tokens=8,
+                response_format={"type": "json_schema", "json_schema": {"schema": SCHEMA}})),
+    (CHAT, dict(messages=[{"role": "user", "content": "go"}], max_tokens=8, tool_choice="required",
+                tools=[{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}])),
     (TEXT, dict(prompt="the quick", max_tokens=8, stop=["q"], seed=3, temperature=0.7, logit_bias={"5": -100})),
     (TEXT, dict(prompt=["the", "quick"], max_tokens=5, echo=True, logprobs=1)),
     (TEXT, dict(prompt=[1, 2, 3, 4], max_tokens=5, min_tokens=5, stream=True)),
@@ -112,7 +124,7 @@ def documented(document, path, method):
     for known, methods in document["paths"].items():
         if re.fullmatch(re.sub(r"\{\w+\}", ".+", known), path):
             return {int(s) for s in methods[method.lower()]["responses"]} if method.lower() in methods else {405}
-    return {404, 405, 307}
+    return {404, 405}
 
 
 def memory(pid):
@@ -200,7 +212,9 @@ def test_ten_thousand_malformed_requests(start_server, key):
 def end(process):
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
-    assert "Traceback" not in process.stderr.read()
+    said = process.log.read_text()
+    assert "Traceback" not in said
+    assert "has failed" not in said
 
 
 # -------------------------------------------------------------------- a crowd
@@ -260,6 +274,9 @@ def crowd(base, key, pid, number, at_once):
     return seen, middle, last
 
 
+NAMES = ("id", "created", "logprob", "top_logprobs", "token_logprobs")
+
+
 def told(answer, stream):
     """What an answer says, without its names, and however the tokens of a stream fell into pieces."""
     if not stream:
@@ -274,10 +291,11 @@ def told(answer, stream):
 
 
 def nameless(value):
+    """Without names that are new each time, and probabilities, which neighbours may round otherwise."""
     if isinstance(value, list):
         return [nameless(v) for v in value]
     if isinstance(value, dict):
-        return {k: nameless(v) for k, v in value.items() if k not in ("id", "created")}
+        return {k: nameless(v) for k, v in value.items() if k not in NAMES}
     return value
 
 

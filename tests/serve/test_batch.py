@@ -1,5 +1,6 @@
 """Offline batches: one answer a line whatever the line is, resumed anywhere, spread over machines."""
 
+import fcntl
 import functools
 import json
 
@@ -103,3 +104,48 @@ def test_what_cannot_be_worked_on_is_refused(source, tmp_path):
     other.write_text('{"id": "line-99"}\n')
     with pytest.raises(ValueError, match="answers line 99"):
         run(source, other)
+
+
+def test_lines_are_bytes_between_line_feeds(tmp_path):
+    """A byte order mark, a carriage return inside, bytes that are no text, names that are none."""
+    body = '"url": "/v1/completions", "body": {"prompt": "the", "max_tokens": 2}'
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b"\n".join([
+        b"\xef\xbb\xbf" + f'{{"custom_id": "a", {body}}}'.encode(), f'{{"custom_id": "b",\r{body}}}'.encode(),
+        f'{{"custom_id": "c\xff", {body}}}'.encode("latin-1"), rf'{{"custom_id": "\ud83d", {body}}}'.encode(),
+        f'{{"custom_id": NaN, {body}}}'.encode(), f'{{"custom_id": "d", {body}}}'.encode(),
+    ]))
+    target = tmp_path / "out.jsonl"
+    assert run(source, target) == 3
+    rows = read(target)
+    assert [row["custom_id"] for row in rows] == ["a", "b", None, None, None, "d"]
+    assert [row["error"] is None for row in rows] == [True, True, False, False, False, True]
+    assert "utf-8" in rows[2]["error"]["message"]
+
+
+def test_a_full_queue_is_waited_for(source, tmp_path):
+    service = Service(*parts(), None, EngineConfig(slots=((4, 128),), chunk=32, max_queue=1))
+    batch(service, "tiny", source, tmp_path / "out.jsonl")
+    assert [row["response"] and row["response"]["status_code"] for row in read(tmp_path / "out.jsonl")] == STATUS
+
+
+def test_a_failed_engine_answers_nothing_in_its_last_breath(source, tmp_path, monkeypatch, capsys):
+    target = tmp_path / "out.jsonl"
+    service = Service(*parts(), None, EngineConfig(slots=((4, 128),), chunk=32))
+    turns = iter(range(3))
+    step = service.engine.step
+    monkeypatch.setattr(service.engine, "step", lambda: next(turns) * 0 or step())
+    with pytest.raises(ValueError, match=r"the engine has failed: StopIteration.*what is answered is kept"):
+        batch(service, "tiny", source, target)
+    assert {row["response"]["status_code"] for row in read(target) if row["response"]} <= {200, 400, 404}
+    assert len(read(target)) < len(LINES)
+    assert run(source, target) == 7  # The rest.
+    assert [row["response"] and row["response"]["status_code"] for row in read(target)] == STATUS
+
+
+def test_one_call_a_target_and_shards_beside_each_other(source, tmp_path):
+    with (tmp_path / "b.jsonl").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        run(source, tmp_path / "a.jsonl", shard="0/2")
+        with pytest.raises(ValueError, match="another call is at work on"):
+            run(source, tmp_path / "b.jsonl", shard="1/2")

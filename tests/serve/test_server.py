@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -215,6 +216,99 @@ def test_the_key(server):
     assert "<title>lfm_jax</title>" in httpx.get(f"{server}/").text
 
 
+@pytest.mark.parametrize(("schema", "message"), [
+    ({"type": 5}, "type is 5; expected a type"), ({"type": [[1]]}, "type is"), ({"required": [[]]}, "required is"),
+    ({"type": "number", "multipleOf": True}, "multipleOf is True; expected a number"),
+    ({"type": "integer", "exclusiveMinimum": True}, "exclusiveMinimum is True"),
+    ({"type": "integer", "minimum": 10**400}, "expected what a float can hold"),
+    ({"type": "object", "$id": 5}, ""),
+    ({"allOf": [{"pattern": f".*{c}0.{{3}}.*"} for c in "abcdefghijklmnopqrst"]}, "20 patterns and formats for one"),
+], ids=str)
+def test_malformed_schemas_say_why(server, schema, message):
+    headers = {"Authorization": f"Bearer {KEY}"}
+    asked = dict(model="tiny", messages=HELLO, max_tokens=5)
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {
+        "type": "object", "properties": {"x": {"type": "string"} | schema}}}}
+    for extra in (dict(response_format=form), dict(tools=[tool])):
+        answer = httpx.post(f"{server}/v1/chat/completions", headers=headers, json=asked | extra, timeout=60)
+        if message or "tools" in extra:
+            assert answer.status_code == 400
+            assert message in answer.json()["error"]["message"]
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_halves_of_surrogate_pairs_and_tools_that_are_not_called(server):
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    for path, body in (("completions", r'{"model": "tiny", "prompt": "a\ud800"}'),
+                       ("chat/completions", r'{"model": "tiny", "messages": [{"role": "user", "content": "\ud83d"}]}')):
+        answer = httpx.post(f"{server}/v1/{path}", headers=headers, content=body)
+        assert answer.status_code == 400
+        assert "half of a surrogate pair" in answer.json()["error"]["message"]
+    body = dict(model="tiny", messages=HELLO, max_tokens=2, tools=[{"type": "function", "function": {"name": "a b"}}])
+    for choice, status in (("none", 200), ("auto", 400)):
+        answer = httpx.post(f"{server}/v1/chat/completions", headers=headers, json=body | {"tool_choice": choice})
+        assert answer.status_code == status
+
+
+def test_long_lists_of_nonsense_are_refused_at_once(server):
+    headers = {"Authorization": f"Bearer {KEY}"}
+    for body in (dict(messages=[5] * 4000), dict(messages=[{"role": "user", "content": [5] * 4000}])):
+        answer = httpx.post(f"{server}/v1/chat/completions", headers=headers, json=body | {"model": "tiny"})
+        assert answer.status_code == 400
+        assert len(answer.json()["error"]["message"]) < 500
+
+
+def test_echo_of_one_token_and_offsets(client, checkpoint):
+    """The first token of a prompt has no probability; what the text leaves out takes no room in it."""
+    one = client.completions.create(model="tiny", prompt=[50], max_tokens=2, logprobs=1, echo=True).choices[0]
+    assert len(one.logprobs.tokens) == 3
+    assert one.logprobs.token_logprobs[0] is None
+    told = client.completions.create(model="tiny", prompt="the quick", max_tokens=6, logprobs=1, echo=True,
+                                     temperature=0).choices[0]
+    at = [*told.logprobs.text_offset, len(told.text)]
+    assert at[0] == at[1] == 0  # Bos.
+    assert at == sorted(at)
+    for token, begin, end in zip(told.logprobs.tokens[1:], at[1:-1], at[2:], strict=True):
+        assert "\ufffd" in token or told.text[begin:end] in (token, "")
+
+
+def test_tokens_after_a_stop_text_do_not_count(client):
+    asked = dict(model="tiny", prompt="the", max_tokens=40, temperature=0, logprobs=0)
+    whole = client.completions.create(**asked).choices[0]
+    stop = whole.text[5:7]
+    cut = client.completions.create(**asked, stop=stop)
+    made = cut.usage.completion_tokens
+    assert len(cut.choices[0].logprobs.tokens) == made
+    assert whole.logprobs.tokens[:made] == cut.choices[0].logprobs.tokens
+    joined = "".join(whole.logprobs.tokens[: made - 1])
+    assert "\ufffd" in joined or stop not in joined
+
+
+def test_another_host_needs_a_key(start_server, server):
+    _, base = start_server(key=None)
+    assert httpx.get(f"{base}/v1/models", headers={"Host": "localhost:1"}).status_code == 200
+    answer = httpx.get(f"{base}/v1/models", headers={"Host": "evil.example:80"})
+    assert answer.status_code == 400
+    assert "without an API key" in answer.json()["error"]["message"]
+    headers = {"Host": "evil.example", "Authorization": f"Bearer {KEY}"}
+    assert httpx.get(f"{server}/v1/models", headers=headers).status_code == 200
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(start_server):
+    _, base = start_server("--limits.body-seconds", "0.5", key=None)
+    with socket.create_connection(("127.0.0.1", int(base.rsplit(":", 1)[1])), timeout=30) as link:
+        link.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                     b"Content-Length: 100\r\n\r\n{")
+        assert link.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_the_document_tells_no_status_that_does_not_come(server):
+    document = httpx.get(f"{server}/openapi.json", headers={"Authorization": f"Bearer {KEY}"}).json()
+    responses = document["paths"]["/v1/chat/completions"]["post"]["responses"]
+    assert set(responses) == {"200", "400", "401", "404", "408", "413", "429", "500", "503", "504"}
+
+
 def test_bodies_have_a_limit_told_or_not(server):
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     large = json.dumps(dict(model="tiny", prompt="x" * 30_000)).encode()
@@ -260,17 +354,27 @@ def test_a_client_that_leaves_while_it_waits_is_noticed(server, client, stream):
                 logit_bias={str(i): -100 for i in (2, 7)})
     busy = client.chat.completions.create(**long)
     next(iter(busy))
+    prompts = metric(server, "lfm_prompt_tokens_total")
     headers = {"Authorization": f"Bearer {KEY}"}
     body = dict(model="tiny", messages=HELLO, max_tokens=900, n=6, stream=stream)
-    with pytest.raises(httpx.ReadTimeout), httpx.stream(
-        "POST", f"{server}/v1/chat/completions", headers=headers, json=body, timeout=0.1
-    ) as answer:
-        answer.read()
-    until = time.monotonic() + 5
+
+    def ask():
+        with pytest.raises(httpx.ReadTimeout), httpx.stream(
+            "POST", f"{server}/v1/chat/completions", headers=headers, json=body, timeout=0.3
+        ) as answer:
+            answer.read()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    until = time.monotonic() + 20
+    while not metric(server, "lfm_waiting"):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    thread.join()
     while metric(server, "lfm_waiting"):
         assert time.monotonic() < until
         time.sleep(0.01)
-    assert metric(server, "lfm_slots_in_use") == 6  # The one before is still at it.
+    assert metric(server, "lfm_prompt_tokens_total") == prompts  # It never had a slot.
     busy.close()
     wait_until_idle(server)
 
@@ -332,7 +436,9 @@ def test_sigterm_lets_what_runs_end(start_server):
 
     thread = threading.Thread(target=ask)
     thread.start()
+    until = time.monotonic() + 60
     while not metric(base, "lfm_slots_in_use"):
+        assert time.monotonic() < until
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     thread.join()
