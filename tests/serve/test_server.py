@@ -285,24 +285,6 @@ def test_tokens_after_a_stop_text_do_not_count(client):
     assert "\ufffd" in joined or stop not in joined
 
 
-def test_another_host_needs_a_key(start_server, server):
-    _, base = start_server(key=None)
-    assert httpx.get(f"{base}/v1/models", headers={"Host": "localhost:1"}).status_code == 200
-    answer = httpx.get(f"{base}/v1/models", headers={"Host": "evil.example:80"})
-    assert answer.status_code == 400
-    assert "without an API key" in answer.json()["error"]["message"]
-    headers = {"Host": "evil.example", "Authorization": f"Bearer {KEY}"}
-    assert httpx.get(f"{server}/v1/models", headers=headers).status_code == 200
-
-
-def test_a_body_that_does_not_come_is_not_waited_for(start_server):
-    _, base = start_server("--limits.body-seconds", "0.5", key=None)
-    with socket.create_connection(("127.0.0.1", int(base.rsplit(":", 1)[1])), timeout=30) as link:
-        link.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                     b"Content-Length: 100\r\n\r\n{")
-        assert link.recv(100).startswith(b"HTTP/1.1 408")
-
-
 def test_the_document_tells_no_status_that_does_not_come(server):
     document = httpx.get(f"{server}/openapi.json", headers={"Authorization": f"Bearer {KEY}"}).json()
     responses = document["paths"]["/v1/chat/completions"]["post"]["responses"]
@@ -426,8 +408,32 @@ def test_metrics(server, client):
     assert metric(server, 'lfm_requests_total{path="other",status="404"}') >= 1
 
 
-def test_sigterm_lets_what_runs_end(start_server):
-    process, base = start_server(key=None)
+@pytest.fixture(scope="module")
+def without_key(start_server):
+    """(process, address) of a server of its own, which the last test that has it ends."""
+    return start_server("--limits.body-seconds", "0.5", key=None)
+
+
+def test_another_host_needs_a_key(without_key, server):
+    _, base = without_key
+    assert httpx.get(f"{base}/v1/models", headers={"Host": "localhost:1"}).status_code == 200
+    answer = httpx.get(f"{base}/v1/models", headers={"Host": "evil.example:80"})
+    assert answer.status_code == 400
+    assert "without an API key" in answer.json()["error"]["message"]
+    headers = {"Host": "evil.example", "Authorization": f"Bearer {KEY}"}
+    assert httpx.get(f"{server}/v1/models", headers=headers).status_code == 200
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(without_key):
+    _, base = without_key
+    with socket.create_connection(("127.0.0.1", int(base.rsplit(":", 1)[1])), timeout=30) as link:
+        link.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                     b"Content-Length: 100\r\n\r\n{")
+        assert link.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_sigterm_lets_what_runs_end(without_key):
+    process, base = without_key
     answer = {}
 
     def ask():
