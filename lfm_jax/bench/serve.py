@@ -51,7 +51,8 @@ def bench_serve(
 
     Args:
       preset: shape of the model, with random weights: float32 on a CPU, bfloat16 elsewhere.
-      repeats: timed runs of which the median counts; on an accelerator throughput is measured once.
+      repeats: timed runs of which the median counts; throughput on an accelerator, and texts of spread lengths, are
+        measured once.
       gguf: the same shape as llama.cpp reads it, F32, to decode beside; needs llama-cpp-python.
       toy: a small model and short runs, to try the command.
 
@@ -138,14 +139,17 @@ def _beside_transformers(model: LFM, repeats: int, toy: bool) -> str:
     def batch(requests: Sequence[Request]) -> np.ndarray:
         return np.array([request.prompt for request in requests], np.int32)
 
-    def row(name: str, lengths: Sequence[int], target: float, peer_run: Callable[[], object]) -> None:
+    def done(name: str, times: Sequence[float], target: float) -> None:
+        rows.append(Row(name, times[0], times[1] if len(times) > 1 else None, target))
+        _say(table(rows[-1:], "transformers").splitlines()[-1])  # Kept if the rest is broken off.
+
+    def row(name: str, lengths: Sequence[int], target: float, peer_run: Callable[[], object], repeats: int) -> None:
         _say(name)
         requests = _requests(config, PROMPT, lengths)
         tasks: list[Callable[[], object]] = [lambda: _run(engine, requests)]
         if peer is not None:
             tasks.append(peer_run)
-        times = interleave(tasks, repeats)
-        rows.append(Row(name, times[0], times[1] if len(times) > 1 else None, target))
+        done(name, interleave(tasks, repeats) if repeats > 1 else [_seconds(task) for task in tasks], target)
 
     one = _requests(config, PROMPT, [equal])
     single = [_requests(config, PROMPT, [n])[0] for n in (4, 4 + equal)]
@@ -158,13 +162,13 @@ def _beside_transformers(model: LFM, repeats: int, toy: bool) -> str:
         tasks += [lambda n=request.max_new_tokens: peer.generate(batch(one), n) for request in single]
     times = interleave(tasks, repeats)
     each = [(times[i + 1] - times[i]) / equal for i in range(0, len(times), 2)]
-    rows.append(Row("one token at batch 1, `lfm.generate`", each[0], each[1] if len(each) > 1 else None, 2.0))
+    done("one token at batch 1, `lfm.generate`", each, 2.0)
     row(f"{slots} requests, {equal} tokens each", [equal] * slots, 1.7,
-        lambda: peer and peer.generate(batch(_requests(config, PROMPT, [equal] * slots)), equal))
-    # A batch of transformers goes on until its longest text is done.
+        lambda: peer and peer.generate(batch(_requests(config, PROMPT, [equal] * slots)), equal), repeats)
+    # A batch of transformers goes on until its longest text is done. Once: it takes minutes, and all is warm.
     row(f"{2 * slots} requests, {low} to {high} tokens", spread * 2, 3.0, lambda: [
         peer and peer.generate(batch(_requests(config, PROMPT, spread)), max(spread)) for _ in range(2)
-    ])
+    ], 1)
     _say("time to the first token")
     clock = _run(engine, _requests(config, PROMPT, spread * 2))
     alone = statistics.median(_run(engine, one).first[0] for _ in range(repeats))
@@ -199,7 +203,9 @@ def _beside_llama_cpp(model: LFM, gguf: Path, repeats: int, toy: bool) -> str:
         *[lambda n=n: theirs(n) for n in (4, 4 + equal)],
     ], repeats)
     each = [(times[i + 1] - times[i]) / equal for i in (0, 2)]
-    return table([Row("one token at batch 1, `lfm.generate`", each[0], each[1], 0.8)], "llama.cpp, F32")
+    found = table([Row("one token at batch 1, `lfm.generate`", each[0], each[1], 0.8)], "llama.cpp, F32")
+    _say(found.splitlines()[-1])
+    return found
 
 
 # -------------------------------------------------------------------- on an accelerator
@@ -269,6 +275,7 @@ def _contexts(model: LFM, repeats: int) -> str:
         size = [c.state_bytes(context) / 2**20 for c in (config, dense)]
         lines.append(f"| {context:,} | {ours * 1e3:.1f} ms | {theirs * 1e3:.1f} ms | {theirs / ours:.2f}x | "
                      f"{size[0]:.1f} MiB | {size[1]:.1f} MiB |")
+        _say(lines[-1])
     return "\n".join(lines)
 
 
@@ -298,6 +305,12 @@ def _step(model: LFM) -> Callable[[int], Callable[[], object]]:
         return task
 
     return at
+
+
+def _seconds(task: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    task()
+    return time.perf_counter() - began
 
 
 def _say(text: str) -> None:
