@@ -110,6 +110,9 @@ class Answers:
         """Number of the first continuation of each request."""
         self._replies: dict[int, Reply] = {}
         """Of the continuations that have not ended."""
+        most = self._engine.config.max_queue
+        if len(requests) > most:
+            raise ValueError(f"{len(requests)} prompts at once; at most {most}, as many as may wait (max_queue)")
         try:
             for request in requests:
                 ids = service.stop_ids if request.stop_ids is None else request.stop_ids

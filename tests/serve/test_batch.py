@@ -125,8 +125,12 @@ def test_lines_are_bytes_between_line_feeds(tmp_path):
 
 def test_a_full_queue_is_waited_for(source, tmp_path):
     service = Service(*parts(), None, EngineConfig(slots=((4, 128),), chunk=32, max_queue=1))
+    two = {"url": "/v1/completions", "body": {"prompt": ["the", "fox"], "max_tokens": 2}}  # Never room for both.
+    source.write_text(source.read_text() + json.dumps(two) + "\n")
     batch(service, "tiny", source, tmp_path / "out.jsonl")
-    assert [row["response"] and row["response"]["status_code"] for row in read(tmp_path / "out.jsonl")] == STATUS
+    rows = read(tmp_path / "out.jsonl")
+    assert [row["response"] and row["response"]["status_code"] for row in rows] == [*STATUS, 400]
+    assert "2 prompts at once; at most 1" in rows[-1]["response"]["body"]["error"]["message"]
 
 
 def test_a_failed_engine_answers_nothing_in_its_last_breath(source, tmp_path, monkeypatch, capsys):

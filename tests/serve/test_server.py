@@ -308,11 +308,16 @@ def metric(server, name):
     return next(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
 
 
-def wait_until_idle(server):
-    until = time.monotonic() + 30
-    while metric(server, "lfm_slots_in_use") or metric(server, "lfm_waiting"):
+def wait_for(seen, seconds=60):
+    """Until seen() is true."""
+    until = time.monotonic() + seconds
+    while not seen():
         assert time.monotonic() < until
-        time.sleep(0.05)
+        time.sleep(0.01)
+
+
+def wait_until_idle(server):
+    wait_for(lambda: not metric(server, "lfm_slots_in_use") and not metric(server, "lfm_waiting"))
 
 
 def test_a_client_that_leaves_frees_its_slots(server, client):
@@ -348,14 +353,9 @@ def test_a_client_that_leaves_while_it_waits_is_noticed(server, client, stream):
 
     thread = threading.Thread(target=ask)
     thread.start()
-    until = time.monotonic() + 20
-    while not metric(server, "lfm_waiting"):
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_for(lambda: metric(server, "lfm_waiting"))
     thread.join()
-    while metric(server, "lfm_waiting"):
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_for(lambda: not metric(server, "lfm_waiting"))
     assert metric(server, "lfm_prompt_tokens_total") == prompts  # It never had a slot.
     busy.close()
     wait_until_idle(server)
@@ -442,10 +442,7 @@ def test_sigterm_lets_what_runs_end(without_key):
 
     thread = threading.Thread(target=ask)
     thread.start()
-    until = time.monotonic() + 60
-    while not metric(base, "lfm_slots_in_use"):
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_for(lambda: metric(base, "lfm_slots_in_use"))
     process.send_signal(signal.SIGTERM)
     thread.join()
     assert answer["response"].json()["usage"]["completion_tokens"] == 250

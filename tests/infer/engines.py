@@ -1,0 +1,69 @@
+"""For tests of the engine: a small one, requests to it, and what is said of them."""
+
+import functools
+
+import numpy as np
+
+from lfm_jax.infer.engine import Engine
+from lfm_jax.infer.engine_config import EngineConfig
+from lfm_jax.infer.request import Request
+from lfm_jax.infer.sampling import Sampling
+from lfm_jax.testing import tiny_model
+
+V, STOP = 97, (3, 5, 90)
+CONFIG = EngineConfig(slots=((6, 64), (2, 320)), chunk=16, prefix_cache_bytes=1 << 20, max_logprobs=5)
+
+
+@functools.cache
+def model():
+    return tiny_model(vocab_size=V)
+
+
+@functools.cache
+def engine():
+    made = Engine(model(), CONFIG)
+    made.warm_up()
+    return made
+
+
+def a_request(rng, **changes):
+    shared = [int(x) for x in np.arange(10, 10 + rng.choice([0, 16, 33, 48]))]
+    prompt = [*shared, *rng.integers(0, V, rng.integers(1, 30)).tolist()]
+    sampling = Sampling() if rng.random() < 0.6 else Sampling(
+        temperature=float(rng.choice([0.3, 1.0])), top_k=int(rng.choice([0, 5, 80])), top_p=float(rng.choice([0.5, 1])),
+        min_p=float(rng.choice([0, 0.05])), repetition_penalty=float(rng.choice([1, 1.2])), seed=int(rng.integers(99)),
+    )
+    fields = dict(prompt=prompt, max_new_tokens=int(rng.integers(1, 24)), sampling=sampling, stop_ids=STOP)
+    if rng.random() < 0.2:
+        fields |= dict(min_new_tokens=int(rng.integers(fields["max_new_tokens"] + 1)))
+    if rng.random() < 0.1:
+        fields |= dict(prompt=[*prompt, *rng.integers(0, V, 100).tolist()])
+    if rng.random() < 0.2:
+        fields |= dict(logprobs=2)
+    return Request(**fields | changes)
+
+
+class Heard:
+    """Everything said of one request."""
+
+    def __init__(self, n=1):
+        self.tokens, self.finish = [[] for _ in range(n)], [None] * n
+        self.logprobs, self.prompt_logprobs = [[] for _ in range(n)], [None] * n
+        self.reason = [None] * n
+
+    def __call__(self, event):
+        assert self.finish[event.choice] is None
+        self.tokens[event.choice] += event.tokens
+        self.logprobs[event.choice] += event.logprobs or []
+        self.prompt_logprobs[event.choice] = event.prompt_logprobs or self.prompt_logprobs[event.choice]
+        self.finish[event.choice], self.reason[event.choice] = event.finish, event.reason
+
+
+def run(made, *requests):
+    heard = [Heard(request.n) for request in requests]
+    for request, each in zip(requests, heard, strict=True):
+        made.submit(request, each)
+    while made.step():
+        pass
+    assert made.running() == made.waiting() == 0
+    return heard
