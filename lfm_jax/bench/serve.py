@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -160,9 +161,13 @@ def _beside_transformers(model: LFM, repeats: int, toy: bool) -> str:
     ]
     if peer is not None:
         tasks += [lambda n=request.max_new_tokens: peer.generate(batch(one), n) for request in single]
-    times = interleave(tasks, repeats)
+    *times, read = interleave([*tasks, _reader(model)], repeats)
     each = [(times[i + 1] - times[i]) / equal for i in range(0, len(times), 2)]
     done("one token at batch 1, `lfm.generate`", each, 2.0)
+    bound = (f"Reading all parameters once, on all cores, takes {read * 1e3:.2f} ms "
+             f"({config.num_params() * 4 / read / 1e9:.1f} GB/s): a token at batch 1 takes {each[0] / read:.2f} times "
+             "that, and none can take less.")
+    _say(bound)
     row(f"{slots} requests, {equal} tokens each", [equal] * slots, 1.7,
         lambda: peer and peer.generate(batch(_requests(config, PROMPT, [equal] * slots)), equal), repeats)
     # A batch of transformers goes on until its longest text is done. Once: it takes minutes, and all is warm.
@@ -174,7 +179,21 @@ def _beside_transformers(model: LFM, repeats: int, toy: bool) -> str:
     alone = statistics.median(_run(engine, one).first[0] for _ in range(repeats))
     first = (f"Time to the first token: {alone * 1e3:.0f} ms alone; of {2 * slots} requests at once for {slots} slots "
              f"median {statistics.median(clock.first) * 1e3:.0f} ms, longest {max(clock.first) * 1e3:.0f} ms.")
-    return f"Prompts of {PROMPT} tokens, greedy.\n\n{table(rows, 'transformers')}\n\n{first}"
+    return f"Prompts of {PROMPT} tokens, greedy.\n\n{table(rows, 'transformers')}\n\n{bound}\n\n{first}"
+
+
+def _reader(model: LFM) -> Callable[[], object]:
+    """A task that reads every parameter once, on all cores: the memory's limit for a token at batch 1."""
+    cores = len(os.sched_getaffinity(0))
+    pieces = [piece for x in jax.tree.leaves(nnx.split(model, nnx.Param)[1])
+              for piece in np.array_split(np.asarray(x).reshape(-1), cores)]
+    pool = ThreadPoolExecutor(cores)
+
+    def read(core: int) -> None:
+        for piece in pieces[core::cores]:
+            piece.max(initial=0)  # No arithmetic to speak of; NumPy lets other threads run meanwhile.
+
+    return lambda: list(pool.map(read, range(cores)))
 
 
 def _beside_llama_cpp(model: LFM, gguf: Path, repeats: int, toy: bool) -> str:

@@ -179,7 +179,7 @@ class _Desk:
             self._check_schemas(body)
             grammar = body.grammar()
             matcher = None if grammar is None else self._service.matcher(grammar)
-            tools = body.schemas() if body.tool_choice != "none" else None
+            tools = body.schemas if body.tool_choice != "none" else None
             prompt = self._service.encode_chat(plain_messages(body.messages), tools)
             room = self._service.engine.longest - len(prompt)
             most = body.max_completion_tokens or body.max_tokens or max(min(room, self._limits.tokens), 1)

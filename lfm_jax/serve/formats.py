@@ -168,7 +168,7 @@ class ChatFormat:
         self._id, self._created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
         self.keeps_markers = body.calls_tools
         """Calls are found by their markers, which are special tokens."""
-        self._schemas = body.schemas() or [] if body.calls_tools else []
+        self._schemas = body.schemas or [] if body.calls_tools else []
         self._parsers: dict[int, ToolCallParser] = {}
 
     def frame(self, choices: list[dict[str, Any]]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ A field that is not here, or has a value that the engine cannot honour, is refus
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -240,6 +241,7 @@ class ChatBody(_Shared):
         """Whether a tool may be called."""
         return bool(self.tools) and self.tool_choice != "none"
 
+    @functools.cached_property
     def schemas(self) -> list[dict[str, Any]] | None:
         """The tools as the template shows them."""
         tools = [tool.function.model_dump(exclude_none=True, exclude={"strict"}) for tool in self.tools or ()]
@@ -253,7 +255,7 @@ class ChatBody(_Shared):
         """
         if self.calls_tools:
             name = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
-            return Grammar.tool_calls(self.schemas() or (), required=self.tool_choice == "required", name=name,
+            return Grammar.tool_calls(self.schemas or (), required=self.tool_choice == "required", name=name,
                                       parallel=self.parallel_tool_calls is not False)
         form = self.response_format
         if form is None or form.type == "text":
