@@ -2,17 +2,19 @@
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from lfm_jax.bench import gpu_peers, kernels, model, passes, timing
-from lfm_jax.bench.serve import bench_serve, roofline
+from lfm_jax.bench import gpu_peers, kernels, model, passes, serve, timing
 from lfm_jax.chips import CHIPS
 from lfm_jax.config import ModelConfig
 from lfm_jax.kernels import reference
+from lfm_jax.model import LFM
 from lfm_jax.testing import tiny_config
 
 
@@ -144,7 +146,7 @@ def test_conditions_name_what_is_absent():
 
 @pytest.mark.slow
 def test_serve_suite_at_toy_size(capsys):
-    report = bench_serve(repeats=1, toy=True)
+    report = serve.bench_serve(repeats=1, toy=True)
     assert "One step of decoding at batch 1" in report
     rows = [line for line in report.splitlines() if line.startswith("|")]
     assert [row.split("|")[1].strip() for row in rows if "x |" in row and "target" not in row] == [
@@ -155,14 +157,41 @@ def test_serve_suite_at_toy_size(capsys):
     assert "Time to the first token" in report
     assert "programs compiled" in capsys.readouterr().err
     with pytest.raises(ValueError, match="pip install llama-cpp-python"):
-        bench_serve(repeats=1, toy=True, gguf=Path("none.gguf"))
+        serve.bench_serve(repeats=1, toy=True, gguf=Path("none.gguf"))
+
+
+def test_decoding_beside_llama_cpp(monkeypatch):
+    """With a llama.cpp that counts: the prompt at once, then token by token, and a model of another size is refused."""
+    tiny = LFM(tiny_config(max_position=256), rngs=nnx.Rngs(0))
+    evals, parameters = [], tiny.config.num_params()
+
+    class Llama:
+        model = None
+
+        def __init__(self, path, **_):
+            assert path == "tiny.gguf"
+
+        def reset(self):
+            evals.clear()
+
+        def eval(self, tokens):
+            evals.append(len(tokens))
+
+    peer = types.SimpleNamespace(Llama=Llama, llama_model_n_params=lambda model: parameters)
+    monkeypatch.setitem(sys.modules, "llama_cpp", peer)
+    found = serve._beside_llama_cpp(tiny, Path("tiny.gguf"), repeats=1, toy=True)
+    assert "one token at batch 1" in found
+    assert evals == [serve.PROMPT] + [1] * 10
+    parameters *= 2
+    with pytest.raises(ValueError, match="not the same shape"):
+        serve._beside_llama_cpp(tiny, Path("tiny.gguf"), repeats=1, toy=True)
 
 
 def test_the_roofline_of_a_decoding_step():
     """At batch 1 what an H100 can do is its bandwidth over the bytes of parameters and state."""
     config = ModelConfig.preset("lfm2.5-350m").replace(dtype="bfloat16", param_dtype="bfloat16")
     chip = CHIPS["H100"]
-    tokens = roofline(config, chip, prompt=512, made=512, concurrency=1)
+    tokens = serve.roofline(config, chip, prompt=512, made=512, concurrency=1)
     step = (2 * config.num_params() + config.state_bytes(768)) / chip.hbm_bandwidth
     assert tokens == pytest.approx(1 / step, rel=0.02)
-    assert roofline(config, chip, prompt=512, made=512, concurrency=64) > 30 * tokens
+    assert serve.roofline(config, chip, prompt=512, made=512, concurrency=64) > 30 * tokens
