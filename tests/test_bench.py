@@ -153,7 +153,7 @@ def test_serve_suite_at_toy_size(capsys):
         "one token at batch 1, `lfm.generate`", "16 requests, 6 tokens each", "32 requests, 2 to 12 tokens",
         "1,024", "8,192", "32,768",
     ]
-    assert "Reading all parameters once" in report
+    assert "NumPy reads all parameters once" in report
     assert "Time to the first token" in report
     assert "programs compiled" in capsys.readouterr().err
     with pytest.raises(ValueError, match="pip install llama-cpp-python"):

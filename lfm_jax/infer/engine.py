@@ -1,10 +1,11 @@
 """The batched engine: many requests in fixed slots, one sequential loop, everything heavy on the device.
 
-Each turn of the loop admits what waits, takes in one chunk of prompts, and generates some tokens for all that are under
-way. What a request gets does not depend on its neighbours, its slot, its time of arrival or on what the prefix cache
-holds: chunks of a prompt begin at multiples of `chunk`, programs have fixed shapes, and random numbers come from seed
-and position. One thing is left: how many rows a dispatch has depends on the slots in use, and may change the rounding
-of a sum (about 1e-6 in float32); `EngineConfig.fixed_rows` rules that out.
+Each turn of the loop admits what waits, takes in a chunk's worth of prompts, and generates some tokens for all that are
+under way: one while more prompts are to be taken in, so that slots fill up soon. What a request gets does not depend on
+its neighbours, its slot, its time of arrival or on what the prefix cache holds: chunks of a prompt begin at multiples
+of `chunk`, programs have fixed shapes, and random numbers come from seed and position. One thing is left: how many rows
+a dispatch has depends on the slots in use, and may change the rounding of a sum (about 1e-6 in float32);
+`EngineConfig.fixed_rows` rules that out.
 """
 
 from __future__ import annotations
@@ -216,7 +217,9 @@ class Engine:
         return bool(self._waiting or self._sent or any(pool.busy for pool in self._pools))
 
     def _running(self) -> set[Ticket]:
-        return {run.ticket for pool in self._pools for run in pool.rows if run is not None}
+        """What has a slot, or tokens under way."""
+        in_slots = {run.ticket for pool in self._pools for run in pool.rows if run is not None}
+        return in_slots | {run.ticket for sent in self._sent for _, run in sent.runs if not run.over}
 
     # ---------------------------------------------------------------- a turn
 
@@ -243,8 +246,8 @@ class Engine:
                 self._deliver([sent for sent in self._sent if sent.pool is pool])
             matching = pool.matching
             if pool.live:
-                self._sent.append(pool.generate())
-            if not matching:
+                self._sent.append(pool.generate(wanted=bool(self._waiting)))
+            if not matching or pool.prefilling or (self._waiting and pool.free()):
                 return
 
     def _listen(self) -> None:

@@ -28,11 +28,12 @@ class EngineConfig:
     """(number, tokens) of each kind of slot, on each replica. A request goes to the shortest kind that holds prompt
     and max_new_tokens."""
     chunk: int = 256
-    """Tokens of a prompt taken in at one time, and of a block of the prefix cache."""
+    """Tokens of a prompt taken in at one time, and of a block of the prefix cache. While prompts are taken in, others
+    get a token after each such number of tokens."""
     prefill_rows: int | None = None
     """Prompts taken in side by side. None: one on a CPU, whose cores it fills, and 8 elsewhere."""
     steps: int = 8
-    """Tokens generated between two looks at what else there is to do."""
+    """Tokens generated at most between two looks at what else there is to do."""
     draft: int = 0
     """Tokens drafted a step by prompt lookup; 0 for none. Pays where few requests run and answers repeat the prompt."""
     prefix_cache_bytes: int = 0

@@ -60,6 +60,8 @@ class Run:
         self.matcher: Matcher | None = None if grammar is None else grammar.copy()
         self.made = 0
         """Tokens handed out."""
+        self.promised = 0
+        """Tokens that what was sent to the device makes at least, unless the text ends before."""
         self.taken_in = 0
         """Tokens of the prompt in the state, if this is the one of its ticket that takes it in."""
         self.scores: list[TokenLogprob] = []
@@ -132,19 +134,24 @@ class Pool:
         return first.taken_in
 
     def release(self, run: Run, *, stop: bool) -> None:
-        """Frees a slot; the device need not be told (`stop`) where the row came to its end there."""
+        """Ends a run; the device need not be told (`stop`) where the row came to its end there."""
         run.over = True
         if stop and run in self.live:
             with jax.set_mesh(self.mesh):
                 self._slots = self._programs.stop(self._slots, np.array([run.row], np.int32))
-        self.live.discard(run)
-        self.rows[run.row] = None
+        self._vacate(run)
         if run in self.prefilling:
             self.prefilling.remove(run)
             # Others of its ticket were to be forked from it; one of them begins anew.
             heir = next((other for other in run.ticket.runs if not other.over), None)
             if heir is not None:
                 self.prefilling.append(heir)
+
+    def _vacate(self, run: Run) -> None:
+        """Frees a run's slot, if it still has it."""
+        self.live.discard(run)
+        if run.row != NOWHERE and self.rows[run.row] is run:
+            self.rows[run.row] = None
 
     # ---------------------------------------------------------------- prompts
 
@@ -160,8 +167,18 @@ class Pool:
                 run.taken_in += C
 
     def take_in(self) -> list[Sent]:
+        """A turn's worth of prompts: one whole chunk for each of the rows that are taken in at one time, or several
+        smaller ones."""
+        left, sent = self._config.chunk, []
+        while self.prefilling and left > 0:
+            width, new = self._take_in_some()
+            left -= width
+            sent += new
+        return sent
+
+    def _take_in_some(self) -> tuple[int, list[Sent]]:
         """One chunk of a prompt, and of others that share its shape: in turns of the oldest, so that it gets done, and
-        of the one with the least left, so that a short one need not wait for a long one."""
+        of the one with the least left, so that a short one need not wait for a long one. The chunk's width first."""
         chosen = self.prefilling[0]
         if self._shortest_first:
             chosen = min(self.prefilling, key=lambda run: len(run.request.prompt) - run.taken_in)
@@ -191,7 +208,7 @@ class Pool:
         for run in runs:
             self._keep(run)
         finished = [(r, run) for r, run in enumerate(runs) if run.taken_in == len(run.request.prompt)]
-        return self._begin(logits_RV, finished)
+        return width, self._begin(logits_RV, finished)
 
     def _chunk_shape(self, run: Run) -> tuple[int, bool]:
         """(tokens, whether they are scored) of the dispatch that takes in the next chunk of a prompt."""
@@ -226,16 +243,26 @@ class Pool:
             self._slots, told = self._programs.start(self._slots, logits_RV, source_R, rows_R, asked, masks_RW)
             sent.append(_send(told, list(enumerate(runs))))
             self.live.update(runs)
+            self._promise(runs, 1)
         return sent
 
     # ---------------------------------------------------------------- generation
 
-    def generate(self) -> Sent:
-        """Some steps of all that generate; one step where something follows a grammar.
+    def generate(self, *, wanted: bool) -> Sent:
+        """Some steps of all that generate.
 
-        Then every token so far must have been handed out, and the host makes the masks while the device takes in the
-        tokens that were chosen last.
+        One step where prompts are still to be taken in, since each adds a row to all steps that follow, and where
+        something follows a grammar: then every token so far must have been handed out, and the host makes the masks
+        while the device takes in the tokens that were chosen last.
+
+        Args:
+          wanted: requests wait for a slot; the steps end where as many budgets have ended as prompts are taken in at
+            one time.
         """
+        steps = 1 if self.prefilling or self.matching else self._config.steps
+        if wanted:
+            left = sorted(run.request.max_new_tokens - run.promised for run in self.live)
+            steps = min(steps, left[min(self._rows_taken_in, len(left)) - 1])
         highest = max(run.row for run in self.live) + 1
         rows = next(n for n in self.shape.row_counts if n >= highest)
         if self.matching:
@@ -245,10 +272,19 @@ class Pool:
             self._slots, told = self._programs.choose(self._slots, logits_bV, masks_bW, rows=rows)
         else:
             self._slots, told = self._programs.decode(
-                self._params, self._slots, np.int32(self._config.steps), rows=rows,
+                self._params, self._slots, np.int32(steps), rows=rows,
                 plain=all(_is_plain(run.request) for run in self.live),
             )
-        return _send(told, [(run.row, run) for run in self.live])
+        sent = _send(told, [(run.row, run) for run in self.live])
+        self._promise(list(self.live), steps)
+        return sent
+
+    def _promise(self, runs: Sequence[Run], tokens: int) -> None:
+        """Notes that these tokens are on their way, and frees the slots of those whose last ones they are."""
+        for run in runs:
+            run.promised += tokens
+            if run.promised >= run.request.max_new_tokens:
+                self._vacate(run)
 
     # ---------------------------------------------------------------- before anything runs
 

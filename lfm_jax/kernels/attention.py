@@ -5,6 +5,7 @@ Dimensions: B batch, T query time, S key slots, N query heads, K key/value heads
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ SCORE_BYTES = 2**30
 CPU_QUERIES, CPU_SCORES = 32, 2**16
 """T and T * S from which `blockwise` is the faster one on a CPU (docs/benchmarks.md)."""
 
-DIRECT_KEYS = 256
+DIRECT_KEYS = 64
 """Key slots that `direct` meets at one time."""
 
 
@@ -54,9 +55,9 @@ def attention(
       window: how many tokens back a query sees, its own included; None for no limit.
       impl:
         `xla`: `jax.nn.dot_product_attention`, the reference, with all scores in memory.
-        `direct`: products as sums that XLA fuses. Keys and values are read once where they lie, while the products of
-          `xla` need them with heads first, copied on a CPU at each call. For one query a row, as in decoding. Above
-          DIRECT_KEYS slots it stops at the last one that is seen.
+        `direct`: keys and values are read once where they lie, while the products of `xla` need them with heads first,
+          copied on a CPU at each call. For one query a row, as in decoding. Goes by blocks of DIRECT_KEYS slots and
+          stops at the last one that is seen.
         `blockwise`: online softmax over blocks (`blockwise_attention`); memory of the order of q, k and v.
         `splash`: JAX's Pallas kernel for TPU; whole rows only: T = S, both orders None.
         `cudnn`: cuDNN's flash attention for NVIDIA GPUs; whole rows only, one document each, in
@@ -118,7 +119,7 @@ def _choose(shape_BTNH: tuple[int, ...], S: int) -> str:
 def _direct(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible_BTS: jax.Array, seen_S: jax.Array
 ) -> jax.Array:
-    """Heads stay where they lie in keys and values; what is summed is [B, T, S, K, G, H], and fused away.
+    """Heads stay where they lie in keys and values.
 
     Args:
       seen_S: slots that any query sees whose output means something.
@@ -129,20 +130,15 @@ def _direct(
 
 
 def _direct_at_once(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible_BTS: jax.Array) -> jax.Array:
-    scores_BTSKG = jnp.where(visible_BTS[..., None, None], _direct_scores(q_BTNH, k_BSKH), jnp.finfo(jnp.float32).min)
-    weight_BTSKG = jax.nn.softmax(scores_BTSKG, axis=2)
-    return _direct_sum(weight_BTSKG, v_BSKH).reshape(q_BTNH.shape).astype(q_BTNH.dtype)
-
-
-def _direct_scores(q_BTNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
+    """Products as sums over [B, T, S, K, G, H] that XLA fuses."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BT1KGH = q_BTNH.reshape(B, T, 1, K, N // K, H).astype(jnp.float32)
-    return jnp.sum(q_BT1KGH * k_BSKH[:, None, :, :, None].astype(jnp.float32), axis=-1) * H**-0.5
-
-
-def _direct_sum(weight_BTSKG: jax.Array, v_BSKH: jax.Array) -> jax.Array:
-    return jnp.sum(weight_BTSKG[..., None] * v_BSKH[:, None, :, :, None].astype(jnp.float32), axis=2)
+    scores_BTSKG = jnp.sum(q_BT1KGH * k_BSKH[:, None, :, :, None].astype(jnp.float32), axis=-1) * H**-0.5
+    scores_BTSKG = jnp.where(visible_BTS[..., None, None], scores_BTSKG, jnp.finfo(jnp.float32).min)
+    weight_BTSKG = jax.nn.softmax(scores_BTSKG, axis=2)
+    out_BTKGH = jnp.sum(weight_BTSKG[..., None] * v_BSKH[:, None, :, :, None].astype(jnp.float32), axis=2)
+    return out_BTKGH.reshape(q_BTNH.shape).astype(q_BTNH.dtype)
 
 
 @jax.custom_vjp
@@ -152,34 +148,47 @@ def _direct_by_blocks(
     """The same by blocks of DIRECT_KEYS slots, softmax online, up to the last slot that is seen.
 
     What lies behind costs nothing, and how far other rows reach changes no bit of a row: a block that a row does not
-    see leaves its sums as they are.
+    see leaves its sums as they are. A query stands at its own head's place in a row of zeros as wide as all heads of a
+    key (block diagonal), so that a block is one product of matrices a row: K times the arithmetic, and on a CPU still
+    1.2 to 3 times as fast as the sums, which are far from what it can multiply.
+
+    C = K * H numbers of a key or value; J = K, the head that a query belongs to; Y slots of a block.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
+    k_BSC, v_BSC = (x.reshape(B, S, K * H) for x in (k_BSKH, v_BSKH))
+    q_BKHTG1 = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), (2, 4), (1, 2))[..., None].astype(jnp.float32)
+    exact = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    own_K111J = jnp.eye(K, dtype=bool)[:, None, None, None]
+    q_BCTGJ = (jnp.where(own_K111J, q_BKHTG1, 0) * H**-0.5).reshape(B, K * H, T, N // K, K)
 
     def meet(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        peak_BTKG, total_BTKG, sum_BTKGH = carry
+        peak_BTGJ, total_BTGJ, sum_BTGJC = carry
         first = j * DIRECT_KEYS
         start = jnp.minimum(first, S - DIRECT_KEYS)  # The last block is moved back to end with the slots.
-        k_BYKH, v_BYKH, visible_BTY = (
+        k_BYC, v_BYC, visible_BTY = (
             lax.dynamic_slice_in_dim(x, start, DIRECT_KEYS, axis=axis)
-            for x, axis in ((k_BSKH, 1), (v_BSKH, 1), (visible_BTS, 2))
+            for x, axis in ((k_BSC, 1), (v_BSC, 1), (visible_BTS, 2))
         )
-        visible_BTY &= start + jnp.arange(DIRECT_KEYS) >= first
-        scores_BTYKG = jnp.where(visible_BTY[..., None, None], _direct_scores(q_BTNH, k_BYKH), -jnp.inf)
-        higher_BTKG = jnp.maximum(peak_BTKG, jnp.max(scores_BTYKG, axis=2))
-        shrink_BTKG = jnp.exp(peak_BTKG - higher_BTKG)
-        weight_BTYKG = jnp.exp(scores_BTYKG - higher_BTKG[:, :, None])
-        total_BTKG = total_BTKG * shrink_BTKG + weight_BTYKG.sum(axis=2)
-        return higher_BTKG, total_BTKG, sum_BTKGH * shrink_BTKG[..., None] + _direct_sum(weight_BTYKG, v_BYKH)
+        visible_BYT = jnp.swapaxes(visible_BTY & (start + jnp.arange(DIRECT_KEYS) >= first), 1, 2)
+        scores_BYTGJ = exact("BYC,BCTGJ->BYTGJ", k_BYC.astype(jnp.float32), q_BCTGJ)
+        scores_BYTGJ = jnp.where(visible_BYT[..., None, None], scores_BYTGJ, -jnp.inf)
+        higher_BTGJ = jnp.maximum(peak_BTGJ, jnp.max(scores_BYTGJ, axis=1))
+        shrink_BTGJ = jnp.exp(peak_BTGJ - higher_BTGJ)
+        weight_BYTGJ = jnp.exp(scores_BYTGJ - higher_BTGJ[:, None])
+        total_BTGJ = total_BTGJ * shrink_BTGJ + weight_BYTGJ.sum(axis=1)
+        new_BTGJC = exact("BYTGJ,BYC->BTGJC", weight_BYTGJ, v_BYC.astype(jnp.float32))
+        return higher_BTGJ, total_BTGJ, sum_BTGJC * shrink_BTGJ[..., None] + new_BTGJC
 
     used = jnp.max(jnp.where(seen_S, jnp.arange(1, S + 1), 0))
-    zero_BTKG = jnp.zeros((B, T, K, N // K))
+    zero_BTGJ = jnp.zeros((B, T, N // K, K))
     # The peak starts finite and invisible scores are -inf: where no key is seen, weights are 0 and never NaN.
-    carry = (jnp.full_like(zero_BTKG, jnp.finfo(jnp.float32).min), zero_BTKG, jnp.zeros((*zero_BTKG.shape, H)))
-    _, total_BTKG, sum_BTKGH = lax.fori_loop(0, -(-used // DIRECT_KEYS), meet, carry)
-    out_BTKGH = sum_BTKGH / jnp.where(total_BTKG == 0, 1, total_BTKG)[..., None]
-    return out_BTKGH.reshape(q_BTNH.shape).astype(q_BTNH.dtype)
+    carry = (jnp.full_like(zero_BTGJ, jnp.finfo(jnp.float32).min), zero_BTGJ, jnp.zeros((*zero_BTGJ.shape, K * H)))
+    _, total_BTGJ, sum_BTGJC = lax.fori_loop(0, -(-used // DIRECT_KEYS), meet, carry)
+    # Of the values of all heads only those of the own one are wanted.
+    sum_BTGHJ = jnp.diagonal(sum_BTGJC.reshape(B, T, N // K, K, K, H), axis1=3, axis2=4)
+    out_BTGHJ = sum_BTGHJ / jnp.where(total_BTGJ == 0, 1, total_BTGJ)[..., None, :]
+    return jnp.moveaxis(out_BTGHJ, 4, 2).reshape(q_BTNH.shape).astype(q_BTNH.dtype)
 
 
 def _direct_forward(*args: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:

@@ -298,3 +298,26 @@ def test_at_real_widths(fixed_rows):
                 assert theirs.best[0][1] - theirs.best[1][1] < 1e-4
                 break
             assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+
+
+def test_slots_fill_up_soon_and_are_given_on_at_once(monkeypatch):
+    """Steps of the device, each of which costs about the same however few rows it has, stay near the fewest possible:
+    while slots fill up they are taken one by one, and a slot is given on where its budget ends."""
+    made = Engine(model(), EngineConfig(slots=((4, 64),), chunk=16, steps=8))
+    decode, steps = made._pools[0]._programs.decode, []
+
+    def counting(params, slots, n, **static):
+        steps.append(int(n))
+        return decode(params, slots, n, **static)
+
+    monkeypatch.setattr(made._pools[0]._programs, "decode", counting)
+    lengths = [21, 4, 9, 17, 5, 12, 21, 8, 1, 13]
+    requests = [Request(prompt=[7 + i, 8, 9], max_new_tokens=n, stop_ids=()) for i, n in enumerate(lengths)]
+    heard = run(made, *requests)
+    assert [len(h.tokens[0]) for h in heard] == lengths
+    assert all(h.finish == ["length"] for h in heard)
+    ends = [0] * 4  # Were slots full at once and never empty: 30 steps, since first tokens come with the prompts.
+    for n in lengths:
+        ends[ends.index(min(ends))] += n - 1
+    assert sum(steps) <= 1.25 * max(ends)
+    assert max(steps) > 1

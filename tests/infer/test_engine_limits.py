@@ -100,6 +100,27 @@ def test_cancelling_frees_the_slot_in_one_turn():
     assert not engine().step()
 
 
+@pytest.mark.parametrize("end", ["length", "cancelled", "deadline", "failed"])
+def test_what_is_under_way_after_its_slot_was_given_on(end):
+    made = Engine(model(), CONFIG)
+    heard = Heard()
+    ticket = made.submit(Request(prompt=[1, 2], max_new_tokens=1, stop_ids=()), heard)
+    made.step()
+    assert (made.running(), heard.tokens, heard.finish) == (0, [[]], [None])
+    if end == "cancelled":
+        made.cancel(ticket)
+    if end == "deadline":
+        ticket.expires = 0
+    if end == "failed":
+        made._fail(RuntimeError("a test"))
+    while made.step():
+        pass
+    assert heard.finish == [end]
+    assert len(heard.tokens[0]) == (end == "length")
+    assert made.counts == {"prompt_tokens": 2, "cached_tokens": 0, end: 1} | (
+        {"tokens": 1, "steps": 1} if end == "length" else {})
+
+
 def test_deadline_and_queue():
     made = Engine(model(), dataclasses.replace(CONFIG, max_queue=2))
     request = Request(prompt=[1, 2], max_new_tokens=30, stop_ids=())
@@ -238,7 +259,7 @@ def test_a_listener_that_raises_harms_nobody(capsys):
 def test_a_failure_is_told_to_everyone_and_nobody_waits(monkeypatch, capsys):
     made = Engine(model(), CONFIG)
     made.serve()
-    monkeypatch.setattr(made._pools[0], "generate", lambda: 1 / 0)
+    monkeypatch.setattr(made._pools[0], "generate", lambda **_: 1 / 0)
     heard = []
     with contextlib.suppress(RuntimeError):  # It may have failed before it takes the last of them.
         for n in (1, 2, 2, 3, 6, 6, 1):
