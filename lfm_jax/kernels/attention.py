@@ -156,7 +156,6 @@ def _direct_by_blocks(
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
-    k_BSC, v_BSC = (x.reshape(B, S, K * H) for x in (k_BSKH, v_BSKH))
     q_BKHTG1 = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), (2, 4), (1, 2))[..., None].astype(jnp.float32)
     exact = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
     own_K111J = jnp.eye(K, dtype=bool)[:, None, None, None]
@@ -166,18 +165,19 @@ def _direct_by_blocks(
         peak_BTGJ, total_BTGJ, sum_BTGJC = carry
         first = j * DIRECT_KEYS
         start = jnp.minimum(first, S - DIRECT_KEYS)  # The last block is moved back to end with the slots.
-        k_BYC, v_BYC, visible_BTY = (
+        k_BYKH, v_BYKH, visible_BTY = (
             lax.dynamic_slice_in_dim(x, start, DIRECT_KEYS, axis=axis)
-            for x, axis in ((k_BSC, 1), (v_BSC, 1), (visible_BTS, 2))
+            for x, axis in ((k_BSKH, 1), (v_BSKH, 1), (visible_BTS, 2))
         )
+        k_BYC, v_BYC = (x.reshape(B, DIRECT_KEYS, K * H).astype(jnp.float32) for x in (k_BYKH, v_BYKH))
         visible_BYT = jnp.swapaxes(visible_BTY & (start + jnp.arange(DIRECT_KEYS) >= first), 1, 2)
-        scores_BYTGJ = exact("BYC,BCTGJ->BYTGJ", k_BYC.astype(jnp.float32), q_BCTGJ)
+        scores_BYTGJ = exact("BYC,BCTGJ->BYTGJ", k_BYC, q_BCTGJ)
         scores_BYTGJ = jnp.where(visible_BYT[..., None, None], scores_BYTGJ, -jnp.inf)
         higher_BTGJ = jnp.maximum(peak_BTGJ, jnp.max(scores_BYTGJ, axis=1))
         shrink_BTGJ = jnp.exp(peak_BTGJ - higher_BTGJ)
         weight_BYTGJ = jnp.exp(scores_BYTGJ - higher_BTGJ[:, None])
         total_BTGJ = total_BTGJ * shrink_BTGJ + weight_BYTGJ.sum(axis=1)
-        new_BTGJC = exact("BYTGJ,BYC->BTGJC", weight_BYTGJ, v_BYC.astype(jnp.float32))
+        new_BTGJC = exact("BYTGJ,BYC->BTGJC", weight_BYTGJ, v_BYC)
         return higher_BTGJ, total_BTGJ, sum_BTGJC * shrink_BTGJ[..., None] + new_BTGJC
 
     used = jnp.max(jnp.where(seen_S, jnp.arange(1, S + 1), 0))
