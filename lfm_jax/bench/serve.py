@@ -187,13 +187,16 @@ def _reader(model: LFM) -> Callable[[], object]:
     cores = len(os.sched_getaffinity(0))
     pieces = [piece for x in jax.tree.leaves(nnx.split(model, nnx.Param)[1])
               for piece in np.array_split(np.asarray(x).reshape(-1), cores)]
-    pool = ThreadPoolExecutor(cores)
 
     def read(core: int) -> None:
         for piece in pieces[core::cores]:
             piece.max(initial=0)  # No arithmetic to speak of; NumPy lets other threads run meanwhile.
 
-    return lambda: list(pool.map(read, range(cores)))
+    def task() -> None:
+        with ThreadPoolExecutor(cores) as pool:
+            list(pool.map(read, range(cores)))
+
+    return task
 
 
 def _beside_llama_cpp(model: LFM, gguf: Path, repeats: int, toy: bool) -> str:

@@ -246,9 +246,14 @@ class Engine:
                 self._deliver([sent for sent in self._sent if sent.pool is pool])
             matching = pool.matching
             if pool.live:
-                self._sent.append(pool.generate(wanted=bool(self._waiting)))
-            if not matching or pool.prefilling or (self._waiting and pool.free()):
+                self._sent.append(pool.generate(wanted=self._wanted(pool)))
+            # Whoever waits for a slot, or for the rest of a prompt, waits for a turn's end.
+            if not matching or pool.prefilling or (pool.free() and self._wanted(pool)):
                 return
+
+    def _wanted(self, pool: Pool) -> bool:
+        """A request waits for a slot there."""
+        return any(pool in self._pools_for(ticket.request) for ticket in self._waiting)
 
     def _listen(self) -> None:
         """Takes what has arrived, and ends what is to end early."""

@@ -150,7 +150,7 @@ def _direct_by_blocks(
     What lies behind costs nothing, and how far other rows reach changes no bit of a row: a block that a row does not
     see leaves its sums as they are. A query stands at its own head's place in a row of zeros as wide as all heads of a
     key (block diagonal), so that a block is one product of matrices a row: K times the arithmetic, and on a CPU still
-    1.2 to 3 times as fast as the sums, which are far from what it can multiply.
+    up to 1.8 times as fast as sums, which are far from what it can multiply (docs/benchmarks.md).
 
     C = K * H numbers of a key or value; J = K, the head that a query belongs to; Y slots of a block.
     """

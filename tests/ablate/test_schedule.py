@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from lfm_jax.ablate.study import Grid
 from lfm_jax.cli import main
 from lfm_jax.data.manifest import locked
 from lfm_jax.train.launch import FAILED, STOPPED
+from lfm_jax.train.step import Guard
 
 pytestmark = pytest.mark.usefixtures("cached")
 ROOT = Path(__file__).parents[2]
@@ -135,6 +137,19 @@ def test_a_run_that_diverges_has_failed(tmp_path):
     (failed,) = [r for r in results(hot) if r["kind"] == "run"]
     assert "updates in a row were skipped" in failed["error"]
     assert failed["score"] is None
+
+
+def test_leaving_a_plateau_is_no_spike(finished):
+    """A gradient far over the mean of those before is used, unlike in `lfm train`; one that is not finite is not."""
+    work = Work(finished)
+    task = work.tasks["mqar"]
+    trainer = runs.Trainer(finished, work.trials[0], task)
+    batch = next(task.train_batches(0))
+    for broken, skipped in ((False, 0), (True, 1)):
+        state = dataclasses.replace(trainer._init(0), guard=Guard(jnp.float32(1e-6), jnp.int32(1000), jnp.int32(0)))
+        if broken:
+            state = dataclasses.replace(state, params=jax.tree.map(lambda x: x * np.nan, state.params))
+        assert trainer._one_step(state, batch, np.float32(3e-3))[1]["skipped"] == skipped
 
 
 def test_more_seeds_and_points_go_on_and_another_study_is_refused(finished, tmp_path):
