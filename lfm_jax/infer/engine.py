@@ -78,6 +78,7 @@ class Engine:
         self._cancelled: list[tuple[Ticket, int | None]] = []
         self._closing = self._abandoned = False
         self._waiting: collections.deque[Ticket] = collections.deque()
+        self._admitted: set[Ticket] = set()
         self._sent: collections.deque[Sent] = collections.deque()
         self._thread: threading.Thread | None = None
         self.failure: str | None = None
@@ -217,9 +218,9 @@ class Engine:
         return bool(self._waiting or self._sent or any(pool.busy for pool in self._pools))
 
     def _running(self) -> set[Ticket]:
-        """What has a slot, or tokens under way."""
-        in_slots = {run.ticket for pool in self._pools for run in pool.rows if run is not None}
-        return in_slots | {run.ticket for sent in self._sent for _, run in sent.runs if not run.over}
+        """What was given slots and has not ended; its slots may have been given on, with tokens still under way."""
+        self._admitted = {ticket for ticket in self._admitted if not ticket.done}
+        return self._admitted
 
     # ---------------------------------------------------------------- a turn
 
@@ -296,6 +297,7 @@ class Engine:
                 open_.remove(pool.shape.length)  # Nobody overtakes.
                 continue
             self.counts["prompt_tokens"] += len(ticket.request.prompt)
+            self._admitted.add(ticket)
             self.counts["cached_tokens"] += pool.admit(ticket)
             self._waiting.remove(ticket)
 
@@ -322,6 +324,7 @@ class Engine:
         if told.drafted is not None:
             self.counts["drafted_tokens"] += int(np.asarray(told.drafted)[:, row][stepped_N].sum())
             self.counts["accepted_tokens"] += len(tokens) - steps
+            run.pool.promise(run, len(tokens) - steps)
         finish: Finish | None = None
         reason = None if run.matcher is None else _follow(run.matcher, tokens)
         if reason is not None:

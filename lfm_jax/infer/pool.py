@@ -61,7 +61,7 @@ class Run:
         self.made = 0
         """Tokens handed out."""
         self.promised = 0
-        """Tokens that what was sent to the device makes at least, unless the text ends before."""
+        """Tokens made so far, and those that what is under way makes at least, unless the text ends before."""
         self.taken_in = 0
         """Tokens of the prompt in the state, if this is the one of its ticket that takes it in."""
         self.scores: list[TokenLogprob] = []
@@ -167,22 +167,22 @@ class Pool:
                 run.taken_in += C
 
     def take_in(self) -> list[Sent]:
-        """A turn's worth of prompts: one whole chunk for each of the rows that are taken in at one time, or several
-        smaller ones."""
+        """A turn's worth of prompts, `chunk` tokens a row: in turns of the oldest, so that it gets done, and of the one
+        with the least left, so that a short one need not wait for a long one."""
         left, sent = self._config.chunk, []
-        while self.prefilling and left > 0:
-            width, new = self._take_in_some()
-            left -= width
-            sent += new
+        while self.prefilling:
+            chosen = self.prefilling[0]
+            if self._shortest_first:
+                chosen = min(self.prefilling, key=lambda run: len(run.request.prompt) - run.taken_in)
+            left -= self._chunk_shape(chosen)[0]
+            if left < 0:
+                break
+            self._shortest_first = not self._shortest_first
+            sent += self._take_in(chosen)
         return sent
 
-    def _take_in_some(self) -> tuple[int, list[Sent]]:
-        """One chunk of a prompt, and of others that share its shape: in turns of the oldest, so that it gets done, and
-        of the one with the least left, so that a short one need not wait for a long one. The chunk's width first."""
-        chosen = self.prefilling[0]
-        if self._shortest_first:
-            chosen = min(self.prefilling, key=lambda run: len(run.request.prompt) - run.taken_in)
-        self._shortest_first = not self._shortest_first
+    def _take_in(self, chosen: Run) -> list[Sent]:
+        """One chunk of a prompt, and of others that share its shape."""
         width, scored = shape = self._chunk_shape(chosen)
         R, C = self._rows_taken_in, self._config.chunk
         others = [run for run in self.prefilling if run is not chosen and self._chunk_shape(run) == shape]
@@ -208,7 +208,7 @@ class Pool:
         for run in runs:
             self._keep(run)
         finished = [(r, run) for r, run in enumerate(runs) if run.taken_in == len(run.request.prompt)]
-        return width, self._begin(logits_RV, finished)
+        return self._begin(logits_RV, finished)
 
     def _chunk_shape(self, run: Run) -> tuple[int, bool]:
         """(tokens, whether they are scored) of the dispatch that takes in the next chunk of a prompt."""
@@ -243,7 +243,8 @@ class Pool:
             self._slots, told = self._programs.start(self._slots, logits_RV, source_R, rows_R, asked, masks_RW)
             sent.append(_send(told, list(enumerate(runs))))
             self.live.update(runs)
-            self._promise(runs, 1)
+            for run in runs:
+                self.promise(run, 1)
         return sent
 
     # ---------------------------------------------------------------- generation
@@ -276,15 +277,15 @@ class Pool:
                 plain=all(_is_plain(run.request) for run in self.live),
             )
         sent = _send(told, [(run.row, run) for run in self.live])
-        self._promise(list(self.live), steps)
+        for run in list(self.live):
+            self.promise(run, steps)
         return sent
 
-    def _promise(self, runs: Sequence[Run], tokens: int) -> None:
-        """Notes that these tokens are on their way, and frees the slots of those whose last ones they are."""
-        for run in runs:
-            run.promised += tokens
-            if run.promised >= run.request.max_new_tokens:
-                self._vacate(run)
+    def promise(self, run: Run, tokens: int) -> None:
+        """Notes that so many more tokens are made, or sure to be, and frees the slot if they are the last."""
+        run.promised += tokens
+        if run.promised >= run.request.max_new_tokens:
+            self._vacate(run)
 
     # ---------------------------------------------------------------- before anything runs
 

@@ -57,7 +57,8 @@ def attention(
         `xla`: `jax.nn.dot_product_attention`, the reference, with all scores in memory.
         `direct`: keys and values are read once where they lie, while the products of `xla` need them with heads first,
           copied on a CPU at each call. For one query a row, as in decoding. Goes by blocks of DIRECT_KEYS slots and
-          stops at the last one that is seen.
+          stops at the last one that is seen. A key that is not finite in one head spoils all heads of the rows that see
+          it.
         `blockwise`: online softmax over blocks (`blockwise_attention`); memory of the order of q, k and v.
         `splash`: JAX's Pallas kernel for TPU; whole rows only: T = S, both orders None.
         `cudnn`: cuDNN's flash attention for NVIDIA GPUs; whole rows only, one document each, in

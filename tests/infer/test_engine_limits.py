@@ -277,6 +277,29 @@ def test_a_failure_is_told_to_everyone_and_nobody_waits(monkeypatch, capsys):
     made.close()
 
 
+@pytest.mark.parametrize("where", ["handing out", "taking in"])
+def test_a_failure_is_told_to_those_whose_slots_were_given_on(monkeypatch, capsys, where):
+    made = Engine(model(), CONFIG)
+    pool, take_in = made._pools[0], made._pools[0]._take_in
+
+    def fail_behind(chosen):
+        take_in(chosen)
+        raise ZeroDivisionError
+
+    if where == "handing out":
+        monkeypatch.setattr(made, "_hand_out", lambda *_: 1 / 0)
+    else:
+        monkeypatch.setattr(pool, "_take_in", fail_behind)
+    heard = Heard()
+    made.submit(Request(prompt=[1, 2], max_new_tokens=1), heard)
+    made.serve()
+    made._thread.join(60)
+    assert heard.finish == ["failed"]
+    assert pool.rows == [None] * 6
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    made.close()
+
+
 def test_chunk_shapes():
     assert [chunk_width(n, 256) for n in (1, 16, 17, 200, 256, 9999)] == [16, 16, 32, 256, 256, 256]
     assert chunk_widths(100, 256) == [16, 32, 64, 128]
