@@ -1,7 +1,8 @@
 """Running a study: what is left to do, in one process or several, resumed anywhere.
 
 A trial (a point on a task) is the unit that processes share out, by index: its runs share compiled programs. Each run
-that ends is a file of its own, so that nothing is done twice, whoever did it. A run that fails is recorded with its
+that ends is a file of its own, so that nothing is done twice, whoever did it; what another study in the same directory
+has made already, of the same fingerprint, is taken over. A run that fails is recorded with its
 error and not tried again unless asked for.
 """
 
@@ -17,6 +18,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from itertools import batched
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +31,7 @@ from lfm_jax.ablate.points import BASE, Trial, all_settings, make_trial, points
 from lfm_jax.ablate.results import (
     cost_file,
     digest,
+    is_finished,
     read_record,
     run_file,
     slug,
@@ -247,8 +250,8 @@ class Work:
         study, out = self.study, self.out
         trainer = None  # Made, and compiled, only where there is something to do.
 
-        def todo(path: Path, rate: float) -> bool:
-            record = read_record(path)
+        def todo(path: Path, seed: int, rate: float) -> bool:
+            record = read_record(path) or self._take_over(path, trial, seed, rate)
             # Another rate may have been chosen since, when one that had failed was tried again.
             return record is None or record["peak_lr"] != rate or (retry_failed and record["status"] == "failed")
 
@@ -261,16 +264,36 @@ class Work:
 
         for rate in self._tried(trial):
             path = tuning_file(out, trial.task, trial.point.name, rate)
-            if todo(path, rate):
+            if todo(path, TUNING_SEED, rate):
                 do([TUNING_SEED], rate, [path], "tuning")
         rate = self._chosen_rate(trial)
         assert rate is not None  # All were just tried.
         paths = {seed: run_file(out, trial.task, trial.point.name, seed) for seed in range(study.seeds)}
-        left = [seed for seed, path in paths.items() if todo(path, rate)]
+        left = [seed for seed, path in paths.items() if todo(path, seed, rate)]
         for seeds in batched(left, study.seeds_at_once):
             # A group that is not full would be another program.
             for group in [seeds] if len(seeds) == study.seeds_at_once else [(seed,) for seed in seeds]:
                 do(group, rate, [paths[seed] for seed in group], "run")
+
+    @cached_property
+    def _of_other_studies(self) -> dict[str, dict[str, Any]]:
+        """Finished runs of the other studies in the same `out`, by fingerprint."""
+        found = {}
+        for path in sorted(self.out.parent.glob("*/runs/*/*/*.json")):
+            if self.out not in path.parents and (record := read_record(path)) and is_finished(record):
+                found[record["digest"]] = {"taken_from": path.relative_to(self.out.parent).parts[0]} | record
+        return found
+
+    def _take_over(self, path: Path, trial: Trial, seed: int, rate: float) -> dict[str, Any] | None:
+        """Writes the run that another study has made already, if one has: same model, data, steps and seed."""
+        record = self._of_other_studies.get(self.digest(trial, seed, rate))
+        if record is None:
+            return None
+        kind = "tuning" if seed == TUNING_SEED else "run"
+        record = record | {"kind": kind, "point": trial.point.name, "task": trial.task}
+        write_record(path, record)
+        _say(f"{trial.point.name} | {trial.task} | seed {seed}, rate {rate:g}: as in {record['taken_from']}")
+        return record
 
     def _run_seeds(
         self, trainer: Any, trial: Trial, seeds: Sequence[int], rate: float, paths: Sequence[Path], kind: str,

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -82,6 +83,22 @@ def test_seeds_differ_and_a_seed_is_repeated(finished, tmp_path):
     assert scores(again) == scores(finished)
     nats = {metrics["nats_per_answer"] for _, metrics, _ in scores(finished).values()}
     assert len(nats) == 4
+
+
+def test_runs_of_another_study_are_taken_over(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished.out, tmp_path / "out")
+    study = dataclasses.replace(finished, name="other", out=str(tmp_path / "out"))
+    first = run_file(Path(tmp_path, "out", finished.name), "mqar", "base", 0)
+    failed = json.loads(first.read_text()) | {"status": "failed", "score": None}
+    first.write_text(json.dumps(failed))
+    made = []
+    run = runs.Trainer.run
+    monkeypatch.setattr(runs.Trainer, "run", lambda self, seeds, *rest: made.extend(seeds) or run(self, seeds, *rest))
+    assert ablate(AblateConfig(study=study)) == 0
+    assert made == [0]  # Only what the other study has not finished.
+    assert scores(study) == scores(finished)
+    taken = {(r["point"], r["seed"]): r.get("taken_from") for r in results(study) if r["kind"] == "run"}
+    assert taken == dict.fromkeys(taken, finished.name) | {("base", 0): None}
 
 
 def test_shares_of_two_processes_are_the_whole(finished, tmp_path):
