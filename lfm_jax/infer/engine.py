@@ -59,10 +59,13 @@ class Engine:
         self.memory = config.memory(model.config, mesh)
         """Bytes on a device, by what they are for."""
         check_memory(self.memory, config.memory_bytes or device_memory())
+        self.counts = collections.Counter[str]()
+        """prompt_tokens, cached_tokens, tokens, steps (row steps that made them), drafted_tokens, accepted_tokens (of
+        the drafted ones), continuations by their finish."""
         graphdef, params = nnx.split(model, nnx.Param)
         self._pools = [
             Pool(graphdef, placed, part, shape, config,
-                 PrefixCache(config.chunk, config.prefix_cache_bytes // len(shapes)))
+                 PrefixCache(config.chunk, config.prefix_cache_bytes // len(shapes)), self.counts)
             for placed, part in place_replicas(nnx.to_pure_dict(params), model.config, mesh) for shape in shapes
         ]
         self._by_length = {
@@ -83,9 +86,6 @@ class Engine:
         self._thread: threading.Thread | None = None
         self.failure: str | None = None
         """Why the thread has ended before its time."""
-        self.counts = collections.Counter[str]()
-        """prompt_tokens, cached_tokens, tokens, steps (row steps that made them), drafted_tokens, accepted_tokens (of
-        the drafted ones), continuations by their finish."""
 
     # ---------------------------------------------------------------- from any thread
 
@@ -298,7 +298,7 @@ class Engine:
                 continue
             self.counts["prompt_tokens"] += len(ticket.request.prompt)
             self._admitted.add(ticket)
-            self.counts["cached_tokens"] += pool.admit(ticket)
+            pool.admit(ticket)
             self._waiting.remove(ticket)
 
     def _deliver(self, ready: Sequence[Sent]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -90,9 +91,10 @@ class Pool:
     """The slots; methods that send something to the device return what will come back."""
 
     def __init__(
-        self, graphdef: Any, params: Any, mesh: Mesh, shape: SlotShape, config: EngineConfig, cache: PrefixCache
+        self, graphdef: Any, params: Any, mesh: Mesh, shape: SlotShape, config: EngineConfig, cache: PrefixCache,
+        counts: Counter[str],
     ):
-        self.mesh, self.shape, self.cache = mesh, shape, cache
+        self.mesh, self.shape, self.cache, self._counts = mesh, shape, cache, counts
         self._params, self._config = params, config
         self._programs = programs(graphdef, shape)
         with jax.set_mesh(mesh):
@@ -119,8 +121,8 @@ class Pool:
         """Slots without a run."""
         return [i for i, run in enumerate(self.rows) if run is None]
 
-    def admit(self, ticket: Ticket) -> int:
-        """Gives slots to a ticket, which must be there; how many tokens of its prompt the cache had."""
+    def admit(self, ticket: Ticket) -> None:
+        """Gives slots to a ticket, which must be there."""
         free = iter(self.free())
         for i in range(ticket.request.n):
             run = Run(ticket, i, self, None if i in ticket.ended else next(free))
@@ -129,9 +131,7 @@ class Pool:
             ticket.runs.append(run)
         first = next(run for run in ticket.runs if not run.over)
         self.prefilling.append(first)
-        if not ticket.request.prompt_logprobs:  # They must be computed.
-            self._restore(first)
-        return first.taken_in
+        self._restore(first)
 
     def release(self, run: Run, *, stop: bool) -> None:
         """Ends a run; the device need not be told (`stop`) where the row came to its end there."""
@@ -156,15 +156,18 @@ class Pool:
     # ---------------------------------------------------------------- prompts
 
     def _restore(self, run: Run) -> None:
-        """Puts what the cache has of the prompt into the slot."""
+        """Puts what the cache has of the rest of the prompt into the slot."""
         C, prompt = self._config.chunk, run.request.prompt
+        if run.request.prompt_logprobs:  # They must be computed.
+            return
         with jax.set_mesh(self.mesh):
-            for part in self.cache.find(prompt):
+            for part in self.cache.find(prompt, run.taken_in // C):
                 tokens_C = np.asarray(prompt[run.taken_in : run.taken_in + C], np.int32)
                 self._slots = self._programs.restore(
                     self._slots, np.int32(run.row), np.int32(run.taken_in), part, tokens_C
                 )
                 run.taken_in += C
+                self._counts["cached_tokens"] += C
 
     def take_in(self) -> list[Sent]:
         """A turn's worth of prompts, `chunk` tokens a row: in turns of the oldest, so that it gets done, and of the one
@@ -174,6 +177,7 @@ class Pool:
             chosen = self.prefilling[0]
             if self._shortest_first:
                 chosen = min(self.prefilling, key=lambda run: len(run.request.prompt) - run.taken_in)
+            self._restore(chosen)  # What another prompt has brought since.
             left -= self._chunk_shape(chosen)[0]
             if left < 0:
                 break
@@ -185,8 +189,12 @@ class Pool:
         """One chunk of a prompt, and of others that share its shape."""
         width, scored = shape = self._chunk_shape(chosen)
         R, C = self._rows_taken_in, self._config.chunk
-        others = [run for run in self.prefilling if run is not chosen and self._chunk_shape(run) == shape]
-        runs = [chosen, *others[: R - 1]]
+        runs = [chosen]
+        for run in self.prefilling:
+            if len(runs) < R and run is not chosen and self._chunk_shape(run) == shape:
+                self._restore(run)
+                if self._chunk_shape(run) == shape and not self._is_coming(run, runs):
+                    runs.append(run)
         rows_R, length_R, fresh_R = np.full(R, NOWHERE, np.int32), np.zeros(R, np.int32), np.zeros(R, bool)
         tokens_RC, targets_RC = np.zeros((R, width), np.int32), np.zeros((R, width), np.int32)
         for r, run in enumerate(runs):
@@ -214,6 +222,15 @@ class Pool:
         """(tokens, whether they are scored) of the dispatch that takes in the next chunk of a prompt."""
         left = len(run.request.prompt) - run.taken_in
         return chunk_width(left, self._config.chunk), run.request.prompt_logprobs
+
+    def _is_coming(self, run: Run, runs: Sequence[Run]) -> bool:
+        """The next block of a prompt is one that the cache is about to get from another of `runs`."""
+        after, prompt = run.taken_in + self._config.chunk, run.request.prompt
+        return (
+            after < len(prompt) and not run.request.prompt_logprobs
+            and any(other.taken_in == run.taken_in and other.request.prompt[:after] == prompt[:after] for other in runs)
+            and self.cache.wants(prompt, after // self._config.chunk)
+        )
 
     def _keep(self, run: Run) -> None:
         """Gives the block that has just been taken in to the cache, if it is whole."""

@@ -26,13 +26,17 @@ class PrefixCache:
         """By key, least recently used first: (own number, snapshot, bytes). Every use of a block is one of all before
         it, which are told after it: so none is thrown out before those that follow it."""
         self._numbers = 0
+        self._smallest = 0
+        """Bytes of the smallest snapshot that was ever offered."""
         self.bytes = 0
         """Of all snapshots."""
 
-    def find(self, prompt: Sequence[int]) -> list[Any]:
-        """The snapshots of the longest prefix there is, in order; never the whole prompt: its last token must be run
-        for what follows it."""
+    def find(self, prompt: Sequence[int], blocks: int = 0) -> list[Any]:
+        """The snapshots of the longest prefix there is, in order, without the first `blocks`; never the whole prompt:
+        its last token must be run for what follows it."""
         most = (len(prompt) - 1) // self._block
+        if most <= blocks or not self._entries:
+            return []
         keys, before = [], 0
         for key_tokens in self._tokens(prompt, most):
             entry = self._entries.get((before, key_tokens))
@@ -41,12 +45,12 @@ class PrefixCache:
             keys.append((before, key_tokens))
             before = entry[0]
         self._use(keys)
-        return [self._entries[key][1] for key in keys]
+        return [self._entries[key][1] for key in keys[blocks:]]
 
     def wants(self, prompt: Sequence[int], blocks: int) -> bool:
         """Whether to give it the snapshot of block number `blocks` (from 1) of the prompt: it holds those before, and
-        not this one."""
-        if not self._max_bytes:
+        not this one, and has room for it."""
+        if self._smallest > self._max_bytes or not self._max_bytes:
             return False
         *before, last = self._keys(prompt, blocks)
         return None not in before and (last is None or last not in self._entries)
@@ -54,6 +58,7 @@ class PrefixCache:
     def add(self, prompt: Sequence[int], blocks: int, snapshot: Any) -> None:
         """Keeps the snapshot of block number `blocks`, and throws out what is then too much."""
         size = sum(x.nbytes for x in jax.tree.leaves(snapshot))
+        self._smallest = min(self._smallest or size, size)
         key = self._keys(prompt, blocks)[-1]
         if key is None or key in self._entries or size > self._max_bytes:
             return

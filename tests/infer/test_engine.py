@@ -17,6 +17,8 @@ from lfm_jax.infer.request import Request
 from lfm_jax.infer.sampling import Sampling
 from lfm_jax.testing import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("cached")  # Other modules compile the same programs.
+
 
 def test_500_mixes_give_each_request_what_it_gets_alone():
     rng = np.random.default_rng(0)
@@ -159,6 +161,20 @@ def test_what_the_prefix_cache_holds_changes_nothing():
     uncached = Engine(model(), dataclasses.replace(CONFIG, prefix_cache_bytes=0))
     assert [heard.tokens for heard in run(uncached, request, longer)] == [heard.tokens for heard in first]
     assert uncached.counts["cached_tokens"] == 0
+
+
+@pytest.mark.parametrize("prefill_rows", [1, 4])
+def test_prompts_that_come_together_share_what_they_begin_with(prefill_rows):
+    requests = [a_request(np.random.default_rng(i), prompt=[*range(48), i, 8],
+                          max_new_tokens=25) for i in range(4)]
+    made = Engine(model(), dataclasses.replace(CONFIG, prefill_rows=prefill_rows, fixed_rows=True))
+    together = run(made, *requests)
+    assert made.counts["cached_tokens"] == 3 * 48  # Each block was computed once.
+    assert [each.tokens for each in together] == [run(made, request)[0].tokens for request in requests]
+    # One that holds no block has none to wait for.
+    none = Engine(model(), dataclasses.replace(CONFIG, prefill_rows=prefill_rows, prefix_cache_bytes=1))
+    assert [each.tokens for each in run(none, *requests)] == [each.tokens for each in together]
+    assert not none._pools[0].cache.wants(requests[0].prompt, 1)
 
 
 def test_prefix_cache_keeps_prefixes_whole_and_its_bounds():

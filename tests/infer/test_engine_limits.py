@@ -17,6 +17,8 @@ from lfm_jax.infer.pool import chunk_width, chunk_widths
 from lfm_jax.infer.request import EngineFullError, Request
 from lfm_jax.testing import tiny_model
 
+pytestmark = pytest.mark.usefixtures("cached")
+
 
 def test_a_short_prompt_need_not_wait_for_a_long_one():
     for order in (1, -1):
