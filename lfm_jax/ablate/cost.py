@@ -26,6 +26,8 @@ from lfm_jax.state import KV, ConvTail, Hidden, LayerState, State, init_state
 from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lfm_jax.train.step import Batch, TrainState, compile_train_step, init_train_state
 
+PREFILL_LENGTH = 1024
+"""Tokens of a timed prefill, where the model's context holds as many."""
 DECODE_STEPS = (16, 128)
 """Least and most tokens of one timed decode; the state has room for the most beyond its context."""
 DECODE_SLOTS = 2**17
@@ -45,7 +47,7 @@ class _Model(NamedTuple):
 
 def measure_cost(
     config: ModelConfig, base: ModelConfig, *, train_shape: tuple[int, int], optimizer: OptimizerConfig,
-    contexts: tuple[int, ...] = (1024, 8192, 32768), prefill_length: int = 1024, repeats: int = 5,
+    contexts: tuple[int, ...] = (1024, 8192, 32768), prefill_length: int = PREFILL_LENGTH, repeats: int = 5,
     loss_chunk: int = 2048,
 ) -> dict[str, Any]:
     """Counts and times one model, and times the base of its study in turn with it (A B A B ...).

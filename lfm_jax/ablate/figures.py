@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Picture = tuple[str, str]
 """(what it shows, file name)."""
 
+SPEED_NOISE = 0.25
+"""Measured speeds this close to each other are not drawn: equal models differ by as much in a noisy hour."""
 MOST_LINES = 10
 """Points whose curves are drawn; of more, the base and the extremes."""
 EXTREMES = 3
@@ -106,7 +108,8 @@ def draw_scaling(
 
 
 def _draw_cost(results: Results, task: str, out: Path) -> Picture | None:
-    panels = [panel for panel in _cost_panels(results, task) if _differ(panel[1].values())]
+    panels = [panel for panel in _cost_panels(results, task)
+              if _differ(panel[1].values(), SPEED_NOISE if panel[2] == "higher" else scaling.EQUAL)]
     if not panels:
         return None
     better = results.tasks.get(task, {}).get("better")
@@ -157,10 +160,10 @@ def _mebibytes(x: float) -> str:
     return size(x * 2**20) if x else "0"
 
 
-def _differ(values: Iterable[float]) -> bool:
+def _differ(values: Iterable[float], by: float) -> bool:
     """Whether costs differ enough to be drawn: equal ones, as matched points have, say nothing."""
     values = list(values)
-    return bool(values) and max(values) > (1 + scaling.EQUAL) * min(values)
+    return bool(values) and max(values) > (1 + by) * min(values)
 
 
 def pareto(

@@ -5,7 +5,7 @@ Dimensions: L layers.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from lfm_jax.config import PRESETS, LayerType
 
@@ -56,6 +56,12 @@ def parse_pattern(text: str) -> tuple[LayerType, ...]:
     at = set(attention_at(layers, attention, place))
     rest = iter(_spread(counts))
     return tuple("full_attention" if i in at else next(rest) for i in range(layers))
+
+
+def base_place(text: str) -> Place:
+    """Where the attention layers of a pattern stand if their number changes: as its counts say, even for letters."""
+    parts = (part.partition(":") for part in text.replace(" ", "").split(","))
+    return cast(Place, next((value for name, _, value in parts if name == "place"), "even"))
 
 
 def attention_at(layers: int, attention: int, place: str) -> tuple[int, ...]:

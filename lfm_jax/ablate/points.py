@@ -10,7 +10,7 @@ import itertools
 import math
 from typing import Any, Protocol
 
-from lfm_jax.ablate.pattern import attention_at, parse_pattern, to_letters
+from lfm_jax.ablate.pattern import Place, attention_at, base_place, parse_pattern, to_letters
 from lfm_jax.ablate.study import Study
 from lfm_jax.config import RECURRENCE_VECTORS, LayerType, ModelConfig
 from lfm_jax.train.optimizer import learning_rate
@@ -68,7 +68,7 @@ def points(study: Study) -> list[Point]:
             settings = dict(zip(names, values, strict=True))
             name = " ".join(f"{key}={_short(value)}" for key, value in settings.items())
             try:
-                point = Point(name, settings, _model(base, settings, study.match_step))
+                point = Point(name, settings, _model(base, settings, study.match_step, base_place(study.pattern)))
             except ValueError as error:
                 problems.append(f"{name}: {error}")
                 continue
@@ -92,9 +92,8 @@ def all_settings(study: Study, point: Point) -> dict[str, Any]:
         "ffn_ratio": round(base.ffn_size / base.hidden_size, 3), "kv_heads": base.num_kv_heads,
         "hidden_size": base.hidden_size, "train_flops": None,
     }
-    counted = dict(part.split(":") for part in study.pattern.replace(" ", "").split(",") if ":" in part)
-    if counted:
-        given["place"] = counted.get("place", "even")
+    if ":" in study.pattern or model.attention_layers != base.attention_layers:
+        given["place"] = base_place(study.pattern)
     if "pattern" in point.settings:
         given["place"] = "-"
     return {name: point.settings.get(name, given[name]) for name in axes}
@@ -177,14 +176,14 @@ def match(
     return best, off(best)
 
 
-def _model(base: ModelConfig, settings: dict[str, Any], step: int) -> ModelConfig:
-    """The base with some settings changed."""
+def _model(base: ModelConfig, settings: dict[str, Any], step: int, place: Place) -> ModelConfig:
+    """The base, whose attention layers stand as `place` says, with some settings changed."""
     changes: dict[str, Any] = {}
     operator = settings.get("operator")
     if "pattern" in settings:
         changes["layer_types"] = parse_pattern(settings["pattern"])
     elif {"attention", "place", "operator"} & set(settings):
-        changes["layer_types"] = _layers(base, settings)
+        changes["layer_types"] = _layers(base, settings, place)
     for axis, name in (("taps", "conv_taps"), ("gates", "conv_gates"), ("kv_heads", "num_kv_heads")):
         if axis in settings:
             changes[name] = settings[axis]
@@ -198,12 +197,13 @@ def _model(base: ModelConfig, settings: dict[str, Any], step: int) -> ModelConfi
     return model
 
 
-def _layers(base: ModelConfig, settings: dict[str, Any]) -> tuple[LayerType, ...]:
+def _layers(base: ModelConfig, settings: dict[str, Any], place: Place) -> tuple[LayerType, ...]:
+    """Layers of a point; `place` is the base's."""
     L = base.num_layers
     attention = settings.get("attention", base.attention_layers)
     here = tuple(i for i, kind in enumerate(base.layer_types) if kind == "full_attention")
     same = "place" not in settings and attention == len(here)
-    at = here if same else attention_at(L, attention, settings.get("place", "even"))
+    at = here if same else attention_at(L, attention, settings.get("place", place))
     rest = {kind for kind in base.layer_types if kind != "full_attention"}
     if "operator" in settings:
         name = settings["operator"]

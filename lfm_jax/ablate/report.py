@@ -182,11 +182,17 @@ def _how_it_was_run(results: Results) -> str:
     for task, record in sorted(results.tasks.items()):
         vary = len({point["tokens"] for (of, _), point in results.points.items() if of == task}) > 1
         lines.append(f"- {record['title']} (`{task}`): {record['steps']:,} steps, {record['tokens']:,} tokens a run"
-                     + (" of the base; other points differ" if vary else ""))
+                     + (" of the base; other points differ" if vary else "")
+                     + (f". {record['note']}" if record.get("note") else ""))
     lines.append(_matching(results))
-    if results.runs:
-        hours = math.fsum(run["seconds"] for run in results.runs.values()) / 3600
-        lines.append(f"- The finished runs took {hours:.2g} hours together, compilation left out")
+    taken = [run for run in results.runs.values() if "taken_from" in run]
+    if taken:
+        names = ", ".join(f"`{name}`" for name in sorted({run["taken_from"] for run in taken}))
+        lines.append(f"- {_count(len(taken), 'run')} of the same model, task and seed were made by {names}, on the "
+                     "machine that stands there, and are no second measurement")
+    own = [run["seconds"] for run in results.runs.values() if "taken_from" not in run]
+    if own:
+        lines.append(f"- The finished runs took {math.fsum(own) / 3600:.2g} hours together, compilation left out")
     return "## How it was run\n\n" + "\n".join(line for line in lines if line)
 
 
@@ -209,17 +215,23 @@ def _task_section(results: Results, task: str, pictures: Sequence[tuple[str, str
     record = results.tasks.get(task)
     scores = results.scores(task)
     planned = len(set(results.study.get("points", scores)) - {results.base})
-    compared = compare(scores, results.base, record["better"], planned) if record and results.base else {}
+    # Points with other budgets than the base's are better or worse by having more or less.
+    comparable = "train_flops" not in results.axes
+    compared = {}
+    if comparable and record and results.base:
+        compared = compare(scores, results.base, record["better"], planned)
     changed = any(results.points[key]["changed"] for key in results.points if key[0] == task)
     matched = results.study.get("match", "none") != "none"
     head = [*_axes(results), "pattern", "attention layers", "parameters", "training FLOPs",
             *(["mismatch"] if matched else []), *(["widths changed"] if changed else []), "seeds",
-            "score" if record is None else record["score"], "difference to the base", "adjusted p", "verdict"]
+            "score" if record is None else record["score"],
+            *(["difference to the base", "adjusted p", "verdict"] if comparable else [])]
     rows = []
     for point in results.names:
         rows.append([
             *_who(results, point), *_model_cells(results.points.get((task, point)), matched, changed),
-            _seeds(results, task, point, compared.get(point)), *_score_cells(results, task, point, scores, compared),
+            _seeds(results, task, point, compared.get(point)),
+            *_score_cells(results, task, point, scores, compared)[: None if comparable else 1],
         ])
     lines = [f"## {results.title(task)}", _task_note(results, task, scores),
              _table(head, rows, len(_axes(results)) + 1)]
@@ -233,6 +245,8 @@ def _task_note(results: Results, task: str, scores: Mapping[str, Mapping[int, fl
     text = f"{record['score'][:1].upper()}{record['score'][1:]}, {record['better']} is better; mean and 95 % interval."
     text += " No chance level is given." if record["chance"] is None else f" Chance is {record['chance']:.4g}."
     base = results.base
+    if "train_flops" in results.axes:
+        return f"{text} Points have budgets of their own, so they are not compared with the base here."
     if base is not None and base not in scores:
         return f"{text} **The base has no finished run, so nothing is compared.**"
     if scores and max(map(len, scores.values())) < CLAIM_SEEDS:
@@ -425,8 +439,7 @@ def _law_table(law: scaling.Fit) -> str:
     for name in ("E", "A", "alpha", "B", "beta"):
         interval = law.interval(lambda one, name=name: getattr(one, name))
         value = getattr(law.law, name)
-        at_bound = name in ("alpha", "beta") and not 1e-3 < value < scaling.MAX_EXPONENT - 1e-3
-        rows.append([name, f"{value:.4g}" + (" (at its bound: not determined)" if at_bound else ""),
+        rows.append([name, f"{value:.4g}" + (" (at its bound: not determined)" if name in law.at_bounds else ""),
                      "-" if interval is None else f"[{interval[0]:.4g}, {interval[1]:.4g}]"])
     return _table(["", "fitted", "95 % interval"], rows)
 

@@ -73,7 +73,8 @@ class Trainer:
         self, seeds: Sequence[int], peak_lr: float, directory: Path, key: str, stop: Stop,
         say: Callable[[int], None] = lambda step: None,
     ) -> list[Outcome]:
-        """Trains and measures, going on with what a stopped run left in `directory`, which is gone at the end.
+        """Trains and measures, going on with what a stopped run left in `directory`. Whoever keeps the outcomes deletes
+        it then.
 
         Args:
           seeds: one, or several that are trained side by side.
@@ -108,7 +109,6 @@ class Trainer:
                    for i in range(len(seeds))]
         for result, skipped in zip(results, skipped_S.tolist(), strict=True):
             result["metrics"]["skipped_updates"] = skipped
-        shutil.rmtree(directory, ignore_errors=True)
         seconds = (seconds + time.monotonic() - began) / len(seeds)
         return [Outcome(**result, seconds=seconds) for result in results]
 

@@ -67,6 +67,8 @@ class Fit:
     """Laws of resampled seeds; empty where every (N, D) has one seed only."""
     residual_sd: float
     """Of log L over all runs: about the relative error."""
+    at_bounds: tuple[str, ...]
+    """Numbers of the law that ran to an end of what they may be: not determined."""
 
     def interval(self, quantity: Callable[[Law], float]) -> tuple[float, float] | None:
         """The 95 % bootstrap interval of a number that follows from the law; None without resamples."""
@@ -110,8 +112,9 @@ def fit(arms: Sequence[Arm], resamples: int = RESAMPLES) -> Fit:
     Log-space parameters, Huber loss of log L, several starts. The minimum is found by a trust region (scipy), which
     takes a tenth of the time of the L-BFGS of the paper to reach the same one. Each resample draws, for each (N, D), as
     many of its seeds as it has, with replacement, and widens their deviations from the mean by sqrt(n / (n - 1)): n
-    values drawn from n are too close together by that factor. The spread is that of seeds alone; whether the law has
-    the right form, and holds beyond the runs, it does not say.
+    values drawn from n are too close together by that factor. What a seed does to all (N, D) alike is not in it;
+    drawing seeds for all at once would have it, and intervals of five of them are too short. The spread is that of
+    seeds alone; whether the law has the right form, and holds beyond the runs, it does not say.
 
     Args:
       arms: at least what `refusal` asks for.
@@ -140,7 +143,7 @@ def fit(arms: Sequence[Arm], resamples: int = RESAMPLES) -> Fit:
         # Other starts lead to the same laws, to five digits.
         laws.append(fitter.law(fitter.fit(drawn, [best])))
     residuals = log_L - fitter.log_loss(best)[0]
-    return Fit(fitter.law(best), tuple(laws), float(np.sqrt(np.mean(residuals**2))))
+    return Fit(fitter.law(best), tuple(laws), float(np.sqrt(np.mean(residuals**2))), fitter.at_bounds(best, log_L))
 
 
 def budgets(arms: Sequence[Arm]) -> list[list[Arm]]:
@@ -216,11 +219,20 @@ class _Fitter:
     def fit(self, log_L: np.ndarray, starts: Sequence[np.ndarray]) -> np.ndarray:
         from scipy.optimize import least_squares
 
-        top = float(np.max(log_L))
-        bounds = ([top - 20, 0, top - 20, 0, top - 20], [top + 5, MAX_EXPONENT, top + 5, MAX_EXPONENT, top + 5])
-        fits = [least_squares(lambda x: self.log_loss(x)[0] - log_L, start, self._slopes, bounds=bounds, loss="huber",
-                              f_scale=DELTA, ftol=1e-10, xtol=1e-10, gtol=1e-10) for start in starts]
+        fits = [least_squares(lambda x: self.log_loss(x)[0] - log_L, start, self._slopes, bounds=self._bounds(log_L),
+                              loss="huber", f_scale=DELTA, ftol=1e-10, xtol=1e-10, gtol=1e-10) for start in starts]
         return min(fits, key=lambda found: found.cost).x
+
+    def at_bounds(self, x: np.ndarray, log_L: np.ndarray) -> tuple[str, ...]:
+        """Names of the parameters that lie at a bound, or so near that their term is nothing."""
+        low, high = self._bounds(log_L)
+        near = np.array([1, 1e-3, 1, 1e-3, 1])  # Of logarithms, and of exponents.
+        return tuple(np.array(["A", "alpha", "B", "beta", "E"])[(x < low + near) | (x > high - near)].tolist())
+
+    def _bounds(self, log_L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        top = float(np.max(log_L))
+        return (np.array([top - 20, 0, top - 20, 0, top - 20]),
+                np.array([top + 5, MAX_EXPONENT, top + 5, MAX_EXPONENT, top + 5]))
 
     def log_loss(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(log of the law at every run, each term's share of it [3, runs])."""

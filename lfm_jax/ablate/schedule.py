@@ -11,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -117,6 +119,7 @@ def ablate(config: AblateConfig, args: Sequence[str] = ()) -> int:
     Raises:
       ValueError: the study cannot be run as it is; says why.
     """
+    until = float("inf") if config.minutes is None else time.monotonic() + 60 * config.minutes
     study = config.study.smoke() if config.smoke else config.study
     work = Work(study, smoke=config.smoke, args=args, processes=config.processes)
     work.check()
@@ -126,11 +129,15 @@ def ablate(config: AblateConfig, args: Sequence[str] = ()) -> int:
         status = _many(config.processes, args)
     else:
         share = (0, 1) if config.index is None else tuple(int(x) for x in config.index.split("/"))
-        with _StopRequest(config.minutes) as stop:
+        with _StopRequest(until) as stop:
             status = work.run(share, stop, config.retry_failed, help_others=config.processes > 1)
     if config.index is not None or status == STOPPED:
         return status
-    with _StopRequest(config.minutes) as stop:
+    if work.missing():
+        _say(f"{work.missing()} runs are left to other processes that are at them; the same command goes on once they "
+             "have ended")
+        return STOPPED
+    with _StopRequest(until) as stop:
         status = work.costs(stop)
     return STOPPED if status == STOPPED else max(status, work.report())
 
@@ -189,6 +196,8 @@ class Work:
                 if record is not None and record["peak_lr"] in rates:
                     rates = (record["peak_lr"],)
                 read_record(path, *(self.digest(trial, seed, rate) for rate in rates))
+            for rate in self._tried(trial):
+                self._tuning(trial, rate)
         self.out.mkdir(parents=True, exist_ok=True)
         plain = recipe.to_plain(self.study) | {"vary": [grid.plain() for grid in self.study.vary]}
         write_whole(self.out / "study.yaml", yaml.safe_dump(plain, sort_keys=False), by_many=True)
@@ -280,8 +289,10 @@ class Work:
         """Finished runs of the other studies in the same `out`, by fingerprint."""
         found = {}
         for path in sorted(self.out.parent.glob("*/runs/*/*/*.json")):
-            if self.out not in path.parents and (record := read_record(path)) and is_finished(record):
-                found[record["digest"]] = {"taken_from": path.relative_to(self.out.parent).parts[0]} | record
+            if self.out not in path.parents:
+                with suppress(ValueError, KeyError):  # Theirs to mend.
+                    if (record := read_record(path)) and is_finished(record):
+                        found[record["digest"]] = {"taken_from": path.relative_to(self.out.parent).parts[0]} | record
         return found
 
     def _take_over(self, path: Path, trial: Trial, seed: int, rate: float) -> dict[str, Any] | None:
@@ -312,12 +323,13 @@ class Work:
         self._shown = time.monotonic()
         common = [
             {"digest": self.digest(trial, seed, rate), "kind": kind, "point": trial.point.name, "task": trial.task,
-             "seed": seed, "peak_lr": rate}
-            for seed in seeds
+             "seed": seed, "peak_lr": rate} | _earlier_errors(path)
+            for seed, path in zip(seeds, paths, strict=True)
         ]
+        saved = paths[0].with_suffix(".saved")
         try:
             key = digest([record["digest"] for record in common])
-            outcomes = trainer.run(seeds, rate, paths[0].with_suffix(".saved"), key, stop, say)
+            outcomes = trainer.run(seeds, rate, saved, key, stop, say)
         except StoppedError:
             raise
         except Exception as error:  # One that fails must not take the others with it; it is recorded.
@@ -338,6 +350,7 @@ class Work:
             return
         for path, record, outcome in zip(paths, common, outcomes, strict=True):
             write_record(path, record | {"status": "ok", "error": None} | dataclasses.asdict(outcome))
+        shutil.rmtree(saved, ignore_errors=True)
         scores = ", ".join(f"{outcome.score:.4f}" for outcome in outcomes)
         about = self.tasks[trial.task].about
         _say(f"{name}: {about.score} {scores} ({outcomes[0].seconds:.0f} s); {self._progress()}")
@@ -350,32 +363,39 @@ class Work:
             records += [record for path in found if (record := read_record(path)) is not None]
         return records
 
+    def missing(self) -> int:
+        """Planned runs that are neither finished nor failed."""
+        return self.num_runs() - len(self._run_records())
+
     def num_runs(self) -> int:
         """Planned runs, those that choose learning rates included."""
         return sum(self.study.seeds + len(self._tried(trial)) for trial in self.trials)
 
     def _progress(self) -> str:
-        """How much is done, by all processes; and the processor time that is left at the pace so far."""
+        """How much is done, by all processes; and the time that is left at the pace so far, compiling left out."""
         records, total = self._run_records(), self.num_runs()
         text = f"{len(records)}/{total} runs done"
         seconds = [record["seconds"] for record in records if record["seconds"]]
         left = total - len(records)
-        if seconds and left:
-            text += f", about {left * sum(seconds) / len(seconds) / 60:.0f} minutes of one process left"
+        if seconds and left:  # The median: one run beside other work may take ten times as long.
+            minutes = left * statistics.median(seconds) / 60 / self._processes
+            many = f" of {self._processes} processes" if self._processes > 1 else ""
+            text += f", about {minutes:.0f} minutes{many} left"
         return text
 
     # ---------------------------------------------------------------- costs, results, report
 
-    def costs(self, stop: Stop) -> int:
+    def costs(self, stop: _StopRequest) -> int:
         """Measures the costs of each point that has none yet, beside the base in the same process; see `ablate`.
 
         They are those of the first task's shapes. Points of one model share them.
         """
-        from lfm_jax.ablate.cost import measure_cost
+        from lfm_jax.ablate.cost import PREFILL_LENGTH, measure_cost
 
         study, name, status = self.study, next(iter(self.tasks)), 0
         task, base = self.tasks[name], self.trials[0].model
         known: dict[str, dict[str, Any]] = {}
+        took = 0.0
         for trial in self.trials if study.cost_contexts else ():
             path = cost_file(self.out, trial.point.name)
             if trial.task != name:
@@ -383,7 +403,8 @@ class Work:
             key = digest(recipe.to_plain(trial.model), recipe.to_plain(base), study.cost_contexts, study.loss_chunk)
             record = read_record(path)
             if record is None or record["digest"] != key:
-                if stop.due():
+                # One that is begun is not interrupted; each takes about as long as the last.
+                if stop.due() or (key not in known and stop.left() < took):
                     _say("stopped while costs were measured; the same command goes on")
                     return STOPPED
                 began = time.monotonic()
@@ -391,14 +412,16 @@ class Work:
                     cost = known.get(key) or measure_cost(
                         trial.model, base, train_shape=(task.batch_size, task.seq_len), optimizer=study.optimizer,
                         contexts=study.cost_contexts, loss_chunk=study.loss_chunk,
+                        prefill_length=min(PREFILL_LENGTH, trial.model.max_position),
                     )
                 except Exception as error:  # The report is owed all the same; the next call tries again.
                     _say(f"{trial.point.name}: costs FAILED: {error}")
                     status = FAILED
                     continue
+                took = time.monotonic() - began
                 record = {"digest": key, "kind": "cost"} | cost | {"point": trial.point.name}
                 write_record(path, record)
-                _say(f"{trial.point.name}: costs measured in {time.monotonic() - began:.0f} s")
+                _say(f"{trial.point.name}: costs measured in {took:.0f} s")
             known[key] = record
         return status
 
@@ -453,6 +476,14 @@ class Work:
         return FAILED if failed else 0
 
 
+def _earlier_errors(path: Path) -> dict[str, list[str]]:
+    """What went wrong before with a run that is made again."""
+    record = read_record(path)
+    if record is None or record["status"] != "failed":
+        return {}
+    return {"earlier_errors": [*record.get("earlier_errors", ()), record["error"]]}
+
+
 class _TakenError(ValueError):
     """Another process is at a trial."""
 
@@ -493,13 +524,13 @@ def _letters(model: ModelConfig) -> str:
 
 
 class _StopRequest:
-    """SIGINT, SIGTERM or the end of the time granted; a second signal acts as usual."""
+    """SIGINT, SIGTERM or the end of the time granted (`time.monotonic()`); a second signal acts as usual."""
 
-    def __init__(self, minutes: float | None):
+    def __init__(self, until: float):
         from lfm_jax.train.processes import StopRequest
 
         self._signals = StopRequest()
-        self._deadline = float("inf") if minutes is None else time.monotonic() + 60 * minutes
+        self._until = until
 
     def __enter__(self) -> _StopRequest:
         self._signals.__enter__()
@@ -509,11 +540,17 @@ class _StopRequest:
         self._signals.__exit__(*exception)
 
     def due(self) -> bool:
-        return self._signals.due() or time.monotonic() >= self._deadline
+        return self._signals.due() or self.left() <= 0
+
+    def left(self) -> float:
+        """Seconds of the time granted."""
+        return self._until - time.monotonic()
 
 
 def _many(processes: int, args: Sequence[str]) -> int:
     """The study in several processes here, each on its share of the cores; the worst of their statuses."""
+    if not args:
+        raise ValueError("processes above 1 starts `lfm ablate`: give its arguments too, the study's file first")
     cores = sorted(os.sched_getaffinity(0))
     crew: list[subprocess.Popen[bytes]] = []
     stopping: list[int] = []

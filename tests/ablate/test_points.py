@@ -42,6 +42,14 @@ def test_a_grid_is_every_combination_without_the_base_again():
     assert all_settings(study, found[5]) == {"attention": 2, "operator": "rglru"}
 
 
+def test_another_number_of_attention_layers_stands_where_the_bases_do():
+    for pattern, letters, place in (("conv:3,attention:1,place:back", "ccaa", "back"), ("accc", "caca", "even")):
+        study = tiny_study(pattern=pattern, vary=grids({"attention": [2]}, {"place": "front", "attention": 1}))
+        two = points(study)[1]
+        assert to_letters(two.model.layer_types) == letters
+        assert all_settings(study, two)["place"] == place
+
+
 def test_every_axis_changes_what_it_says():
     study = tiny_study(match="none", vary=grids(
         {"place": ["front", "back"]}, {"pattern": "ssaa"}, {"taps": [1, 7]}, {"gates": ["none", "input"]},

@@ -38,6 +38,12 @@ def test_a_law_without_noise_is_found_exactly():
     assert found.interval(lambda law: law.E) is None  # One seed: no spread is known.
 
 
+def test_a_number_that_the_runs_do_not_determine_is_named(fitted):
+    assert fitted.at_bounds == ()
+    no_floor = [dataclasses.replace(arm, scores={0: 5000 * arm.D**-0.5}) for arm in runs(noise=0.0, seeds=1)]
+    assert {"A", "E"} <= set(fit(no_floor).at_bounds)
+
+
 def test_a_law_with_noise_is_found_within_its_interval(fitted):
     for name, true in dataclasses.asdict(TRUTH).items():
         low, high = fitted.interval(lambda law, name=name: getattr(law, name))

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from studies import SHALLOW, tiny_study, with_steps
 
+from lfm_jax.ablate import cost
 from lfm_jax.ablate import run as runs
 from lfm_jax.ablate.results import RESULTS, run_file
 from lfm_jax.ablate.schedule import AblateConfig, Work, ablate
@@ -91,6 +92,9 @@ def test_runs_of_another_study_are_taken_over(finished, tmp_path, monkeypatch):
     first = run_file(Path(tmp_path, "out", finished.name), "mqar", "base", 0)
     failed = json.loads(first.read_text()) | {"status": "failed", "score": None}
     first.write_text(json.dumps(failed))
+    broken = first.parents[2] / "text" / "base" / "seed-0.json"  # What others have broken is theirs to mend.
+    broken.parent.mkdir(parents=True)
+    broken.write_text("{")
     made = []
     run = runs.Trainer.run
     monkeypatch.setattr(runs.Trainer, "run", lambda self, seeds, *rest: made.extend(seeds) or run(self, seeds, *rest))
@@ -99,6 +103,8 @@ def test_runs_of_another_study_are_taken_over(finished, tmp_path, monkeypatch):
     assert scores(study) == scores(finished)
     taken = {(r["point"], r["seed"]): r.get("taken_from") for r in results(study) if r["kind"] == "run"}
     assert taken == dict.fromkeys(taken, finished.name) | {("base", 0): None}
+    page = (study.directory / "report" / "README.md").read_text()
+    assert "3 runs of the same model, task and seed were made by `tiny`" in page
 
 
 def test_shares_of_two_processes_are_the_whole(finished, tmp_path):
@@ -145,6 +151,8 @@ def test_a_failed_run_is_recorded_and_the_rest_goes_on(finished, tmp_path, monke
     assert ablate(AblateConfig(study=study)) == FAILED  # Not tried again unless asked.
     assert ablate(AblateConfig(study=study, retry_failed=True)) == 0
     assert scores(study) == scores(finished)
+    page = (study.directory / "report" / "README.md").read_text()
+    assert "run, finished when repeated | RuntimeError: out of luck" in page
 
 
 def test_a_run_that_diverges_has_failed(tmp_path):
@@ -292,7 +300,7 @@ def test_a_saved_run_of_another_study_is_not_gone_on_with(finished, tmp_path):
     assert scores(changed) == scores(fresh)
 
 
-def test_a_trial_that_another_process_is_at_is_left_to_it(finished, tmp_path):
+def test_a_trial_that_another_process_is_at_is_left_to_it(finished, tmp_path, capsys):
     study = dataclasses.replace(finished, out=str(tmp_path / "shared"))
     work = Work(study)
     work.check()
@@ -300,7 +308,9 @@ def test_a_trial_that_another_process_is_at_is_left_to_it(finished, tmp_path):
     taken.mkdir(parents=True)
     with locked(taken, "taken"):
         assert work.run((0, 2), StopAfter(1000), False, help_others=True) == 0
-    assert {point for point, _, _ in scores(study)} == {"attention=0"}
+        assert {point for point, _, _ in scores(study)} == {"attention=0"}
+        assert ablate(AblateConfig(study=study)) == STOPPED  # Not the end, if there is nothing to do here.
+    assert "2 runs are left to other processes" in capsys.readouterr().err
     assert work.run((0, 2), StopAfter(1000), False, help_others=True) == 0
     assert scores(study) == scores(finished)
 
@@ -344,6 +354,29 @@ def test_costs_are_measured_once_and_reported(finished, tmp_path):
     assert ablate(AblateConfig(study=study)) == 0
     assert (study.directory / "costs" / "base.json").read_bytes() == before
     assert (study.directory / "report" / "README.md").read_text() == page
+
+
+def test_no_cost_is_begun_that_the_time_granted_does_not_hold(finished, monkeypatch, tmp_path):
+    study = dataclasses.replace(finished, out=str(tmp_path / "costs"), cost_contexts=(32,))
+    work = Work(study)
+    work.check()
+    measured = []
+    monkeypatch.setattr(cost, "measure_cost", lambda *_, **__: measured.append(1) or time.sleep(0.01) or {"params": 1})
+
+    class Short:
+        def due(self):
+            return False
+
+        def left(self):
+            return 0.005
+
+    assert [work.costs(Short()) for _ in range(2)] == [STOPPED, 0]
+    assert len(measured) == len(work.points) == 2
+
+
+def test_processes_need_the_arguments_of_the_command(finished):
+    with pytest.raises(ValueError, match="give its arguments too"):
+        ablate(AblateConfig(study=finished, processes=2))
 
 
 @pytest.mark.slow

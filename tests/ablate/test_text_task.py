@@ -41,6 +41,16 @@ def test_bytes_of_all_held_out_targets_are_those_of_the_text(prepared):
     assert found["score"] == pytest.approx(targets / manifest.heldout.text_bytes)  # One bit a token.
 
 
+def test_what_is_held_out_is_said(prepared):
+    text, task, directory = prepared
+    heldout = task._prepared.manifest.heldout
+    assert task.about.note == (f"Measured on {heldout.rows} of {heldout.rows} rows of {heldout.documents} of 40 "
+                               "documents, the others to train on")
+    few = open_task(dataclasses.replace(text, heldout_fraction=0.1, heldout_rows=1), directory).about.note
+    assert few.startswith("Measured on 1 of ")
+    assert few.endswith("so few say little of text in general")
+
+
 def test_the_loss_by_position_is_that_of_its_bin(prepared):
     _, task, _ = prepared
     score = task.score()

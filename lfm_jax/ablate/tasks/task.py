@@ -31,6 +31,8 @@ class About:
     """Score of a guess that knows the possible answers only."""
     curves: dict[str, dict[str, Any]]
     """By name: `x` and `y` say what is drawn, `log_x` how."""
+    note: str = ""
+    """What else a reader must know of the data."""
 
 
 class Score(Protocol):
@@ -79,13 +81,13 @@ def open_task(settings: Any, directory: Path) -> Task:
 
 
 class _TextTask:
-    about = About(
-        title="Language modelling", score="held-out bits per byte", better="lower", chance=None,
-        curves={"position": dict(x="tokens of context, up to", y="loss (nats per token)", log_x=True)},
-    )
-
     def __init__(self, text: Text, directory: Path):
         self._prepared = PreparedText(text, text.prepare(directory))
+        self.about = About(
+            title="Language modelling", score="held-out bits per byte", better="lower", chance=None,
+            curves={"position": dict(x="tokens of context, up to", y="loss (nats per token)", log_x=True)},
+            note=self._prepared.note(),
+        )
         self._heldout_rows = text.heldout_rows
         self.vocab_size = self._prepared.vocab_size
         self.seq_len, self.batch_size, self.steps = text.seq_len, text.batch_size, text.steps

@@ -35,6 +35,8 @@ STDLIB_EXCLUDE = ("test", "tests", "idle_test", "site-packages", "dist-packages"
 BOS, EOS = 1, 7
 """What documents begin and end with: the defaults of `ModelConfig`."""
 BLOCK_BYTES = 8 * 2**20
+FEW_DOCUMENTS = 10
+"""Below as many held-out documents the report says that they are few."""
 _AT_WORK = "another build is at work"
 """What `data.build` says of a directory that is taken."""
 
@@ -151,6 +153,14 @@ class PreparedText:
     @property
     def vocab_size(self) -> int:
         return self.manifest.vocab_size
+
+    def note(self) -> str:
+        """What is held out, and how far it goes."""
+        train, heldout = self.manifest.train, self.manifest.heldout
+        rows = min(self.text.heldout_rows, heldout.rows)
+        few = "" if heldout.documents >= FEW_DOCUMENTS else "; so few say little of text in general"
+        return (f"Measured on {rows:,} of {heldout.rows:,} rows of {heldout.documents:,} of "
+                f"{train.documents + heldout.documents:,} documents, the others to train on{few}")
 
     def digest(self) -> str:
         """Of every training row; the held-out ones come of the same build."""
