@@ -144,6 +144,33 @@ def test_conditions_name_what_is_absent():
     assert "cores" in line
 
 
+def test_serve_suite_on_an_accelerator_needs_little_and_compiles_little():
+    """Its rows at toy size, where nothing but JAX and flax, with what that needs, can be imported."""
+    absent = ("array_record", "grain", "jinja2", "llguidance", "matplotlib", "safetensors", "tokenizers", "torch",
+              "transformers", "tyro", "fastapi")
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({absent}))
+import jax
+from flax import nnx
+from lfm_jax.bench import serve
+from lfm_jax.config import ModelConfig
+from lfm_jax.model import LFM
+serve.CONCURRENCY = (1, 3)
+config = ModelConfig(hidden_size=32, ffn_size=64, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=128,
+                     layer_types=("conv", "full_attention"), param_dtype="bfloat16", dtype="bfloat16", max_position=256)
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
+print(serve._throughput(LFM(config, rngs=nnx.Rngs(0)), toy=True))
+print(sum(event == "/jax/core/compile/backend_compile_duration" for event in compiled), "compiled")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *rows, count = done.stdout.splitlines()
+    assert [row.split("|")[2].strip() for row in rows[2:]] == ["1", "3"]
+    assert all(float(row.split("|")[3].replace(",", "")) > 0 for row in rows[2:])
+    assert int(count.split()[0]) < 80  # One engine's warming up alone would be some 20 of the large ones.
+
+
 @pytest.mark.slow
 def test_serve_suite_at_toy_size(capsys):
     report = serve.bench_serve(repeats=1, toy=True)

@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lfm_jax.bench.model import _Peer
 from lfm_jax.bench.timing import Row, conditions, interleave, table
 from lfm_jax.chips import Chip, chip_of
 from lfm_jax.config import ModelConfig
@@ -129,6 +128,8 @@ def _engine(model: LFM, slots: int, length: int, **changes: Any) -> Engine:
 
 def _beside_transformers(model: LFM, repeats: int, toy: bool) -> str:
     """Rows beside `transformers` with the same weights, in turn in one process."""
+    from lfm_jax.bench.model import _Peer
+
     config, peer, slots = model.config, _Peer.build(model), 16
     equal = 6 if toy else EQUAL
     low, high = (2, 12) if toy else SPREAD
@@ -248,9 +249,11 @@ def _throughput(model: LFM, toy: bool) -> str:
 
 
 def _row_of(model: LFM, prompt: int, made: int, concurrency: int) -> str:
-    engine = _engine(model, concurrency, prompt + made, steps=32, chunk=512, prefill_rows=min(8, concurrency))
+    config = EngineConfig(slots=((concurrency, prompt + made),), max_queue=10**6, steps=32, chunk=512,
+                          prefill_rows=min(8, concurrency), fixed_rows=True)
+    engine = Engine(model, config)
     requests = _requests(model.config, prompt, [made] * (2 * concurrency if concurrency < 256 else concurrency))
-    _run(engine, requests[:1])
+    _run(engine, _requests(model.config, prompt, [3]))  # Compiles what these need, a few of all the programs.
     began = time.perf_counter()
     clock = _run(engine, requests)
     seconds = time.perf_counter() - began

@@ -4,8 +4,8 @@ Each turn of the loop admits what waits, takes in a chunk's worth of prompts, an
 under way: one while more prompts are to be taken in, so that slots fill up soon. What a request gets does not depend on
 its neighbours, its slot, its time of arrival or on what the prefix cache holds: chunks of a prompt begin at multiples
 of `chunk`, programs have fixed shapes, and random numbers come from seed and position. One thing is left: how many rows
-a dispatch has depends on the slots in use, and may change the rounding of a sum (about 1e-6 in float32);
-`EngineConfig.fixed_rows` rules that out.
+a dispatch has, and whether tokens are drafted in it, depends on what is under way, and may change the rounding of a sum
+(about 1e-6 in float32); `EngineConfig.fixed_rows` rules that out.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Engine:
         self._news = threading.Condition()
         """Guards what other threads reach: what has arrived, what was cancelled, whether to close."""
         self._arrived: list[Ticket] = []
-        self._cancelled: list[tuple[Ticket, int | None]] = []
+        self._cancelled: list[tuple[Ticket, int | None, Finish]] = []
         self._closing = self._abandoned = False
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._admitted: set[Ticket] = set()
@@ -111,8 +111,11 @@ class Engine:
             self._news.notify()
         return ticket
 
-    def cancel(self, ticket: Ticket, choice: int | None = None) -> None:
+    def cancel(self, ticket: Ticket, choice: int | None = None, finish: Finish = "cancelled") -> None:
         """Ends a request, or one continuation of it; its slot is free at the next turn.
+
+        Args:
+          finish: what it counts as: `stop` where it came to an end that only the caller knows.
 
         Raises:
           ValueError: the request has no such continuation.
@@ -122,7 +125,7 @@ class Engine:
         with self._news:
             if ticket.done:
                 return
-            self._cancelled.append((ticket, choice))
+            self._cancelled.append((ticket, choice, finish))
             self._news.notify()
 
     def _check(self, request: Request) -> None:
@@ -204,12 +207,16 @@ class Engine:
             pool.live.clear()
 
     def close(self, *, drain: bool = True) -> None:
-        """Takes no more requests; ends what runs (`drain` False), or lets it end, and waits for the thread."""
+        """Takes no more requests; ends what runs (`drain` False), or lets it end, and waits for the thread.
+
+        May be called while another call waits, to make it short.
+        """
         with self._news:
-            self._closing, self._abandoned = True, not drain
+            self._closing, self._abandoned = True, self._abandoned or not drain
             self._news.notify()
-        if self._thread is not None:
-            self._thread.join()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
             self._thread = None
         while self.failure is None and self.step():
             pass
@@ -263,8 +270,8 @@ class Engine:
             self._arrived.clear()
             cancelled, self._cancelled = self._cancelled, []
             abandoned = self._abandoned
-        for ticket, choice in cancelled:
-            self._end_early(ticket, "cancelled", choice)
+        for ticket, choice, finish in cancelled:
+            self._end_early(ticket, finish, choice)
         now = time.monotonic()
         for ticket in (*self._running(), *self._waiting):
             if abandoned:
@@ -306,25 +313,27 @@ class Engine:
         for sent in ready:
             self._sent.remove(sent)
             told = jax.tree.map(np.asarray, sent.told)
+            # For all rows at once: thousands of them wait for this thread.
+            real_NBT = np.asarray(told.token) >= 0
+            stepped_NB = real_NBT.any(axis=2)
+            tokens_B = np.asarray(told.token).swapaxes(0, 1).reshape(real_NBT.shape[1], -1).tolist()
+            steps_B = stepped_NB.sum(axis=0).tolist()
+            drafted_B = None if told.drafted is None else (told.drafted * stepped_NB).sum(axis=0).tolist()
             for row, run in sent.runs:
-                if not run.over:
-                    self._hand_out(run, told, row)
+                if run.over or not steps_B[row]:
+                    continue
+                tokens = [token for token in tokens_B[row] if token >= 0]
+                self.counts["tokens"] += len(tokens)
+                self.counts["steps"] += steps_B[row]
+                if drafted_B is not None:
+                    self.counts["drafted_tokens"] += drafted_B[row]
+                    self.counts["accepted_tokens"] += len(tokens) - steps_B[row]
+                    run.pool.promise(run, len(tokens) - steps_B[row])
+                self._hand_out(run, tokens, told, row)
 
-    def _hand_out(self, run: Run, told: Told, row: int) -> None:
-        token_NT = np.asarray(told.token)[:, row]
-        real_NT = token_NT >= 0
-        tokens = token_NT[real_NT].tolist()
-        if not tokens:
-            return
-        request, first, stepped_N = run.request, run.made == 0, real_NT.any(axis=1)
+    def _hand_out(self, run: Run, tokens: list[int], told: Told, row: int) -> None:
+        request, first = run.request, run.made == 0
         run.made += len(tokens)
-        steps = int(stepped_N.sum())
-        self.counts["tokens"] += len(tokens)
-        self.counts["steps"] += steps
-        if told.drafted is not None:
-            self.counts["drafted_tokens"] += int(np.asarray(told.drafted)[:, row][stepped_N].sum())
-            self.counts["accepted_tokens"] += len(tokens) - steps
-            run.pool.promise(run, len(tokens) - steps)
         finish: Finish | None = None
         reason = None if run.matcher is None else _follow(run.matcher, tokens)
         if reason is not None:
@@ -334,7 +343,8 @@ class Engine:
         elif run.made >= request.max_new_tokens:
             finish = "length"
         event = Event(
-            run.choice, tokens, None if request.logprobs is None else logprobs(told, row, real_NT, request.logprobs),
+            run.choice, tokens, None if request.logprobs is None else
+            logprobs(told, row, np.asarray(told.token)[:, row] >= 0, request.logprobs),
             run.scores if first and request.prompt_logprobs else None, finish, reason,
         )
         if finish is not None:

@@ -35,7 +35,8 @@ class EngineConfig:
     steps: int = 8
     """Tokens generated at most between two looks at what else there is to do."""
     draft: int = 0
-    """Tokens drafted a step by prompt lookup; 0 for none. Pays where few requests run and answers repeat the prompt."""
+    """Tokens drafted a step by prompt lookup; 0 for none. Pays where few requests run and answers repeat the prompt.
+    Requests with a grammar or a repetition penalty, which `lfm serve` has by default, get none."""
     prefix_cache_bytes: int = 0
     """Device memory for states of prompt prefixes; 0 for none. The kinds of slot share it evenly, each for its own."""
     max_queue: int = 1024
@@ -45,8 +46,8 @@ class EngineConfig:
     max_stop_ids: int = 8
     max_biases: int = 16
     fixed_rows: bool = False
-    """Every dispatch of generation takes all slots, however few are in use. Slower, and then what a request gets does
-    not depend on how many others run even by the rounding of a sum."""
+    """Every dispatch of generation takes all slots, however few are in use, and drafts tokens if any do. Slower, and
+    then what a request gets does not depend on what others run even by the rounding of a sum."""
     memory_bytes: int | None = None
     """Memory of a device that may be used; None: what the device says it has."""
 

@@ -19,10 +19,10 @@ from lfm_jax.infer.chat import encode_chat, turn_stop_ids
 from lfm_jax.infer.decoding import bucket
 from lfm_jax.infer.engine import Engine
 from lfm_jax.infer.engine_config import EngineConfig
-from lfm_jax.infer.request import Event, Request
+from lfm_jax.infer.request import Request
 from lfm_jax.infer.sampling import GREEDY, Sampling
 from lfm_jax.infer.text import check_tokenizer
-from lfm_jax.model import LFM
+from lfm_jax.model import LFM, Logits
 from lfm_jax.state import State
 
 if TYPE_CHECKING:
@@ -90,15 +90,12 @@ def extract(
     length = min(bucket(max(map(len, prompts)) + max_new_tokens), model.config.max_position)
     config = EngineConfig(slots=((min(SLOTS, max(2, len(texts))), length),), chunk=CHUNK,
                           prefix_cache_bytes=2 * model.config.state_bytes(length))
-    answers = [_Answer() for _ in texts]
-    engine = Engine(model, config)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        engine.submit(Request(prompt=prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids,
-                              grammar=grammar), answer)
-    while engine.step():
-        pass
+    requests = [
+        Request(prompt=prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids, grammar=grammar)
+        for prompt in prompts
+    ]
     results = []
-    for number, answer in enumerate(answers):
+    for number, [answer] in enumerate(Engine(model, config).complete(requests)):
         if answer.finish == "failed":
             raise ValueError(f"the answer for text {number} cannot be finished: {answer.reason}")
         if answer.finish != "stop":
@@ -106,17 +103,6 @@ def extract(
                              "or bound the schema (maxLength, maxItems)")
         results.append(json.loads(tokenizer.decode([i for i in answer.tokens if i not in stop_ids])))
     return results[0] if isinstance(text, str) else results
-
-
-class _Answer:
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.finish: str | None = None
-        self.reason: str | None = None
-
-    def __call__(self, event: Event) -> None:
-        self.tokens += event.tokens
-        self.finish, self.reason = event.finish, event.reason
 
 
 def _stop_ids(model: LFM, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -177,7 +163,7 @@ def classify(
     shared = min(_common(prompts), min(map(len, prompts)) - 1)  # Every text keeps a token to run.
 
     graphdef, params = nnx.split(model, nnx.Param)
-    run = functools.partial(_run(graphdef), nnx.to_pure_dict(params))
+    run, score = (functools.partial(_run(graphdef, logits), nnx.to_pure_dict(params)) for logits in ("last", "all"))
     beginning = model.init_state(1, length)
     for tokens_1T in _chunks([prompts[0][:shared]]):
         _, beginning = run(beginning, *tokens_1T)
@@ -189,11 +175,9 @@ def classify(
         state = _repeat(beginning, len(group))
         first_BV = jnp.zeros((len(group), model.config.vocab_size))
         for tokens_BT, real_BT in _chunks(group):
-            logits_BTV, state = run(state, tokens_BT, real_BT)
-            last_B = np.maximum(real_BT.sum(axis=1) - 1, 0)
-            newest_BV = jnp.take_along_axis(logits_BTV, jnp.asarray(last_B)[:, None, None], axis=1)[:, 0]
-            first_BV = jnp.where(jnp.asarray(real_BT.any(axis=1))[:, None], newest_BV, first_BV)
-        found += list(_score(run, state, first_BV, answers))
+            newest_B1V, state = run(state, tokens_BT, real_BT)
+            first_BV = jnp.where(jnp.asarray(real_BT.any(axis=1))[:, None], newest_B1V[:, 0], first_BV)
+        found += list(_score(score, state, first_BV, answers))
     return [dict(zip(labels, row.tolist(), strict=True)) for row in found[: len(texts)]]
 
 
@@ -223,12 +207,12 @@ def _repeat(state: State, times: int) -> State:
 
 
 @functools.lru_cache(maxsize=8)
-def _run(graphdef: Any) -> Any:
+def _run(graphdef: Any, logits: Logits) -> Any:
     @jax.jit
     def run(params: Any, state: State, tokens_BT: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, State]:
-        """Logits after every token, float32 [B, T, V], and the state after the last."""
+        """Logits after every token, or the last, float32 [B, T or 1, V], and the state after the last."""
         model = nnx.merge(graphdef, params)
-        logits_BTV, new_state = model(tokens_BT, None, real_BT.astype(jnp.int32), state, "all", padding="right")
+        logits_BTV, new_state = model(tokens_BT, None, real_BT.astype(jnp.int32), state, logits, padding="right")
         return logits_BTV.astype(jnp.float32), new_state
 
     return run

@@ -6,6 +6,7 @@ Dimensions: as in `slots.py`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -164,7 +165,7 @@ class Pool:
             for part in self.cache.find(prompt, run.taken_in // C):
                 tokens_C = np.asarray(prompt[run.taken_in : run.taken_in + C], np.int32)
                 self._slots = self._programs.restore(
-                    self._slots, np.int32(run.row), np.int32(run.taken_in), part, tokens_C
+                    self._slots, np.int32(run.row), np.int32(run.taken_in), part, tokens_C, fresh=run.taken_in == 0
                 )
                 run.taken_in += C
                 self._counts["cached_tokens"] += C
@@ -191,7 +192,9 @@ class Pool:
         R, C = self._rows_taken_in, self._config.chunk
         runs = [chosen]
         for run in self.prefilling:
-            if len(runs) < R and run is not chosen and self._chunk_shape(run) == shape:
+            if len(runs) == R:
+                break
+            if run is not chosen and self._chunk_shape(run) == shape:
                 self._restore(run)
                 if self._chunk_shape(run) == shape and not self._is_coming(run, runs):
                     runs.append(run)
@@ -292,11 +295,17 @@ class Pool:
             self._slots, told = self._programs.decode(
                 self._params, self._slots, np.int32(steps), rows=rows,
                 plain=all(_is_plain(run.request) for run in self.live),
+                draft=self._drafted(),
             )
         sent = _send(told, [(run.row, run) for run in self.live])
         for run in list(self.live):
             self.promise(run, steps)
         return sent
+
+    def _drafted(self) -> int:
+        """Tokens drafted a step: none where no request may have any, since each costs as much as one more row."""
+        wanted = self.shape.fixed_rows or any(_may_draft(run.request) for run in self.live)
+        return self.shape.draft if wanted else 0
 
     def promise(self, run: Run, tokens: int) -> None:
         """Notes that so many more tokens are made, or sure to be, and frees the slot if they are the last."""
@@ -324,17 +333,21 @@ class Pool:
             self._slots = run.fork(self._slots, np.int32(0), nowhere_R)
             self._slots = run.stop(self._slots, nowhere_R[:1])
             for rows in self.shape.row_counts:
-                for plain in (False, True):
-                    self._slots, _ = run.decode(self._params, self._slots, np.int32(0), rows=rows, plain=plain)
+                for plain, draft in itertools.product((False, True), sorted({0, shape.draft})):
+                    self._slots, _ = run.decode(self._params, self._slots, np.int32(0), rows=rows, plain=plain,
+                                                draft=draft)
+                    count += 1
                 self._slots, logits_bV = run.advance(self._params, self._slots, rows=rows)
                 masks_bW = _masks([None] * rows, rows, shape.mask_words)
                 self._slots, _ = run.choose(self._slots, logits_bV, masks_bW, rows=rows)
-                count += 4
+                count += 2
             C = config.chunk
             if config.prefix_cache_bytes and shape.length > C:
                 part = run.snapshot(self._slots, np.int32(0), np.int32(0), length=C)
-                self._slots = run.restore(self._slots, np.int32(NOWHERE), np.int32(0), part, np.zeros(C, np.int32))
-                count += 2
+                for fresh in (True, False):
+                    self._slots = run.restore(self._slots, np.int32(NOWHERE), np.int32(0), part, np.zeros(C, np.int32),
+                                              fresh=fresh)
+                count += 3
         jax.block_until_ready(self._slots)
         return count
 
@@ -348,6 +361,11 @@ def _send(told: Told, runs: list[tuple[int, Run]]) -> Sent:
 def _is_plain(request: Request) -> bool:
     return (request.sampling.temperature == 0 and request.sampling.repetition_penalty == 1 and not request.logit_bias
             and not request.min_new_tokens and request.logprobs is None)
+
+
+def _may_draft(request: Request) -> bool:
+    """What is chosen next may depend on the tokens just before only by way of the model."""
+    return request.grammar is None and request.sampling.repetition_penalty == 1
 
 
 def chunk_width(tokens: int, chunk: int) -> int:
@@ -379,7 +397,7 @@ def _asked(runs: Sequence[Run], R: int, shape: SlotShape) -> Asked:
         sampling=params, budget_B=_filled([q.max_new_tokens for q in requests], R, 0),
         least_B=_filled([q.min_new_tokens for q in requests], R, 0), stop_ids_BM=stop_ids_RM,
         bias_ids_BP=bias_ids_RP, bias_BP=bias_RP,
-        draft_B=_filled([q.grammar is None and q.sampling.repetition_penalty == 1 for q in requests], R, False),
+        draft_B=_filled([_may_draft(q) for q in requests], R, False),
         logprobs_B=_filled([q.logprobs is not None for q in requests], R, False),
     )
 

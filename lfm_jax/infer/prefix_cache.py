@@ -28,6 +28,8 @@ class PrefixCache:
         self._numbers = 0
         self._smallest = 0
         """Bytes of the smallest snapshot that was ever offered."""
+        self._no_room: Key | None = None
+        """The block that was last thrown out for itself: those before it take all the room."""
         self.bytes = 0
         """Of all snapshots."""
 
@@ -53,7 +55,7 @@ class PrefixCache:
         if self._smallest > self._max_bytes or not self._max_bytes:
             return False
         *before, last = self._keys(prompt, blocks)
-        return None not in before and (last is None or last not in self._entries)
+        return None not in before and last not in self._entries and (last is None or last != self._no_room)
 
     def add(self, prompt: Sequence[int], blocks: int, snapshot: Any) -> None:
         """Keeps the snapshot of block number `blocks`, and throws out what is then too much."""
@@ -67,8 +69,10 @@ class PrefixCache:
         self.bytes += size
         self._use([key for key in self._keys(prompt, blocks) if key is not None])
         while self.bytes > self._max_bytes:
-            _, (_, _, freed) = self._entries.popitem(last=False)
+            thrown, (_, _, freed) = self._entries.popitem(last=False)
             self.bytes -= freed
+            if thrown == key:
+                self._no_room = key
 
     def clear(self) -> None:
         """Throws out everything."""

@@ -185,7 +185,8 @@ def _penalised(logits_BV: jax.Array, params: Params, plan: Plan, seen_BV: jax.Ar
 
 def _filtered(logits_BV: jax.Array, params: Params, plan: Plan) -> jax.Array:
     temperature_B1 = params.temperature_B[:, None]
-    logits_BV = logits_BV / jnp.where(temperature_B1 > 0, temperature_B1, 1)
+    # Below that the likeliest token has all, and quotients would overflow.
+    logits_BV = logits_BV / jnp.where(temperature_B1 > 0, jnp.maximum(temperature_B1, 1e-6), 1)
     drawn_B = params.temperature_B > 0
     if plan.top_k:
         top_k_B = jnp.where(drawn_B, params.top_k_B, 0)

@@ -157,7 +157,7 @@ class Answers:
                     taken += 1
                 if reply.stopped:
                     if finish is None:
-                        self._engine.cancel(self._tickets[number], event.choice)
+                        self._engine.cancel(self._tickets[number], event.choice, "stop")
                     finish = "stop"
                 elif finish is not None:
                     text += reply.finish()

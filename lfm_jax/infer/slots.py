@@ -160,11 +160,11 @@ class Programs:
         jit = functools.partial(jax.jit, donate_argnames="slots")
         self.prefill, self.score = jit(self._prefill), jit(self._score)
         self.start, self.fork, self.stop = jit(self._start), jit(self._fork), jit(self._stop)
-        self.decode = jit(self._decode, static_argnames=("rows", "plain"))
+        self.decode = jit(self._decode, static_argnames=("rows", "plain", "draft"))
         self.advance = jit(self._advance, static_argnames="rows")
         self.choose = jit(self._choose, static_argnames="rows")
         self.snapshot = jax.jit(self._snapshot, static_argnames="length")
-        self.restore = jit(self._restore)
+        self.restore = jit(self._restore, static_argnames="fresh")
 
     # ---------------------------------------------------------------- prompts
 
@@ -217,12 +217,13 @@ class Programs:
     # ---------------------------------------------------------------- generation
 
     def _decode(
-        self, params: Any, slots: Slots, steps: jax.Array, *, rows: int, plain: bool
+        self, params: Any, slots: Slots, steps: jax.Array, *, rows: int, plain: bool, draft: int
     ) -> tuple[Slots, Told]:
         """Up to `steps` (at most STEPS) steps of the first `rows` slots; ends early when all of them are idle.
 
         Args:
           plain: all of these rows are greedy without penalty, bias, least tokens and log-probabilities.
+          draft: tokens drafted a step for the rows that want them; the shape's number, or 0 where none does.
         """
         shape = self._shape
         plan, most = (GREEDY_PLAN, 0) if plain else (ANYTHING, shape.max_logprobs)
@@ -234,20 +235,20 @@ class Programs:
         def body(loop: tuple[jax.Array, Slots, Told]) -> tuple[jax.Array, Slots, Told]:
             n, part, told = loop
             live_b, tokens_bT, drafts, length_b = part.left_B > 0, part.token_B[:, None], None, jnp.int32(1)
-            if shape.draft:
-                drafts = _draft(part, shape.draft)
+            if draft:
+                drafts = _draft(part, draft)
                 tokens_bT, length_b = jnp.concatenate([tokens_bT, drafts[0]], axis=1), 1 + drafts[1]
             logits_bTV, state = self._run(
-                params, tokens_bT, jnp.where(live_b, length_b, 0), part.state, "all" if shape.draft else "last"
+                params, tokens_bT, jnp.where(live_b, length_b, 0), part.state, "all" if draft else "last"
             )
             part, new = _next_tokens(dataclasses.replace(part, state=state), logits_bTV, drafts, plan, most)
             return n + 1, part, jax.tree.map(lambda all_, x: all_.at[n].set(x), told, new)
 
         part = jax.tree.map(lambda x: x[:rows], slots)
-        logits = jax.ShapeDtypeStruct((rows, 1 + shape.draft, shape.config.vocab_size), jnp.float32)
-        tokens = jax.ShapeDtypeStruct((rows, 1 + shape.draft), jnp.int32)
+        logits = jax.ShapeDtypeStruct((rows, 1 + draft, shape.config.vocab_size), jnp.float32)
+        tokens = jax.ShapeDtypeStruct((rows, 1 + draft), jnp.int32)
         told = jax.eval_shape(lambda x, y: _tell(x, y, most), logits, tokens)
-        if shape.draft:
+        if draft:
             told = dataclasses.replace(told, drafted=jax.ShapeDtypeStruct((rows,), jnp.int32))
         told = jax.tree.map(lambda x: jnp.full((STEPS, *x.shape), -1, x.dtype), told)
         _, part, told = jax.lax.while_loop(unfinished, body, (jnp.int32(0), part, told))
@@ -280,12 +281,16 @@ class Programs:
         """What a row's tokens [first, first + length), its newest, have added; see `state.snapshot`."""
         return state_lib.snapshot(self._shape.config, slots.state, row, first, length)
 
-    def _restore(self, slots: Slots, row: jax.Array, first: jax.Array, part: State, tokens_C: jax.Array) -> Slots:
-        """Puts a snapshot of `tokens_C` back into a row; one that begins at 0 clears it first."""
-        rows_1, fresh_1 = row[None], first[None] == 0
-        state = _put(slots.state, rows_1, state_lib.reset(_take(slots.state, rows_1), fresh_1))
+    def _restore(
+        self, slots: Slots, row: jax.Array, first: jax.Array, part: State, tokens_C: jax.Array, *, fresh: bool
+    ) -> Slots:
+        """Puts a snapshot of `tokens_C` back into a row; the first one of a prompt, `fresh`, clears it before."""
+        rows_1, state = row[None], slots.state
+        if fresh:  # The others must not touch all of the row for the sake of one block.
+            state = _put(state, rows_1, state_lib.reset(_take(state, rows_1), jnp.array([True])))
+            slots = _forget(slots, rows_1, jnp.array([True]))
         length_1 = jnp.full((1,), tokens_C.shape[0], jnp.int32)
-        slots = _remember(_forget(slots, rows_1, fresh_1), rows_1, first[None], tokens_C[None], length_1)
+        slots = _remember(slots, rows_1, first[None], tokens_C[None], length_1)
         return dataclasses.replace(slots, state=state_lib.restore(self._shape.config, state, row, first, part))
 
 

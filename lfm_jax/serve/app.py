@@ -157,6 +157,7 @@ class _Desk:
 
     async def complete(self, body: CompletionBody, request: Request) -> Response:
         """Answers POST /v1/completions."""
+        arrived = time.monotonic()
         self._check(body, len(body.prompts()))
 
         def prepare() -> list[engine_request.Request]:
@@ -169,10 +170,11 @@ class _Desk:
 
         asked = await self._in_thread(prepare)
         form = TextFormat(self._service, self._name, body, [list(one.prompt) for one in asked])
-        return await self._answer(form, asked, body, request)
+        return await self._answer(form, asked, body, request, arrived)
 
     async def chat(self, body: ChatBody, request: Request) -> Response:
         """Answers POST /v1/chat/completions."""
+        arrived = time.monotonic()
         self._check(body, 1)
 
         def prepare() -> list[engine_request.Request]:
@@ -187,7 +189,7 @@ class _Desk:
             return [self._ask(prompt, body, most, logprobs, matcher=matcher)]
 
         asked = await self._in_thread(prepare)
-        return await self._answer(ChatFormat(self._service, self._name, body), asked, body, request)
+        return await self._answer(ChatFormat(self._service, self._name, body), asked, body, request, arrived)
 
     async def _in_thread(self, prepare: Callable[[], list[engine_request.Request]]) -> list[engine_request.Request]:
         """Runs what may take a while, long texts and large schemas, beside the event loop."""
@@ -230,7 +232,7 @@ class _Desk:
 
     async def _answer(
         self, form: TextFormat | ChatFormat, asked: Sequence[engine_request.Request],
-        body: ChatBody | CompletionBody, request: Request,
+        body: ChatBody | CompletionBody, request: Request, arrived: float,
     ) -> Response:
         """Runs what was asked and answers at once or as a stream; a client that goes away ends it."""
         skip = body.skip_special_tokens is not False and not form.keeps_markers
@@ -244,7 +246,7 @@ class _Desk:
             raise RefusalError(400, str(error)) from None
         # At work from now on, so that a client that leaves while it waits for a slot is noticed too.
         leaving = asyncio.ensure_future(_cancel_when_gone(request, answers))
-        pieces = self._observed(answers, leaving)
+        pieces = self._observed(answers, leaving, arrived)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             return StreamingResponse(streamed_answer(form, pieces, asked, usage=usage), media_type="text/event-stream",
@@ -252,15 +254,17 @@ class _Desk:
         answer = await whole_answer(form, pieces, asked)
         return JSONResponse(answer)
 
-    async def _observed(self, answers: Answers, leaving: asyncio.Future[None]) -> AsyncGenerator[Piece]:
+    async def _observed(
+        self, answers: Answers, leaving: asyncio.Future[None], arrived: float
+    ) -> AsyncGenerator[Piece]:
         """The pieces; tells how soon the first one came, and watches the client no longer than they come."""
-        began, first = time.monotonic(), True
+        first = True
         try:
             async with aclosing(answers.pieces()) as pieces:
                 async for piece in pieces:
                     if first:
                         first = False
-                        self._metrics.first_token.observe(time.monotonic() - began)
+                        self._metrics.first_token.observe(time.monotonic() - arrived)
                     yield piece
         finally:
             leaving.cancel()

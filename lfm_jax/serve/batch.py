@@ -22,6 +22,8 @@ from lfm_jax.serve.errors import RefusalError
 from lfm_jax.serve.launch import say
 from lfm_jax.serve.limits import OFFLINE, Limits
 
+ANSWER = b'{"id": "line-'
+"""What every line of a target begins with."""
 URLS = ("/v1/chat/completions", "/v1/completions")
 """What a line may ask for."""
 
@@ -94,6 +96,9 @@ def _kept(target: Path, lines: dict[int, bytes]) -> set[int]:
         return set()
     text = target.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
+    rest = text[len(whole) :][: len(ANSWER)]
+    if not ANSWER.startswith(rest):
+        raise ValueError(f"{target} is there and no answers of a batch; name another file")
     done = set()
     for row in whole.splitlines():
         try:
@@ -119,7 +124,7 @@ async def _run(
         async def work() -> None:
             nonlocal said, answered
             for number, line in todo:
-                result = await _one(app, name, number, line)
+                result = await _one(app, service, name, number, line)
                 if service.engine.failure is not None:
                     return  # This line and those after it are left for another call.
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
@@ -136,7 +141,7 @@ async def _run(
                 group.create_task(work())
 
 
-async def _one(app: FastAPI, name: str, number: int, line: bytes) -> dict[str, Any]:
+async def _one(app: FastAPI, service: Service, name: str, number: int, line: bytes) -> dict[str, Any]:
     result: dict[str, Any] = {"id": f"line-{number}", "custom_id": None, "response": None, "error": None}
     try:
         task = json.loads(line.decode("utf-8-sig"))
@@ -156,8 +161,10 @@ async def _one(app: FastAPI, name: str, number: int, line: bytes) -> dict[str, A
         result["error"] = {"code": "bad_line", "message": f"{type(error).__name__}: {error}"[:500]}
         return result
     status, answer = await call(app, url, {"model": name} | body)
-    while status == 429:  # Others of this file wait: so can this one.
+    while status == 429:  # Others of this file wait: so can this one. Each try makes its prompts ready again.
         await asyncio.sleep(0.05)
+        if service.engine.waiting() > service.engine.config.max_queue // 2:
+            continue
         status, answer = await call(app, url, {"model": name} | body)
     result["response"] = {"status_code": status, "body": answer}
     return result

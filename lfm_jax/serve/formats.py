@@ -47,11 +47,11 @@ async def whole_answer(form: TextFormat | ChatFormat, pieces: AsyncGenerator[Pie
     async with aclosing(pieces):
         async for piece in pieces:
             choice = choices.setdefault(piece.choice, Choice())
+            if (refusal := broken(piece)) is not None:
+                raise refusal
             choice.note(piece)
             for _ in form.deltas(piece, choice):  # So that text is split into content and calls.
                 pass
-            if (refusal := broken(piece)) is not None:
-                raise refusal
     return form.whole(choices, asked)
 
 
@@ -74,13 +74,13 @@ async def streamed_answer(
                 choices[piece.choice] = Choice()
                 for chunk in form.opening(piece.choice):
                     yield event(chunk)
+            if (refusal := broken(piece)) is not None:
+                yield f"data: {json.dumps(refusal.body())}\n\n"
+                return
             choice = choices[piece.choice]
             choice.note(piece)
             for chunk in form.deltas(piece, choice):
                 yield event(chunk)
-            if (refusal := broken(piece)) is not None:
-                yield f"data: {json.dumps(refusal.body())}\n\n"
-                return
     if usage:
         yield f"data: {json.dumps(form.frame([]) | {'usage': _usage(choices, asked)})}\n\n"
     yield "data: [DONE]\n\n"
@@ -157,7 +157,12 @@ class TextFormat:
                 "text_offset": offsets}
 
     def _token(self, token: int) -> str:
-        return token_bytes(self._tokenizer, token).decode(errors="replace")
+        """A token's text; its bytes, as in OpenAI's API, where they are part of a character: else several were one."""
+        raw = token_bytes(self._tokenizer, token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 class ChatFormat:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +20,8 @@ from lfm_jax.serve.app import make_app
 from lfm_jax.serve.limits import Limits
 
 KEY_VARIABLE = "LFM_API_KEY"
+TELL_SECONDS = 5
+"""For the last words of answers that are cut short at the end."""
 
 
 def open_service(path: Path, dtype: str | None, engine: EngineConfig, mesh: tuple[int, int]) -> Service:
@@ -71,8 +75,11 @@ def check_address(host: str, api_key: str | None) -> None:
 def serve(
     service: Service, name: str, host: str, port: int, sampling: Sampling, limits: Limits, drain_seconds: int
 ) -> None:
-    """Serves until SIGINT or SIGTERM; then takes no more, and lets what runs end within `drain_seconds`."""
+    """Serves until SIGINT or SIGTERM; then takes no more, lets what runs end within `drain_seconds`, and tells the rest
+    that it is cut short."""
     import uvicorn
+
+    from lfm_jax.serve.connections import most_connections, timed
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
@@ -85,15 +92,29 @@ def serve(
                 for number, handler in before.items():
                     signal.signal(number, handler)
 
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            # While there are connections still to tell it on; uvicorn itself only cuts them.
+            late = asyncio.create_task(self._cut_short())
+            try:
+                await super().shutdown(sockets)
+            finally:
+                late.cancel()
+
+        async def _cut_short(self) -> None:
+            await asyncio.sleep(drain_seconds)
+            await asyncio.to_thread(service.engine.close, drain=False)
+
     api_key = os.environ.get(KEY_VARIABLE) or None
     check_address(host, api_key)
     app = make_app(service, name, api_key=api_key, sampling=sampling, limits=limits)
     say(f"serving {name} on http://{host}:{port}{'' if api_key else ', no key asked for'}")
     Server(uvicorn.Config(
-        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=drain_seconds, server_header=False,
+        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=drain_seconds + TELL_SECONDS,
+        server_header=False, http=timed(limits.body_seconds), h11_max_incomplete_event_size=2**16,
         # Two connections a place: as many as can be at work or wait, and as many again that look and leave.
-        http="h11", h11_max_incomplete_event_size=2**16,
-        limit_concurrency=2 * (service.engine.slots + service.engine.config.max_queue + limits.prepared),
+        limit_concurrency=most_connections(
+            2 * (service.engine.slots + service.engine.config.max_queue + limits.prepared)
+        ),
     )).run()
 
 

@@ -13,7 +13,7 @@ class Limits:
     schema_bytes: int = 2**16
     """Of a response schema or all tools together, as JSON."""
     body_seconds: float = 30.0
-    """For all of the body to come."""
+    """For the head of a request to come, and then for all of its body."""
     seconds: float = 600.0
     """From its place in the queue to the last token."""
     tokens: int = 1024

@@ -28,7 +28,7 @@ class Metrics:
                                  registry=self._registry)
         self._seconds = Histogram("lfm_request_seconds", "Time from arrival to the end of the answer", ["path"],
                                   buckets=SECONDS, registry=self._registry)
-        self.first_token = Histogram("lfm_first_token_seconds", "Time from arrival to the first token",
+        self.first_token = Histogram("lfm_first_token_seconds", "Time from a whole body to the first token",
                                      buckets=SECONDS, registry=self._registry)
         self._registry.register(_EngineCounts(engine))
 

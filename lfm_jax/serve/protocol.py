@@ -48,7 +48,7 @@ class _Shared(_Body):
     # Known to other servers of open models too.
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10, allow_inf_nan=False)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     skip_special_tokens: bool | None = None
     # Of no consequence for the answer.
@@ -167,7 +167,7 @@ def _arguments(function: CalledFunction) -> dict[str, Any]:
     except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
-        raise ValueError(f"arguments of the call of {function.name} are not a JSON object")
+        raise ValueError(f"arguments of the call of {function.name!r} are not a JSON object")
     return arguments
 
 

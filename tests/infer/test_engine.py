@@ -177,6 +177,16 @@ def test_prompts_that_come_together_share_what_they_begin_with(prefill_rows):
     assert not none._pools[0].cache.wants(requests[0].prompt, 1)
 
 
+def test_a_prefix_longer_than_the_cache_is_not_waited_for():
+    cache = PrefixCache(4, 2 * 64)
+    prompt = tuple(range(17))
+    for n in (1, 2, 3):
+        assert cache.wants(prompt, n)
+        cache.add(prompt, n, np.zeros(8))
+    assert len(cache.find(prompt)) == 2
+    assert not cache.wants(prompt, 3)  # Thrown out at once: so it would be again.
+
+
 def test_prefix_cache_keeps_prefixes_whole_and_its_bounds():
     rng = np.random.default_rng(6)
     cache = PrefixCache(4, 10 * 64)
@@ -229,6 +239,17 @@ def test_drafts_change_no_token(name):
         made = ticket.runs[0].made if ticket.runs else 0
         assert not made or made <= ticket.runs[0].promised  # What was accepted counts for when the slot is free.
     assert len(heard.tokens[0]) == 40
+
+    [pool] = drafting._pools
+    for penalty, drafted in ((1.2, 0), (1.0, 4)):  # Where nobody may have any, nothing is spent on them.
+        run_of = dataclasses.replace(requests[2], sampling=Sampling(repetition_penalty=penalty))
+        ticket = drafting.submit(run_of, Heard())
+        while not pool.live:
+            drafting.step()
+        assert pool._drafted() == drafted
+        drafting.cancel(ticket)
+        while drafting.step():
+            pass
 
 
 def test_drafts_are_refused_with_recurrences():

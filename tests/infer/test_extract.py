@@ -47,6 +47,11 @@ def test_extracted_data_fits_the_schema():
         extract(model(), tokenizer(), "a", {"type": "strange"})
 
 
+def test_more_texts_than_may_wait(monkeypatch):
+    monkeypatch.setattr(module, "EngineConfig", functools.partial(module.EngineConfig, max_queue=2))
+    assert {type(data) for data in extract(model(), tokenizer(), TEXTS * 2, {"type": "boolean"})} == {bool}
+
+
 @jax.jit
 def whole_pass(tokens_1T):
     segment_ids_1T = (tokens_1T > 0).astype(jnp.int32)

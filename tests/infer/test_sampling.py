@@ -55,7 +55,7 @@ def assert_filtered_as_hf(samplings, logits_BV, seen_BT, seen_BV):
 
 
 EACH = {
-    "temperature": [0.1, 0.7, 1.0, 3.0],
+    "temperature": [1e-6, 0.1, 0.7, 1.0, 3.0],
     "top_k": [1, 7, 50, 70, V, 9999],
     "top_p": [1e-6, 0.1, 0.5, 0.9, 0.999],
     "min_p": [1e-4, 0.05, 0.3, 1.0],
@@ -182,3 +182,10 @@ def test_bad_fields_are_listed_together():
         Sampling(**bad)
     for name, value in bad.items():
         assert f"{name} is {value!r}" in str(error.value)
+
+
+def test_a_temperature_next_to_nothing_takes_the_likeliest():
+    logits_BV = np.random.default_rng(8).normal(size=(3, V)).astype(np.float32) * 50
+    params, plan = to_arrays([Sampling(temperature=t, seed=1) for t in (2e-38, 1e-9, 1e-7)], V)
+    drawn_B = sample(logits_BV, params, plan, np.array([0, 1, 2], np.int32), None)
+    np.testing.assert_array_equal(drawn_B, logits_BV.argmax(axis=1))

@@ -68,6 +68,9 @@ GOOD = [
                 response_format={"type": "json_schema", "json_schema": {"schema": SCHEMA}})),
     (CHAT, dict(messages=[{"role": "user", "content": "go"}], max_tokens=8, tool_choice="required",
                 tools=[{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}])),
+    (CHAT, dict(messages=[{"role": "user", "content": "go"}, {"role": "assistant", "tool_calls": [
+        {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{\"a\": 1}"}}]},
+        {"role": "tool", "tool_call_id": "1", "content": "2"}], max_tokens=5)),
     (TEXT, dict(prompt="the quick", max_tokens=8, stop=["q"], seed=3, temperature=0.7, logit_bias={"5": -100})),
     (TEXT, dict(prompt=["the", "quick"], max_tokens=5, echo=True, logprobs=1)),
     (TEXT, dict(prompt=[1, 2, 3, 4], max_tokens=5, min_tokens=5, stream=True)),

@@ -101,6 +101,11 @@ def test_what_cannot_be_worked_on_is_refused(source, tmp_path):
     with pytest.raises(ValueError, match="no answers of a batch"):
         run(source, other)
     assert other.read_text() == "{}\n"
+    for content in (b"no line's end", b'{"id": "line-0"}\nand more'):  # Nothing is cut off that we did not write.
+        other.write_bytes(content)
+        with pytest.raises(ValueError, match="no answers of a batch"):
+            run(source, other)
+        assert other.read_bytes() == content
     other.write_text('{"id": "line-99"}\n')
     with pytest.raises(ValueError, match="answers line 99"):
         run(source, other)

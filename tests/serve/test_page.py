@@ -64,6 +64,11 @@ def test_an_extraction(page):
     data = json.loads(page.text_content("#result"))
     assert set(data) == {"name", "place", "year"}
     assert 0 <= data["year"] <= 2100
+    page.fill("#schema", '{"type": "array", "items": {"type": "string", "minLength": 50}, "minItems": 999}')
+    page.click("#extract-form button")
+    page.wait_for_function("document.getElementById('status').textContent.startsWith('The answer was cut at')",
+                           timeout=60_000)
+    assert page.text_content("#result").startswith("[")
     page.fill("#schema", "{")
     page.click("#extract-form button")
     page.wait_for_function("document.getElementById('status').textContent.startsWith('The schema is not JSON')")

@@ -1,0 +1,53 @@
+"""Connections of the server: uvicorn's, but none keeps its place for long without a request."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+OTHER_FILES = 64
+"""Files that a process has open beside its connections."""
+
+
+def timed(seconds: float) -> type[H11Protocol]:
+    """The protocol of a connection that is closed where the head of a request takes longer to come than this.
+
+    uvicorn's own timer runs between two requests only: a connection that has sent nothing yet, or half a head, would
+    stay, and those that may be open at one time are counted.
+    """
+
+    class Timed(H11Protocol):
+        _timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._look()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._look()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            self._forget()
+
+        def _look(self) -> None:
+            if self.cycle is not None and not self.cycle.response_complete:  # A request is at work.
+                self._forget()
+            elif self._timer is None:
+                self._timer = self.loop.call_later(seconds, self.transport.close)
+
+        def _forget(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+    return Timed
+
+
+def most_connections(wanted: int) -> int:
+    """As many as are wanted, or as the system lets this process have."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return wanted if files == resource.RLIM_INFINITY else max(1, min(wanted, files - OTHER_FILES))
