@@ -172,10 +172,12 @@ class Work:
 
     def digest(self, trial: Trial, seed: int, peak_lr: float) -> str:
         """Of everything that decides a run."""
-        study = self.study
+        study, model = self.study, trial.model
+        if "sliding_attention" not in model.layer_types:  # The window is nothing to it.
+            model = model.replace(sliding_window=ModelConfig().sliding_window)
         optimizer = dataclasses.replace(study.optimizer, peak_lr=peak_lr)
         return digest(
-            recipe.to_plain(trial.model), self.tasks[trial.task].digest(), trial.steps, recipe.to_plain(optimizer),
+            recipe.to_plain(model), self.tasks[trial.task].digest(), trial.steps, recipe.to_plain(optimizer),
             recipe.to_plain(study.guard), study.warmup, study.loss_chunk, seed,
         )
 

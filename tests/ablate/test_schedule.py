@@ -398,3 +398,14 @@ def test_sigterm_stops_a_crew_and_the_command_goes_on(finished, tmp_path):
 def test_the_command_is_that_of_the_study_not_of_the_call():
     args = ["a.yaml", "--processes", "2", "--text.sources", "books", "--minutes=8", "--retry-failed", "--seeds", "3"]
     assert Work(tiny_study(), args=args)._command == "lfm ablate a.yaml --text.sources books --seeds 3"
+
+
+def test_a_window_counts_where_there_is_one():
+    def digests(window):
+        model = dataclasses.replace(tiny_study().model, sliding_window=window)
+        work = Work(tiny_study(model=model, vary=(Grid.of({"operator": "sliding_attention"}),)))
+        return [work.digest(trial, 0, 0.1) for trial in work.trials]
+
+    (base, windowed), (other_base, other_windowed) = digests(32), digests(64)
+    assert base == other_base
+    assert windowed != other_windowed
