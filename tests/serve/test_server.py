@@ -466,15 +466,15 @@ def test_sigterm_lets_what_runs_end(without_key):
     answer = {}
 
     def ask():
-        body = dict(model="tiny", messages=HELLO, max_tokens=250, min_tokens=250, temperature=1.0)
+        body = dict(model="tiny", messages=HELLO, max_tokens=900, min_tokens=900, temperature=1.0)
         answer["response"] = httpx.post(f"{base}/v1/chat/completions", json=body, timeout=60)
 
     thread = threading.Thread(target=ask)
     thread.start()
-    wait_for(lambda: metric(base, "lfm_slots_in_use"))
+    wait_for(lambda: metric(base, "lfm_tokens_total"))
     process.send_signal(signal.SIGTERM)
     thread.join()
-    assert answer["response"].json()["usage"]["completion_tokens"] == 250
+    assert answer["response"].json()["usage"]["completion_tokens"] == 900
     assert process.wait(60) == 0
 
 
