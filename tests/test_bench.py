@@ -168,7 +168,7 @@ print(sum(event == "/jax/core/compile/backend_compile_duration" for event in com
     *rows, count = done.stdout.splitlines()
     assert [row.split("|")[2].strip() for row in rows[2:]] == ["1", "3"]
     assert all(float(row.split("|")[3].replace(",", "")) > 0 for row in rows[2:])
-    assert int(count.split()[0]) < 80  # One engine's warming up alone would be some 20 of the large ones.
+    assert 0 < int(count.split()[0]) < 80  # One engine's warming up alone would be some 20 of the large ones.
 
 
 @pytest.mark.slow

@@ -58,10 +58,16 @@ def parse_pattern(text: str) -> tuple[LayerType, ...]:
     return tuple("full_attention" if i in at else next(rest) for i in range(layers))
 
 
-def base_place(text: str) -> Place:
-    """Where the attention layers of a pattern stand if their number changes: as its counts say, even for letters."""
-    parts = (part.partition(":") for part in text.replace(" ", "").split(","))
-    return cast(Place, next((value for name, _, value in parts if name == "place"), "even"))
+def place_of(text: str) -> Place | None:
+    """Where a pattern in counts has its attention layers; None for letters."""
+    parts = dict(part.split(":") for part in text.replace(" ", "").split(",")) if ":" in text else None
+    return None if parts is None else cast(Place, parts.get("place", "even"))
+
+
+def place_of_others(text: str) -> Place:
+    """Where they stand if their number changes: as in the pattern, if that says a rule for any number, or else even."""
+    place = place_of(text)
+    return "even" if place is None or place == "lfm2" else place
 
 
 def attention_at(layers: int, attention: int, place: str) -> tuple[int, ...]:

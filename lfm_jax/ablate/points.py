@@ -10,7 +10,7 @@ import itertools
 import math
 from typing import Any, Protocol
 
-from lfm_jax.ablate.pattern import Place, attention_at, base_place, parse_pattern, to_letters
+from lfm_jax.ablate.pattern import Place, attention_at, parse_pattern, place_of, place_of_others, to_letters
 from lfm_jax.ablate.study import Study
 from lfm_jax.config import RECURRENCE_VECTORS, LayerType, ModelConfig
 from lfm_jax.train.optimizer import learning_rate
@@ -68,7 +68,7 @@ def points(study: Study) -> list[Point]:
             settings = dict(zip(names, values, strict=True))
             name = " ".join(f"{key}={_short(value)}" for key, value in settings.items())
             try:
-                point = Point(name, settings, _model(base, settings, study.match_step, base_place(study.pattern)))
+                point = Point(name, settings, _model(base, settings, study.match_step, place_of_others(study.pattern)))
             except ValueError as error:
                 problems.append(f"{name}: {error}")
                 continue
@@ -87,13 +87,14 @@ def all_settings(study: Study, point: Point) -> dict[str, Any]:
     model = point.model
     operators = sorted({_operator(kind, model) for kind in model.layer_types if kind != "full_attention"})
     given: dict[str, Any] = {
-        "attention": point.model.attention_layers, "place": "base", "operator": "+".join(operators) or "none",
+        "attention": point.model.attention_layers, "place": place_of(study.pattern) or "base",
+        "operator": "+".join(operators) or "none",
         "pattern": to_letters(point.model.layer_types), "taps": base.conv_taps, "gates": base.conv_gates,
         "ffn_ratio": round(base.ffn_size / base.hidden_size, 3), "kv_heads": base.num_kv_heads,
         "hidden_size": base.hidden_size, "train_flops": None,
     }
-    if ":" in study.pattern or model.attention_layers != base.attention_layers:
-        given["place"] = base_place(study.pattern)
+    if model.attention_layers != base.attention_layers:
+        given["place"] = place_of_others(study.pattern)
     if "pattern" in point.settings:
         given["place"] = "-"
     return {name: point.settings.get(name, given[name]) for name in axes}
@@ -177,7 +178,7 @@ def match(
 
 
 def _model(base: ModelConfig, settings: dict[str, Any], step: int, place: Place) -> ModelConfig:
-    """The base, whose attention layers stand as `place` says, with some settings changed."""
+    """The base with some settings changed; `place`: see `_layers`."""
     changes: dict[str, Any] = {}
     operator = settings.get("operator")
     if "pattern" in settings:
@@ -198,7 +199,7 @@ def _model(base: ModelConfig, settings: dict[str, Any], step: int, place: Place)
 
 
 def _layers(base: ModelConfig, settings: dict[str, Any], place: Place) -> tuple[LayerType, ...]:
-    """Layers of a point; `place` is the base's."""
+    """Layers of a point; `place` is where another number of attention layers stands."""
     L = base.num_layers
     attention = settings.get("attention", base.attention_layers)
     here = tuple(i for i, kind in enumerate(base.layer_types) if kind == "full_attention")

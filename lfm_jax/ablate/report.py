@@ -246,8 +246,8 @@ def _task_note(results: Results, task: str, scores: Mapping[str, Mapping[int, fl
     text += " No chance level is given." if record["chance"] is None else f" Chance is {record['chance']:.4g}."
     base = results.base
     if "train_flops" in results.axes:
-        return f"{text} Points have budgets of their own, so they are not compared with the base here."
-    if base is not None and base not in scores:
+        text += " Points have budgets of their own, so they are not compared with the base here."
+    elif base is not None and base not in scores:
         return f"{text} **The base has no finished run, so nothing is compared.**"
     if scores and max(map(len, scores.values())) < CLAIM_SEEDS:
         text += f" Fewer than {CLAIM_SEEDS} seeds: this table only explores, no claim is made."

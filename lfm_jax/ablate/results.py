@@ -178,7 +178,7 @@ def read_results(path: Path) -> Results:
     finished: dict[tuple[str, str, int], Record] = {}
     failures = []
     for record in _distinct(of_kind["run"] + of_kind["tuning"]):
-        failures += [record | {"status": "failed", "error": error} for error in record.get("earlier_errors", ())]
+        failures += [record | {"status": "failed"} | error for error in record.get("earlier_errors", ())]
         if not is_finished(record):
             failures.append(record)
         elif record["kind"] == "run":

@@ -219,15 +219,22 @@ class _Fitter:
     def fit(self, log_L: np.ndarray, starts: Sequence[np.ndarray]) -> np.ndarray:
         from scipy.optimize import least_squares
 
-        fits = [least_squares(lambda x: self.log_loss(x)[0] - log_L, start, self._slopes, bounds=self._bounds(log_L),
-                              loss="huber", f_scale=DELTA, ftol=1e-10, xtol=1e-10, gtol=1e-10) for start in starts]
+        low, high = self._bounds(log_L)
+        fits = [least_squares(lambda x: self.log_loss(x)[0] - log_L, np.clip(start, low, high), self._slopes,
+                              bounds=(low, high), loss="huber", f_scale=DELTA, ftol=1e-10, xtol=1e-10, gtol=1e-10)
+                for start in starts]
         return min(fits, key=lambda found: found.cost).x
 
     def at_bounds(self, x: np.ndarray, log_L: np.ndarray) -> tuple[str, ...]:
-        """Names of the parameters that lie at a bound, or so near that their term is nothing."""
+        """Names of what the runs do not determine, since it lies at a bound or beside something that does."""
         low, high = self._bounds(log_L)
-        near = np.array([1, 1e-3, 1, 1e-3, 1])  # Of logarithms, and of exponents.
-        return tuple(np.array(["A", "alpha", "B", "beta", "E"])[(x < low + near) | (x > high - near)].tolist())
+        near = np.array([1, 0.01, 1, 0.01, 1])  # Of logarithms, and of exponents.
+        at = dict(zip(("A", "alpha", "B", "beta", "E"), ((x < low + near) | (x > high - near)).tolist(), strict=True))
+        for factor, exponent in (("A", "alpha"), ("B", "beta")):
+            at[exponent] |= at[factor]  # Of a term that is nothing.
+            if at[exponent] and not at[factor]:  # The term is a constant, as E is.
+                at[factor] = at["E"] = True
+        return tuple(name for name in ("E", "A", "alpha", "B", "beta") if at[name])
 
     def _bounds(self, log_L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         top = float(np.max(log_L))

@@ -2,8 +2,8 @@
 
 A trial (a point on a task) is the unit that processes share out, by index: its runs share compiled programs. Each run
 that ends is a file of its own, so that nothing is done twice, whoever did it; what another study in the same directory
-has made already, of the same fingerprint, is taken over. A run that fails is recorded with its
-error and not tried again unless asked for.
+has made already, of the same fingerprint, is taken over. A run that fails is recorded with its error and not tried
+again unless asked for.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
@@ -114,7 +115,8 @@ def ablate(config: AblateConfig, args: Sequence[str] = ()) -> int:
       args: the command's own arguments, for the processes that it starts.
 
     Returns:
-      Exit status: 0, `STOPPED` when it was stopped before its end, `FAILED` when it ended and a run failed.
+      Exit status: 0, `STOPPED` when it was stopped before its end or runs are left to other processes, `FAILED` when it
+      ended and a run failed.
 
     Raises:
       ValueError: the study cannot be run as it is; says why.
@@ -292,7 +294,7 @@ class Work:
         found = {}
         for path in sorted(self.out.parent.glob("*/runs/*/*/*.json")):
             if self.out not in path.parents:
-                with suppress(ValueError, KeyError):  # Theirs to mend.
+                with suppress(ValueError, KeyError, TypeError, AttributeError):  # Theirs to mend.
                     if (record := read_record(path)) and is_finished(record):
                         found[record["digest"]] = {"taken_from": path.relative_to(self.out.parent).parts[0]} | record
         return found
@@ -371,16 +373,24 @@ class Work:
 
     def num_runs(self) -> int:
         """Planned runs, those that choose learning rates included."""
-        return sum(self.study.seeds + len(self._tried(trial)) for trial in self.trials)
+        return len(self._planned())
+
+    def _planned(self) -> list[str]:
+        """The task of every planned run."""
+        return [trial.task for trial in self.trials for _ in range(self.study.seeds + len(self._tried(trial)))]
 
     def _progress(self) -> str:
         """How much is done, by all processes; and the time that is left at the pace so far, compiling left out."""
         records, total = self._run_records(), self.num_runs()
         text = f"{len(records)}/{total} runs done"
-        seconds = [record["seconds"] for record in records if record["seconds"]]
-        left = total - len(records)
-        if seconds and left:  # The median: one run beside other work may take ten times as long.
-            minutes = left * statistics.median(seconds) / 60 / self._processes
+        left = Counter(self._planned())
+        left.subtract(record["task"] for record in records)
+        # Medians: one run beside other work may take ten times as long. A task that has none yet is like the others.
+        every = [record["seconds"] for record in records if record["seconds"]]
+        if every and len(records) < total:
+            seconds = {task: [r["seconds"] for r in records if r["task"] == task and r["seconds"]] or every
+                       for task in left}
+            minutes = sum(n * statistics.median(seconds[task]) for task, n in left.items()) / 60 / self._processes
             many = f" of {self._processes} processes" if self._processes > 1 else ""
             text += f", about {minutes:.0f} minutes{many} left"
         return text
@@ -409,7 +419,7 @@ class Work:
                 if stop.due() or (key not in known and stop.left() < took):
                     _say("stopped while costs were measured; the same command goes on")
                     return STOPPED
-                began = time.monotonic()
+                began, new = time.monotonic(), key not in known
                 try:
                     cost = known.get(key) or measure_cost(
                         trial.model, base, train_shape=(task.batch_size, task.seq_len), optimizer=study.optimizer,
@@ -420,10 +430,11 @@ class Work:
                     _say(f"{trial.point.name}: costs FAILED: {error}")
                     status = FAILED
                     continue
-                took = time.monotonic() - began
+                took = time.monotonic() - began if new else took
                 record = {"digest": key, "kind": "cost"} | cost | {"point": trial.point.name}
                 write_record(path, record)
-                _say(f"{trial.point.name}: costs measured in {took:.0f} s")
+                how = f"measured in {took:.0f} s" if new else "are those of an equal model"
+                _say(f"{trial.point.name}: costs {how}")
             known[key] = record
         return status
 
@@ -478,12 +489,13 @@ class Work:
         return FAILED if failed else 0
 
 
-def _earlier_errors(path: Path) -> dict[str, list[str]]:
+def _earlier_errors(path: Path) -> dict[str, list[dict[str, Any]]]:
     """What went wrong before with a run that is made again."""
     record = read_record(path)
     if record is None or record["status"] != "failed":
         return {}
-    return {"earlier_errors": [*record.get("earlier_errors", ()), record["error"]]}
+    failed = {"error": record["error"], "peak_lr": record["peak_lr"]}
+    return {"earlier_errors": [*record.get("earlier_errors", ()), failed]}
 
 
 class _TakenError(ValueError):

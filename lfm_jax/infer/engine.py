@@ -5,7 +5,7 @@ under way: one while more prompts are to be taken in, so that slots fill up soon
 its neighbours, its slot, its time of arrival or on what the prefix cache holds: chunks of a prompt begin at multiples
 of `chunk`, programs have fixed shapes, and random numbers come from seed and position. One thing is left: how many rows
 a dispatch has, and whether tokens are drafted in it, depends on what is under way, and may change the rounding of a sum
-(about 1e-6 in float32); `EngineConfig.fixed_rows` rules that out.
+(about 1e-6 in float32); `EngineConfig.fixed_rows` rules that out, but for drafts that a grammar beside them stops.
 """
 
 from __future__ import annotations

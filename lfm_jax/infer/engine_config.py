@@ -46,8 +46,9 @@ class EngineConfig:
     max_stop_ids: int = 8
     max_biases: int = 16
     fixed_rows: bool = False
-    """Every dispatch of generation takes all slots, however few are in use, and drafts tokens if any do. Slower, and
-    then what a request gets does not depend on what others run even by the rounding of a sum."""
+    """Every dispatch of generation takes all slots, however few are in use, and drafts tokens whoever wants them.
+    Slower, and then what a request gets does not depend on what others run even by the rounding of a sum; with `draft`,
+    as long as none of them has a grammar, which stops drafts for all."""
     memory_bytes: int | None = None
     """Memory of a device that may be used; None: what the device says it has."""
 

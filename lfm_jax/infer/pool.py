@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from lfm_jax.infer.grammar import Matcher
 
 
+LOOKED_AT = 8
+"""Prompts that are looked at for each place of a dispatch that takes them in."""
+
+
 class Ticket:
     """A request that the engine has taken."""
 
@@ -191,7 +195,7 @@ class Pool:
         width, scored = shape = self._chunk_shape(chosen)
         R, C = self._rows_taken_in, self._config.chunk
         runs = [chosen]
-        for run in self.prefilling:
+        for run in self.prefilling[: LOOKED_AT * R]:
             if len(runs) == R:
                 break
             if run is not chosen and self._chunk_shape(run) == shape:
@@ -231,8 +235,8 @@ class Pool:
         after, prompt = run.taken_in + self._config.chunk, run.request.prompt
         return (
             after < len(prompt) and not run.request.prompt_logprobs
-            and any(other.taken_in == run.taken_in and other.request.prompt[:after] == prompt[:after] for other in runs)
             and self.cache.wants(prompt, after // self._config.chunk)
+            and any(other.taken_in == run.taken_in and other.request.prompt[:after] == prompt[:after] for other in runs)
         )
 
     def _keep(self, run: Run) -> None:
@@ -332,8 +336,9 @@ class Pool:
             self._slots, _ = run.start(self._slots, logits_RV, no_R, nowhere_R, shape.asked(R), masks_RW)
             self._slots = run.fork(self._slots, np.int32(0), nowhere_R)
             self._slots = run.stop(self._slots, nowhere_R[:1])
+            drafted = sorted({shape.draft} if shape.fixed_rows else {0, shape.draft})
             for rows in self.shape.row_counts:
-                for plain, draft in itertools.product((False, True), sorted({0, shape.draft})):
+                for plain, draft in itertools.product((False, True), drafted):
                     self._slots, _ = run.decode(self._params, self._slots, np.int32(0), rows=rows, plain=plain,
                                                 draft=draft)
                     count += 1

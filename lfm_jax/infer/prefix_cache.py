@@ -7,7 +7,7 @@ after them. It is found by the tokens before and in it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -54,8 +54,8 @@ class PrefixCache:
         not this one, and has room for it."""
         if self._smallest > self._max_bytes or not self._max_bytes:
             return False
-        *before, last = self._keys(prompt, blocks)
-        return None not in before and last not in self._entries and (last is None or last != self._no_room)
+        last = self._keys(prompt, blocks)[-1]
+        return last is not None and last not in self._entries and last != self._no_room
 
     def add(self, prompt: Sequence[int], blocks: int, snapshot: Any) -> None:
         """Keeps the snapshot of block number `blocks`, and throws out what is then too much."""
@@ -82,9 +82,10 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def _tokens(self, prompt: Sequence[int], blocks: int) -> list[bytes]:
-        tokens = np.asarray(prompt[: blocks * self._block], np.int32).reshape(blocks, self._block)
-        return [row.tobytes() for row in tokens]
+    def _tokens(self, prompt: Sequence[int], blocks: int) -> Iterator[bytes]:
+        """Of the first `blocks` blocks, each made when it is asked for: mostly the first is not there."""
+        C = self._block
+        return (np.asarray(prompt[i : i + C], np.int32).tobytes() for i in range(0, blocks * C, C))
 
     def _keys(self, prompt: Sequence[int], blocks: int) -> list[Key | None]:
         """Keys of the first `blocks` blocks; None where the block before is not there."""

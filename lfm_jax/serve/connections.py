@@ -11,7 +11,7 @@ OTHER_FILES = 64
 """Files that a process has open beside its connections."""
 
 
-def timed(seconds: float) -> type[H11Protocol]:
+def with_head_timer(seconds: float) -> type[H11Protocol]:
     """The protocol of a connection that is closed where the head of a request takes longer to come than this.
 
     uvicorn's own timer runs between two requests only: a connection that has sent nothing yet, or half a head, would
@@ -23,23 +23,23 @@ def timed(seconds: float) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self._look()
+            self._set_or_drop_timer()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            self._look()
+            self._set_or_drop_timer()
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
-            self._forget()
+            self._drop_timer()
 
-        def _look(self) -> None:
+        def _set_or_drop_timer(self) -> None:
             if self.cycle is not None and not self.cycle.response_complete:  # A request is at work.
-                self._forget()
+                self._drop_timer()
             elif self._timer is None:
                 self._timer = self.loop.call_later(seconds, self.transport.close)
 
-        def _forget(self) -> None:
+        def _drop_timer(self) -> None:
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
@@ -47,7 +47,11 @@ def timed(seconds: float) -> type[H11Protocol]:
     return Timed
 
 
-def most_connections(wanted: int) -> int:
-    """As many as are wanted, or as the system lets this process have."""
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return wanted if files == resource.RLIM_INFINITY else max(1, min(wanted, files - OTHER_FILES))
+def room_for(connections: int) -> int:
+    """As many connections, or what the system lets this process have; its limit is raised as far as it may be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + OTHER_FILES
+    if resource.RLIM_INFINITY != soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return connections if soft == resource.RLIM_INFINITY else max(1, min(connections, soft - OTHER_FILES))

@@ -79,7 +79,7 @@ def serve(
     that it is cut short."""
     import uvicorn
 
-    from lfm_jax.serve.connections import most_connections, timed
+    from lfm_jax.serve.connections import room_for, with_head_timer
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
@@ -110,9 +110,9 @@ def serve(
     say(f"serving {name} on http://{host}:{port}{'' if api_key else ', no key asked for'}")
     Server(uvicorn.Config(
         app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=drain_seconds + TELL_SECONDS,
-        server_header=False, http=timed(limits.body_seconds), h11_max_incomplete_event_size=2**16,
+        server_header=False, http=with_head_timer(limits.body_seconds), h11_max_incomplete_event_size=2**16,
         # Two connections a place: as many as can be at work or wait, and as many again that look and leave.
-        limit_concurrency=most_connections(
+        limit_concurrency=room_for(
             2 * (service.engine.slots + service.engine.config.max_queue + limits.prepared)
         ),
     )).run()

@@ -43,11 +43,17 @@ def test_a_grid_is_every_combination_without_the_base_again():
 
 
 def test_another_number_of_attention_layers_stands_where_the_bases_do():
-    for pattern, letters, place in (("conv:3,attention:1,place:back", "ccaa", "back"), ("accc", "caca", "even")):
+    for pattern, letters, place in (("conv:3,attention:1,place:back", "ccaa", "back"), ("accc", "caca", "even"),
+                                    ("conv:3,attention:1", "caca", "even")):
         study = tiny_study(pattern=pattern, vary=grids({"attention": [2]}, {"place": "front", "attention": 1}))
         two = points(study)[1]
         assert to_letters(two.model.layer_types) == letters
         assert all_settings(study, two)["place"] == place
+    published = tiny_study(pattern="conv:10,attention:6,place:lfm2", vary=grids({"attention": [2], "operator": "conv"},
+                                                                                {"place": "even"}), match="none")
+    base, two, _ = points(published)
+    assert to_letters(two.model.layer_types) == "ccccacccccccaccc"
+    assert [all_settings(published, point)["place"] for point in (base, two)] == ["lfm2", "even"]
 
 
 def test_every_axis_changes_what_it_says():

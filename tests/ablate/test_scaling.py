@@ -40,8 +40,12 @@ def test_a_law_without_noise_is_found_exactly():
 
 def test_a_number_that_the_runs_do_not_determine_is_named(fitted):
     assert fitted.at_bounds == ()
-    no_floor = [dataclasses.replace(arm, scores={0: 5000 * arm.D**-0.5}) for arm in runs(noise=0.0, seeds=1)]
-    assert {"A", "E"} <= set(fit(no_floor).at_bounds)
+    rng = np.random.default_rng(0)
+    no_floor = [dataclasses.replace(arm, scores={s: 5000 * arm.D**-0.5 * math.exp(rng.normal(0, 0.01)) for s in (0, 1)})
+                for arm in runs()]
+    found = fit(no_floor, resamples=20)
+    assert {"A", "alpha", "E"} <= set(found.at_bounds)
+    assert len(found.resampled) == 20  # Each starts from the fit, wherever that lies in its own bounds.
 
 
 def test_a_law_with_noise_is_found_within_its_interval(fitted):

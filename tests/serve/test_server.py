@@ -453,7 +453,7 @@ def test_a_head_that_does_not_come_is_not_waited_for(without_key):
     with socket.create_connection(("127.0.0.1", int(base.rsplit(":", 1)[1])), timeout=30) as link:
         for _ in range(2):
             link.sendall(b"GET /health HTTP/1.1\r\nHost: local")
-            time.sleep(0.2)
+            time.sleep(0.05)
             link.sendall(b"host\r\n\r\n")
             told = b""
             while not told.endswith(b'"ok"}'):
@@ -480,7 +480,7 @@ def test_sigterm_lets_what_runs_end(without_key):
 
 def test_what_does_not_end_in_time_is_told_so(start_server):
     process, base = start_server("--drain-seconds", "0", key=None)
-    body = dict(model="tiny", prompt="the", max_tokens=900, min_tokens=900, stream=True)
+    body = dict(model="tiny", prompt="the", max_tokens=900, min_tokens=900, n=6, stream=True)
     with httpx.stream("POST", f"{base}/v1/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()
         next(lines)
