@@ -246,7 +246,7 @@ def _lines(results: Results, task: str, points: Sequence[str]) -> list[tuple[str
 
 def _draw_curve(results: Results, task: str, name: str, spec: Mapping[str, Any], out: Path) -> Picture | None:
     curves = {p: curve for p in results.names if (curve := _curve_of(results, task, p, name))}
-    if not curves:
+    if len({x for curve in curves.values() for x in curve}) < 2:  # One place is no curve: it is in the table.
         return None
     points, note = _drawn(results, task, list(curves))
     base = curves.get(results.base) if results.base else None

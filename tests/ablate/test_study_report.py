@@ -326,6 +326,15 @@ def test_a_curve_has_the_places_that_all_its_seeds_have(tmp_path):
     assert list(curve) == [4, 16, 32, 64]
 
 
+def test_one_place_is_no_curve(tmp_path):
+    records = block_ratio(seeds=2)
+    for run in runs_of(records, task="mqar"):
+        run["curves"]["pairs"] = run["curves"]["pairs"][:1]
+    found = read_results(write(tmp_path / "results.jsonl", records))
+    assert figures.draw_curves(found, "mqar", tmp_path) == []
+    assert len(figures.draw_curves(found, "text", tmp_path)) == 1
+
+
 def test_the_pareto_front_by_hand():
     costs = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 2.0, "e": 4.0}
     scores = {"a": 0.5, "b": 0.7, "c": 0.6, "d": 0.6, "e": 0.9}
