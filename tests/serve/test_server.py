@@ -386,8 +386,9 @@ def test_too_many_wait(server, client):
 
 
 def test_answers_are_alike_under_load(client):
+    # No more than may wait at one time, since all may come within one turn.
     asked = [dict(model="tiny", messages=[{"role": "user", "content": f"hello {i}"}], max_tokens=10 + i, seed=i,
-                  temperature=float(i % 2)) for i in range(8)]
+                  temperature=float(i % 2)) for i in range(6)]
     alone = [client.chat.completions.create(**one).choices[0].message.content for one in asked]
     together = [None] * len(asked)
 
