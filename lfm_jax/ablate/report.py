@@ -217,9 +217,9 @@ def _task_section(results: Results, task: str, pictures: Sequence[tuple[str, str
     planned = len(set(results.study.get("points", scores)) - {results.base})
     # Points with other budgets than the base's are better or worse by having more or less.
     comparable = "train_flops" not in results.axes
-    compared = {}
-    if comparable and record and results.base:
-        compared = compare(scores, results.base, record["better"], planned)
+    compared: Mapping[str, Comparison] | None = None
+    if comparable:
+        compared = compare(scores, results.base, record["better"], planned) if record and results.base else {}
     changed = any(results.points[key]["changed"] for key in results.points if key[0] == task)
     matched = results.study.get("match", "none") != "none"
     head = [*_axes(results), "pattern", "attention layers", "parameters", "training FLOPs",
@@ -230,8 +230,8 @@ def _task_section(results: Results, task: str, pictures: Sequence[tuple[str, str
     for point in results.names:
         rows.append([
             *_who(results, point), *_model_cells(results.points.get((task, point)), matched, changed),
-            _seeds(results, task, point, compared.get(point)),
-            *_score_cells(results, task, point, scores, compared)[: None if comparable else 1],
+            _seeds(results, task, point, (compared or {}).get(point)),
+            *_score_cells(results, task, point, scores, compared),
         ])
     lines = [f"## {results.title(task)}", _task_note(results, task, scores),
              _table(head, rows, len(_axes(results)) + 1)]
@@ -276,12 +276,14 @@ def _seeds(results: Results, task: str, point: str, compared: Comparison | None)
 
 def _score_cells(
     results: Results, task: str, point: str, scores: Mapping[str, Mapping[int, float]],
-    compared: Mapping[str, Comparison],
+    compared: Mapping[str, Comparison] | None,
 ) -> list[str]:
-    """Mean, difference, adjusted p and verdict."""
+    """Mean, difference, adjusted p and verdict; the mean alone where nothing is to be compared."""
+    mean = _with_interval(summarize(scores[point].values()), ".4f") if point in scores else "-"
+    if compared is None:
+        return [mean]
     if point not in scores:
-        return ["-", "-", "-", "no finished run"]
-    mean = _with_interval(summarize(scores[point].values()), ".4f")
+        return [mean, "-", "-", "no finished run"]
     if point not in compared:
         return [mean, "-", "-", "base" if point == results.base else "not compared"]
     found = compared[point]

@@ -9,12 +9,9 @@ again unless asked for.
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -30,6 +27,7 @@ import tyro
 import yaml
 
 from lfm_jax import recipe
+from lfm_jax.ablate.crew import StopRequest, run_crew
 from lfm_jax.ablate.points import BASE, Trial, all_settings, make_trial, points
 from lfm_jax.ablate.results import (
     cost_file,
@@ -128,10 +126,10 @@ def ablate(config: AblateConfig, args: Sequence[str] = ()) -> int:
     if config.report_only:
         return work.report()
     if config.processes > 1 and config.index is None:
-        status = _many(config.processes, args)
+        status = run_crew(config.processes, args)
     else:
         share = (0, 1) if config.index is None else tuple(int(x) for x in config.index.split("/"))
-        with _StopRequest(until) as stop:
+        with StopRequest(until) as stop:
             status = work.run(share, stop, config.retry_failed, help_others=config.processes > 1)
     if config.index is not None or status == STOPPED:
         return status
@@ -139,7 +137,7 @@ def ablate(config: AblateConfig, args: Sequence[str] = ()) -> int:
         _say(f"{work.missing()} runs are left to other processes that are at them; the same command goes on once they "
              "have ended")
         return STOPPED
-    with _StopRequest(until) as stop:
+    with StopRequest(until) as stop:
         status = work.costs(stop)
     return STOPPED if status == STOPPED else max(status, work.report())
 
@@ -397,7 +395,7 @@ class Work:
 
     # ---------------------------------------------------------------- costs, results, report
 
-    def costs(self, stop: _StopRequest) -> int:
+    def costs(self, stop: StopRequest) -> int:
         """Measures the costs of each point that has none yet, beside the base in the same process; see `ablate`.
 
         They are those of the first task's shapes. Points of one model share them.
@@ -535,74 +533,6 @@ def _letters(model: ModelConfig) -> str:
     from lfm_jax.ablate.pattern import to_letters
 
     return to_letters(model.layer_types)
-
-
-class _StopRequest:
-    """SIGINT, SIGTERM or the end of the time granted (`time.monotonic()`); a second signal acts as usual."""
-
-    def __init__(self, until: float):
-        from lfm_jax.train.processes import StopRequest
-
-        self._signals = StopRequest()
-        self._until = until
-
-    def __enter__(self) -> _StopRequest:
-        self._signals.__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._signals.__exit__(*exception)
-
-    def due(self) -> bool:
-        return self._signals.due() or self.left() <= 0
-
-    def left(self) -> float:
-        """Seconds of the time granted."""
-        return self._until - time.monotonic()
-
-
-def _many(processes: int, args: Sequence[str]) -> int:
-    """The study in several processes here, each on its share of the cores; the worst of their statuses."""
-    if not args:
-        raise ValueError("processes above 1 starts `lfm ablate`: give its arguments too, the study's file first")
-    cores = sorted(os.sched_getaffinity(0))
-    crew: list[subprocess.Popen[bytes]] = []
-    stopping: list[int] = []
-
-    def pass_on(number: int, frame: Any) -> None:
-        del frame
-        stopping.append(number)
-        for process in crew:
-            if process.poll() is None:
-                process.send_signal(number)
-
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for i in range(processes):
-            if stopping:
-                break
-            command = [sys.executable, "-m", "lfm_jax.cli", "ablate", *args, "--processes", str(processes),
-                       "--index", f"{i}/{processes}"]
-            # A session of its own: Ctrl-C reaches this process only, which passes it on.
-            crew.append(subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL))
-            if stopping:
-                crew[-1].terminate()
-            with suppress(ProcessLookupError):  # Long before it makes threads.
-                os.sched_setaffinity(crew[-1].pid, set(cores[i::processes]) or set(cores))
-        statuses = [process.wait() for process in crew]
-    finally:
-        for process in crew:
-            if process.poll() is None:
-                process.kill()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if stopping:
-        return STOPPED
-    broken = [f"{i} (exit code {status})" for i, status in enumerate(statuses) if status not in (0, STOPPED)]
-    if broken:
-        raise ValueError(f"process {', '.join(broken)} ended before its work; what it said stands above, and the same "
-                         "command goes on")
-    return max(statuses)
 
 
 def _say(text: str) -> None:

@@ -96,15 +96,15 @@ def _kept(target: Path, lines: dict[int, bytes]) -> set[int]:
         return set()
     text = target.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
-    rest = text[len(whole) :][: len(ANSWER)]
-    if not ANSWER.startswith(rest):
-        raise ValueError(f"{target} is there and no answers of a batch; name another file")
+    foreign = f"{target} is there and no answers of a batch; name another file"
+    if not ANSWER.startswith(text[len(whole) :][: len(ANSWER)]):
+        raise ValueError(foreign)
     done = set()
     for row in whole.splitlines():
         try:
             number = int(json.loads(row)["id"].removeprefix("line-"))
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{target} is there and no answers of a batch; name another file") from None
+            raise ValueError(foreign) from None
         if number not in lines:
             raise ValueError(f"{target} answers line {number}, which is not to be answered here; name another file")
         done.add(number)

@@ -21,6 +21,7 @@ def with_head_timer(seconds: float) -> type[H11Protocol]:
     class Timed(H11Protocol):
         _timer: asyncio.TimerHandle | None = None
 
+        # uvicorn narrows the transport's type in the same way.
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._set_or_drop_timer()
