@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lfm_jax.kernels import attention, causal_conv, linear, linear_scan, reference, sharded
-from lfm_jax.sharding import CONTEXT, make_mesh, platform
+from lfm_jax.sharding import CONTEXT, make_mesh, on_hopper, platform
 
 BOUND = 2e-5
 """Of the reference's largest value, in float32."""
@@ -35,7 +35,6 @@ Arrays = dict[str, np.ndarray]
 NEEDS = {"pallas_tpu": "tpu", "splash": "tpu", "pallas_gpu": "gpu", "cudnn": "gpu"}
 INTERPRETED = ("pallas_tpu", "splash", "pallas_gpu")
 """Kernels that JAX can also run in plain operations on a CPU."""
-HOPPER = 9.0
 """Compute capability that `pallas_gpu` is written for."""
 
 
@@ -124,9 +123,8 @@ def needs(impl: str) -> str:
     needed = NEEDS.get(impl, platform())
     if needed != platform():
         return f"needs a {needed.upper()}"
-    capability = getattr(jax.devices()[0], "compute_capability", None)
-    if impl == "pallas_gpu" and platform() == "gpu" and (capability is None or float(capability) != HOPPER):
-        return f"needs compute capability {HOPPER} (Hopper), this is {capability}"
+    if impl == "pallas_gpu" and not on_hopper():
+        return f"needs a Hopper GPU, this is a {jax.devices()[0].device_kind}"
     return ""
 
 

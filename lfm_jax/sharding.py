@@ -24,6 +24,9 @@ FSDP = "fsdp"
 TENSOR = "tensor"
 """The mesh axis that heads, channels, feed-forward units and the vocabulary are split over."""
 
+MOSAIC_TIME = 64
+"""Tokens of a row from which on kernels that stream time are worth their launch on a Hopper GPU."""
+
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "batch": ("data", FSDP),  # Rows of a batch and of activations; decode state is whole along it.
     "time": (CONTEXT,),
@@ -221,3 +224,9 @@ def platform() -> str:
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     name = getattr(device, "platform", None) or jax.default_backend()
     return "gpu" if name in ("cuda", "rocm") else name
+
+
+def on_hopper() -> bool:
+    """The device in use is an NVIDIA chip of compute capability 9.0, for which the Mosaic GPU kernels are."""
+    return platform() == "gpu" and getattr(jax.devices()[0], "compute_capability", None) == "9.0"
+

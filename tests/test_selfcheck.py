@@ -79,7 +79,7 @@ def test_what_needs_another_device_is_named_and_does_not_fail(monkeypatch):
     assert ok
     rows = text.splitlines()[4:]
     assert all("not for this platform: needs a TPU" in row for row in rows[:2])
-    assert "compute capability 9.0 (Hopper), this is None" in rows[2]
+    assert "needs a Hopper GPU, this is a cpu" in rows[2]
 
 
 def test_every_implementation_and_collective_has_a_row():

@@ -71,7 +71,8 @@ ACCELERATOR = Sizes(
     "bfloat16",
     conv=((8, 4096, 1024, 3), (8, 4096, 2048, 3)),
     scan=((8, 4096, 1024), (8, 4096, 2048)),
-    attention=((8, 4096, 4096, 16, 8, 64), (8, 4096, 4096, 32, 8, 64), (8, 1, 4096, 16, 8, 64)),
+    attention=((8, 4096, 4096, 16, 8, 64), (8, 4096, 4096, 32, 8, 64), (1, 1, 32_768, 16, 8, 64),
+               (8, 1, 4096, 16, 8, 64), (512, 1, 1024, 16, 8, 64)),
     copy_bytes=2**30,
     seconds=400,
 )
@@ -102,7 +103,9 @@ def bench_kernels(*, repeats: int = 5, sizes: Sizes | None = None) -> str:
 
 
 IMPLS: dict[str, Sequence[str]] = {
-    "causal_conv": causal_conv.IMPLS, "linear_scan": tuple(linear_scan.IMPLS), "attention": attention.IMPLS,
+    "causal_conv": causal_conv.IMPLS, "linear_scan": tuple(linear_scan.IMPLS),
+    "attention": [impl for impl in attention.IMPLS if impl != "direct"],  # Of several queries too, but made for one.
+    "decode_attention": attention.DECODE_IMPLS,
 }
 
 
@@ -154,6 +157,7 @@ class _Bench:
                     self.seen[kernel, entry.name, name] = work, seconds
                 cells += _cells(seconds, p.temp_bytes, done, tokens, unit, peak)
             lines.append(f"| {', '.join(map(str, shape))} | {entry.name} | {' | '.join(cells)} |")
+            say(lines[-1])  # Kept if the rest is broken off.
         if peak is not None:
             seconds, _, rate, share, _ = _cells(copied, None, 2 * self.sizes.copy_bytes, tokens, unit, peak)
             lines.append(f"| {', '.join(map(str, shape))} | *copy* | {seconds} | | {rate} | {share} |" + " |" * 6)
@@ -258,15 +262,12 @@ def _attention_table(bench: _Bench) -> str:
         arrays = _arrays(bench.sizes.dtype, q_BTNH=(B, T, N, H), k_BSKH=(B, S, K, H), v_BSKH=(B, S, K, H))
         dout_BTNH = _arrays(bench.sizes.dtype, dout_BTNH=(B, T, N, H))["dout_BTNH"]
         decode = T < S
-        order_BT = jnp.full((B, T), S - 1, jnp.int32) if decode else None
         pairs = T * S if decode else T * (T + 1) // 2
         flops = 4 * B * N * H * pairs
-        # `direct` is for a query or two; the kernels for whole rows are for nothing else.
-        impls = [impl for impl in bench.impls(kernel)
-                 if impl not in (("splash", "cudnn") if decode else ("direct",))]
+        impls = bench.impls("decode_attention" if decode else kernel)
         entries = []
         for impl in impls:
-            run = partial(_attention, impl, order_BT)
+            run = partial(_decode if decode else _attention, impl)
             forward = bench.compile((kernel, impl, "forward"), T * S, run, arrays)
             both = Pass(None)
             if not decode:
@@ -277,9 +278,14 @@ def _attention_table(bench: _Bench) -> str:
     return "\n".join(lines)
 
 
-def _attention(impl: str, order_BT: jax.Array | None, arrays: dict[str, jax.Array]) -> jax.Array:
+def _attention(impl: str, arrays: dict[str, jax.Array]) -> jax.Array:
+    return attention.attention(*(arrays[name] for name in ("q_BTNH", "k_BSKH", "v_BSKH")), impl=impl)
+
+
+def _decode(impl: str, arrays: dict[str, jax.Array]) -> jax.Array:
     q_BTNH, k_BSKH, v_BSKH = (arrays[name] for name in ("q_BTNH", "k_BSKH", "v_BSKH"))
-    return attention.attention(q_BTNH, k_BSKH, v_BSKH, order_BT=order_BT, impl=impl)
+    first_B = jnp.zeros(q_BTNH.shape[:1], jnp.int32)
+    return attention.decode_attention(q_BTNH, k_BSKH, v_BSKH, first_B, first_B + k_BSKH.shape[1], impl=impl)
 
 
 def _linear_table(bench: _Bench) -> str:

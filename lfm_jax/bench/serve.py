@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import gc
 import importlib
 import os
 import statistics
@@ -30,6 +31,7 @@ from lfm_jax.infer.engine import Engine
 from lfm_jax.infer.engine_config import EngineConfig
 from lfm_jax.infer.generate import generate_tokens
 from lfm_jax.infer.request import Event, Request
+from lfm_jax.kernels.attention import SCORE_BYTES
 from lfm_jax.model import LFM
 from lfm_jax.state import KV, State
 
@@ -40,8 +42,12 @@ CONTEXTS = (1024, 8192, 32_768)
 """At which a step of decoding is timed."""
 SHAPES = ((512, 512), (1024, 128))
 """(prompt, generated) tokens of a request on an accelerator."""
-CONCURRENCY = (1, 8, 64, 256, 1024, 2048)
-"""Requests at one time, on an accelerator."""
+CONCURRENCY = (1024, 1, 256, 2048, 64, 8)
+"""Requests at one time, on an accelerator, the most telling first: the time may not suffice for all."""
+SECONDS = 330.0
+"""After so long no further row of an accelerator is begun."""
+PEER = ((1, 512), (64, 512), (256, 512))
+"""Rows and tokens of the prompts after which `transformers` decodes on an accelerator."""
 
 
 def bench_serve(
@@ -67,7 +73,8 @@ def bench_serve(
             hidden_size=64, ffn_size=128, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=512,
             layer_types=("conv", "full_attention"),
         )
-    model = LFM(config, rngs=nnx.Rngs(0))
+    with jax.default_prng_impl("rbg"):  # Any numbers will do, and the default takes a GPU's compiler a minute.
+        model = LFM(config, rngs=nnx.Rngs(0))
     head = (f"{config.num_params():,} parameters, {dtype}; {jax.devices()[0].device_kind}.\n"
             + conditions("jax", "jaxlib", "flax", "torch", "transformers", "llama_cpp_python"))
     parts = [head]
@@ -236,21 +243,33 @@ def _beside_llama_cpp(model: LFM, gguf: Path, repeats: int, toy: bool) -> str:
 
 def _throughput(model: LFM, toy: bool) -> str:
     """Output tokens a second by concurrency, beside what memory and arithmetic allow."""
-    lines = ["| prompt / generated | concurrency | output tokens/s | of the roofline | first token, median |",
-             "|---|---|---|---|---|"]
+    head = ["| prompt / generated | concurrency | output tokens/s | of the roofline | first token, median |",
+            "|---|---|---|---|---|"]
+    end, lines, left_out = time.monotonic() + SECONDS, {}, 0
     for prompt, made in SHAPES if not toy else ((32, 16),):
         for concurrency in CONCURRENCY:
+            if time.monotonic() > end:
+                left_out += 1
+                continue
             try:
-                lines.append(_row_of(model, prompt, made, concurrency))
+                line = _row_of(model, prompt, made, concurrency)
             except (ValueError, jax.errors.JaxRuntimeError) as error:  # Above all memory; the others are worth having.
-                lines.append(f"| {prompt} / {made} | {concurrency} | failed: {str(error).splitlines()[0][:80]} | | |")
-            print(lines[-1], file=sys.stderr, flush=True)
-    return "\n".join(lines)
+                line = f"| {prompt} / {made} | {concurrency} | failed: {str(error).splitlines()[0][:80]} | | |"
+            lines[-prompt, concurrency] = line
+            _say(line)
+    found = "\n".join([*head, *(lines[key] for key in sorted(lines, key=lambda key: (-key[0], key[1])))])
+    if left_out:
+        found += f"\n\nOut of time: {left_out} rows were not run."
+    return f"{found}\n\n{_peer_on_accelerator(model.config, ((1, 8),) if toy else PEER)}"
 
 
 def _row_of(model: LFM, prompt: int, made: int, concurrency: int) -> str:
-    config = EngineConfig(slots=((concurrency, prompt + made),), max_queue=10**6, steps=32, chunk=512,
-                          prefill_rows=min(8, concurrency), fixed_rows=True)
+    chunk, length = 512, prompt + made
+    # As many prompts at once as have their scores in memory; above that attention goes by blocks, slow on a GPU.
+    most = SCORE_BYTES // (4 * model.config.num_heads * chunk * length)
+    config = EngineConfig(slots=((concurrency, length),), max_queue=10**6, steps=32, chunk=chunk,
+                          prefill_rows=max(1, min(32, most, concurrency)), fixed_rows=True)
+    gc.collect()  # Slots of the row before must be gone.
     engine = Engine(model, config)
     requests = _requests(model.config, prompt, [made] * (2 * concurrency if concurrency < 256 else concurrency))
     _run(engine, _requests(model.config, prompt, [3]))  # Compiles what these need, a few of all the programs.
@@ -264,6 +283,32 @@ def _row_of(model: LFM, prompt: int, made: int, concurrency: int) -> str:
         share = f"{rate / bound:.0%} of {bound:,.0f}"
     return (f"| {prompt} / {made} | {concurrency} | {rate:,.0f} | {share} | "
             f"{statistics.median(clock.first) * 1e3:.0f} ms |")
+
+
+def _peer_on_accelerator(config: ModelConfig, shapes: Sequence[tuple[int, int]]) -> str:
+    """Decoding by `transformers` on the same device: the time of some tokens is taken off that of more."""
+    try:
+        torch, hf = importlib.import_module("torch"), importlib.import_module("transformers")
+        device, few, more = "cuda" if torch.cuda.is_available() else "cpu", 8, 40
+        with torch.device(device):
+            model = hf.Lfm2ForCausalLM(hf.Lfm2Config(**config.to_hf())).to(torch.bfloat16).eval()
+    except Exception as error:  # Whatever it is, it is the finding.
+        return f"transformers: absent ({' '.join(str(error).split())[:120]})."
+    found = []
+    for rows, prompt in shapes:
+        _say(f"transformers, {rows} rows")
+        ids = torch.randint(8, config.vocab_size, (rows, prompt), device=device)
+
+        def generate(count: int, ids: Any = ids) -> object:
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count,
+                                 do_sample=False, pad_token_id=0)
+            return out[:, -1].tolist()  # Waits for the device.
+
+        generate(few)
+        once, twice = (_seconds(lambda n=n: generate(n)) for n in (few, more))
+        found.append(f"{rows * (more - few) / (twice - once):,.0f} at {rows}")
+    return (f"transformers on the same device, eager PyTorch without causal-conv1d, bfloat16, decoding alone after "
+            f"{prompt} tokens of prompt, tokens/s by rows: {', '.join(found)}.")
 
 
 def roofline(config: ModelConfig, chip: Chip, prompt: int, made: int, concurrency: int) -> float:
@@ -298,7 +343,7 @@ def _contexts(model: LFM, repeats: int) -> str:
         _say(f"a step at {context} tokens")
         ours, theirs = interleave([steps[c](context) for c in (config, dense)], repeats)
         size = [c.state_bytes(context) / 2**20 for c in (config, dense)]
-        lines.append(f"| {context:,} | {ours * 1e3:.1f} ms | {theirs * 1e3:.1f} ms | {theirs / ours:.2f}x | "
+        lines.append(f"| {context:,} | {ours * 1e3:.3g} ms | {theirs * 1e3:.3g} ms | {theirs / ours:.2f}x | "
                      f"{size[0]:.1f} MiB | {size[1]:.1f} MiB |")
         _say(lines[-1])
     return "\n".join(lines)

@@ -193,18 +193,18 @@ def gpu_jobs(preset: str) -> list[Variant]:
 
     short, long = 4096, 32_768
     return [
-        ours(8, short, attention_impl="cudnn"),
-        ours(8, short, documents=8),
+        ours(8, short),
         peer(8, short),
-        ours(1, long, attention_impl="cudnn"),
+        ours(1, long),
+        ours(8, short, documents=8),
+        ours(16, short),
         peer(1, long),
-        ours(16, short, attention_impl="cudnn"),
-        ours(32, short, attention_impl="cudnn", remat="ffn"),
-        ours(2, long, attention_impl="cudnn", remat="ffn"),
+        ours(32, short, remat="ffn"),
+        ours(2, long, remat="ffn"),
         ours(1, long, documents=8),
-        ours(32, short, attention_impl="cudnn", micro_batches=4),
-        ours(8, short, attention_impl="cudnn", scan_layers=True),
-        ours(32, short, attention_impl="cudnn", remat="dots"),
+        ours(32, short, micro_batches=4),
+        ours(8, short, scan_layers=True),
+        ours(32, short, remat="dots"),
     ]
 
 

@@ -202,9 +202,7 @@ class Engine:
                 self.counts["failed"] += 1
                 ticket.say(Event(i, [], finish="failed", reason="the engine has failed"))
         for pool in self._pools:
-            pool.rows = [None] * len(pool.rows)
-            pool.prefilling.clear()
-            pool.live.clear()
+            pool.abandon()
 
     def close(self, *, drain: bool = True) -> None:
         """Takes no more requests; ends what runs (`drain` False), or lets it end, and waits for the thread.
@@ -256,7 +254,7 @@ class Engine:
             if pool.live:
                 self._sent.append(pool.generate(wanted=self._wanted(pool)))
             # Whoever waits for a slot, or for the rest of a prompt, waits for a turn's end.
-            if not matching or pool.prefilling or (pool.free() and self._wanted(pool)):
+            if not matching or pool.prefilling or (pool.free and self._wanted(pool)):
                 return
 
     def _wanted(self, pool: Pool) -> bool:
@@ -292,15 +290,15 @@ class Engine:
 
     def _admit(self) -> None:
         """Gives slots to requests in the order in which they came, for each length by itself."""
-        open_ = {length for length, pools in self._by_length.items() if any(pool.free() for pool in pools)}
+        open_ = {length for length, pools in self._by_length.items() if any(pool.free for pool in pools)}
         for ticket in list(self._waiting):
             if not open_:
                 return
             pools = self._pools_for(ticket.request)
             if pools[0].shape.length not in open_:
                 continue
-            pool = max(pools, key=lambda pool: len(pool.free()))
-            if len(pool.free()) < ticket.request.n - len(ticket.ended):
+            pool = max(pools, key=lambda pool: pool.free)
+            if pool.free < ticket.request.n - len(ticket.ended):
                 open_.remove(pool.shape.length)  # Nobody overtakes.
                 continue
             self.counts["prompt_tokens"] += len(ticket.request.prompt)

@@ -6,6 +6,7 @@ Dimensions: as in `slots.py`.
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import itertools
 import traceback
 from collections import Counter
@@ -105,6 +106,8 @@ class Pool:
         with jax.set_mesh(mesh):
             self._slots: Slots = shape.init()
         self.rows: list[Run | None] = [None] * shape.slots
+        self._free = list(range(shape.slots))
+        """Slots without a run, as a heap: low ones first, since a dispatch takes all up to the highest in use."""
         self.prefilling: list[Run] = []
         """Runs whose prompts are being taken in, oldest first."""
         self.live: set[Run] = set()
@@ -122,15 +125,15 @@ class Pool:
         """Something that generates follows a grammar."""
         return any(run.matcher is not None for run in self.live)
 
-    def free(self) -> list[int]:
-        """Slots without a run."""
-        return [i for i, run in enumerate(self.rows) if run is None]
+    @property
+    def free(self) -> int:
+        """How many slots are without a run."""
+        return len(self._free)
 
     def admit(self, ticket: Ticket) -> None:
         """Gives slots to a ticket, which must be there."""
-        free = iter(self.free())
         for i in range(ticket.request.n):
-            run = Run(ticket, i, self, None if i in ticket.ended else next(free))
+            run = Run(ticket, i, self, None if i in ticket.ended else heapq.heappop(self._free))
             if not run.over:
                 self.rows[run.row] = run
             ticket.runs.append(run)
@@ -152,11 +155,18 @@ class Pool:
             if heir is not None:
                 self.prefilling.append(heir)
 
+    def abandon(self) -> None:
+        """Forgets all runs."""
+        self.rows, self._free = [None] * len(self.rows), list(range(len(self.rows)))
+        self.prefilling.clear()
+        self.live.clear()
+
     def _vacate(self, run: Run) -> None:
         """Frees a run's slot, if it still has it."""
         self.live.discard(run)
         if run.row != NOWHERE and self.rows[run.row] is run:
             self.rows[run.row] = None
+            heapq.heappush(self._free, run.row)
 
     # ---------------------------------------------------------------- prompts
 

@@ -21,6 +21,8 @@ SCORE_BYTES = 2**30
 CPU_QUERIES, CPU_SCORES = 32, 2**16
 """T and T * S from which `blockwise` is the faster one on a CPU (docs/benchmarks.md)."""
 
+DECODE_IMPLS = ("xla", "direct", "pallas_gpu")
+"""Of `decode_attention`."""
 DIRECT_KEYS = 64
 """Key slots that `direct` meets at one time."""
 
@@ -63,9 +65,9 @@ def attention(
         `splash`: JAX's Pallas kernel for TPU; whole rows only: T = S, both orders None.
         `cudnn`: cuDNN's flash attention for NVIDIA GPUs; whole rows only, one document each, in
           half precision.
-        `auto`: `blockwise` where the scores would exceed SCORE_BYTES. Below that `xla`, but on CPU, where
-          docs/benchmarks.md has their times, `direct` for one query and `blockwise` for long rows. Never `splash` or
-          `cudnn` before a benchmark on such a device is committed.
+        `auto`: by docs/benchmarks.md `cudnn` wherever it can do what is asked. Elsewhere `blockwise` where the scores
+          would exceed SCORE_BYTES, and below that `xla`, but on CPU `direct` for one query and `blockwise` for long
+          rows. Never `splash` before a benchmark on a TPU is committed.
       interpret: run `splash` without a TPU, slowly.
 
     Returns:
@@ -77,7 +79,9 @@ def attention(
     """
     _check(q_BTNH, k_BSKH, v_BSKH, order_BT, key_order_BS, segment_ids_BT, key_segment_ids_BS, window)
     if impl == "auto":
-        impl = _choose(q_BTNH.shape, k_BSKH.shape[1])
+        whole = order_BT is None and key_order_BS is None and q_BTNH.shape[1] == k_BSKH.shape[1]
+        cudnn = whole and not _what_cudnn_lacks(q_BTNH, segment_ids_BT)
+        impl = "cudnn" if cudnn else _choose(q_BTNH.shape, k_BSKH.shape[1])
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; choose one of auto, {', '.join(IMPLS)}")
     if interpret and impl != "splash":
@@ -101,6 +105,61 @@ def attention(
         # What padding sees, above all in a row that idles, is no reason to go further.
         real_BTS = visible_BTS if segment_ids_BT is None else visible_BTS & (segment_ids_BT[:, :, None] != 0)
         return _direct(q_BTNH, k_BSKH, v_BSKH, visible_BTS, jnp.any(real_BTS, axis=(0, 1)))
+    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=visible_BTS[:, None], implementation="xla")
+
+
+def decode_attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, first_B: jax.Array, stop_B: jax.Array, *,
+    impl: str = "auto", interpret: bool = False,
+) -> jax.Array:
+    """A step of decoding: one query a row, T = 1, that sees the key slots [first, stop) of its row.
+
+    Args:
+      q_BTNH, k_BSKH, v_BSKH: as in `attention`.
+      first_B: int32.
+      stop_B: int32; a row that idles costs least where it is `first` and nothing is seen.
+      impl:
+        `xla`, `direct`: as in `attention`.
+        `pallas_gpu`: keys and values in use are read once where they lie, by a kernel for NVIDIA GPUs; half precision,
+          heads of a power of 2 from 16 on, no derivative.
+        `auto`: `pallas_gpu` on a GPU where it can, `direct` on a CPU (docs/benchmarks.md has their times), else `xla`,
+          or what `attention` takes where the scores would exceed SCORE_BYTES.
+      interpret: run `pallas_gpu` without a GPU, slowly.
+
+    Returns:
+      out_BTNH in q's dtype; finite values that mean nothing in a row that sees nothing.
+
+    Raises:
+      ValueError: more than one query a row, an unknown impl, or one that cannot do what is asked.
+    """
+    _check(q_BTNH, k_BSKH, v_BSKH, None, None, None, None, None)
+    B, T, _, H = q_BTNH.shape
+    S = k_BSKH.shape[1]
+    if T != 1 or first_B.shape != (B,) or stop_B.shape != (B,):
+        raise ValueError(f"q_BTNH {q_BTNH.shape}, first_B {first_B.shape}, stop_B {stop_B.shape}: expected one query a "
+                         f"row and a place for each of {B} rows")
+    half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
+    heads = H >= 16 and H & (H - 1) == 0
+    if impl == "auto":
+        impl = "pallas_gpu" if platform() == "gpu" and half and heads else _choose(q_BTNH.shape, S)
+    elif impl not in DECODE_IMPLS:
+        raise ValueError(f"impl is {impl!r}; choose one of auto, {', '.join(DECODE_IMPLS)}")
+    if interpret and impl != "pallas_gpu":
+        raise ValueError(f"interpret=True is for impl='pallas_gpu'; {impl} has nothing to interpret")
+    if impl == "pallas_gpu":
+        if not heads or not (half or interpret) or not (platform() == "gpu" or interpret):
+            raise ValueError("impl='pallas_gpu' needs a GPU, half precision and a head width that is a power of 2 from "
+                             f"16 on; this is {platform()}, {q_BTNH.dtype}, {H}; use impl='xla'")
+        from lfm_jax.kernels.pallas_gpu_attention import attend_slots  # Pallas is slow to import.
+
+        return attend_slots(q_BTNH[:, 0], k_BSKH, v_BSKH, first_B, stop_B, interpret=interpret)[:, None]
+    slot_S = jnp.arange(S, dtype=jnp.int32)
+    if impl == "blockwise":
+        query_B1, key_BS = Place(stop_B[:, None] - 1, None), jnp.where(slot_S < first_B[:, None], S + 1, slot_S)
+        return blockwise_attention(q_BTNH, k_BSKH, v_BSKH, query_B1, Place(key_BS, None), None)
+    visible_BTS = ((slot_S >= first_B[:, None]) & (slot_S < stop_B[:, None]))[:, None]
+    if impl == "direct":
+        return _direct(q_BTNH, k_BSKH, v_BSKH, visible_BTS, jnp.any(visible_BTS, axis=(0, 1)))
     return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=visible_BTS[:, None], implementation="xla")
 
 
@@ -209,22 +268,25 @@ _direct_by_blocks.defvjp(_direct_forward, _direct_backward)
 def _cudnn(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array | None, window: int | None
 ) -> jax.Array:
-    H, dtype = q_BTNH.shape[3], q_BTNH.dtype
-    if segment_ids_BT is not None:
-        raise ValueError("impl='cudnn' knows no documents: leave segment_ids_BT out or use impl='blockwise'")
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        raise ValueError(f"impl='cudnn' takes q, k and v in bfloat16 or float16, not {dtype}: cast them or use "
-                         "impl='blockwise'")
-    if H % 8 or H > 128:
-        raise ValueError(f"impl='cudnn' takes head widths that are multiples of 8 up to 128, not {H}; "
-                         "use impl='blockwise'")
-    if platform() != "gpu":
-        raise ValueError(f"impl='cudnn' needs an NVIDIA GPU; this is {platform()}; use impl='blockwise'")
+    if lacks := _what_cudnn_lacks(q_BTNH, segment_ids_BT):
+        raise ValueError(f"impl='cudnn' {lacks}; use impl='blockwise'")
     # Its left window leaves the query's own token out.
     return jax.nn.dot_product_attention(
         q_BTNH, k_BSKH, v_BSKH, is_causal=True, local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
     )
+
+
+def _what_cudnn_lacks(q_BTNH: jax.Array, segment_ids_BT: jax.Array | None) -> str:
+    """Why cuDNN cannot do it; empty if it can."""
+    H, dtype = q_BTNH.shape[3], q_BTNH.dtype
+    if segment_ids_BT is not None:
+        return "knows no documents: leave segment_ids_BT out"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes q, k and v in bfloat16 or float16, not {dtype}"
+    if H % 8 or H > 128:
+        return f"takes head widths that are multiples of 8 up to 128, not {H}"
+    return "" if platform() == "gpu" else f"needs an NVIDIA GPU; this is {platform()}"
 
 
 def _check(

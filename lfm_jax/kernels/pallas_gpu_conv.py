@@ -1,4 +1,4 @@
-"""Gated causal convolution for Hopper GPUs, forward and backward in one kernel each. Not yet run on a GPU.
+"""Gated causal convolution for Hopper GPUs, forward and backward in one kernel each (times: docs/benchmarks.md).
 
 No step waits for another one, so time is cut over programs as well as batch and channels, CHUNKS chunks to a program.
 Each long operand crosses device memory once: the V rows that a chunk reads beyond its own come from L2, where its
@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from lfm_jax.kernels.causal_conv import MAX_TAPS
 from lfm_jax.kernels.pallas_gpu_stream import Window, check_dtypes, launch, pad, stream
 
 CHANNELS, CHUNKS, SLOTS = 128, 16, 3
@@ -28,8 +29,6 @@ COLUMN_BYTES = 64
 """Of a chunk, a channel: R is 32 in bfloat16, 16 in float32."""
 GROUP = 8
 """Rows that are first all read, then computed, then all written: their reads are under way together."""
-MAX_TAPS = 9
-"""With more, three slots would not fit into shared memory in float32."""
 
 
 def gated_conv(

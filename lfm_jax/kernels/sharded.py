@@ -131,9 +131,7 @@ def attention(
         return local(**args)
     b, t, n, _ = spec_of(q_BTNH)
     shards, body = _time_shards(q_BTNH), local
-    if k_BSKH.shape[2] % parts(q_BTNH, 2):
-        raise ValueError(f"{k_BSKH.shape[2]} key/value heads do not divide over the {parts(q_BTNH, 2)} devices of "
-                         f"{n!r}; give that axis a divisor of them")
+    _check_heads(q_BTNH, k_BSKH)
     if shards > 1:
         if order_BT is not None or key_order_BS is not None:
             raise ValueError(f"attention to a decode state cannot split time over `{CONTEXT}`; give it whole rows")
@@ -144,6 +142,30 @@ def attention(
         key_order_BS=P(b, t), segment_ids_BT=P(b, t), key_segment_ids_BS=P(b, t),
     )
     return over_mesh(body, args, specs, P(b, t, n, None))
+
+
+def decode_attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, first_B: jax.Array, stop_B: jax.Array
+) -> jax.Array:
+    """`kernels.attention.decode_attention`, over a mesh too, where heads may be split.
+
+    Raises:
+      ValueError: as there; or the key/value heads do not divide over the devices that heads are split over.
+    """
+    args = dict(q_BTNH=q_BTNH, k_BSKH=k_BSKH, v_BSKH=v_BSKH, first_B=first_B, stop_B=stop_B)
+    if not is_sharded(q_BTNH):
+        return attention_kernel.decode_attention(**args)
+    _check_heads(q_BTNH, k_BSKH)
+    heads = spec_of(q_BTNH)
+    specs = dict(q_BTNH=heads, k_BSKH=heads, v_BSKH=heads, first_B=P(heads[0]), stop_B=P(heads[0]))
+    return over_mesh(attention_kernel.decode_attention, args, specs, heads)
+
+
+def _check_heads(q_BTNH: jax.Array, k_BSKH: jax.Array) -> None:
+    devices, axis = parts(q_BTNH, 2), spec_of(q_BTNH)[2]
+    if k_BSKH.shape[2] % devices:
+        raise ValueError(f"{k_BSKH.shape[2]} key/value heads do not divide over the {devices} devices of {axis!r}; "
+                         "give that axis a divisor of them")
 
 
 def _attend_by_heads(

@@ -14,7 +14,7 @@ from flax import nnx
 from lfm_jax import state as state_lib
 from lfm_jax.config import ModelConfig
 from lfm_jax.kernels.linear import linear
-from lfm_jax.kernels.sharded import attention
+from lfm_jax.kernels.sharded import attention, decode_attention
 from lfm_jax.layers import RMSNorm, normal_param, rotary
 from lfm_jax.state import KV
 
@@ -83,9 +83,11 @@ def _attend_to_state(
     real_BT = segment_ids_BT != 0
     index_BT = state.end_B[:, None] + jnp.arange(T, dtype=jnp.int32)
     end_B = state.end_B + state_lib.lengths(segment_ids_BT)
+    rolling = window is not None and window <= S
+    if T == 1 and not rolling:
+        return _attend_one(q_BTNH, k_BTKH, v_BTKH, real_BT[:, 0], state, end_B)
     held_BS = _held(state.end_B, S)
     document_BS = (held_BS >= state.start_B[:, None]).astype(jnp.int32)
-    rolling = window is not None and window <= S
     # Slot S does not exist: writes there and beyond are dropped.
     write_BT = jnp.where(real_BT, index_BT, S)
     if rolling:  # Of the tokens that share a slot the last one stays.
@@ -116,6 +118,29 @@ def _attend_to_state(
     first_of_last_B = jnp.argmax(segment_ids_BT == last_B[:, None], axis=1).astype(jnp.int32)
     start_B = jnp.where(last_B > 1, state.end_B + first_of_last_B, state.start_B)
     return out_BTNH, dataclasses.replace(kept, start_B=start_B)
+
+
+def _attend_one(
+    q_B1NH: jax.Array, k_B1KH: jax.Array, v_B1KH: jax.Array, real_B: jax.Array, state: KV, end_B: jax.Array
+) -> tuple[jax.Array, KV]:
+    """`_attend_to_state` of one token a row, which continues the row's document or is padding, and of all slots."""
+    B, S = state.k_BSKH.shape[:2]
+    row_B, slot_B = jnp.arange(B, dtype=jnp.int32), jnp.where(real_B, state.end_B, S)
+
+    def put(slots: jax.Array, new: jax.Array) -> jax.Array:
+        # That rows differ and rise lets a GPU write without looking out for others.
+        return slots.at[row_B, slot_B].set(
+            new[:, 0].astype(slots.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
+        )
+
+    k_BSKH, v_BSKH = put(state.k_BSKH, k_B1KH), put(state.v_BSKH, v_B1KH)
+    stop_B = jnp.where(real_B, end_B, state.start_B)  # A row that idles sees nothing, which takes no time.
+    out_B1NH = decode_attention(
+        q_B1NH, k_BSKH.astype(q_B1NH.dtype), v_BSKH.astype(q_B1NH.dtype), state.start_B, stop_B
+    )
+    overflow_B = real_B & (state.end_B >= S)
+    out_B1NH = jnp.where(overflow_B[:, None, None, None], jnp.nan, out_B1NH)
+    return out_B1NH, KV(k_BSKH, v_BSKH, state.start_B, end_B)
 
 
 def _held(end_B: jax.Array, S: int) -> jax.Array:

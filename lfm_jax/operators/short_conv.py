@@ -76,6 +76,8 @@ def _new_tail(tail_BVD: jax.Array, y_BTD: jax.Array, segment_ids_BT: jax.Array |
     padded_BSD = jnp.concatenate([tail_BVD, y_BTD.astype(tail_BVD.dtype)], axis=1)
     if segment_ids_BT is None:
         return padded_BSD[:, padded_BSD.shape[1] - V :]
+    if y_BTD.shape[1] == 1:  # A step of decoding: a token of the tail's document, or padding.
+        return jnp.where((segment_ids_BT != 0)[:, :, None], padded_BSD[:, 1:], tail_BVD)
     length_B = state_lib.lengths(segment_ids_BT)
     index_BV = length_B[:, None] + jnp.arange(V, dtype=jnp.int32)
     column_BVD = jnp.take_along_axis(padded_BSD, index_BV[:, :, None], axis=1)

@@ -178,6 +178,20 @@ def test_attention_trades_heads_for_time_while_the_axis_is_no_larger_than_k():
     assert [(kind, shape) for kind, _, shape in moved] == [("all-gather", (B, T, 1, 4))] * 2
 
 
+def test_a_step_of_decoding_with_heads_split_moves_nothing():
+    q, k, v = attention_args(2).values()
+    first, stop = np.array([0, 20], np.int32), np.array([T, 21], np.int32)
+    whole = sharded.decode_attention(q[:, :1], k, v, first, stop)
+    with jax.set_mesh(mesh_of(tensor=2)):
+        split = [jax.device_put(x, P(None, None, "tensor", None)) for x in (q[:, :1], k, v)]
+        program = jax.jit(sharded.decode_attention).lower(*split, first, stop).compile()
+        assert collectives(program) == []
+        assert rel_err(program(*split, first, stop), whole) < 1e-6
+        one_head = (split[0], k[:, :, :1], v[:, :, :1])
+        with pytest.raises(ValueError, match="1 key/value heads do not divide over the 2 devices of 'tensor'"):
+            sharded.decode_attention(*one_head, first, stop)
+
+
 def test_without_time_split_nothing_moves():
     specs = {name: P(*(None if axis == TIME else axis for axis in spec)) for name, spec in CONV_SPECS.items()}
     with jax.set_mesh(mesh_of(data=2, tensor=2)):
