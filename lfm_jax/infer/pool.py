@@ -157,7 +157,9 @@ class Pool:
 
     def abandon(self) -> None:
         """Forgets all runs."""
-        self.rows, self._free = [None] * len(self.rows), list(range(len(self.rows)))
+        for run in self.rows:
+            if run is not None:
+                self._vacate(run)
         self.prefilling.clear()
         self.live.clear()
 
