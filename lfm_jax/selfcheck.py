@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lfm_jax.kernels import attention, causal_conv, linear, linear_scan, reference, sharded
-from lfm_jax.sharding import CONTEXT, make_mesh, on_hopper, platform
+from lfm_jax.sharding import CONTEXT, make_mesh, nvidia_capability, platform
 
 BOUND = 2e-5
 """Of the reference's largest value, in float32."""
@@ -33,9 +33,10 @@ MOST_DEVICES = 8
 
 Arrays = dict[str, np.ndarray]
 NEEDS = {"pallas_tpu": "tpu", "splash": "tpu", "pallas_gpu": "gpu", "cudnn": "gpu"}
+HOPPER = 9.0
+"""Compute capability for which the kernels in Pallas' Mosaic GPU dialect are written."""
 INTERPRETED = ("pallas_tpu", "splash", "pallas_gpu")
 """Kernels that JAX can also run in plain operations on a CPU."""
-"""Compute capability that `pallas_gpu` is written for."""
 
 
 class Problem(NamedTuple):
@@ -97,7 +98,7 @@ def _ask_for_devices() -> None:
 
 def _row(check: Check) -> tuple[str, bool]:
     """The cells after the implementation's name, and whether it passed or could not be tried."""
-    reason = _unusable(check.impl)
+    reason = "" if _interpreted(check.impl) else needs(check.kernel, check.impl)
     if reason:
         return f"| | | not for this platform: {reason}", True
     try:
@@ -113,18 +114,17 @@ def _row(check: Check) -> tuple[str, bool]:
     return f"{forward:.1e} | {gradient:.1e} | {check.bound:g} | {verdict}", passed
 
 
-def _unusable(impl: str) -> str:
-    """Why an implementation cannot run here, in interpret mode neither; empty if it can."""
-    return "" if _interpreted(impl) else needs(impl)
-
-
-def needs(impl: str) -> str:
-    """What an implementation, by its name, would need other than this device; empty if it runs here."""
+def needs(kernel: str, impl: str) -> str:
+    """What an implementation of a kernel would need other than this device; empty if it runs here."""
     needed = NEEDS.get(impl, platform())
     if needed != platform():
         return f"needs a {needed.upper()}"
-    if impl == "pallas_gpu" and not on_hopper():
-        return f"needs a Hopper GPU, this is a {jax.devices()[0].device_kind}"
+    if needed == "gpu":
+        capability = nvidia_capability()
+        if impl == "pallas_gpu" and kernel != "decode_attention" and capability != HOPPER:
+            return f"needs compute capability {HOPPER} (Hopper), this is {capability}"
+        if capability < attention.AMPERE:
+            return f"needs compute capability {attention.AMPERE} (Ampere), this is {capability}"
     return ""
 
 
@@ -188,6 +188,11 @@ def _checks(devices: int) -> Iterator[Check]:
         bound = HALF_BOUND if impl == "cudnn" else BOUND
         yield Check("attention", impl, partial(attention.attention, impl=impl), problems, bound,
                     "bfloat16" if impl == "cudnn" else "")
+    for impl in attention.DECODE_IMPLS:
+        kernel = impl == "pallas_gpu"
+        problem = _decode(rng, S=90, N=4, K=2, dtype=jnp.bfloat16 if kernel else np.float32)
+        yield Check("decode_attention", impl, partial(attention.decode_attention, impl=impl), [problem],
+                    HALF_BOUND if kernel else BOUND, "bfloat16" if kernel else "")
     for impl in ("dot", "left"):
         yield Check("linear", impl, partial(linear.linear, impl=impl), [_linear(rng)])
 
@@ -255,6 +260,22 @@ def _slots(rng: np.random.Generator, T: int, S: int, N: int, K: int, H: int = 16
     ids = dict(order_BT=order, key_order_BS=key_order, segment_ids_BT=np.full((3, T), 2, np.int32),
                key_segment_ids_BS=1 + (key_order >= S // 4).astype(np.int32))
     return _problem(rng, reference.attention, arrays, ids, window=S - 3)
+
+
+def _decode(rng: np.random.Generator, S: int, N: int, K: int, dtype: Any, H: int = 16) -> Problem:
+    """One query a row and the stretch of slots that it sees."""
+    def stretch(
+        q_BTNH: np.ndarray, k_BSKH: np.ndarray, v_BSKH: np.ndarray, first_B: np.ndarray, stop_B: np.ndarray
+    ) -> Any:
+        slots = np.arange(S) + np.zeros((3, 1), np.int32)
+        hidden = (slots < first_B[:, None]) | (slots >= stop_B[:, None])
+        orders = dict(order_BT=np.zeros((3, 1), np.int32), key_order_BS=hidden.astype(np.int32))
+        return reference.attention(q_BTNH, k_BSKH, v_BSKH, **orders)
+
+    shapes = dict(q_BTNH=(3, 1, N, H), k_BSKH=(3, S, K, H), v_BSKH=(3, S, K, H))
+    arrays = {name: np.asarray(_normal(rng, *shape), dtype) for name, shape in shapes.items()}
+    bounds = dict(first_B=np.array([0, 5, 70], np.int32), stop_B=np.array([1, S, 80], np.int32))
+    return _problem(rng, stretch, arrays, bounds)
 
 
 def _linear(rng: np.random.Generator, M: int = 7, I: int = 33, O: int = 50) -> Problem:  # noqa: E741

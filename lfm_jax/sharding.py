@@ -24,9 +24,6 @@ FSDP = "fsdp"
 TENSOR = "tensor"
 """The mesh axis that heads, channels, feed-forward units and the vocabulary are split over."""
 
-MOSAIC_TIME = 64
-"""Tokens of a row from which on kernels that stream time are worth their launch on a Hopper GPU."""
-
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "batch": ("data", FSDP),  # Rows of a batch and of activations; decode state is whole along it.
     "time": (CONTEXT,),
@@ -226,7 +223,11 @@ def platform() -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
-def on_hopper() -> bool:
-    """The device in use is an NVIDIA chip of compute capability 9.0, for which the Mosaic GPU kernels are."""
-    return platform() == "gpu" and getattr(jax.devices()[0], "compute_capability", None) == "9.0"
+def nvidia_capability() -> float:
+    """Compute capability of the NVIDIA GPU in use, 9.0 for Hopper; 0.0 on anything else."""
+    found = getattr(jax.devices()[0], "compute_capability", None) if platform() == "gpu" else None
+    try:
+        return float(found or 0)
+    except ValueError:  # AMD's are names.
+        return 0.0
 

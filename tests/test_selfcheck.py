@@ -79,13 +79,14 @@ def test_what_needs_another_device_is_named_and_does_not_fail(monkeypatch):
     assert ok
     rows = text.splitlines()[4:]
     assert all("not for this platform: needs a TPU" in row for row in rows[:2])
-    assert "needs a Hopper GPU, this is a cpu" in rows[2]
+    assert "needs compute capability 9.0 (Hopper), this is 0.0" in rows[2]
 
 
 def test_every_implementation_and_collective_has_a_row():
     rows = {(c.kernel, c.impl) for c in selfcheck._checks(devices=len(jax.devices()))}
     for kernel, impls in (("causal_conv", causal_conv.IMPLS), ("linear_scan", linear_scan.IMPLS),
-                          ("attention", attention.IMPLS), ("linear", ("dot", "left"))):
+                          ("attention", attention.IMPLS), ("decode_attention", attention.DECODE_IMPLS),
+                          ("linear", ("dot", "left"))):
         assert {impl for name, impl in rows if name == kernel} == set(impls)
 
 
@@ -99,5 +100,5 @@ def test_everything_passes_here_over_four_devices():
     skipped = [row for row in rows if "not for this platform" in row]
     assert len(skipped) == 1
     assert "cudnn" in skipped[0]
-    assert sum("ok (interpret mode)" in row for row in rows) == 5
+    assert sum("interpret mode)" in row and "ok" in row for row in rows) == 6
     assert sum("ok (4 devices)" in row for row in rows) == 4

@@ -72,7 +72,7 @@ ACCELERATOR = Sizes(
     conv=((8, 4096, 1024, 3), (8, 4096, 2048, 3)),
     scan=((8, 4096, 1024), (8, 4096, 2048)),
     attention=((8, 4096, 4096, 16, 8, 64), (8, 4096, 4096, 32, 8, 64), (1, 1, 32_768, 16, 8, 64),
-               (8, 1, 4096, 16, 8, 64), (512, 1, 1024, 16, 8, 64)),
+               *((B, 1, 1024, 16, 8, 64) for B in (1, 8, 64, 1024))),
     copy_bytes=2**30,
     seconds=400,
 )
@@ -95,7 +95,8 @@ def bench_kernels(*, repeats: int = 5, sizes: Sizes | None = None) -> str:
                 "fits in a cache can be faster.")
     if on_accelerator():
         head.append(f"A call of nothing takes {_time(call_overhead(repeats))}: times near that say little.")
-    idle = [f"{kernel} {impl} {reason}" for kernel, impls in IMPLS.items() for impl in impls if (reason := needs(impl))]
+    idle = [f"{kernel} {impl} {reason}" for kernel, impls in IMPLS.items() for impl in impls
+            if (reason := needs(kernel, impl))]
     if idle:
         head.append(f"Not run here: {', '.join(idle)}.")
     parts = [" ".join(head), _conv_table(bench), _scan_table(bench), _attention_table(bench)]
@@ -121,7 +122,7 @@ class _Bench:
     """(kernel, implementation, pass) -> its last (work, seconds), to tell beforehand what would take too long."""
 
     def impls(self, kernel: str) -> list[str]:
-        return [impl for impl in IMPLS[kernel] if not needs(impl)]
+        return [impl for impl in IMPLS[kernel] if not needs(kernel, impl)]
 
     def compile(self, key: tuple[str, str, str], work: float, function: Callable[..., Any], *args: Any) -> Pass:
         """The pass; not even compiled if it would take too long, by what the last shape took."""

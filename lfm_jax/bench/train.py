@@ -179,13 +179,15 @@ class Variant:
 def gpu_jobs(preset: str) -> list[Variant]:
     """A shape in bfloat16, the most telling variants first: the time may not suffice for all."""
     model = {"preset": preset, "param_dtype": "float32", "dtype": "bfloat16"}
+    kernels = model | {"conv_impl": "pallas_gpu"}
 
     def ours(rows: int, T: int, *, documents: int = 0, micro_batches: int = 1, **changes: Any) -> Variant:
-        job = Job(side="ours", model=model | changes, rows=rows, T=T, documents=documents, micro_batches=micro_batches)
+        job = Job(side="ours", model=kernels | changes, rows=rows, T=T, documents=documents,
+                  micro_batches=micro_batches)
         named = {"attention_impl": "attention", "remat": "remat", "scan_layers": "scan_layers"}
         parts = [f"{named[key]} {value}" for key, value in changes.items()]
         parts += [f"{micro_batches} micro-batches"] * (micro_batches > 1)
-        return Variant(", ".join(parts) or "defaults", job)
+        return Variant(", ".join(parts) or "conv pallas_gpu", job)
 
     def peer(rows: int, T: int) -> Variant:
         job = Job(side="peer", model=model, rows=rows, T=T, compile=True)

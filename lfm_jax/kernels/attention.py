@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lfm_jax.kernels.blockwise_attention import Place, blockwise_attention, visible
-from lfm_jax.sharding import platform
+from lfm_jax.sharding import nvidia_capability, platform
 
 IMPLS = ("xla", "direct", "blockwise", "splash", "cudnn")
 SCORE_BYTES = 2**30
@@ -21,6 +21,8 @@ SCORE_BYTES = 2**30
 CPU_QUERIES, CPU_SCORES = 32, 2**16
 """T and T * S from which `blockwise` is the faster one on a CPU (docs/benchmarks.md)."""
 
+AMPERE = 8.0
+"""Compute capability from which on cuDNN and Triton have what is asked of them."""
 DECODE_IMPLS = ("xla", "direct", "pallas_gpu")
 """Of `decode_attention`."""
 DIRECT_KEYS = 64
@@ -65,7 +67,7 @@ def attention(
         `splash`: JAX's Pallas kernel for TPU; whole rows only: T = S, both orders None.
         `cudnn`: cuDNN's flash attention for NVIDIA GPUs; whole rows only, one document each, in
           half precision.
-        `auto`: by docs/benchmarks.md `cudnn` wherever it can do what is asked. Elsewhere `blockwise` where the scores
+        `auto`: by docs/benchmarks.md `cudnn` wherever it can, but for windows. Elsewhere `blockwise` where the scores
           would exceed SCORE_BYTES, and below that `xla`, but on CPU `direct` for one query and `blockwise` for long
           rows. Never `splash` before a benchmark on a TPU is committed.
       interpret: run `splash` without a TPU, slowly.
@@ -80,7 +82,7 @@ def attention(
     _check(q_BTNH, k_BSKH, v_BSKH, order_BT, key_order_BS, segment_ids_BT, key_segment_ids_BS, window)
     if impl == "auto":
         whole = order_BT is None and key_order_BS is None and q_BTNH.shape[1] == k_BSKH.shape[1]
-        cudnn = whole and not _what_cudnn_lacks(q_BTNH, segment_ids_BT)
+        cudnn = whole and window is None and not _what_cudnn_lacks(q_BTNH, segment_ids_BT)
         impl = "cudnn" if cudnn else _choose(q_BTNH.shape, k_BSKH.shape[1])
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; choose one of auto, {', '.join(IMPLS)}")
@@ -120,10 +122,10 @@ def decode_attention(
       stop_B: int32; a row that idles costs least where it is `first` and nothing is seen.
       impl:
         `xla`, `direct`: as in `attention`.
-        `pallas_gpu`: keys and values in use are read once where they lie, by a kernel for NVIDIA GPUs; half precision,
-          heads of a power of 2 from 16 on, no derivative.
-        `auto`: `pallas_gpu` on a GPU where it can, `direct` on a CPU (docs/benchmarks.md has their times), else `xla`,
-          or what `attention` takes where the scores would exceed SCORE_BYTES.
+        `pallas_gpu`: keys and values in use are read once where they lie, by a kernel for NVIDIA GPUs from Ampere on;
+          half precision, head widths 16, 32, 64 and 128. Its derivative goes through sums in plain JAX.
+        `auto`: `pallas_gpu` where it can, `direct` on a CPU (docs/benchmarks.md has their times), else `xla`, or
+          `blockwise` where the scores would exceed SCORE_BYTES.
       interpret: run `pallas_gpu` without a GPU, slowly.
 
     Returns:
@@ -138,29 +140,52 @@ def decode_attention(
     if T != 1 or first_B.shape != (B,) or stop_B.shape != (B,):
         raise ValueError(f"q_BTNH {q_BTNH.shape}, first_B {first_B.shape}, stop_B {stop_B.shape}: expected one query a "
                          f"row and a place for each of {B} rows")
-    half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
-    heads = H >= 16 and H & (H - 1) == 0
+    half, heads = q_BTNH.dtype in (jnp.bfloat16, jnp.float16), H in (16, 32, 64, 128)
     if impl == "auto":
-        impl = "pallas_gpu" if platform() == "gpu" and half and heads else _choose(q_BTNH.shape, S)
+        impl = "pallas_gpu" if nvidia_capability() >= AMPERE and half and heads else _choose(q_BTNH.shape, S)
     elif impl not in DECODE_IMPLS:
         raise ValueError(f"impl is {impl!r}; choose one of auto, {', '.join(DECODE_IMPLS)}")
     if interpret and impl != "pallas_gpu":
         raise ValueError(f"interpret=True is for impl='pallas_gpu'; {impl} has nothing to interpret")
     if impl == "pallas_gpu":
         if not heads or not (half or interpret) or not (platform() == "gpu" or interpret):
-            raise ValueError("impl='pallas_gpu' needs a GPU, half precision and a head width that is a power of 2 from "
-                             f"16 on; this is {platform()}, {q_BTNH.dtype}, {H}; use impl='xla'")
-        from lfm_jax.kernels.pallas_gpu_attention import attend_slots  # Pallas is slow to import.
-
-        return attend_slots(q_BTNH[:, 0], k_BSKH, v_BSKH, first_B, stop_B, interpret=interpret)[:, None]
-    slot_S = jnp.arange(S, dtype=jnp.int32)
+            raise ValueError("impl='pallas_gpu' needs a GPU, half precision and heads of 16, 32, 64 or 128; here "
+                             f"{platform()}, {q_BTNH.dtype}, {H}; use impl='xla'")
+        return _by_kernel(interpret, q_BTNH, k_BSKH, v_BSKH, first_B, stop_B)
+    visible_BTS = _stretch(first_B, stop_B, S)
     if impl == "blockwise":
-        query_B1, key_BS = Place(stop_B[:, None] - 1, None), jnp.where(slot_S < first_B[:, None], S + 1, slot_S)
-        return blockwise_attention(q_BTNH, k_BSKH, v_BSKH, query_B1, Place(key_BS, None), None)
-    visible_BTS = ((slot_S >= first_B[:, None]) & (slot_S < stop_B[:, None]))[:, None]
+        query, key = Place(jnp.zeros((B, 1), jnp.int32), None), Place(jnp.where(visible_BTS[:, 0], 0, 1), None)
+        return blockwise_attention(q_BTNH, k_BSKH, v_BSKH, query, key, None)
     if impl == "direct":
         return _direct(q_BTNH, k_BSKH, v_BSKH, visible_BTS, jnp.any(visible_BTS, axis=(0, 1)))
     return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=visible_BTS[:, None], implementation="xla")
+
+
+def _stretch(first_B: jax.Array, stop_B: jax.Array, S: int) -> jax.Array:
+    """visible_BTS of one query a row that sees the slots [first, stop)."""
+    slot_S = jnp.arange(S, dtype=jnp.int32)
+    return ((slot_S >= first_B[:, None]) & (slot_S < stop_B[:, None]))[:, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_kernel(interpret: bool, q_BTNH: jax.Array, *args: jax.Array) -> jax.Array:
+    from lfm_jax.kernels.pallas_gpu_attention import attend_slots  # Pallas is slow to import.
+
+    return attend_slots(q_BTNH[:, 0], *args, interpret=interpret)[:, None]
+
+
+def _by_kernel_forward(interpret: bool, *args: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _by_kernel(interpret, *args), args
+
+
+def _by_kernel_backward(interpret: bool, args: tuple[jax.Array, ...], dout_BTNH: jax.Array) -> tuple[Any, ...]:
+    q_BTNH, k_BSKH, v_BSKH, first_B, stop_B = args
+    visible_BTS = _stretch(first_B, stop_B, k_BSKH.shape[1])
+    _, pull = jax.vjp(lambda q, k, v: _direct_at_once(q, k, v, visible_BTS), q_BTNH, k_BSKH, v_BSKH)
+    return (*pull(dout_BTNH), None, None)
+
+
+_by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)
 
 
 def _order(order: jax.Array | None, x: jax.Array) -> jax.Array:
@@ -286,7 +311,7 @@ def _what_cudnn_lacks(q_BTNH: jax.Array, segment_ids_BT: jax.Array | None) -> st
         return f"takes q, k and v in bfloat16 or float16, not {dtype}"
     if H % 8 or H > 128:
         return f"takes head widths that are multiples of 8 up to 128, not {H}"
-    return "" if platform() == "gpu" else f"needs an NVIDIA GPU; this is {platform()}"
+    return "" if nvidia_capability() >= AMPERE else f"needs an NVIDIA GPU of Ampere or later; this is {platform()}"
 
 
 def _check(

@@ -17,12 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from lfm_jax.kernels import shifted_conv
-from lfm_jax.sharding import MOSAIC_TIME, on_hopper
 
 PALLAS = ("pallas_tpu", "pallas_gpu")
 IMPLS = ("lax", "shifted", "associative", *PALLAS)
-MAX_TAPS = 9
-"""Of `pallas_gpu`: with more, three slots would not fit into shared memory in float32."""
 
 
 def causal_conv(
@@ -51,8 +48,8 @@ def causal_conv(
       bias_D: added to the convolution, before `gate_out`; None leaves it out.
       impl: `lax` (`lax.conv_general_dilated`, the reference), `shifted` (W multiply-adds that XLA fuses),
         `associative` (the shift register as an associative scan), `pallas_tpu`, `pallas_gpu` (fused kernels), or
-        `auto`: `pallas_gpu` for rows of MOSAIC_TIME tokens or more on a Hopper GPU, `shifted` elsewhere.
-        docs/benchmarks.md has the times and, for TPU, the bytes that its compiler counts.
+        `auto`: `shifted`. docs/benchmarks.md has the times, and for TPU the bytes that its compiler counts; on a Hopper
+        GPU `pallas_gpu` is faster, and no default before `lfm selfcheck` has passed on one.
       interpret: runs a Pallas implementation in interpret mode, on any platform, for tests.
 
     Returns:
@@ -78,8 +75,7 @@ def causal_conv(
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} has shape {x.shape}; expected {shape} to match y_BTD {y_BTD.shape}")
     if impl == "auto":
-        kernel = on_hopper() and T >= MOSAIC_TIME and W <= MAX_TAPS and y_BTD.dtype in (jnp.bfloat16, jnp.float32)
-        impl = "pallas_gpu" if kernel else "shifted"
+        impl = "shifted"
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; choose one of auto, {', '.join(IMPLS)}")
     if interpret and impl not in PALLAS:

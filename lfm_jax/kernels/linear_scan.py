@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lfm_jax.sharding import MOSAIC_TIME, on_hopper, platform
+from lfm_jax.sharding import platform
 
 CHUNK = 8
 """Tokens of a chunk: what `chunked` recomputes grows with it, the number of summaries shrinks."""
@@ -57,8 +57,8 @@ def linear_scan(
         document per row.
       impl: `sequential` (a loop over tokens, the reference), `associative` (`jax.lax.associative_scan`), `chunked` (a
         loop over the tokens of a chunk, for all chunks side by side), `pallas_tpu`, `pallas_gpu` (kernels), or `auto`:
-        on CPU `sequential` for small arrays, on a Hopper GPU `pallas_gpu` for rows of MOSAIC_TIME tokens or more,
-        `chunked` for the others (docs/benchmarks.md has the times).
+        on CPU `sequential` for small arrays, `chunked` for the others. docs/benchmarks.md has the times; on a Hopper
+        GPU `pallas_gpu` is faster, and no default before `lfm selfcheck` has passed on one.
       interpret: runs a Pallas implementation in interpret mode, on any platform, for tests.
       axis: the mesh axis over which time is split into contiguous shards of equal length; the arguments are one
         shard, h0 and the last state those of whole rows. For use inside `jax.shard_map(..., check_vma=False)`.
@@ -80,9 +80,7 @@ def linear_scan(
             raise ValueError(f"{name} has shape {x.shape}; expected {shape} to match b_BTD {b_BTD.shape}")
     if impl == "auto":
         small = platform() == "cpu" and B * T * D < CPU_MANY
-        dtypes = (jnp.bfloat16, jnp.float32)
-        kernel = on_hopper() and T >= MOSAIC_TIME and a_BTD.dtype in dtypes and b_BTD.dtype in dtypes
-        impl = "sequential" if small else "pallas_gpu" if kernel else "chunked"
+        impl = "sequential" if small else "chunked"
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; choose one of auto, {', '.join(IMPLS)}")
     if interpret and impl not in PALLAS:

@@ -38,7 +38,7 @@ def attend_slots(
     """Softmax attention to the slots [first, stop) of each row, scale H ** -0.5, softmax in float32; no derivative.
 
     Args:
-      q_BNH: queries; N is a multiple of K, H a power of 2 from 16 on.
+      q_BNH: queries; N is a multiple of K, H is 16, 32, 64 or 128.
       k_BSKH, v_BSKH: of q's dtype. Nothing else is read than the blocks that hold the slots; values there must be
         finite.
       first_B, stop_B: int32.
@@ -86,7 +86,8 @@ def _kernel(
 ) -> None:
     """One part of a row's slots for one head: the mean of their values, the sum of their weights and its exponent."""
     M, H = q_MH.shape
-    j, first, stop = pl.program_id(2), first[()], stop[()]
+    # A row that has outgrown its slots gets NaN from the caller, and must not read on.
+    j, first, stop = pl.program_id(2), first[()], jnp.minimum(stop[()], slots)
     real_M = jnp.arange(M) < rows
     q = plgpu.load(q_MH.at[pl.ds(0, M), :], mask=real_M[:, None], other=0.0)
     exact = q.dtype == jnp.float32

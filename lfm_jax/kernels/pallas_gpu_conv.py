@@ -21,7 +21,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lfm_jax.kernels.causal_conv import MAX_TAPS
 from lfm_jax.kernels.pallas_gpu_stream import Window, check_dtypes, launch, pad, stream
 
 CHANNELS, CHUNKS, SLOTS = 128, 16, 3
@@ -29,6 +28,8 @@ COLUMN_BYTES = 64
 """Of a chunk, a channel: R is 32 in bfloat16, 16 in float32."""
 GROUP = 8
 """Rows that are first all read, then computed, then all written: their reads are under way together."""
+MAX_TAPS = 9
+"""With more, three slots would not fit into shared memory in float32."""
 
 
 def gated_conv(

@@ -59,6 +59,12 @@ class Heard:
         self.finish[event.choice], self.reason[event.choice] = event.finish, event.reason
 
 
+def assert_slots_are_whole(made):
+    """Every slot is free, once: none is lost and none is given to two."""
+    for pool in made._pools:
+        assert sorted(pool._free) == list(range(len(pool.rows)))
+
+
 def run(made, *requests):
     heard = [Heard(request.n) for request in requests]
     for request, each in zip(requests, heard, strict=True):
@@ -66,4 +72,5 @@ def run(made, *requests):
     while made.step():
         pass
     assert made.running() == made.waiting() == 0
+    assert_slots_are_whole(made)
     return heard

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engines import CONFIG, STOP, Heard, V, a_request, engine, model, run
+from engines import CONFIG, STOP, Heard, V, a_request, assert_slots_are_whole, engine, model, run
 
 from lfm_jax.infer.engine import Engine
 from lfm_jax.infer.engine_config import EngineConfig
@@ -53,6 +53,7 @@ def test_500_mixes_give_each_request_what_it_gets_alone():
                 assert (each.tokens, each.finish) == (alone[i].tokens, alone[i].finish)
                 assert each.logprobs == alone[i].logprobs
     assert engine().running() == engine().waiting() == 0
+    assert_slots_are_whole(engine())
     assert engine().counts["cached_tokens"] > cached
     assert {name: program._cache_size() for name, program in programs_of(engine())} == sizes  # Nothing was compiled.
 

@@ -7,7 +7,7 @@ import threading
 import jax
 import numpy as np
 import pytest
-from engines import CONFIG, Heard, V, a_request, engine, model, run
+from engines import CONFIG, Heard, V, a_request, assert_slots_are_whole, engine, model, run
 
 from lfm_jax.config import ModelConfig
 from lfm_jax.infer.engine import Engine
@@ -242,6 +242,7 @@ def test_closing_without_draining_ends_everything():
     assert {each.finish[0] for each in heard} <= {"cancelled", "length"}
     assert "cancelled" in {each.finish[0] for each in heard}
     assert made.running() == made.waiting() == 0
+    assert_slots_are_whole(made)
 
 
 def test_a_listener_that_raises_harms_nobody(capsys):
@@ -277,6 +278,7 @@ def test_a_failure_is_told_to_everyone_and_nobody_waits(monkeypatch, capsys):
     with pytest.raises(RuntimeError, match="the engine has failed"):
         made.submit(Request(prompt=[1]), Heard())
     assert made.running() == made.waiting() == 0
+    assert_slots_are_whole(made)
     made.close()
 
 

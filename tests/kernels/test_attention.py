@@ -293,7 +293,7 @@ ODD = {name: x[..., :6] for name, x in HALF.items()}
     (dict(HALF | IDS, impl="cudnn"), "knows no documents"),
     (dict(impl="cudnn"), "bfloat16 or float16, not float32"),
     (dict(ODD, impl="cudnn"), "head widths that are multiples of 8 up to 128, not 6"),
-    (dict(HALF, impl="cudnn"), "needs an NVIDIA GPU; this is cpu"),
+    (dict(HALF, impl="cudnn"), "needs an NVIDIA GPU of Ampere or later; this is cpu"),
 ])
 def test_what_cannot_be_done_is_refused(changes, match):
     with pytest.raises(ValueError, match=match):
