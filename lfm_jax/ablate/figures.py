@@ -108,8 +108,8 @@ def draw_scaling(
 
 
 def _draw_cost(results: Results, task: str, out: Path) -> Picture | None:
-    panels = [panel for panel in _cost_panels(results, task)
-              if _differ(panel[1].values(), SPEED_NOISE if panel[2] == "higher" else scaling.EQUAL)]
+    noise = {"higher": SPEED_NOISE, "lower": scaling.EQUAL}
+    panels = [panel for panel in _cost_panels(results, task) if _differ(panel[1].values(), noise[panel[2]])]
     if not panels:
         return None
     better = results.tasks.get(task, {}).get("better")
@@ -117,7 +117,7 @@ def _draw_cost(results: Results, task: str, out: Path) -> Picture | None:
     means = {point: summarize(values.values()).mean for point, values in scores.items()}
     figure, all_axes = _figure(len(panels), rows_of_legend=math.ceil(len(scores) / 4))
     for axes, (label, costs, cheap, form) in zip(all_axes, panels, strict=True):
-        front = pareto(costs, cheap, {p: means[p] for p in costs}, better) if better else []
+        front = pareto(level(costs, noise[cheap]), cheap, {p: means[p] for p in costs}, better) if better else []
         axes.plot([costs[p] for p in front], [means[p] for p in front], "--", color="0.4", linewidth=1, zorder=1)
         for point in costs:
             color, marker = _style(results, point)
@@ -164,6 +164,17 @@ def _differ(values: Iterable[float], by: float) -> bool:
     """Whether costs differ enough to be drawn: equal ones, as matched points have, say nothing."""
     values = list(values)
     return bool(values) and max(values) > (1 + by) * min(values)
+
+
+def level(costs: Mapping[str, float], by: float) -> dict[str, float]:
+    """Costs where those that differ by less than a share `by` are one: the smallest of them."""
+    found: dict[str, float] = {}
+    smallest = 0.0
+    for point in sorted(costs, key=lambda p: costs[p]):
+        if not found or costs[point] > (1 + by) * smallest:
+            smallest = costs[point]
+        found[point] = smallest
+    return found
 
 
 def pareto(

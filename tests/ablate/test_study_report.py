@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from lfm_jax.ablate import figures, scaling
-from lfm_jax.ablate.figures import pareto
+from lfm_jax.ablate.figures import level, pareto
 from lfm_jax.ablate.report import write_report
 from lfm_jax.ablate.results import read_results
 
@@ -333,6 +333,11 @@ def test_one_place_is_no_curve(tmp_path):
     found = read_results(write(tmp_path / "results.jsonl", records))
     assert figures.draw_curves(found, "mqar", tmp_path) == []
     assert len(figures.draw_curves(found, "text", tmp_path)) == 1
+
+
+def test_costs_that_hardly_differ_are_one():
+    assert level({"a": 1.02, "b": 1.0, "c": 1.08, "d": 5.0, "e": 1.05}, 0.05) == {
+        "b": 1.0, "a": 1.0, "e": 1.0, "c": 1.08, "d": 5.0}
 
 
 def test_the_pareto_front_by_hand():
