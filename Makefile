@@ -33,7 +33,7 @@ demo: .venv/core
 	@$(PY) experiments/demo.py
 
 test: .venv/test
-	@$(PY) -m pytest -m "not long"
+	@$(PY) -m pytest -n 2 --dist loadfile -m "not long"
 
 check: lint
 	@$(PY) -m pytest -m "not slow and not long"

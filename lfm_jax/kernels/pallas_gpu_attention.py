@@ -5,6 +5,8 @@ counts. Plain XLA copies keys and values first to bring heads before slots, and 
 program takes one key/value head of one row where it lies, and only the slots between the first and the last one that
 are seen. With few rows several programs share a row's slots, and their sums are put together afterwards.
 
+JAX calls this dialect deprecated; without it the kernel wants a port to Mosaic GPU, as its neighbours are written.
+
 Dimensions: B batch, S key slots, N query heads, K key/value heads, G = N / K, H head width, M = G filled up to what a
 matrix unit takes, Y slots of a block, J parts that a row's slots are split into.
 """

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from engines import CONFIG, STOP, Heard, V, a_request, assert_slots_are_whole, engine, model, run
 
+from lfm_jax.infer import pool as pools
 from lfm_jax.infer.engine import Engine
 from lfm_jax.infer.engine_config import EngineConfig
 from lfm_jax.infer.generate import generate_tokens
@@ -92,6 +93,27 @@ def test_mixes_with_grammars_give_each_request_what_it_gets_alone():
             for ours, theirs in zip(each.logprobs, alone[i].logprobs, strict=True):
                 np.testing.assert_allclose([t.logprob for t in ours], [t.logprob for t in theirs], atol=1e-5)
     assert ended > 50  # By the grammar's own end.
+
+
+def test_masks_are_made_while_the_device_takes_in_the_last_token(monkeypatch):
+    """Both calls of a step go to the device without a wait in between: the mask is made behind the first."""
+    vocab = tiny_tokenizer().get_vocab_size() + 5
+    grammar = grammar_tokenizer(tiny_tokenizer(), vocab, STOP).matcher(Grammar.regex("[a-f]{9}!"))
+    made = Engine(tiny_model(vocab_size=vocab), EngineConfig(slots=((2, 64),), chunk=16))
+    done, programs = [], made._pools[0]._programs
+
+    def noting(name, call):
+        return lambda *args, **kwargs: (done.append(name), call(*args, **kwargs))[1]
+
+    for name in ("advance", "choose"):
+        monkeypatch.setattr(programs, name, noting(name, getattr(programs, name)))
+    monkeypatch.setattr(pools, "_masks", noting("masks", pools._masks))
+    monkeypatch.setattr(made, "_deliver", noting("handed out", made._deliver))
+    [heard] = run(made, Request(prompt=[1, 2, 3], max_new_tokens=30, stop_ids=STOP, grammar=grammar))
+    assert heard.finish == ["stop"]
+    starts = [i for i, name in enumerate(done) if name == "advance"]
+    assert len(starts) >= len(heard.tokens[0]) - 1
+    assert {tuple(done[i : i + 3]) for i in starts} == {("advance", "masks", "choose")}
 
 
 def programs_of(made):
