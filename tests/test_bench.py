@@ -57,11 +57,11 @@ def test_kernels_suite_has_a_row_for_every_implementation_that_runs_here(capsys)
     assert set(conv) == {"lax", "shifted", "associative"}
     assert set(scan) == {"sequential", "associative", "chunked", "`lax.associative_scan` alone"}
     assert set(rows) == {"xla", "blockwise"}
-    assert set(decode) == {"xla", "direct", "blockwise"}
+    assert set(decode) == {"xla", "direct"}
     for cells in (*conv.values(), *scan.values()):
         assert [bool(cell) for cell in cells] == [True] * 10
         assert all(cell.endswith("%") for cell in (cells[3], cells[8]))
-    assert not any(cells[4:] != [""] * 4 for cells in decode.values())  # No gradient through a decode state.
+    assert not any(cells[4:] != [""] * 4 for cells in decode.values())  # No gradient in decoding.
     assert report.count("GB/s of weights") == 1
     assert "\n| 2 | " in report
     assert "Not run here: causal_conv pallas_tpu needs a TPU" in report
@@ -156,7 +156,7 @@ from flax import nnx
 from lfm_jax.bench import serve
 from lfm_jax.config import ModelConfig
 from lfm_jax.model import LFM
-serve.CONCURRENCY = (1, 3)
+serve.CONCURRENCY = (3, 1)
 config = ModelConfig(hidden_size=32, ffn_size=64, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=128,
                      layer_types=("conv", "full_attention"), param_dtype="bfloat16", dtype="bfloat16", max_position=256)
 compiled = []
@@ -165,8 +165,9 @@ print(serve._throughput(LFM(config, rngs=nnx.Rngs(0)), toy=True))
 print(sum(event == "/jax/core/compile/backend_compile_duration" for event in compiled), "compiled")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    *rows, count = done.stdout.splitlines()
+    *rows, _, peer, count = done.stdout.splitlines()
     assert [row.split("|")[2].strip() for row in rows[2:]] == ["1", "3"]
+    assert peer.startswith("transformers: absent (")
     assert all(float(row.split("|")[3].replace(",", "")) > 0 for row in rows[2:])
     assert 0 < int(count.split()[0]) < 80  # One engine's warming up alone would be some 20 of the large ones.
 

@@ -287,7 +287,7 @@ def _row_of(model: LFM, prompt: int, made: int, concurrency: int) -> str:
 
 def _peer_on_accelerator(config: ModelConfig, shapes: Sequence[tuple[int, int]]) -> str:
     """Decoding by `transformers` on the same device: the time of some tokens is taken off that of more."""
-    found: list[str] = []
+    found, failure = [], ""
     try:
         torch, hf = importlib.import_module("torch"), importlib.import_module("transformers")
         device, few, more = "cuda" if torch.cuda.is_available() else "cpu", 8, 40
@@ -306,9 +306,12 @@ def _peer_on_accelerator(config: ModelConfig, shapes: Sequence[tuple[int, int]])
             once, twice = (_seconds(lambda n=n: generate(n)) for n in (few, more))
             found.append(f"{rows * (more - few) / (twice - once):,.0f} at {rows}")
     except Exception as error:  # Whatever it is, it is the finding.
-        found.append(f"then failed: {' '.join(str(error).split())[:120]}")
+        failure = " ".join(str(error).split())[:120]
+    if not found:
+        return f"transformers: absent ({failure})."
     return (f"transformers on the same device, eager PyTorch without causal-conv1d, bfloat16, decoding alone after "
-            f"{shapes[-1][1]} tokens of prompt, tokens/s by rows: {', '.join(found)}.")
+            f"{shapes[-1][1]} tokens of prompt, tokens/s by rows: {', '.join(found)}"
+            f"{failure and f'; then failed: {failure}'}.")
 
 
 def roofline(config: ModelConfig, chip: Chip, prompt: int, made: int, concurrency: int) -> float:
