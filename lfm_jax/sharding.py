@@ -230,4 +230,3 @@ def nvidia_capability() -> float:
         return float(found or 0)
     except ValueError:  # AMD's are names.
         return 0.0
-

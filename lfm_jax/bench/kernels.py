@@ -105,7 +105,7 @@ def bench_kernels(*, repeats: int = 5, sizes: Sizes | None = None) -> str:
 
 IMPLS: dict[str, Sequence[str]] = {
     "causal_conv": causal_conv.IMPLS, "linear_scan": tuple(linear_scan.IMPLS),
-    "attention": [impl for impl in attention.IMPLS if impl != "direct"],  # Of several queries too, but made for one.
+    "attention": [impl for impl in attention.IMPLS if impl != "direct"],  # That is for one query a row.
     "decode_attention": attention.DECODE_IMPLS,
 }
 

@@ -181,8 +181,7 @@ def _by_kernel_forward(interpret: bool, *args: jax.Array) -> tuple[jax.Array, tu
 def _by_kernel_backward(interpret: bool, args: tuple[jax.Array, ...], dout_BTNH: jax.Array) -> tuple[Any, ...]:
     q_BTNH, k_BSKH, v_BSKH, first_B, stop_B = args
     visible_BTS = _stretch(first_B, stop_B, k_BSKH.shape[1])
-    _, pull = jax.vjp(lambda q, k, v: _direct_at_once(q, k, v, visible_BTS), q_BTNH, k_BSKH, v_BSKH)
-    return (*pull(dout_BTNH), None, None)
+    return (*_derivative_of_sums(q_BTNH, k_BSKH, v_BSKH, visible_BTS, dout_BTNH), None, None)
 
 
 _by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)
@@ -224,6 +223,14 @@ def _direct_at_once(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, vis
     weight_BTSKG = jax.nn.softmax(scores_BTSKG, axis=2)
     out_BTKGH = jnp.sum(weight_BTSKG[..., None] * v_BSKH[:, None, :, :, None].astype(jnp.float32), axis=2)
     return out_BTKGH.reshape(q_BTNH.shape).astype(q_BTNH.dtype)
+
+
+def _derivative_of_sums(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible_BTS: jax.Array, dout_BTNH: jax.Array
+) -> tuple[jax.Array, ...]:
+    """By q, k and v."""
+    _, pull = jax.vjp(lambda q, k, v: _direct_at_once(q, k, v, visible_BTS), q_BTNH, k_BSKH, v_BSKH)
+    return pull(dout_BTNH)
 
 
 @jax.custom_vjp
@@ -283,8 +290,7 @@ def _direct_forward(*args: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]
 def _direct_backward(args: tuple[jax.Array, ...], dout_BTNH: jax.Array) -> tuple[Any, ...]:
     # A loop of a length that only the data knows has no derivative; without blocks there is no loop.
     q_BTNH, k_BSKH, v_BSKH, visible_BTS, _ = args
-    _, pull = jax.vjp(lambda q, k, v: _direct_at_once(q, k, v, visible_BTS), q_BTNH, k_BSKH, v_BSKH)
-    return (*pull(dout_BTNH), None, None)
+    return (*_derivative_of_sums(q_BTNH, k_BSKH, v_BSKH, visible_BTS, dout_BTNH), None, None)
 
 
 _direct_by_blocks.defvjp(_direct_forward, _direct_backward)

@@ -80,12 +80,11 @@ def _attend_to_state(
     S = state.k_BSKH.shape[1]
     if segment_ids_BT is None:
         segment_ids_BT = jnp.ones((B, T), jnp.int32)
-    real_BT = segment_ids_BT != 0
-    index_BT = state.end_B[:, None] + jnp.arange(T, dtype=jnp.int32)
-    end_B = state.end_B + state_lib.lengths(segment_ids_BT)
+    real_BT, end_B = segment_ids_BT != 0, state.end_B + state_lib.lengths(segment_ids_BT)
     rolling = window is not None and window <= S
     if T == 1 and not rolling:
         return _attend_one(q_BTNH, k_BTKH, v_BTKH, real_BT[:, 0], state, end_B)
+    index_BT = state.end_B[:, None] + jnp.arange(T, dtype=jnp.int32)
     held_BS = _held(state.end_B, S)
     document_BS = (held_BS >= state.start_B[:, None]).astype(jnp.int32)
     # Slot S does not exist: writes there and beyond are dropped.
