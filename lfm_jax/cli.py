@@ -108,7 +108,7 @@ def generate(
     path: tyro.conf.Positional[Path],
     prompt: tyro.conf.Positional[tuple[str, ...]],
     /,
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling(),  # noqa: B008
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling(),  # noqa: B008 (frozen)
     max_new_tokens: int = 128,
     stop: tuple[str, ...] = (),
     dtype: DType | None = None,

@@ -41,11 +41,11 @@ def test_an_answer_that_takes_too_long_is_504_and_leaves_its_slot(service, monke
     step = service.engine.step
 
     def slowly():
-        time.sleep(0.05)
+        time.sleep(0.1)
         return step()
 
     async def talk():
-        async with client_of(make_app(service, "tiny", limits=dataclasses.replace(LIMITS, seconds=1.0))) as client:
+        async with client_of(make_app(service, "tiny", limits=dataclasses.replace(LIMITS, seconds=3.0))) as client:
             monkeypatch.setattr(service.engine, "step", slowly)
             late = await ask(client, 200)
             streamed = await ask(client, 200, stream=True)
