@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 STEPS = 32
 """Most steps of one dispatch."""
+SHORT = 4096
+"""Tokens of a slot up to which a CPU takes in several prompts at one time: the rows of a dispatch are copied."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,8 @@ class EngineConfig:
     """Tokens of a prompt taken in at one time, and of a block of the prefix cache. While prompts are taken in, others
     get a token after each such number of tokens."""
     prefill_rows: int | None = None
-    """Prompts taken in side by side. None: one on a CPU, whose cores it fills, and 8 elsewhere."""
+    """Prompts taken in side by side. None: 8, but on a CPU, which takes as long as there are tokens, one, or, where
+    three or more wait, four of up to `chunk` / 4 tokens each."""
     steps: int = 8
     """Tokens generated at most between two looks at what else there is to do."""
     draft: int = 0
@@ -73,11 +76,17 @@ class EngineConfig:
         if problems:
             raise ValueError("EngineConfig is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
 
-    def prompts_at_once(self, slots: int) -> int:
-        """`prefill_rows`, or what suits the devices at hand, for a kind of which there are `slots`."""
+    def prompts_at_once(self, kind: tuple[int, int], width: int) -> list[int]:
+        """How many prompts of `width` tokens a dispatch may take in, rising, for slots of a kind (number, tokens):
+        `prefill_rows`, or what suits the devices at hand."""
         import jax
 
-        return min(slots, self.prefill_rows or (1 if jax.default_backend() == "cpu" else 8))
+        slots, length = kind
+        if self.prefill_rows is None and jax.default_backend() == "cpu":
+            group = min(slots, 4)
+            fits = group * width <= self.chunk and length <= SHORT and not self.fixed_rows
+            return sorted({1, group}) if fits else [1]
+        return [min(slots, self.prefill_rows or 8)]
 
     def shapes(self, model: ModelConfig) -> list[SlotShape]:
         """What each kind of slot is compiled for, shortest first.
@@ -103,10 +112,10 @@ class EngineConfig:
         import jax
 
         V, tensor = model.vocab_size, 1 if mesh is None else mesh.shape["tensor"]
-        most = max(n for n, _ in self.slots)
-        logits = 4 * V * most * (1 + self.draft)
+        most = max(self.slots)
+        logits = 4 * V * most[0] * (1 + self.draft)
         if self.max_logprobs:
-            logits = max(logits, 4 * V * self.prompts_at_once(most) * self.chunk)
+            logits = max(logits, 4 * V * self.prompts_at_once(most, self.chunk)[0] * self.chunk)
         found = {"parameters": model.num_params() * ITEMSIZE[model.param_dtype] // tensor}
         working = 0
         for shape in self.shapes(model):
@@ -115,7 +124,8 @@ class EngineConfig:
                            for tree in (slots.state, dataclasses.replace(slots, state=())))
             found[f"{shape.slots} slots of {shape.length} tokens"] = state // tensor + rest
             # A dispatch copies the rows that it works on, unless they are all there are; prompts' once more.
-            copied = max(2 * self.prompts_at_once(shape.slots), *[n for n in shape.row_counts if n < shape.slots], 0)
+            taken_in = self.prompts_at_once((shape.slots, shape.length), 16)[-1]
+            copied = max(2 * taken_in, *[n for n in shape.row_counts if n < shape.slots], 0)
             working = max(working, (state // tensor + rest) * copied // shape.slots)
         return found | {"prefix cache": self.prefix_cache_bytes, "working": working + 3 * logits}
 

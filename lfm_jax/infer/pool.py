@@ -112,7 +112,8 @@ class Pool:
         """Runs whose prompts are being taken in, oldest first."""
         self.live: set[Run] = set()
         """Runs that generate."""
-        self._rows_taken_in = config.prompts_at_once(shape.slots)
+        self._batch = self._rows_taken_in(config.chunk)[0]
+        """Rows of a dispatch that copies or stops some, and prompts that one takes in at least."""
         self._shortest_first = False
         """Whose turn it is to have its prompt taken in: the oldest's, or that of the one with the least left."""
 
@@ -146,7 +147,7 @@ class Pool:
         run.over = True
         if stop and run in self.live:
             with jax.set_mesh(self.mesh):
-                self._slots = self._programs.stop(self._slots, np.array([run.row], np.int32))
+                self._slots = self._programs.stop(self._slots, _filled([run.row], self._batch, NOWHERE))
         self._vacate(run)
         if run in self.prefilling:
             self.prefilling.remove(run)
@@ -189,31 +190,41 @@ class Pool:
     def take_in(self) -> list[Sent]:
         """A turn's worth of prompts, `chunk` tokens a row: in turns of the oldest, so that it gets done, and of the one
         with the least left, so that a short one need not wait for a long one."""
-        left, sent = self._config.chunk, []
+        left, sent = self._batch * self._config.chunk, []
         while self.prefilling:
             chosen = self.prefilling[0]
             if self._shortest_first:
                 chosen = min(self.prefilling, key=lambda run: len(run.request.prompt) - run.taken_in)
             self._restore(chosen)  # What another prompt has brought since.
-            left -= self._chunk_shape(chosen)[0]
+            runs, R = self._beside(chosen)
+            left -= R * self._chunk_shape(chosen)[0]
             if left < 0:
                 break
             self._shortest_first = not self._shortest_first
-            sent += self._take_in(chosen)
+            sent += self._take_in(runs, R)
         return sent
 
-    def _take_in(self, chosen: Run) -> list[Sent]:
-        """One chunk of a prompt, and of others that share its shape."""
-        width, scored = shape = self._chunk_shape(chosen)
-        R, C = self._rows_taken_in, self._config.chunk
-        runs = [chosen]
-        for run in self.prefilling[: LOOKED_AT * R]:
-            if len(runs) == R:
+    def _rows_taken_in(self, width: int) -> list[int]:
+        """How many prompts of so many tokens a dispatch may take in, rising."""
+        return self._config.prompts_at_once((self.shape.slots, self.shape.length), width)
+
+    def _beside(self, chosen: Run) -> tuple[list[Run], int]:
+        """A prompt and others of which the next chunk has the same shape; how many rows the dispatch is to have."""
+        shape = self._chunk_shape(chosen)
+        counts, runs = self._rows_taken_in(shape[0]), [chosen]
+        for run in self.prefilling[: LOOKED_AT * counts[-1]]:
+            if len(runs) == counts[-1]:
                 break
             if run is not chosen and self._chunk_shape(run) == shape:
                 self._restore(run)
                 if self._chunk_shape(run) == shape and not self._is_coming(run, runs):
                     runs.append(run)
+        R = counts[-1] if 2 * len(runs) > counts[-1] else counts[0]
+        return runs[:R], R
+
+    def _take_in(self, runs: Sequence[Run], R: int) -> list[Sent]:
+        """One chunk of each of these prompts, which must have one shape, in a dispatch of R rows."""
+        C, (width, scored) = self._config.chunk, self._chunk_shape(runs[0])
         rows_R, length_R, fresh_R = np.full(R, NOWHERE, np.int32), np.zeros(R, np.int32), np.zeros(R, bool)
         tokens_RC, targets_RC = np.zeros((R, width), np.int32), np.zeros((R, width), np.int32)
         for r, run in enumerate(runs):
@@ -260,13 +271,14 @@ class Pool:
 
     def _begin(self, logits_RV: jax.Array, finished: Sequence[tuple[int, Run]]) -> list[Sent]:
         """Chooses the first tokens of continuations whose prompts have been taken in."""
-        R = self._rows_taken_in
+        R, n = len(logits_RV), self._batch
         starts: list[tuple[int, Run]] = []
         for r, first in finished:
             self.prefilling.remove(first)
             runs = [run for run in first.ticket.runs if not run.over]
-            for some in _groups([run.row for run in runs if run is not first], R):
-                self._slots = self._programs.fork(self._slots, np.int32(first.row), _filled(some, R, NOWHERE))
+            for some in _groups([run.row for run in runs if run is not first], n):
+                source_R, rows_R = np.full(n, first.row, np.int32), _filled(some, n, NOWHERE)
+                self._slots = self._programs.copy(self._slots, source_R, rows_R)
             for run in runs:
                 run.scores = first.scores
             starts += [(r, run) for run in runs]
@@ -299,7 +311,8 @@ class Pool:
         steps = 1 if self.prefilling or self.matching else self._config.steps
         if wanted:
             left = sorted(run.request.max_new_tokens - run.promised for run in self.live)
-            steps = min(steps, left[min(self._rows_taken_in, len(left)) - 1])
+            steps = min(steps, left[min(self._batch, len(left)) - 1])
+        self._close_up()
         highest = max(run.row for run in self.live) + 1
         rows = next(n for n in self.shape.row_counts if n >= highest)
         if self.matching:
@@ -318,6 +331,21 @@ class Pool:
             self.promise(run, steps)
         return sent
 
+    def _close_up(self) -> None:
+        """Moves what generates to lower slots where its steps then take fewer rows."""
+        rows = next(n for n in self.shape.row_counts if n >= len(self.live))
+        high = [run for run in self.live if run.row >= rows]
+        if len(high) > sum(row < rows for row in self._free):  # Prompts that are taken in are in the way.
+            return
+        for some in _groups(high, self._batch):
+            rows_from, rows_to = [run.row for run in some], [heapq.heappop(self._free) for _ in some]
+            from_R, to_R = (_filled(rows, self._batch, NOWHERE) for rows in (rows_from, rows_to))
+            self._slots = self._programs.stop(self._programs.copy(self._slots, from_R, to_R), from_R)
+            for run, row in zip(some, rows_to, strict=True):
+                self._vacate(run)
+                self.rows[row], run.row = run, row
+                self.live.add(run)
+
     def _drafted(self) -> int:
         """Tokens drafted a step: none where no request may have any, since each costs as much as one more row."""
         wanted = self.shape.fixed_rows or any(_may_draft(run.request) for run in self.live)
@@ -334,20 +362,25 @@ class Pool:
     def warm_up(self) -> int:
         """Compiles all programs; how many there are."""
         run, shape, config = self._programs, self.shape, self._config
-        R, count = self._rows_taken_in, 3
-        nowhere_R, no_R, logits_RV = np.full(R, NOWHERE, np.int32), np.zeros(R, np.int32), None
+        count, started = 2, set()
         with jax.set_mesh(self.mesh):
             for width in chunk_widths(shape.length, config.chunk):
-                tokens_RC = np.zeros((R, width), np.int32)
-                args = (nowhere_R, tokens_RC, no_R, no_R != 0)
-                self._slots, logits_RV = run.prefill(self._params, self._slots, *args)
-                if config.max_logprobs:
-                    self._slots, logits_RV, _ = run.score(self._params, self._slots, *args, tokens_RC)
-                count += 1 + bool(config.max_logprobs)
-            masks_RW = _masks([None] * R, R, shape.mask_words)
-            self._slots, _ = run.start(self._slots, logits_RV, no_R, nowhere_R, shape.asked(R), masks_RW)
-            self._slots = run.fork(self._slots, np.int32(0), nowhere_R)
-            self._slots = run.stop(self._slots, nowhere_R[:1])
+                for R in self._rows_taken_in(width):
+                    nowhere_R, no_R = np.full(R, NOWHERE, np.int32), np.zeros(R, np.int32)
+                    tokens_RC = np.zeros((R, width), np.int32)
+                    args = (nowhere_R, tokens_RC, no_R, no_R != 0)
+                    self._slots, logits_RV = run.prefill(self._params, self._slots, *args)
+                    if config.max_logprobs:
+                        self._slots, logits_RV, _ = run.score(self._params, self._slots, *args, tokens_RC)
+                    count += 1 + bool(config.max_logprobs)
+                    if R not in started:
+                        masks_RW = _masks([None] * R, R, shape.mask_words)
+                        self._slots, _ = run.start(self._slots, logits_RV, no_R, nowhere_R, shape.asked(R), masks_RW)
+                        started.add(R)
+                        count += 1
+            nowhere_R = np.full(self._batch, NOWHERE, np.int32)
+            self._slots = run.copy(self._slots, nowhere_R, nowhere_R)
+            self._slots = run.stop(self._slots, nowhere_R)
             drafted = sorted({shape.draft} if shape.fixed_rows else {0, shape.draft})
             for rows in self.shape.row_counts:
                 for plain, draft in itertools.product((False, True), drafted):

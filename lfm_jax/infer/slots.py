@@ -110,10 +110,14 @@ class SlotShape:
 
     @functools.cached_property
     def row_counts(self) -> list[int]:
-        """How many rows, from the first on, a dispatch of generation may have."""
-        counts = {self.slots}
+        """How many rows, from the first on, a dispatch of generation may have.
+
+        A CPU takes about as long as it has rows, where an accelerator hardly minds a few more, and each number takes
+        programs that must be compiled.
+        """
+        counts, part = {self.slots}, 2 if jax.default_backend() == "cpu" else 4
         while (smallest := min(counts)) > 4 and not self.fixed_rows:
-            counts.add(-(-smallest // 4))
+            counts.add(-(-smallest // part))
         return sorted(counts)
 
     def asked(self, rows: int) -> Asked:
@@ -152,14 +156,14 @@ class SlotShape:
 class Programs:
     """The compiled functions of one `SlotShape`; parameters of the model are arguments. Slots given are used up.
 
-    `prefill`, `score`, `start`, `decode`, `advance`, `choose`, `fork`, `stop`, `snapshot`, `restore`: see the methods.
+    `prefill`, `score`, `start`, `decode`, `advance`, `choose`, `copy`, `stop`, `snapshot`, `restore`: see the methods.
     """
 
     def __init__(self, graphdef: nnx.GraphDef[LFM], shape: SlotShape):
         self._graphdef, self._shape = graphdef, shape
         jit = functools.partial(jax.jit, donate_argnames="slots")
         self.prefill, self.score = jit(self._prefill), jit(self._score)
-        self.start, self.fork, self.stop = jit(self._start), jit(self._fork), jit(self._stop)
+        self.start, self.copy, self.stop = jit(self._start), jit(self._copy), jit(self._stop)
         self.decode = jit(self._decode, static_argnames=("rows", "plain", "draft"))
         self.advance = jit(self._advance, static_argnames="rows")
         self.choose = jit(self._choose, static_argnames="rows")
@@ -269,9 +273,9 @@ class Programs:
 
     # ---------------------------------------------------------------- rows
 
-    def _fork(self, slots: Slots, source: jax.Array, rows_R: jax.Array) -> Slots:
-        """Copies row `source` to others."""
-        return _put(slots, rows_R, _take(slots, jnp.full_like(rows_R, source)))
+    def _copy(self, slots: Slots, source_R: jax.Array, rows_R: jax.Array) -> Slots:
+        """Copies rows to others."""
+        return _put(slots, rows_R, _take(slots, source_R))
 
     def _stop(self, slots: Slots, rows_R: jax.Array) -> Slots:
         """Makes rows idle."""

@@ -1,5 +1,6 @@
 """For tests of the engine: a small one, requests to it, and what is said of them."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -20,8 +21,8 @@ def model():
 
 
 @functools.cache
-def engine():
-    made = Engine(model(), CONFIG)
+def engine(fixed_rows=False):
+    made = Engine(model(), dataclasses.replace(CONFIG, fixed_rows=fixed_rows))
     made.warm_up()
     return made
 

@@ -21,42 +21,54 @@ from lfm_jax.testing import tiny_model, tiny_tokenizer
 pytestmark = pytest.mark.usefixtures("cached")  # Other modules compile the same programs.
 
 
-def test_500_mixes_give_each_request_what_it_gets_alone():
+@pytest.mark.parametrize(("mixes", "fixed_rows"), [(500, False), (150, True)])
+def test_mixes_give_each_request_what_it_gets_alone(mixes, fixed_rows):
+    """To the bit with `fixed_rows`; without, a sum's rounding may depend on how many rows a dispatch has."""
+    made = engine(fixed_rows)
     rng = np.random.default_rng(0)
     requests = [a_request(rng) for _ in range(60)]
-    cached = engine().counts["cached_tokens"]
-    alone = [run(engine(), request)[0] for request in requests]
-    engine().warm_up()  # Again, where other modules have had it before: what they compiled is gone.
-    sizes = {name: program._cache_size() for name, program in programs_of(engine())}
-    for _ in range(500):
+    cached = made.counts["cached_tokens"]
+    alone = [run(made, request)[0] for request in requests]
+    made.warm_up()  # Again, where other modules have had it before: what they compiled is gone.
+    sizes = {name: program._cache_size() for name, program in programs_of(made)}
+    for _ in range(mixes):
         picked = rng.choice(len(requests), rng.integers(2, 10), replace=False)
         arrivals = sorted(rng.integers(0, 6, len(picked)).tolist())
         heard, cancelled = {i: Heard() for i in picked}, {}
         turn = 0
         todo = list(zip(arrivals, picked, strict=True))
-        while todo or engine().step():
+        while todo or made.step():
             while todo and todo[0][0] <= turn:
                 i = todo.pop(0)[1]
-                ticket = engine().submit(requests[i], heard[i])
+                ticket = made.submit(requests[i], heard[i])
                 if rng.random() < 0.1:
                     cancelled[i] = (turn + int(rng.integers(0, 4)), ticket)
             for when, ticket in cancelled.values():
                 if when == turn:
-                    engine().cancel(ticket)
+                    made.cancel(ticket)
             turn += 1
             if todo:
-                engine().step()
+                made.step()
         for i, each in heard.items():
             if each.finish == ["cancelled"]:
                 assert i in cancelled
                 assert alone[i].tokens[0][: len(each.tokens[0])] == each.tokens[0]
             else:
                 assert (each.tokens, each.finish) == (alone[i].tokens, alone[i].finish)
-                assert each.logprobs == alone[i].logprobs
-    assert engine().running() == engine().waiting() == 0
-    assert_slots_are_whole(engine())
-    assert engine().counts["cached_tokens"] > cached
-    assert {name: program._cache_size() for name, program in programs_of(engine())} == sizes  # Nothing was compiled.
+                assert_same_logprobs(each.logprobs[0], alone[i].logprobs[0], 0 if fixed_rows else 1e-5)
+    assert made.running() == made.waiting() == 0
+    assert_slots_are_whole(made)
+    assert made.counts["cached_tokens"] > cached
+    assert {name: program._cache_size() for name, program in programs_of(made)} == sizes  # Nothing was compiled.
+
+
+def assert_same_logprobs(ours, theirs, tolerance):
+    """Of the same tokens; of the likeliest ones only the numbers, since two may be as likely."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.token == other.token
+        assert one.logprob == pytest.approx(other.logprob, abs=tolerance, rel=0)
+        assert [x for _, x in one.best] == pytest.approx([x for _, x in other.best], abs=tolerance, rel=0)
+        assert tolerance or one == other
 
 
 def test_mixes_with_grammars_give_each_request_what_it_gets_alone():
@@ -350,7 +362,7 @@ def test_a_grammar_outranks_bias_and_least_tokens():
 def test_at_real_widths(fixed_rows):
     """XLA adds up rows in another order when there are others beside them; with `fixed_rows` there always are."""
     wide = tiny_model(vocab_size=V, hidden_size=1024, ffn_size=2304, layer_types=("conv", "full_attention"))
-    made = Engine(wide, EngineConfig(slots=((6, 64),), chunk=16, steps=4, max_logprobs=2, fixed_rows=fixed_rows))
+    made = Engine(wide, EngineConfig(slots=((6, 64),), chunk=64, steps=4, max_logprobs=2, fixed_rows=fixed_rows))
     rng = np.random.default_rng(13)
     requests = [a_request(rng, max_new_tokens=16, min_new_tokens=0, logprobs=2, stop_ids=()) for _ in range(6)]
     requests = [dataclasses.replace(request, prompt=request.prompt[:40]) for request in requests]
@@ -388,3 +400,64 @@ def test_slots_fill_up_soon_and_are_given_on_at_once(monkeypatch):
         ends[ends.index(min(ends))] += n - 1
     assert sum(steps) <= 1.25 * max(ends)
     assert max(steps) > 1
+
+
+def noted(monkeypatch, made, name, what):
+    """A list of `what(args, kwargs)` of each call of a program of the first pool."""
+    programs, found = made._pools[0]._programs, []
+    call = getattr(programs, name)
+    monkeypatch.setattr(programs, name, lambda *args, **kwargs: (found.append(what(args, kwargs)),
+                                                                 call(*args, **kwargs))[1])
+    return found
+
+
+def test_short_prompts_are_taken_in_together_and_get_what_they_get_alone(monkeypatch):
+    two = tiny_model(vocab_size=V, layer_types=("conv", "full_attention"))
+    made = Engine(two, EngineConfig(slots=((4, 128),), chunk=64, max_logprobs=2, prefix_cache_bytes=1 << 20))
+    prefills = noted(monkeypatch, made, "prefill", lambda args, _: args[3].shape)
+    rng = np.random.default_rng(14)
+    short = [a_request(rng, prompt=[n] * n, max_new_tokens=4, min_new_tokens=0, logprobs=None) for n in range(1, 8)]
+    run(made, *short)
+    assert prefills == [(4, 16), (4, 16)]  # Of the second one's rows three are in use.
+    prefills.clear()
+    run(made, *short[:2])
+    assert prefills == [(1, 16), (1, 16)]
+    requests = [a_request(rng, max_new_tokens=8, min_new_tokens=0, logprobs=2, prompt_logprobs=bool(i % 3 == 0))
+                for i in range(24)]
+    requests = [dataclasses.replace(request, prompt=request.prompt[-100:]) for request in requests]
+    alone = [run(made, request)[0] for request in requests]
+    prefills.clear()
+    for _ in range(30):
+        picked = rng.choice(len(requests), rng.integers(4, 12), replace=False)
+        for i, heard in zip(picked, run(made, *(requests[i] for i in picked)), strict=True):
+            assert heard.tokens == alone[i].tokens
+            assert_same_logprobs(heard.logprobs[0], alone[i].logprobs[0], 1e-5)
+            assert_same_logprobs(heard.prompt_logprobs[0] or [], alone[i].prompt_logprobs[0] or [], 1e-5)
+    assert {rows for rows, width in prefills if width == 16} == {1, 4}
+    fixed = Engine(two, EngineConfig(slots=((4, 128),), chunk=64, fixed_rows=True))
+    prefills = noted(monkeypatch, fixed, "prefill", lambda args, _: args[3].shape)
+    run(fixed, *short)
+    assert set(prefills) == {(1, 16)}
+
+
+def test_what_is_left_moves_to_low_slots(monkeypatch):
+    """A dispatch takes all slots up to the highest in use."""
+    made = Engine(model(), EngineConfig(slots=((8, 64),), chunk=16, steps=4, draft=2))
+    requests = [Request(prompt=[7 + i, 8, 9], max_new_tokens=6 if i < 5 else 40, stop_ids=(),
+                        sampling=Sampling(temperature=float(i % 2), seed=i)) for i in range(8)]
+    alone = [run(made, request)[0].tokens for request in requests]
+    rows = noted(monkeypatch, made, "decode", lambda _, kwargs: kwargs["rows"])
+    heard = [Heard() for _ in requests]
+    tickets = [made.submit(request, each) for request, each in zip(requests, heard, strict=True)]
+    while not all(h.finish[0] for h in heard[:5]):
+        made.step()
+    assert sorted(ticket.runs[0].row for ticket in tickets[5:]) == [0, 1, 2]
+    made.cancel(tickets[5])  # What was moved is let go of like any other.
+    while made.step():
+        pass
+    assert 8 in rows
+    assert set(rows[rows.index(8) :]) == {8, 4}
+    assert rows[-1] == 4
+    assert_slots_are_whole(made)
+    assert heard[5].finish == ["cancelled"]
+    assert [h.tokens for h in heard if h is not heard[5]] == [tokens for i, tokens in enumerate(alone) if i != 5]

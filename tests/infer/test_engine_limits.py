@@ -287,8 +287,8 @@ def test_a_failure_is_told_to_those_whose_slots_were_given_on(monkeypatch, capsy
     made = Engine(model(), CONFIG)
     pool, take_in = made._pools[0], made._pools[0]._take_in
 
-    def fail_behind(chosen):
-        take_in(chosen)
+    def fail_behind(*args):
+        take_in(*args)
         raise ZeroDivisionError
 
     if where == "handing out":
