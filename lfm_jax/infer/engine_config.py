@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 STEPS = 32
 """Most steps of one dispatch."""
-SHORT = 4096
-"""Tokens of a slot up to which a CPU takes in several prompts at one time: the rows of a dispatch are copied."""
+SHORT = 2048
+"""Tokens of a slot up to which a CPU gains by several prompts at one time, or by somewhat fewer rows, although such a
+dispatch copies its slots."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,9 @@ class EngineConfig:
     """Tokens of a prompt taken in at one time, and of a block of the prefix cache. While prompts are taken in, others
     get a token after each such number of tokens."""
     prefill_rows: int | None = None
-    """Prompts taken in side by side. None: 8, but on a CPU, which takes as long as there are tokens, one, or, where
-    three or more wait, four of up to `chunk` / 4 tokens each."""
+    """Prompts taken in side by side, `chunk` tokens of each in a turn. None: 8, but on a CPU, which takes as long as
+    there are tokens, `chunk` tokens in all: one prompt, or where three wait in slots of up to SHORT tokens, four
+    short ones."""
     steps: int = 8
     """Tokens generated at most between two looks at what else there is to do."""
     draft: int = 0
@@ -50,8 +52,9 @@ class EngineConfig:
     max_biases: int = 16
     fixed_rows: bool = False
     """Every dispatch of generation takes all slots, however few are in use, and drafts tokens whoever wants them.
-    Slower, and then what a request gets does not depend on what others run even by the rounding of a sum; with `draft`,
-    as long as none of them has a grammar, which stops drafts for all."""
+    So does a dispatch that takes in prompts always have as many rows. Slower, and then what a request gets does not
+    depend on what others run even by the rounding of a sum; with `draft`, as long as none of them has a grammar, which
+    stops drafts for all."""
     memory_bytes: int | None = None
     """Memory of a device that may be used; None: what the device says it has."""
 
@@ -112,7 +115,7 @@ class EngineConfig:
         import jax
 
         V, tensor = model.vocab_size, 1 if mesh is None else mesh.shape["tensor"]
-        most = max(self.slots)
+        most = max(self.slots, key=lambda kind: kind[0])
         logits = 4 * V * most[0] * (1 + self.draft)
         if self.max_logprobs:
             logits = max(logits, 4 * V * self.prompts_at_once(most, self.chunk)[0] * self.chunk)

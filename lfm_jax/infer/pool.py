@@ -113,7 +113,7 @@ class Pool:
         self.live: set[Run] = set()
         """Runs that generate."""
         self._batch = self._rows_taken_in(config.chunk)[0]
-        """Rows of a dispatch that copies or stops some, and prompts that one takes in at least."""
+        """Rows of a dispatch that copies or stops some; one that takes in prompts has at least as many."""
         self._shortest_first = False
         """Whose turn it is to have its prompt taken in: the oldest's, or that of the one with the least left."""
 
@@ -188,8 +188,8 @@ class Pool:
                 self._counts["cached_tokens"] += C
 
     def take_in(self) -> list[Sent]:
-        """A turn's worth of prompts, `chunk` tokens a row: in turns of the oldest, so that it gets done, and of the one
-        with the least left, so that a short one need not wait for a long one."""
+        """A turn's worth of prompts, `chunk` tokens for each of `_batch` rows: in turns of the oldest, so that it gets
+        done, and of the one with the least left, so that a short one need not wait for a long one."""
         left, sent = self._batch * self._config.chunk, []
         while self.prefilling:
             chosen = self.prefilling[0]
@@ -305,8 +305,7 @@ class Pool:
         while the device takes in the tokens that were chosen last.
 
         Args:
-          wanted: requests wait for a slot; the steps end where as many budgets have ended as prompts are taken in at
-            one time.
+          wanted: requests wait for a slot; the steps end where `_batch` budgets have ended.
         """
         steps = 1 if self.prefilling or self.matching else self._config.steps
         if wanted:
@@ -333,18 +332,19 @@ class Pool:
 
     def _close_up(self) -> None:
         """Moves what generates to lower slots where its steps then take fewer rows."""
-        rows = next(n for n in self.shape.row_counts if n >= len(self.live))
-        high = [run for run in self.live if run.row >= rows]
-        if len(high) > sum(row < rows for row in self._free):  # Prompts that are taken in are in the way.
-            return
+        for rows in self.shape.row_counts:
+            high = sorted((run for run in self.live if run.row >= rows), key=lambda run: run.row)
+            if len(high) <= sum(row < rows for row in self._free):
+                break  # Prompts that are taken in, and what is to be copied from them, are in the way of fewer.
         for some in _groups(high, self._batch):
-            rows_from, rows_to = [run.row for run in some], [heapq.heappop(self._free) for _ in some]
-            from_R, to_R = (_filled(rows, self._batch, NOWHERE) for rows in (rows_from, rows_to))
-            self._slots = self._programs.stop(self._programs.copy(self._slots, from_R, to_R), from_R)
-            for run, row in zip(some, rows_to, strict=True):
+            from_R = _filled([run.row for run in some], self._batch, NOWHERE)
+            for run in some:
+                row = heapq.heappop(self._free)
                 self._vacate(run)
                 self.rows[row], run.row = run, row
                 self.live.add(run)
+            to_R = _filled([run.row for run in some], self._batch, NOWHERE)
+            self._slots = self._programs.stop(self._programs.copy(self._slots, from_R, to_R), from_R)
 
     def _drafted(self) -> int:
         """Tokens drafted a step: none where no request may have any, since each costs as much as one more row."""

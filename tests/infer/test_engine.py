@@ -380,7 +380,7 @@ def test_at_real_widths(fixed_rows):
 
 
 def test_slots_fill_up_soon_and_are_given_on_at_once(monkeypatch):
-    """Steps of the device, each of which costs about the same however few rows it has, stay near the fewest possible:
+    """Steps of the device, each of which costs much however few rows it has, stay near the fewest possible:
     while slots fill up they are taken one by one, and a slot is given on where its budget ends."""
     made = Engine(model(), EngineConfig(slots=((4, 64),), chunk=16, steps=8))
     decode, steps = made._pools[0]._programs.decode, []
@@ -424,7 +424,8 @@ def test_short_prompts_are_taken_in_together_and_get_what_they_get_alone(monkeyp
     assert prefills == [(1, 16), (1, 16)]
     requests = [a_request(rng, max_new_tokens=8, min_new_tokens=0, logprobs=2, prompt_logprobs=bool(i % 3 == 0))
                 for i in range(24)]
-    requests = [dataclasses.replace(request, prompt=request.prompt[-100:]) for request in requests]
+    requests = [dataclasses.replace(request, prompt=request.prompt[-100 if i % 5 == 0 else -14 :])
+                for i, request in enumerate(requests)]
     alone = [run(made, request)[0] for request in requests]
     prefills.clear()
     for _ in range(30):
@@ -451,7 +452,7 @@ def test_what_is_left_moves_to_low_slots(monkeypatch):
     tickets = [made.submit(request, each) for request, each in zip(requests, heard, strict=True)]
     while not all(h.finish[0] for h in heard[:5]):
         made.step()
-    assert sorted(ticket.runs[0].row for ticket in tickets[5:]) == [0, 1, 2]
+    assert max(ticket.runs[0].row for ticket in tickets[5:]) < 4
     made.cancel(tickets[5])  # What was moved is let go of like any other.
     while made.step():
         pass

@@ -56,7 +56,11 @@ def test_a_deadline_ends_what_runs():
             pass
 
 
-def test_nothing_is_compiled_after_warming_up():
+@pytest.mark.parametrize("config", [
+    EngineConfig(slots=((5, 64),), chunk=16, prefill_rows=2, draft=2, prefix_cache_bytes=1 << 20, max_logprobs=2),
+    EngineConfig(slots=((5, 64),), chunk=64, max_logprobs=2),  # Prompts one by one or four at a time.
+], ids=["drafts", "groups"])
+def test_nothing_is_compiled_after_warming_up(config):
     compiled = []
 
     def note(event, _, **__):
@@ -64,15 +68,15 @@ def test_nothing_is_compiled_after_warming_up():
             compiled.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(note)
-    made = Engine(tiny_model(vocab_size=V + 1), EngineConfig(slots=((5, 64),), chunk=16, prefill_rows=2, draft=2,
-                                                             prefix_cache_bytes=1 << 20, max_logprobs=2))
+    made = Engine(tiny_model(vocab_size=V + 1, layer_types=("conv", "full_attention")), config)
     made.warm_up()
     assert compiled
     compiled.clear()
     rng = np.random.default_rng(14)
     requests = [a_request(rng, max_new_tokens=9, min_new_tokens=0, n=1 + i % 3) for i in range(12)]
     requests = [dataclasses.replace(r, prompt=r.prompt[:40]) for r in requests]
-    requests.append(dataclasses.replace(requests[0], logprobs=1, prompt_logprobs=True))
+    requests += [dataclasses.replace(requests[0], prompt=[i, i + 1], n=1, logprobs=1, prompt_logprobs=i < 4)
+                 for i in range(8)]
     tickets = [made.submit(request, Heard(request.n)) for request in requests]
     made.step()
     made.cancel(tickets[1])
