@@ -332,7 +332,8 @@ class Pool:
 
     def _close_up(self) -> None:
         """Moves what generates to lower slots where its steps then take fewer rows."""
-        for rows in self.shape.row_counts:
+        high: list[Run] = []
+        for rows in (n for n in self.shape.row_counts if n >= len(self.live)):
             high = sorted((run for run in self.live if run.row >= rows), key=lambda run: run.row)
             if len(high) <= sum(row < rows for row in self._free):
                 break  # Prompts that are taken in, and what is to be copied from them, are in the way of fewer.
