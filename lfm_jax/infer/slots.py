@@ -112,7 +112,7 @@ class SlotShape:
     def row_counts(self) -> list[int]:
         """How many rows, from the first on, a dispatch of generation may have.
 
-        All of them, a quarter and so on; halves on a CPU, where 16 rows take about twice as long as 8, unless slots are
+        All of them, a quarter and so on; halves on a CPU, where 16 rows take 1.7 times as long as 8, unless slots are
         long: a dispatch of fewer rows than there are copies them. Each number takes programs that must be compiled.
         """
         halves = jax.default_backend() == "cpu" and self.length <= SHORT
