@@ -278,7 +278,7 @@ def _decode(rng: np.random.Generator, S: int, N: int, K: int, dtype: Any, H: int
     return _problem(rng, stretch, arrays, bounds)
 
 
-def _linear(rng: np.random.Generator, M: int = 7, I: int = 33, O: int = 50) -> Problem:  # noqa: E741
+def _linear(rng: np.random.Generator, M: int = 7, I: int = 33, O: int = 50) -> Problem:  # noqa: E741 (inputs, outputs)
     def product(x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], Arrays]]:
         x_MI, w_OI = x.astype(np.float64), w.astype(np.float64)
         return x_MI @ w_OI.T, lambda dy_MO: dict(x=dy_MO @ w_OI, w=dy_MO.T @ x_MI)

@@ -141,7 +141,7 @@ class _Crew:
     def wait(self) -> int:
         """Until all have ended; the exit code of the whole."""
         running, deadline, stopped = len(self.processes), float("inf"), self.stopping
-        lost: tuple[int, int] | None = None  # The process that ended first of those that did not end well.
+        lost: tuple[int, int] | None = None  # The first that did not end well, of those that say why if there are any.
         told = False
         while running:
             try:
@@ -164,9 +164,10 @@ class _Crew:
                 continue
             deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
             # A process that ends because another is gone can be seen before that one.
-            if not asked and (lost is None or lost[1] in _BEREFT) and not told:
+            says_why = code not in _BEREFT
+            if not asked and not told and (lost is None or (lost[1] in _BEREFT and says_why)):
                 lost = (i, code)
-                if code not in _BEREFT:
+                if says_why:
                     self._report(i, code, running)
                     told = True
         if lost is None:

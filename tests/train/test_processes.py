@@ -276,3 +276,14 @@ def test_who_must_be_killed_after_a_stop_was_not_lost(monkeypatch, capfd):
     monkeypatch.setattr(launch._Crew, "_read", read)
     assert launch.start([sys.executable, "-c", script], Launch(processes=2)) == STOPPED
     assert "was lost" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("ends", "named"), [
+    (("os.abort()", "time.sleep(1); sys.exit(75)"), "process 0 of 2 was lost: killed by signal 6"),
+    (("sys.exit(75)", "time.sleep(1); sys.exit(9)"), "process 1 of 2 was lost: exit code 9"),
+], ids=["all-bereft", "one-says-why"])
+def test_who_is_named_as_lost(ends, named, capfd):
+    """The first that does not just follow another, or else the first: the rest is what came of it."""
+    script = f"import os, sys, time\nif sys.argv[-1] == '0': {ends[0]}\nelse: {ends[1]}\n"
+    assert launch.start([sys.executable, "-c", script], Launch(processes=2)) == LOST
+    assert named in capfd.readouterr().err

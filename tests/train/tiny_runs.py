@@ -74,7 +74,8 @@ def wait_for_step(process, run_dir, step):
     """Until a step is on record; fails if the run ends before."""
     while max(losses(run_dir), default=0) < step:
         if process.poll() is not None:
-            raise AssertionError(f"the run ended before step {step}: {process.communicate()[1][-3000:]}")
+            # All of it: what ended the run may be said long before the last line.
+            raise AssertionError(f"the run ended before step {step}: {process.communicate()[1]}")
         time.sleep(0.005)
 
 
