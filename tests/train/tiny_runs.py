@@ -70,13 +70,19 @@ def finish(process, seconds=240):
     return process.returncode, out, err
 
 
-def wait_for_step(process, run_dir, step):
-    """Until a step is on record; fails if the run ends before."""
+def reach_step(process, run_dir, step):
+    """Waits until a step is on record; False if the run ends before."""
     while max(losses(run_dir), default=0) < step:
         if process.poll() is not None:
-            # All of it: what ended the run may be said long before the last line.
-            raise AssertionError(f"the run ended before step {step}: {process.communicate()[1]}")
+            return False
         time.sleep(0.005)
+    return True
+
+
+def wait_for_step(process, run_dir, step):
+    """Until a step is on record; fails if the run ends before."""
+    # All of it: what ended the run may be said long before the last line.
+    assert reach_step(process, run_dir, step), f"the run ended before step {step}: {process.communicate()[1]}"
 
 
 def children(process):
