@@ -31,9 +31,8 @@ class Tree(TypedDict):
 def weather(
     place: Place, unit: Unit, level: Level, days: "int" = 1, parts: list[str] | None = None, *,
     kind: Literal["now", "later"] = "now", mixed: Literal["a", 1, None] = None, scale: float = 1.0, raw: bool = False,
-    # Defaults are what is tested.
-    table: dict[str, list[float]] = {}, other: Any = None, nothing: None = None,  # noqa: B006
-    rows: Sequence = (), plain: dict = {},  # noqa: B006
+    table: dict[str, list[float]] = {}, plain: dict = {},  # noqa: B006 (defaults are what is tested)
+    other: Any = None, nothing: None = None, rows: Sequence = (),
     noted: Annotated[str, "from the hint"] = "",
 ) -> str:
     """Weather of a place,
