@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from lfm_jax.convert.hf import from_state_dict, save_hf, to_state_dict
     from lfm_jax.infer.extract import classify, extract
     from lfm_jax.infer.generate import generate, stream
-    from lfm_jax.infer.sampling import Sampling
     from lfm_jax.loading import load
     from lfm_jax.model import LFM
+    from lfm_jax.sampling import Sampling
     from lfm_jax.state import State
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "LFM": "model", "ModelConfig": "config", "Sampling": "infer.sampling", "State": "state",
+    "LFM": "model", "ModelConfig": "config", "Sampling": "sampling", "State": "state",
     "classify": "infer.extract", "extract": "infer.extract", "from_state_dict": "convert.hf",
     "generate": "infer.generate", "load": "loading", "save_hf": "convert.hf",
     "stream": "infer.generate", "to_state_dict": "convert.hf",

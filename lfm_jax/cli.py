@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from lfm_jax.config import PRESETS, DType
-from lfm_jax.infer.engine_config import EngineConfig
-from lfm_jax.infer.sampling import Sampling
+from lfm_jax.engine.config import EngineConfig
+from lfm_jax.sampling import Sampling
 from lfm_jax.serve.limits import LIMITS, OFFLINE, Limits
 
 if TYPE_CHECKING:
@@ -160,7 +160,8 @@ def chat(
       dtype: of parameters and computation; the stored one if left out.
     """
     from lfm_jax.convert.hf import chat_template
-    from lfm_jax.infer.chat import DEFAULT_TEMPLATE, chat_loop
+    from lfm_jax.infer.chat_loop import chat_loop
+    from lfm_jax.text.chat import DEFAULT_TEMPLATE
 
     model, tokenizer = _load(path, dtype)
     template = chat_template(path) or DEFAULT_TEMPLATE

@@ -64,7 +64,7 @@ def _prefill_row(
 
 def _decode_row(model: LFM, peer: _Peer | None, tokens_BT: np.ndarray, repeats: int) -> Row:
     from lfm_jax.infer.generate import generate_tokens
-    from lfm_jax.infer.sampling import Sampling
+    from lfm_jax.sampling import Sampling
 
     short, long = DECODE
     prompts = tokens_BT.tolist()

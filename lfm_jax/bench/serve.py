@@ -27,10 +27,10 @@ from flax import nnx
 from lfm_jax.bench.timing import Row, conditions, interleave, table
 from lfm_jax.chips import Chip, chip_of
 from lfm_jax.config import ModelConfig
-from lfm_jax.infer.engine import Engine
-from lfm_jax.infer.engine_config import EngineConfig
+from lfm_jax.engine.config import EngineConfig
+from lfm_jax.engine.engine import Engine
+from lfm_jax.engine.request import Event, Request
 from lfm_jax.infer.generate import generate_tokens
-from lfm_jax.infer.request import Event, Request
 from lfm_jax.kernels.attention import SCORE_BYTES
 from lfm_jax.model import LFM
 from lfm_jax.state import KV, State

@@ -31,7 +31,7 @@ def read_tokenizer(directory: Path) -> tuple[Tokenizer | None, list[str]]:
     problem = file_problem(directory, TOKENIZER)
     if problem is not None:
         return None, [problem]
-    from lfm_jax.data.tokenizer import load_tokenizer
+    from lfm_jax.text.tokenizer import load_tokenizer
 
     try:
         return load_tokenizer(directory), []

@@ -14,7 +14,7 @@ from lfm_jax.data.pipeline import (
     train_iterator,
 )
 from lfm_jax.data.sources import Documents, SourceFile, find_files, split_files
-from lfm_jax.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_bpe
+from lfm_jax.text.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_bpe
 
 __all__ = [
     "SPECIAL_TOKENS",

@@ -25,7 +25,7 @@ from lfm_jax.data.filling import fill_rows
 from lfm_jax.data.manifest import BUILD_DIR, SPLITS, Counts, Shard, Split, counts_from_plain, file_digest, write_whole
 from lfm_jax.data.rows import encode_row
 from lfm_jax.data.sources import Stretch, raise_problems, read_stretch
-from lfm_jax.data.tokenizer import load_tokenizer
+from lfm_jax.text.tokenizer import load_tokenizer
 
 BATCH_BYTES = 2**20
 """Text encoded at a time: many documents, so that cores share them, and few enough to hold their encodings."""

@@ -24,7 +24,7 @@ from lfm_jax.data.config import field_problems
 from lfm_jax.data.encoding import DocumentEncoder, tokenizer_digest
 from lfm_jax.data.manifest import BUILD_DIR, FORMAT, MANIFEST_FILE, Counts, Manifest, load_manifest, locked, write_whole
 from lfm_jax.data.sources import SourceFile, Stretch, find_files, stretches
-from lfm_jax.data.tokenizer import TOKENIZER_FILE, load_tokenizer
+from lfm_jax.text.tokenizer import TOKENIZER_FILE, load_tokenizer
 
 STRETCHES = 16
 """A block is put together from about this many stretches of the sources, or more where files are small."""

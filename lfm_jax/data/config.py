@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from lfm_jax.data.tokenizer import TOKENIZER_FILE
+from lfm_jax.text.tokenizer import TOKENIZER_FILE
 
 
 class DataUsedUp(ValueError):

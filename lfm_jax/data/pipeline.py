@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from lfm_jax.data.config import DataConfig
 from lfm_jax.data.mixture import check_made_for, load_manifests, mixture_iterator, mixture_rows, mixture_tokenizer
 from lfm_jax.data.sources import Documents, SourceFile, find_files, split_files
-from lfm_jax.data.tokenizer import load_tokenizer, train_bpe
+from lfm_jax.text.tokenizer import load_tokenizer, train_bpe
 
 if TYPE_CHECKING:
     import grain

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from lfm_jax.data.encoding import tokenizer_digest
 from lfm_jax.data.manifest import Manifest, Split
 from lfm_jax.data.rows import split_row
-from lfm_jax.data.tokenizer import load_tokenizer
+from lfm_jax.text.tokenizer import load_tokenizer
 
 BAR = 20
 """Widest bar of a histogram, in columns."""

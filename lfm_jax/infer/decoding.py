@@ -16,8 +16,8 @@ import numpy as np
 from flax import nnx
 
 from lfm_jax.config import ModelConfig
-from lfm_jax.infer.sampling import Params, Plan, Sampling, sample, to_arrays
 from lfm_jax.model import LFM
+from lfm_jax.sampling import Params, Plan, Sampling, sample, to_arrays
 from lfm_jax.state import State
 
 PREFILL_CHUNK = 512

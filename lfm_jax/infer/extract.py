@@ -15,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lfm_jax.infer.chat import encode_chat, turn_stop_ids
+from lfm_jax.engine.config import EngineConfig
+from lfm_jax.engine.engine import Engine
+from lfm_jax.engine.request import Request
 from lfm_jax.infer.decoding import bucket
-from lfm_jax.infer.engine import Engine
-from lfm_jax.infer.engine_config import EngineConfig
-from lfm_jax.infer.request import Request
-from lfm_jax.infer.sampling import GREEDY, Sampling
-from lfm_jax.infer.text import check_tokenizer
 from lfm_jax.model import LFM, Logits
+from lfm_jax.sampling import GREEDY, Sampling
 from lfm_jax.state import State
+from lfm_jax.text.chat import encode_chat, turn_stop_ids
+from lfm_jax.text.codec import check_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -76,7 +76,7 @@ def extract(
       ValueError: a schema that is not supported (`GrammarError`); an answer that max_new_tokens does not hold, or a
         text too long for the model, with the number of the text.
     """
-    from lfm_jax.infer.grammar import Grammar, grammar_tokenizer
+    from lfm_jax.structured.grammar import Grammar, grammar_tokenizer
 
     check_tokenizer(tokenizer, model.config)
     stop_ids = _stop_ids(model, tokenizer)

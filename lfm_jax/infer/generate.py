@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lfm_jax.infer.decoding import DISPATCH, Decoding, resolve_stop_ids
-from lfm_jax.infer.sampling import GREEDY, Sampling
-from lfm_jax.infer.text import Reply, check_tokenizer, encode
 from lfm_jax.model import LFM
+from lfm_jax.sampling import GREEDY, Sampling
+from lfm_jax.text.codec import Reply, check_tokenizer, encode
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

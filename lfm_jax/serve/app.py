@@ -21,10 +21,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from lfm_jax.infer import request as engine_request
-from lfm_jax.infer.request import EngineFullError
-from lfm_jax.infer.sampling import GREEDY, Sampling
-from lfm_jax.infer.service import Answers, Piece, Service
+from lfm_jax.engine import request as engine_request
+from lfm_jax.engine.request import EngineFullError
+from lfm_jax.engine.service import Answers, Piece, Service
+from lfm_jax.sampling import GREEDY, Sampling
 from lfm_jax.serve.errors import KINDS, RefusalError
 from lfm_jax.serve.formats import ChatFormat, TextFormat, streamed_answer, whole_answer
 from lfm_jax.serve.guard import Guard

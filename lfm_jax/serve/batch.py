@@ -15,8 +15,8 @@ from typing import Any
 from fastapi import FastAPI
 
 from lfm_jax.data.manifest import locked
-from lfm_jax.infer.sampling import GREEDY, Sampling
-from lfm_jax.infer.service import Service
+from lfm_jax.engine.service import Service
+from lfm_jax.sampling import GREEDY, Sampling
 from lfm_jax.serve.app import make_app
 from lfm_jax.serve.errors import RefusalError
 from lfm_jax.serve.launch import say

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lfm_jax.infer.service import Piece
+from lfm_jax.engine.service import Piece
 
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
          405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error", 429: "rate_limit_error",

@@ -9,12 +9,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from lfm_jax.infer.request import Request, TokenLogprob
-from lfm_jax.infer.service import Piece, Service
-from lfm_jax.infer.text import Detokenizer, token_bytes
-from lfm_jax.infer.tools import Content, ToolCallParser
+from lfm_jax.engine.request import Request, TokenLogprob
+from lfm_jax.engine.service import Piece, Service
 from lfm_jax.serve.errors import broken
 from lfm_jax.serve.protocol import ChatBody, CompletionBody
+from lfm_jax.text.codec import Detokenizer, token_bytes
+from lfm_jax.text.tools import Content, ToolCallParser
 
 
 class Choice:

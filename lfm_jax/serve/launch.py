@@ -13,9 +13,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lfm_jax.infer.engine_config import EngineConfig
-from lfm_jax.infer.sampling import Sampling
-from lfm_jax.infer.service import Service
+from lfm_jax.engine.config import EngineConfig
+from lfm_jax.engine.service import Service
+from lfm_jax.sampling import Sampling
 from lfm_jax.serve.app import make_app
 from lfm_jax.serve.limits import Limits
 

@@ -8,8 +8,8 @@ from typing import Any, get_args
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from lfm_jax.infer.engine import Engine
-from lfm_jax.infer.request import Finish
+from lfm_jax.engine.engine import Engine
+from lfm_jax.engine.request import Finish
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")

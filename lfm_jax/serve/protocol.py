@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lfm_jax.infer.grammar import Grammar
-from lfm_jax.infer.sampling import Sampling
-from lfm_jax.infer.tool_schemas import tool_schemas
+from lfm_jax.sampling import Sampling
+from lfm_jax.structured.grammar import Grammar
+from lfm_jax.text.tool_schemas import tool_schemas
 
 MAX_STOPS = 8
 MAX_TOP_LOGPROBS = 20

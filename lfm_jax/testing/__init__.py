@@ -37,6 +37,6 @@ def tiny_model(seed: int = 0, **changes: Any) -> LFM:
 
 def tiny_tokenizer(text: str = "the quick brown fox jumps over the lazy dog\n" * 8, vocab_size: int = 512) -> Tokenizer:
     """A byte-level BPE tokenizer with LFM2's special tokens, trained on `text`."""
-    from lfm_jax.data.tokenizer import train_bpe
+    from lfm_jax.text.tokenizer import train_bpe
 
     return train_bpe([text], vocab_size=vocab_size)

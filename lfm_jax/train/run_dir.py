@@ -13,7 +13,7 @@ from lfm_jax import recipe
 from lfm_jax.config import ModelConfig
 from lfm_jax.convert import sidecars
 from lfm_jax.data import load_tokenizer, make_tokenizer
-from lfm_jax.data.tokenizer import TOKENIZER_FILE
+from lfm_jax.text.tokenizer import TOKENIZER_FILE
 from lfm_jax.train.optimizer import OptimizerConfig
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from lfm_jax.data.encoding import DocumentEncoder, cuts
 from lfm_jax.data.packing import Pieces, pack
 from lfm_jax.data.rows import encode_row
 from lfm_jax.data.shards import decode_row
-from lfm_jax.data.tokenizer import train_bpe
+from lfm_jax.text.tokenizer import train_bpe
 
 BYTES = train_bpe([], vocab_size=270)
 MANY = train_bpe([], vocab_size=270)

@@ -10,10 +10,10 @@ import pytest
 
 import lfm_jax as lfm
 from lfm_jax.infer import extract as module
-from lfm_jax.infer.chat import DEFAULT_TEMPLATE, render_chat, special_tokens
 from lfm_jax.infer.extract import classify, extract
-from lfm_jax.infer.sampling import Sampling
+from lfm_jax.sampling import Sampling
 from lfm_jax.testing import tiny_model, tiny_tokenizer
+from lfm_jax.text.chat import DEFAULT_TEMPLATE, render_chat, special_tokens
 
 SCHEMA = {
     "type": "object", "required": ["who", "when"], "additionalProperties": False,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lfm_jax.infer import decoding
 from lfm_jax.infer.decoding import Decoding, bucket
 from lfm_jax.infer.generate import generate, generate_tokens, stream
-from lfm_jax.infer.sampling import GREEDY, Sampling
+from lfm_jax.sampling import GREEDY, Sampling
 from lfm_jax.testing import tiny_model, tiny_tokenizer
 
 PROMPTS = ([1, 5, 9], [1, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49], [1, *range(60, 79)])

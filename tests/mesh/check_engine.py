@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from meshes import mesh_of
 
-from lfm_jax.infer.engine import Engine
-from lfm_jax.infer.engine_config import EngineConfig
-from lfm_jax.infer.request import Request
-from lfm_jax.infer.sampling import Sampling
+from lfm_jax.engine.config import EngineConfig
+from lfm_jax.engine.engine import Engine
+from lfm_jax.engine.request import Request
+from lfm_jax.sampling import Sampling
 from lfm_jax.testing import tiny_model
 
 V = 96

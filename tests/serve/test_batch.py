@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from lfm_jax.infer.engine_config import EngineConfig
-from lfm_jax.infer.service import Service
+from lfm_jax.engine.config import EngineConfig
+from lfm_jax.engine.service import Service
 from lfm_jax.serve.batch import batch
 from lfm_jax.testing import tiny_model, tiny_tokenizer
 

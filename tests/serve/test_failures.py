@@ -8,8 +8,8 @@ import time
 import httpx
 import pytest
 
-from lfm_jax.infer.engine_config import EngineConfig
-from lfm_jax.infer.service import Service
+from lfm_jax.engine.config import EngineConfig
+from lfm_jax.engine.service import Service
 from lfm_jax.serve.app import make_app
 from lfm_jax.serve.limits import LIMITS
 from lfm_jax.testing import tiny_model, tiny_tokenizer

@@ -17,7 +17,7 @@ import openai
 import pytest
 
 import lfm_jax as lfm
-from lfm_jax.infer.sampling import Sampling
+from lfm_jax.sampling import Sampling
 
 KEY = "secret-key"
 HELLO = [{"role": "user", "content": "hello"}]

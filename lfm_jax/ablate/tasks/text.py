@@ -26,7 +26,7 @@ from lfm_jax.data.config import MixturePart
 from lfm_jax.data.manifest import MANIFEST_FILE, Manifest, load_manifest, locked, write_whole
 from lfm_jax.data.pipeline import Batch
 from lfm_jax.data.sources import Documents, find_files
-from lfm_jax.data.tokenizer import TOKENIZER_FILE
+from lfm_jax.text.tokenizer import TOKENIZER_FILE
 
 if TYPE_CHECKING:
     import grain

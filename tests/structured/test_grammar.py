@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from grammars import EOS, SMALL, START, TOOLS, V, allowed, matcher, pick, samples, tokenizer, written
 
-from lfm_jax.infer.grammar import Grammar, GrammarTokenizer, Matcher, fill_masks, grammar_tokenizer
-from lfm_jax.infer.json_schema import GrammarError
-from lfm_jax.infer.slots import unpack
+from lfm_jax.engine.slots import unpack
+from lfm_jax.structured.grammar import Grammar, GrammarTokenizer, Matcher, fill_masks, grammar_tokenizer
+from lfm_jax.structured.json_schema import GrammarError
 from lfm_jax.testing import tiny_tokenizer
 
 

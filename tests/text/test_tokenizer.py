@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lfm_jax.data import SPECIAL_TOKENS, load_tokenizer, train_bpe
-from lfm_jax.data.tokenizer import MIN_VOCAB_SIZE
 from lfm_jax.testing import tiny_tokenizer
+from lfm_jax.text.tokenizer import MIN_VOCAB_SIZE
 
 CODE = "def half(number):\n    if number > 12345678:\n        return number / 2\n\n\n" * 20
 TOKENIZER = train_bpe([CODE], vocab_size=400)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from grammars import SMALL, TREE, accepts, faults, matcher, samples, written
 
-from lfm_jax.infer.grammar import Grammar
-from lfm_jax.infer.json_schema import GrammarError, bounded
+from lfm_jax.structured.grammar import Grammar
+from lfm_jax.structured.json_schema import GrammarError, bounded
 
 BENCH = Path(__file__).parents[3] / "shared/data/eval/jsonschemabench.tar.xz"
 

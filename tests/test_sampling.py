@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from lfm_jax.infer.sampling import ANYTHING, GREEDY, Sampling, filter_logits, sample, to_arrays
+from lfm_jax.sampling import ANYTHING, GREEDY, Sampling, filter_logits, sample, to_arrays
 
 V = 211
 filtered = jax.jit(filter_logits, static_argnums=2)

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lfm_jax.infer.call_grammar import CallRules
-from lfm_jax.infer.json_schema import MALFORMED, Bounds, GrammarError, accepted, compiled, llguidance, one_line
-from lfm_jax.infer.tool_schemas import Tool, tool_schemas
-from lfm_jax.infer.tools import END, START
+from lfm_jax.structured.call_grammar import CallRules
+from lfm_jax.structured.json_schema import MALFORMED, Bounds, GrammarError, accepted, compiled, llguidance, one_line
+from lfm_jax.text.tool_schemas import Tool, tool_schemas
+from lfm_jax.text.tools import END, START
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -21,9 +21,9 @@ from grammars import (
     tokenizer,
 )
 
-from lfm_jax.infer.grammar import MAX_CALLS, Grammar
-from lfm_jax.infer.json_schema import GrammarError
-from lfm_jax.infer.tools import ToolCall, parse_tool_calls, render_calls
+from lfm_jax.structured.grammar import MAX_CALLS, Grammar
+from lfm_jax.structured.json_schema import GrammarError
+from lfm_jax.text.tools import ToolCall, parse_tool_calls, render_calls
 
 PARAMETERS = {
     "get_weather": WEATHER["parameters"], "trees.plant": PLANT["function"]["parameters"], "ping": {"properties": {}},

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lfm_jax.infer.json_schema import (
+from lfm_jax.structured.json_schema import (
     ANY_VALUE,
     IN_PLACE,
     KEYWORDS,
@@ -26,7 +26,7 @@ from lfm_jax.infer.json_schema import (
     resolved,
     types,
 )
-from lfm_jax.infer.tools import is_pythonic
+from lfm_jax.text.tools import is_pythonic
 
 _PYTHON = {None: "None", True: "True", False: "False"}
 _JSON = {None: "null", True: "true", False: "false"}

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lfm_jax.infer.tool_schemas import Tool, tool_schemas
+from lfm_jax.text.tool_schemas import Tool, tool_schemas
 
 START, END = "<|tool_call_start|>", "<|tool_call_end|>"
 MAX_DEPTH = 64

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from lfm_jax.config import ModelConfig
-from lfm_jax.infer.sampling import GREEDY, Sampling
+from lfm_jax.sampling import GREEDY, Sampling
 
 if TYPE_CHECKING:
-    from lfm_jax.infer.grammar import Matcher
+    from lfm_jax.structured.grammar import Matcher
 
 Finish = Literal["stop", "length", "cancelled", "deadline", "failed"]
 """`stop`: a stop id. `length`: max_new_tokens. `cancelled` and `deadline` may come at any time, also while it waits.

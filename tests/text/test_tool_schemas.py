@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NotRequired, Required, TypedDict
 
 import pytest
 
-from lfm_jax.infer.tool_schemas import function_schema, tool_schemas
+from lfm_jax.text.tool_schemas import function_schema, tool_schemas
 
 
 class Unit(enum.Enum):

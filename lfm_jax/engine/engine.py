@@ -24,16 +24,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from lfm_jax.infer.engine_config import DEFAULT, EngineConfig
-from lfm_jax.infer.placement import check_memory, device_memory, place_replicas
-from lfm_jax.infer.pool import Pool, Run, Sent, Ticket, logprobs
-from lfm_jax.infer.prefix_cache import PrefixCache
-from lfm_jax.infer.request import Continuation, EngineFullError, Event, Finish, Listener, Request
-from lfm_jax.infer.slots import Told
+from lfm_jax.engine.config import DEFAULT, EngineConfig
+from lfm_jax.engine.placement import check_memory, device_memory, place_replicas
+from lfm_jax.engine.pool import Pool, Run, Sent, Ticket, logprobs
+from lfm_jax.engine.prefix_cache import PrefixCache
+from lfm_jax.engine.request import Continuation, EngineFullError, Event, Finish, Listener, Request
+from lfm_jax.engine.slots import Told
 from lfm_jax.model import LFM
 
 if TYPE_CHECKING:
-    from lfm_jax.infer.grammar import Matcher
+    from lfm_jax.structured.grammar import Matcher
 
 
 class Engine:

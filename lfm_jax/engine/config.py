@@ -10,7 +10,7 @@ from lfm_jax.config import ITEMSIZE, ModelConfig
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from lfm_jax.infer.slots import SlotShape
+    from lfm_jax.engine.slots import SlotShape
 
 STEPS = 32
 """Most steps of one dispatch."""
@@ -97,7 +97,7 @@ class EngineConfig:
         Raises:
           ValueError: slots longer than the model's context, or drafts for a model whose state cannot go back.
         """
-        from lfm_jax.infer.slots import SlotShape
+        from lfm_jax.engine.slots import SlotShape
 
         longest = max(length for _, length in self.slots)
         if longest > model.max_position:

@@ -22,9 +22,9 @@ from jax.sharding import PartitionSpec as P
 
 from lfm_jax import state as state_lib
 from lfm_jax.config import ModelConfig
-from lfm_jax.infer.engine_config import SHORT, STEPS
-from lfm_jax.infer.sampling import ANYTHING, Params, Plan, sample
+from lfm_jax.engine.config import SHORT, STEPS
 from lfm_jax.model import LFM, Logits
+from lfm_jax.sampling import ANYTHING, Params, Plan, sample
 from lfm_jax.sharding import reshard, spec
 from lfm_jax.state import State
 

@@ -17,14 +17,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lfm_jax.infer.engine_config import EngineConfig
-from lfm_jax.infer.prefix_cache import PrefixCache
-from lfm_jax.infer.request import Event, Listener, Request, TokenLogprob
-from lfm_jax.infer.sampling import to_arrays
-from lfm_jax.infer.slots import NOWHERE, Asked, Slots, SlotShape, Told, programs
+from lfm_jax.engine.config import EngineConfig
+from lfm_jax.engine.prefix_cache import PrefixCache
+from lfm_jax.engine.request import Event, Listener, Request, TokenLogprob
+from lfm_jax.engine.slots import NOWHERE, Asked, Slots, SlotShape, Told, programs
+from lfm_jax.sampling import to_arrays
 
 if TYPE_CHECKING:
-    from lfm_jax.infer.grammar import Matcher
+    from lfm_jax.structured.grammar import Matcher
 
 
 LOOKED_AT = 8
@@ -465,7 +465,7 @@ def _masks(matchers: Sequence[Matcher | None], rows: int, words: int) -> np.ndar
     """Bits of the tokens that each row may have next; all of them where no grammar says."""
     masks_BW = np.full((rows, words), 0xFFFFFFFF, np.uint32)
     if any(matcher is not None for matcher in matchers):
-        from lfm_jax.infer.grammar import fill_masks
+        from lfm_jax.structured.grammar import fill_masks
 
         fill_masks(matchers, masks_BW[: len(matchers)])
     return masks_BW

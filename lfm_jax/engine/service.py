@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
 
-from lfm_jax.infer.chat import Message, encode_chat, turn_stop_ids
-from lfm_jax.infer.engine import Engine
-from lfm_jax.infer.engine_config import DEFAULT, EngineConfig
-from lfm_jax.infer.grammar import Grammar, Matcher, grammar_tokenizer
-from lfm_jax.infer.pool import Ticket
-from lfm_jax.infer.request import Event, Finish, Request, TokenLogprob
-from lfm_jax.infer.text import Reply, check_tokenizer, encode
+from lfm_jax.engine.config import DEFAULT, EngineConfig
+from lfm_jax.engine.engine import Engine
+from lfm_jax.engine.pool import Ticket
+from lfm_jax.engine.request import Event, Finish, Request, TokenLogprob
 from lfm_jax.model import LFM
+from lfm_jax.structured.grammar import Grammar, Matcher, grammar_tokenizer
+from lfm_jax.text.chat import Message, encode_chat, turn_stop_ids
+from lfm_jax.text.codec import Reply, check_tokenizer, encode
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

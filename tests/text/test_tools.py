@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lfm_jax.infer.tools import (
+from lfm_jax.text.tools import (
     END,
     MAX_DEPTH,
     START,

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from engines import CONFIG, STOP, Heard, V, a_request, assert_slots_are_whole, engine, model, run
 
-from lfm_jax.infer import pool as pools
-from lfm_jax.infer.engine import Engine
-from lfm_jax.infer.engine_config import EngineConfig
+from lfm_jax.engine import pool as pools
+from lfm_jax.engine.config import EngineConfig
+from lfm_jax.engine.engine import Engine
+from lfm_jax.engine.prefix_cache import PrefixCache
+from lfm_jax.engine.request import Request
 from lfm_jax.infer.generate import generate_tokens
-from lfm_jax.infer.grammar import Grammar, grammar_tokenizer
-from lfm_jax.infer.prefix_cache import PrefixCache
-from lfm_jax.infer.request import Request
-from lfm_jax.infer.sampling import Sampling
+from lfm_jax.sampling import Sampling
+from lfm_jax.structured.grammar import Grammar, grammar_tokenizer
 from lfm_jax.testing import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("cached")  # Other modules compile the same programs.

@@ -5,8 +5,8 @@ import functools
 import jsonschema
 import numpy as np
 
-from lfm_jax.infer.grammar import grammar_tokenizer
-from lfm_jax.infer.json_schema import Bounds
+from lfm_jax.structured.grammar import grammar_tokenizer
+from lfm_jax.structured.json_schema import Bounds
 from lfm_jax.testing import tiny_tokenizer
 
 V = 333  # More ids than the tokenizer has, and no multiple of 32.

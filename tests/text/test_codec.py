@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm_jax.infer.text import Detokenizer, Reply, StopStrings, check_tokenizer, encode
 from lfm_jax.testing import tiny_config, tiny_tokenizer
+from lfm_jax.text.codec import Detokenizer, Reply, StopStrings, check_tokenizer, encode
 
 MULTIBYTE = "naïve Zürich 東京 🦊🦊 über straße ñandú 🇯🇵 "
 

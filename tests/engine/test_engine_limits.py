@@ -10,11 +10,11 @@ import pytest
 from engines import CONFIG, Heard, V, a_request, assert_slots_are_whole, engine, model, run
 
 from lfm_jax.config import ModelConfig
-from lfm_jax.infer.engine import Engine
-from lfm_jax.infer.engine_config import EngineConfig
+from lfm_jax.engine.config import EngineConfig
+from lfm_jax.engine.engine import Engine
+from lfm_jax.engine.pool import chunk_width, chunk_widths
+from lfm_jax.engine.request import EngineFullError, Request
 from lfm_jax.infer.generate import generate_tokens
-from lfm_jax.infer.pool import chunk_width, chunk_widths
-from lfm_jax.infer.request import EngineFullError, Request
 from lfm_jax.testing import tiny_model
 
 pytestmark = pytest.mark.usefixtures("cached")

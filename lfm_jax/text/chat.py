@@ -1,4 +1,4 @@
-"""Chat: messages to prompt text with the checkpoint's own Jinja template, and a conversation in the terminal.
+"""Chat: messages to prompt text with the checkpoint's own Jinja template.
 
 A template is a program that came with the weights: it runs in a sandbox, on copies of plain data.
 """
@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from lfm_jax.config import ModelConfig
-from lfm_jax.infer.generate import stream
-from lfm_jax.infer.sampling import GREEDY, Sampling
-from lfm_jax.infer.text import check_tokenizer, encoded
-from lfm_jax.infer.tools import ToolCall, render_calls
-from lfm_jax.model import LFM
+from lfm_jax.text.codec import encoded
+from lfm_jax.text.tools import ToolCall, render_calls
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -185,72 +182,3 @@ def turn_stop_ids(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
     """Tokens that end the assistant's turn: eos and the end of a turn, where the tokenizer has one."""
     end = tokenizer.token_to_id(END_OF_TURN)
     return tuple(sorted({*config.eos_ids, *([] if end is None else [end])}))
-
-
-def chat_loop(
-    model: LFM,
-    tokenizer: Tokenizer,
-    template: str | None = None,
-    sampling: Sampling = GREEDY,
-    max_new_tokens: int = 512,
-    *,
-    system: str | None = None,
-    read: Callable[[str], str] = input,
-    write: Callable[..., None] = print,
-) -> list[dict[str, str]]:
-    """Talks until /exit, end of input or Ctrl-C at the prompt; /reset forgets the conversation.
-
-    Ctrl-C during a reply stops the reply, not the program.
-
-    Args:
-      model, tokenizer, sampling, max_new_tokens: as in `generate`.
-      template: chat template; None means DEFAULT_TEMPLATE.
-      system: text of a system message that opens the conversation.
-      read: asks for a line, given the prompt to show.
-      write: shows text; takes the keywords `end` and `flush` of `print`.
-
-    Returns:
-      The messages of the conversation.
-    """
-    check_tokenizer(tokenizer, model.config)
-    opening = [{"role": "system", "content": system}] if system else []
-    messages = list(opening)
-    write("Type a message; /reset forgets the conversation, /exit leaves.")
-    while (line := _ask(read)) != "/exit":
-        if line == "/reset":
-            messages = list(opening)
-            write("The conversation is forgotten.")
-        elif line:
-            turn = [*messages, {"role": "user", "content": line}]
-            try:
-                reply = _reply(model, tokenizer, template, turn, sampling, max_new_tokens, write)
-            except ValueError as error:  # Above all: the conversation has outgrown the model's context.
-                write(f"{error}\n/reset begins a new conversation.")
-            else:
-                messages = [*turn, {"role": "assistant", "content": reply}]
-    return messages
-
-
-def _ask(read: Callable[[str], str]) -> str:
-    try:
-        return read("> ").strip()
-    except (EOFError, KeyboardInterrupt):
-        return "/exit"
-
-
-def _reply(
-    model: LFM, tokenizer: Tokenizer, template: str | None, messages: Sequence[Message], sampling: Sampling,
-    max_new_tokens: int, write: Callable[..., None],
-) -> str:
-    """Streams the assistant's turn to `write` and returns it, or what there was of it at Ctrl-C."""
-    ids = encode_chat(tokenizer, model.config, template, messages)
-    stop_ids = turn_stop_ids(tokenizer, model.config)
-    text = ""
-    try:
-        for piece in stream(model, tokenizer, ids, sampling, max_new_tokens, stop_ids=stop_ids):
-            text += piece
-            write(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        write(" [stopped]", end="")
-    write("")
-    return text

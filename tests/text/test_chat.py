@@ -7,11 +7,12 @@ from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
 from lfm_jax.infer import decoding
-from lfm_jax.infer.chat import DEFAULT_TEMPLATE, chat_loop, render_chat, special_tokens
+from lfm_jax.infer.chat_loop import chat_loop
 from lfm_jax.infer.generate import generate
-from lfm_jax.infer.sampling import GREEDY
-from lfm_jax.infer.text import encode
+from lfm_jax.sampling import GREEDY
 from lfm_jax.testing import tiny_config, tiny_model, tiny_tokenizer
+from lfm_jax.text.chat import DEFAULT_TEMPLATE, render_chat, special_tokens
+from lfm_jax.text.codec import encode
 
 SPECIALS = dict(bos_token="<|startoftext|>", eos_token="<|im_end|>", pad_token="<|pad|>")
 

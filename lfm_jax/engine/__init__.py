@@ -1,0 +1,1 @@
+"""The batched engine: requests in, tokens out, many at a time."""

@@ -1,0 +1,1 @@
+"""Text that follows a grammar: JSON schemas, tool calls, and masks of the tokens they allow."""
