@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lfm_jax.data.manifest import write_whole
+from lfm_jax.files import write_whole
 
 RESULTS = "results.jsonl"
 

@@ -24,9 +24,9 @@ from flax import nnx
 from lfm_jax.ablate.points import Trial
 from lfm_jax.ablate.study import Study
 from lfm_jax.ablate.tasks.task import Task
+from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.model import LFM, abstract_model
 from lfm_jax.train.checkpoint import CheckpointManager
-from lfm_jax.train.loss import LOSS_IGNORE
 from lfm_jax.train.optimizer import make_optimizer
 from lfm_jax.train.step import Batch, TrainState, init_train_state, train_step
 

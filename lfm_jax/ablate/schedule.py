@@ -12,7 +12,6 @@ import dataclasses
 import shlex
 import shutil
 import statistics
-import sys
 import time
 import traceback
 from collections import Counter
@@ -43,7 +42,7 @@ from lfm_jax.ablate.results import (
 from lfm_jax.ablate.study import Study
 from lfm_jax.ablate.tasks.task import Task, open_task
 from lfm_jax.config import ModelConfig
-from lfm_jax.data.manifest import locked, write_whole
+from lfm_jax.files import locked, say, write_whole
 from lfm_jax.train.launch import FAILED, STOPPED
 
 if TYPE_CHECKING:
@@ -134,7 +133,7 @@ def ablate(config: AblateConfig, args: Sequence[str] = ()) -> int:
     if config.index is not None or status == STOPPED:
         return status
     if work.missing():
-        _say(f"{work.missing()} runs are left to other processes that are at them; the same command goes on once they "
+        say(f"{work.missing()} runs are left to other processes that are at them; the same command goes on once they "
              "have ended")
         return STOPPED
     with StopRequest(until) as stop:
@@ -251,7 +250,7 @@ class Work:
                 with suppress(_TakenError), _locked(folder):
                     self._run_trial(trial, stop, retry_failed)
         except StoppedError:
-            _say(f"stopped with {self._progress()}; the same command goes on")
+            say(f"stopped with {self._progress()}; the same command goes on")
             return STOPPED
         return 0
 
@@ -305,7 +304,7 @@ class Work:
         kind = "tuning" if seed == TUNING_SEED else "run"
         record = record | {"kind": kind, "point": trial.point.name, "task": trial.task}
         write_record(path, record)
-        _say(f"{trial.point.name} | {trial.task} | seed {seed}, rate {rate:g}: as in {record['taken_from']}")
+        say(f"{trial.point.name} | {trial.task} | seed {seed}, rate {rate:g}: as in {record['taken_from']}")
         return record
 
     def _run_seeds(
@@ -317,10 +316,10 @@ class Work:
 
         name = f"{trial.point.name} | {trial.task} | seed {', '.join(map(str, seeds))}, rate {rate:g}"
 
-        def say(done: int) -> None:
+        def tell(done: int) -> None:
             if time.monotonic() - self._shown > SAY_SECONDS:
                 self._shown = time.monotonic()
-                _say(f"{name}: step {done}/{trial.steps}")
+                say(f"{name}: step {done}/{trial.steps}")
 
         self._shown = time.monotonic()
         common = [
@@ -331,7 +330,7 @@ class Work:
         saved = paths[0].with_suffix(".saved")
         try:
             key = digest([record["digest"] for record in common])
-            outcomes = trainer.run(seeds, rate, saved, key, stop, say)
+            outcomes = trainer.run(seeds, rate, saved, key, stop, tell)
         except StoppedError:
             raise
         except Exception as error:  # One that fails must not take the others with it; it is recorded.
@@ -348,14 +347,14 @@ class Work:
                     "status": "failed", "error": reason[:2000], "score": None, "metrics": {}, "curves": {},
                     "seconds": 0.0,
                 })
-            _say(f"{name}: FAILED: {error}")
+            say(f"{name}: FAILED: {error}")
             return
         for path, record, outcome in zip(paths, common, outcomes, strict=True):
             write_record(path, record | {"status": "ok", "error": None} | dataclasses.asdict(outcome))
         shutil.rmtree(saved, ignore_errors=True)
         scores = ", ".join(f"{outcome.score:.4f}" for outcome in outcomes)
         about = self.tasks[trial.task].about
-        _say(f"{name}: {about.score} {scores} ({outcomes[0].seconds:.0f} s); {self._progress()}")
+        say(f"{name}: {about.score} {scores} ({outcomes[0].seconds:.0f} s); {self._progress()}")
 
     def _run_records(self) -> list[dict[str, Any]]:
         records = []
@@ -415,7 +414,7 @@ class Work:
             if record is None or record["digest"] != key:
                 # One that is begun is not interrupted; each takes about as long as the last.
                 if stop.due() or (key not in known and stop.left() < took):
-                    _say("stopped while costs were measured; the same command goes on")
+                    say("stopped while costs were measured; the same command goes on")
                     return STOPPED
                 began, new = time.monotonic(), key not in known
                 try:
@@ -425,14 +424,14 @@ class Work:
                         prefill_length=min(PREFILL_LENGTH, trial.model.max_position),
                     )
                 except Exception as error:  # The report is owed all the same; the next call tries again.
-                    _say(f"{trial.point.name}: costs FAILED: {error}")
+                    say(f"{trial.point.name}: costs FAILED: {error}")
                     status = FAILED
                     continue
                 took = time.monotonic() - began if new else took
                 record = {"digest": key, "kind": "cost"} | cost | {"point": trial.point.name}
                 write_record(path, record)
                 how = f"measured in {took:.0f} s" if new else "are those of an equal model"
-                _say(f"{trial.point.name}: costs {how}")
+                say(f"{trial.point.name}: costs {how}")
             known[key] = record
         return status
 
@@ -483,7 +482,7 @@ class Work:
         results = write_results(self.out, self.records())
         page = write_report(results, self.out / "report")
         failed = [r for r in self._run_records() if r["status"] == "failed" and r["kind"] == "run"]
-        _say(f"{self._progress()}{f', {len(failed)} FAILED' if failed else ''}; report: {page}")
+        say(f"{self._progress()}{f', {len(failed)} FAILED' if failed else ''}; report: {page}")
         return FAILED if failed else 0
 
 
@@ -533,7 +532,3 @@ def _letters(model: ModelConfig) -> str:
     from lfm_jax.ablate.pattern import to_letters
 
     return to_letters(model.layer_types)
-
-
-def _say(text: str) -> None:
-    print(f"ablate: {text}", file=sys.stderr, flush=True)

@@ -22,9 +22,10 @@ import numpy as np
 
 from lfm_jax.data.encoding import DocumentEncoder, cuts
 from lfm_jax.data.filling import fill_rows
-from lfm_jax.data.manifest import BUILD_DIR, SPLITS, Counts, Shard, Split, counts_from_plain, file_digest, write_whole
+from lfm_jax.data.manifest import BUILD_DIR, SPLITS, Counts, Shard, Split, counts_from_plain, file_digest
 from lfm_jax.data.rows import encode_row
 from lfm_jax.data.sources import Stretch, raise_problems, read_stretch
+from lfm_jax.files import write_whole
 from lfm_jax.text.tokenizer import load_tokenizer
 
 BATCH_BYTES = 2**20

@@ -22,8 +22,9 @@ import numpy as np
 from lfm_jax.data.block import HELDOUT_RULE, Block, Settings, load_block
 from lfm_jax.data.config import field_problems
 from lfm_jax.data.encoding import DocumentEncoder, tokenizer_digest
-from lfm_jax.data.manifest import BUILD_DIR, FORMAT, MANIFEST_FILE, Counts, Manifest, load_manifest, locked, write_whole
+from lfm_jax.data.manifest import BUILD_DIR, FORMAT, MANIFEST_FILE, Counts, Manifest, load_manifest
 from lfm_jax.data.sources import SourceFile, Stretch, find_files, stretches
+from lfm_jax.files import locked, write_whole
 from lfm_jax.text.tokenizer import TOKENIZER_FILE, load_tokenizer
 
 STRETCHES = 16

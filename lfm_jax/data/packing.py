@@ -16,9 +16,9 @@ import grain
 import numpy as np
 from tokenizers import Tokenizer
 
+from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.data.config import DataUsedUp
 from lfm_jax.data.encoding import BATCH_DOCUMENTS, DocumentEncoder, cuts
-from lfm_jax.train.loss import LOSS_IGNORE
 
 PACKING_ROWS = 128
 """Rows open at a time: more waste less padding, but resuming packs up to this many rows again."""

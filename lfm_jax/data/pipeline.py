@@ -15,12 +15,12 @@ Dimensions: B rows, T time.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import batched
 from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from lfm_jax.data.batch import Batch, batches_of
 from lfm_jax.data.config import DataConfig
 from lfm_jax.data.mixture import check_made_for, load_manifests, mixture_iterator, mixture_rows, mixture_tokenizer
 from lfm_jax.data.sources import Documents, SourceFile, find_files, split_files
@@ -28,8 +28,6 @@ from lfm_jax.text.tokenizer import load_tokenizer, train_bpe
 
 if TYPE_CHECKING:
     import grain
-
-Batch = dict[str, np.ndarray]
 
 
 def train_documents(config: DataConfig) -> Documents:
@@ -152,17 +150,7 @@ def heldout_batches(
     Raises:
       ValueError: see `train_iterator`.
     """
-    from lfm_jax.train.loss import LOSS_IGNORE
-
-    for rows in batched(_heldout_rows(config, tokenizer, bos_id, eos_id), config.batch_size):
-        short = config.batch_size - len(rows)
-        yield {
-            key: np.pad(
-                np.stack([row[key] for row in rows]),
-                ((0, short), (0, 0)), constant_values=LOSS_IGNORE if key == "targets" else 0,
-            )
-            for key in rows[0]
-        }
+    return batches_of(_heldout_rows(config, tokenizer, bos_id, eos_id), config.batch_size)
 
 
 def _heldout_rows(config: DataConfig, tokenizer: Tokenizer, bos_id: int, eos_id: int) -> Iterator[Batch]:

@@ -19,9 +19,9 @@ import grain
 import numpy as np
 from grain.sources import ArrayRecordDataSource
 
+from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.data.manifest import Manifest, Split
 from lfm_jax.data.rows import split_row
-from lfm_jax.train.loss import LOSS_IGNORE
 
 
 def decode_row(record: bytes, dtype: np.dtype, T: int) -> dict[str, np.ndarray]:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lfm_jax.infer.generate import stream
-from lfm_jax.infer.sampling import GREEDY, Sampling
 from lfm_jax.model import LFM
+from lfm_jax.sampling import GREEDY, Sampling
 from lfm_jax.text.chat import Message, encode_chat, turn_stop_ids
 from lfm_jax.text.codec import check_tokenizer
 

@@ -14,12 +14,11 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from lfm_jax.data.manifest import locked
 from lfm_jax.engine.service import Service
+from lfm_jax.files import locked, say
 from lfm_jax.sampling import GREEDY, Sampling
 from lfm_jax.serve.app import make_app
 from lfm_jax.serve.errors import RefusalError
-from lfm_jax.serve.launch import say
 from lfm_jax.serve.limits import OFFLINE, Limits
 
 ANSWER = b'{"id": "line-'

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
-import sys
 import time
 import traceback
 
@@ -13,6 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lfm_jax.files import say
 from lfm_jax.serve.errors import RefusalError
 from lfm_jax.serve.limits import Limits
 from lfm_jax.serve.metrics import Metrics
@@ -68,7 +68,7 @@ class Guard:
         except Exception as error:
             # What it says may be a user's; where it was raised is not.
             where = "".join(traceback.format_tb(error.__traceback__))
-            print(f"lfm: a request has failed: {type(error).__name__}\n{where}", file=sys.stderr, flush=True)
+            say(f"a request has failed: {type(error).__name__}\n{where}")
             if not status:
                 refusal = RefusalError(500, "the server has failed at this request")
                 await JSONResponse(refusal.body(), refusal.status)(scope, receive, told)

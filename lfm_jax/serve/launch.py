@@ -8,13 +8,13 @@ import ipaddress
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.service import Service
+from lfm_jax.files import say
 from lfm_jax.sampling import Sampling
 from lfm_jax.serve.app import make_app
 from lfm_jax.serve.limits import Limits
@@ -116,8 +116,3 @@ def serve(
             2 * (service.engine.slots + service.engine.config.max_queue + limits.prepared)
         ),
     )).run()
-
-
-def say(text: str) -> None:
-    """One line on stderr."""
-    print(f"lfm: {text}", file=sys.stderr, flush=True)

@@ -19,6 +19,8 @@ import time
 from collections.abc import Sequence
 from typing import IO, Literal
 
+from lfm_jax.files import say
+
 STOPPED = 130
 """Exit code of a run that was asked to stop (SIGTERM, SIGINT): a checkpoint is saved, the same command resumes."""
 LOST = 75
@@ -182,7 +184,7 @@ class _Crew:
             self.kill()
             return
         self.stopping = True
-        _say(f"{signal.Signals(number).name}: asking {len(self.processes)} processes to stop at the same step")
+        say(f"{signal.Signals(number).name}: asking {len(self.processes)} processes to stop at the same step")
         for process in self.processes:
             if process.poll() is None:
                 process.terminate()
@@ -207,13 +209,8 @@ class _Crew:
             self._readers[i].join(timeout=1.0)  # So that its last lines are in.
             how = f"killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
         lines = "".join(f"\n    {line.rstrip()}" for line in self._tails[i])
-        _say(f"process {i} of {len(self.processes)} was lost: {how}; its last lines:{lines or ' none'}")
+        say(f"process {i} of {len(self.processes)} was lost: {how}; its last lines:{lines or ' none'}")
         if running:
-            _say(f"ending the {running} that are left, within {GRACE_SECONDS:.0f} s")
+            say(f"ending the {running} that are left, within {GRACE_SECONDS:.0f} s")
         if code not in _FOR_A_PERSON:
-            _say("the same command resumes from the latest checkpoint")
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"lfm: {text}\n")
-    sys.stderr.flush()
+            say("the same command resumes from the latest checkpoint")

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 
 from lfm_jax import recipe
 from lfm_jax.data import DataUsedUp, check_lasts, heldout_batches, heldout_bytes, load_tokenizer, train_iterator
-from lfm_jax.data.manifest import locked
+from lfm_jax.files import locked
 from lfm_jax.text.codec import check_tokenizer
 from lfm_jax.train import processes
 from lfm_jax.train import run_dir as run_directory

@@ -13,10 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.sharding import FSDP, axis_names, is_sharded, over_mesh, spec_of, whole
-
-LOSS_IGNORE = -1
-"""Target that carries no loss: padding, or a token whose successor is not in the row."""
 
 
 class Loss(NamedTuple):

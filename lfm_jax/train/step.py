@@ -21,10 +21,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lfm_jax.config import ModelConfig
+from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.model import LFM, abstract_model, param_axes
 from lfm_jax.sharding import is_sharded, shardings, spec, spec_of
 from lfm_jax.stacking import stack_layers, unstack_layers
-from lfm_jax.train.loss import LOSS_IGNORE, Loss, cross_entropy
+from lfm_jax.train.loss import Loss, cross_entropy
 
 Batch = Mapping[str, Any]
 """tokens, targets, segment_ids and positions, each int32 [B, T]; padding at the right end of a row. segment_ids may be

@@ -19,7 +19,7 @@ from lfm_jax.ablate.results import RESULTS, run_file
 from lfm_jax.ablate.schedule import AblateConfig, Work, ablate
 from lfm_jax.ablate.study import Grid
 from lfm_jax.cli import main
-from lfm_jax.data.manifest import locked
+from lfm_jax.files import locked
 from lfm_jax.train.launch import FAILED, STOPPED
 from lfm_jax.train.step import Guard
 

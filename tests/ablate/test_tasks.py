@@ -15,8 +15,8 @@ from lfm_jax.ablate.tasks.needle import Needle
 from lfm_jax.ablate.tasks.recall import Mqar
 from lfm_jax.ablate.tasks.synthetic import heldout_batches, train_batches
 from lfm_jax.config import ModelConfig
+from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.recipe import dump_recipe, load_recipe
-from lfm_jax.train.loss import LOSS_IGNORE
 
 COMMON = dict(batch_size=6, heldout_rows=16)
 TASKS = {

@@ -19,10 +19,11 @@ import pytest
 from lfm_jax.data import BuildConfig, build, load_manifest, train_bpe
 from lfm_jax.data.block import is_heldout
 from lfm_jax.data.build import plan_blocks
-from lfm_jax.data.manifest import BUILD_DIR, SPLITS, locked, write_whole
+from lfm_jax.data.manifest import BUILD_DIR, SPLITS
 from lfm_jax.data.rows import split_row
 from lfm_jax.data.shards import Records
 from lfm_jax.data.sources import SourceFile, Stretch, read_stretch
+from lfm_jax.files import locked, write_whole
 
 BYTES = train_bpe([], vocab_size=270)
 T = 64

@@ -23,8 +23,8 @@ from lfm_jax.data import (
     train_bpe,
     train_iterator,
 )
+from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.train.config import TrainConfig
-from lfm_jax.train.loss import LOSS_IGNORE
 
 BYTES = train_bpe([], vocab_size=270)
 T, B = 32, 8

@@ -16,8 +16,8 @@ from lfm_jax.data import (
     train_documents,
     train_iterator,
 )
+from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.data.packing import PACKING_ROWS
-from lfm_jax.train.loss import LOSS_IGNORE
 
 BYTES = train_bpe([], vocab_size=270)
 

@@ -12,7 +12,7 @@ from helpers import KINDS, Net, rel_err, tokens_like
 from jax.sharding import PartitionSpec as P
 from meshes import collectives, mesh_of
 
-from lfm_jax.train.loss import LOSS_IGNORE
+from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.train.step import batch_loss, compile_train_step, init_train_state
 
 B, T = 2, 32

@@ -13,9 +13,9 @@ from jax.sharding import PartitionSpec as P
 from meshes import collectives, mesh_of
 
 from lfm_jax import ModelConfig
+from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.model import param_axes
 from lfm_jax.sharding import shardings, spec
-from lfm_jax.train.loss import LOSS_IGNORE
 from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lfm_jax.train.step import (
     GuardConfig,

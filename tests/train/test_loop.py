@@ -15,7 +15,7 @@ from tiny_runs import STEPS, finish, load, losses, recipe, start, steps_in_order
 
 import lfm_jax as lfm
 from lfm_jax.convert.hf import chat_template
-from lfm_jax.data.manifest import locked
+from lfm_jax.files import locked
 from lfm_jax.recipe import to_plain
 from lfm_jax.testing import tiny_tokenizer
 from lfm_jax.train import run_dir as run_dirs

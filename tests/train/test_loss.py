@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lfm_jax.train.loss import LOSS_IGNORE, cross_entropy, reference_cross_entropy
+from lfm_jax.data.batch import LOSS_IGNORE
+from lfm_jax.train.loss import cross_entropy, reference_cross_entropy
 
 
 def example(B=3, T=7, D=8, V=29, dtype=jnp.float32):

@@ -11,8 +11,9 @@ import torch
 from flax import nnx
 
 from lfm_jax.convert.hf import to_state_dict
+from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.testing import tiny_config, tiny_model
-from lfm_jax.train.loss import LOSS_IGNORE, reference_cross_entropy
+from lfm_jax.train.loss import reference_cross_entropy
 from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lfm_jax.train.step import (
     Guard,

@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from lfm_jax.ablate.tasks.synthetic import MIN_VOCAB, SyntheticTask, Variant
-from lfm_jax.train.loss import LOSS_IGNORE
+from lfm_jax.data.batch import LOSS_IGNORE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

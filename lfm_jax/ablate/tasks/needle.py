@@ -17,7 +17,7 @@ from typing import ClassVar
 import numpy as np
 
 from lfm_jax.ablate.tasks.synthetic import MIN_VOCAB, SyntheticTask, Variant
-from lfm_jax.train.loss import LOSS_IGNORE
+from lfm_jax.data.batch import LOSS_IGNORE
 
 TENTHS = 10
 

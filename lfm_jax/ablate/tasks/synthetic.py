@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from lfm_jax.data.pipeline import Batch
+from lfm_jax.data.batch import LOSS_IGNORE, Batch
 from lfm_jax.data.sources import raise_problems
-from lfm_jax.train.loss import LOSS_IGNORE
 
 if TYPE_CHECKING:
     import grain

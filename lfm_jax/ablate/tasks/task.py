@@ -16,7 +16,7 @@ import numpy as np
 
 from lfm_jax.ablate.tasks.synthetic import SyntheticTask, Variant, heldout_batches, train_batches
 from lfm_jax.ablate.tasks.text import PreparedText, Text, TextScore
-from lfm_jax.data.pipeline import Batch
+from lfm_jax.data.batch import Batch
 
 
 @dataclasses.dataclass(frozen=True)

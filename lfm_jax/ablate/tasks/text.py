@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
-import sys
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -21,11 +19,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from lfm_jax.data import DataConfig, load_tokenizer, train_bpe, train_iterator
+from lfm_jax.data.batch import Batch, batches_of
 from lfm_jax.data.build import BuildConfig, build
 from lfm_jax.data.config import MixturePart
-from lfm_jax.data.manifest import MANIFEST_FILE, Manifest, load_manifest, locked, write_whole
-from lfm_jax.data.pipeline import Batch
+from lfm_jax.data.manifest import MANIFEST_FILE, Manifest, load_manifest
 from lfm_jax.data.sources import Documents, find_files
+from lfm_jax.files import locked, say, write_whole
 from lfm_jax.text.tokenizer import TOKENIZER_FILE
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ class Text:
                     raise
                 tries += 1
                 if tries % 60 == 5:
-                    print(f"waiting for the process that builds {out}", file=sys.stderr, flush=True)
+                    say(f"waiting for the process that builds {out}")
                 time.sleep(1)
 
     def _tokenizer(self, directory: Path, sources: tuple[str, ...], exclude: tuple[str, ...]) -> Path:
@@ -177,19 +176,11 @@ class PreparedText:
     def heldout_batches(self) -> Iterator[Batch]:
         """The same held-out rows for every run; the last batch is filled up with padding."""
         from lfm_jax.data.shards import rows_of
-        from lfm_jax.train.loss import LOSS_IGNORE
 
         rows = rows_of(load_manifest(self.manifest.directory), "heldout")
         assert rows is not None  # Checked on construction.
         chosen = np.unique(np.linspace(0, len(rows) - 1, self.text.heldout_rows).round().astype(int)).tolist()
-        B = self.text.batch_size
-        for numbers in itertools.batched(chosen, B):
-            batch = [rows[i] for i in numbers]
-            yield {
-                key: np.pad(np.stack([row[key] for row in batch]), ((0, B - len(batch)), (0, 0)),
-                            constant_values=LOSS_IGNORE if key == "targets" else 0)
-                for key in batch[0]
-            }
+        return batches_of((rows[i] for i in chosen), self.text.batch_size)
 
 
 def _bytes_of_ids(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
