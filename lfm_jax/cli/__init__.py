@@ -390,7 +390,3 @@ def _refuse(error: Exception) -> int:
         raise error
     print(f"lfm: {error}", file=sys.stderr)
     return 2
-
-
-if __name__ == "__main__":
-    main()

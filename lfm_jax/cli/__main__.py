@@ -1,0 +1,5 @@
+"""`python -m lfm_jax.cli` is `lfm`."""
+
+from lfm_jax.cli import main
+
+main()
