@@ -1,7 +1,6 @@
 """ModelConfig: one frozen description of a hybrid model; everything else folds over it.
 
-Sizes, config keys and traps follow the published LFM2 checkpoints as `transformers` 5.23 reads them
-(`models/lfm2/configuration_lfm2.py`, `modeling_lfm2.py`).
+Sizes follow the published LFM2 checkpoints; `convert.families` reads and writes their config.json.
 
 Dimensions: D model width, F feed-forward width, N query heads, K key/value heads, H head width,
 W conv taps, V vocabulary, L layers, T tokens.
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 LayerType = Literal["conv", "full_attention", "sliding_attention", "recurrence"]
@@ -30,8 +28,6 @@ RECURRENCE_VECTORS: dict[str, int] = {"rglru": 3, "liquid": 3, "lti": 1}
 """Parameters a channel that each form of the recurrence has beside its matrices (`operators/linear_recurrence.py`)."""
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-HF_MODEL_TYPE = "lfm2"
-_HF_LAYER_TYPES = ("conv", "full_attention")
 
 
 def hybrid_pattern(num_layers: int, attention_at: tuple[int, ...]) -> tuple[LayerType, ...]:
@@ -222,96 +218,6 @@ class ModelConfig:
         slots = T if kind == "full_attention" else min(T, self.sliding_window)
         return 2 * slots * self.num_kv_heads * self.head_dim * item + 2 * 4
 
-    # ---------------------------------------------------------------- HF config.json
-
-    @classmethod
-    def from_hf(cls, hf: Mapping[str, Any], **overrides: Any) -> ModelConfig:
-        """Reads the dict of a Hugging Face `config.json`, old style or new.
-
-        Keys that do not change the network (`block_dim`, `conv_dim`, `*_xavier_init`, ...) are ignored,
-        as `transformers` ignores them.
-
-        Args:
-          hf: the parsed config.json.
-          **overrides: ModelConfig fields that win over the file, for example `dtype`.
-
-        Raises:
-          ValueError: not an LFM2 config, a missing size, an unsupported rope type, or an invalid field.
-        """
-        model_type = hf.get("model_type")
-        if model_type != HF_MODEL_TYPE:
-            raise ValueError(f"model_type is {model_type!r}; expected {HF_MODEL_TYPE!r} (a dense LFM2 checkpoint)")
-        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
-        missing = [key for key in sizes if key not in hf]
-        if "intermediate_size" not in hf and "block_ff_dim" not in hf:
-            missing.append("intermediate_size")
-        if missing:
-            raise ValueError(f"config.json lacks {', '.join(missing)}; these sizes have no safe default")
-        eos = hf.get("eos_token_id", 2)
-        stored = hf.get("dtype") or hf.get("torch_dtype") or "float32"
-        fields: dict[str, Any] = dict(
-            layer_types=_hf_layer_types(hf),
-            vocab_size=hf["vocab_size"],
-            hidden_size=hf["hidden_size"],
-            ffn_size=_hf_ffn_size(hf),
-            num_heads=hf["num_attention_heads"],
-            num_kv_heads=hf["num_key_value_heads"],
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // max(hf["num_attention_heads"], 1),
-            conv_taps=hf.get("conv_L_cache", 3),
-            conv_bias=hf.get("conv_bias", False),
-            tie_embedding=hf.get("tie_embedding", hf.get("tie_word_embeddings", True)),
-            norm_eps=hf.get("norm_eps", 1e-5),
-            rope_theta=_hf_rope_theta(hf),
-            max_position=hf.get("max_position_embeddings", 128_000),
-            init_std=hf.get("initializer_range", 0.02),
-            pad_id=_or_default(hf.get("pad_token_id"), 0),
-            bos_id=_or_default(hf.get("bos_token_id"), 1),
-            eos_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
-            param_dtype=stored,
-            dtype=stored,
-        )
-        return cls(**(fields | overrides))
-
-    def to_hf(self) -> dict[str, Any]:
-        """The dict of a config.json that `transformers` loads as Lfm2ForCausalLM (4.54 and 5.x).
-
-        Raises:
-          ValueError: the model has something that the LFM2 architecture of `transformers` cannot express.
-        """
-        foreign = [f"{name}={getattr(self, name)}"
-                   for name, lfm2 in (("qk_norm", True), ("post_norm", False), ("conv_gates", "both"))
-                   if getattr(self, name) != lfm2]
-        foreign += [f"{kind} layers" for kind in sorted(set(self.layer_types) - set(_HF_LAYER_TYPES))]
-        if foreign:
-            raise ValueError(f"LFM2 in transformers has no {', '.join(foreign)}; such a model cannot be exported to it")
-        return {
-            "architectures": ["Lfm2ForCausalLM"],
-            "model_type": HF_MODEL_TYPE,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.ffn_size,
-            "block_auto_adjust_ff_dim": False,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "layer_types": list(self.layer_types),
-            "conv_L_cache": self.conv_taps,
-            "conv_bias": self.conv_bias,
-            "norm_eps": self.norm_eps,
-            "rope_theta": self.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            "max_position_embeddings": self.max_position,
-            "initializer_range": self.init_std,
-            "tie_word_embeddings": self.tie_embedding,
-            "pad_token_id": self.pad_id,
-            "bos_token_id": self.bos_id,
-            "eos_token_id": self.eos_ids[0] if len(self.eos_ids) == 1 else (list(self.eos_ids) or None),
-            "torch_dtype": self.param_dtype,
-            "dtype": self.param_dtype,
-            "use_cache": self.attention_layers > 0,  # transformers 5 cannot cache a model without attention
-        }
-
 
 PRESETS: dict[str, dict[str, Any]] = {
     "lfm2-350m": dict(layer_types=_PATTERN_16, hidden_size=1024, ffn_size=4608, num_heads=16),
@@ -323,46 +229,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 PRESETS["lfm2.5-350m"] = PRESETS["lfm2-350m"]
 PRESETS["lfm2.5-1.2b"] = PRESETS["lfm2-1.2b"]
-
-
-def _or_default(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-
-def _hf_ffn_size(hf: Mapping[str, Any]) -> int:
-    """F as `Lfm2MLP` computes it from intermediate_size (or `block_ff_dim`, which overrides it)."""
-    size = hf.get("block_ff_dim", hf.get("intermediate_size"))
-    if not hf.get("block_auto_adjust_ff_dim", True):
-        return size
-    size = int(2 * size / 3)
-    multiplier = hf.get("block_ffn_dim_multiplier", 1.0)
-    if multiplier is not None:
-        multiple = hf.get("block_multiple_of", 256)
-        size = multiple * math.ceil(int(multiplier * size) / multiple)
-    return size
-
-
-def _hf_layer_types(hf: Mapping[str, Any]) -> tuple[Any, ...]:
-    """layer_types, else full_attn_idxs, else all attention: the order in which `Lfm2Config` decides."""
-    num_layers = hf["num_hidden_layers"]
-    if hf.get("layer_types") is not None:
-        types = tuple(hf["layer_types"])
-        if len(types) != num_layers:
-            raise ValueError(f"layer_types has {len(types)} entries but num_hidden_layers is {num_layers}")
-        unknown = sorted({str(kind) for kind in types} - set(_HF_LAYER_TYPES))
-        if unknown:
-            raise ValueError(f"layer_types has {', '.join(unknown)}; LFM2 has {', '.join(_HF_LAYER_TYPES)} only")
-        return types
-    attention_at = hf.get("full_attn_idxs")
-    return hybrid_pattern(num_layers, tuple(range(num_layers)) if attention_at is None else tuple(attention_at))
-
-
-def _hf_rope_theta(hf: Mapping[str, Any]) -> float:
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"rope_type is {kind!r}; only 'default' is supported")
-    return float(rope.get("rope_theta") or hf.get("rope_theta") or hf.get("theta") or 1e6)
 
 
 def _problems(c: ModelConfig) -> list[str]:

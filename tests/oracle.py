@@ -6,7 +6,7 @@ from flax import nnx
 from helpers import rel_err
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
-import lfm_jax as lfm
+from lfm_jax.convert.families import config_from_hf
 from lfm_jax.convert.hf import from_state_dict
 
 torch.set_num_threads(1)  # Two spinning threads of a tiny model take ten times as long on a busy machine.
@@ -66,7 +66,7 @@ def make_loud(model):
 
 def ours(model, **overrides):
     """The same model as ours, float32: (graphdef, params)."""
-    config = lfm.ModelConfig.from_hf(model.config.to_dict(), param_dtype="float32", **dict(dtype="float32") | overrides)
+    config = config_from_hf(model.config.to_dict(), param_dtype="float32", **dict(dtype="float32") | overrides)
     graphdef, params = nnx.split(from_state_dict(model.state_dict(), config), nnx.Param)
     return graphdef, nnx.to_pure_dict(params)
 

@@ -6,11 +6,9 @@ import jax
 import numpy as np
 import oracle
 import pytest
-import torch
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import Lfm2Config, Lfm2ForCausalLM
 
 import lfm_jax as lfm
 from lfm_jax.config import ConvGates, LayerType, Recurrence
@@ -111,137 +109,6 @@ def test_flops_are_those_that_xla_counts(kinds, T):
     ours = T * config.flops_per_token(T) + masked
     # XLA adds elementwise work: norms, gates, rotary, softmax.
     assert 1 <= compiled.cost_analysis()["flops"] / ours < 1.04
-
-
-# ---------------------------------------------------------------- Hugging Face
-
-SIZES = dict(model_type="lfm2", vocab_size=120, hidden_size=24, num_hidden_layers=4, num_attention_heads=4,
-             num_key_value_heads=2, intermediate_size=1000)
-RELEASE_ONLY = dict(
-    block_dim=24, num_heads=4, conv_dim=24, conv_dim_out=24, use_pos_enc=True, block_norm_eps=1e-5,
-    block_use_swiglu=True, block_use_xavier_init=True, conv_use_xavier_init=True, block_mlp_init_scale=1.0,
-    block_out_init_scale=1.0, eos_token_id=7,
-)
-FILES = {
-    "release": RELEASE_ONLY | dict(
-        block_ff_dim=1000, block_multiple_of=256, block_ffn_dim_multiplier=1.0, block_auto_adjust_ff_dim=True,
-        full_attn_idxs=[2], tie_embedding=True, rope_theta=1e6, conv_L_cache=3, torch_dtype="bfloat16"),
-    "nothing-said": {},
-    "null-pattern": dict(layer_types=None, full_attn_idxs=None),
-    "indices": dict(full_attn_idxs=[0, 3]),
-    "types-win": dict(full_attn_idxs=[0, 1, 2, 3], layer_types=["conv", "conv", "full_attention", "conv"]),
-    "block-ff-dim-wins": dict(block_ff_dim=700, intermediate_size=9999),
-    "no-adjust": dict(block_auto_adjust_ff_dim=False, intermediate_size=77),
-    "multiplier": dict(block_ffn_dim_multiplier=1.3, block_multiple_of=10, intermediate_size=101),
-    "exact-multiple": dict(intermediate_size=768, block_multiple_of=256),
-    "untied": dict(tie_word_embeddings=False),
-    "alias-unties": dict(tie_embedding=False),
-    "alias-wins": dict(tie_embedding=False, tie_word_embeddings=True),
-    "old-theta": dict(rope_theta=5e4),
-    "new-theta": dict(rope_parameters=dict(rope_type="default", rope_theta=3e4)),
-    "new-theta-wins": dict(rope_parameters=dict(rope_type="default", rope_theta=3e4), rope_theta=9.0),
-    "default-rope-scaling": dict(rope_scaling=dict(type="default"), rope_theta=4e4),
-    "null-rope": dict(rope_parameters=None, rope_scaling=None),
-    "heads": dict(head_dim=10, num_key_value_heads=1),
-    "bias": dict(conv_bias=True, conv_L_cache=5, full_attn_idxs=[1]),
-    "eos-list": dict(eos_token_id=[7, 2]),
-    "no-eos": dict(eos_token_id=None),
-    "numbers": dict(norm_eps=1e-3, initializer_range=0.1, max_position_embeddings=77, pad_token_id=3, bos_token_id=4),
-}
-
-
-def built(hf_dict):
-    """(config, name -> shape of every parameter) as `transformers` builds them."""
-    config = Lfm2Config.from_dict(dict(hf_dict))
-    with torch.device("meta"):
-        model = Lfm2ForCausalLM(config)
-    return config, {name: tuple(p.shape) for name, p in model.named_parameters()}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_from_hf_builds_what_transformers_builds(name):
-    hf_dict = SIZES | FILES[name]
-    theirs, shapes = built(hf_dict)
-    ours = lfm.ModelConfig.from_hf(hf_dict)
-    assert {tensor.name: tensor.hf_shape for tensor in tensors(ours)} == shapes
-    assert ours.num_params() == sum(int(np.prod(shape)) for shape in shapes.values())
-    assert ours.layer_types == tuple(theirs.layer_types)
-    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
-    eos = theirs.eos_token_id
-    assert ours.eos_ids == (tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
-    same = dict(norm_eps="norm_eps", max_position="max_position_embeddings", init_std="initializer_range",
-                pad_id="pad_token_id", bos_id="bos_token_id", conv_taps="conv_L_cache", conv_bias="conv_bias",
-                tie_embedding="tie_word_embeddings")
-    assert {mine: getattr(ours, mine) for mine in same} == {mine: getattr(theirs, hf) for mine, hf in same.items()}
-
-
-def test_the_multiplier_may_be_absent_altogether():
-    """`transformers` skips the rounding then, though its own config class refuses the null since 5.0."""
-    config = lfm.ModelConfig.from_hf(SIZES | dict(block_ffn_dim_multiplier=None, intermediate_size=100))
-    assert config.ffn_size == 66
-
-
-def test_dtype_is_read_under_both_names_and_overrides_win():
-    assert lfm.ModelConfig.from_hf(SIZES | dict(torch_dtype="bfloat16")).param_dtype == "bfloat16"
-    assert lfm.ModelConfig.from_hf(SIZES | dict(dtype="float16", torch_dtype="bfloat16")).dtype == "float16"
-    assert lfm.ModelConfig.from_hf(SIZES).param_dtype == "float32"
-    overridden = lfm.ModelConfig.from_hf(SIZES | dict(dtype="float16"), dtype="float32", conv_impl="lax")
-    assert (overridden.dtype, overridden.param_dtype, overridden.conv_impl) == ("float32", "float16", "lax")
-
-
-def test_theta_under_its_oldest_name():
-    assert lfm.ModelConfig.from_hf(SIZES | dict(theta=2e5)).rope_theta == 2e5
-
-
-@pytest.mark.parametrize("case", oracle.CASES)
-def test_hf_round_trip_through_transformers(case):
-    theirs = oracle.hf_config(**oracle.CASES[case])
-    ours = lfm.ModelConfig.from_hf(theirs.to_dict())
-    assert lfm.ModelConfig.from_hf(ours.to_hf()) == ours
-    again, shapes = built(ours.to_hf())
-    assert shapes == built(theirs.to_dict())[1]
-    assert lfm.ModelConfig.from_hf(again.to_dict()) == ours
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_presets_round_trip(name):
-    config = lfm.ModelConfig.preset(name)
-    assert lfm.ModelConfig.from_hf(config.to_hf(), dtype=config.dtype) == config
-
-
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        (dict(model_type="lfm2_moe"), r"model_type is 'lfm2_moe'; expected 'lfm2'"),
-        (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1.0)), r"rope_type is 'yarn'"),
-        (dict(rope_scaling=dict(type="linear", factor=2.0)), r"rope_type is 'linear'"),
-        (dict(layer_types=["conv"]), r"layer_types has 1 entries but num_hidden_layers is 4"),
-        (dict(layer_types=["conv", "mamba", "conv", "conv"]), r"layer_types has mamba; LFM2 has conv, full_attention"),
-        (dict(layer_types=["conv", "sliding_attention", "conv", "conv"]), r"layer_types has sliding_attention; LFM2"),
-    ],
-)
-def test_from_hf_refuses(changes, match):
-    with pytest.raises(ValueError, match=match):
-        lfm.ModelConfig.from_hf(SIZES | changes)
-
-
-def test_from_hf_lists_every_missing_size():
-    with pytest.raises(ValueError, match=r"lacks hidden_size, num_key_value_heads, intermediate_size"):
-        lfm.ModelConfig.from_hf({key: SIZES[key] for key in
-                                 ("model_type", "vocab_size", "num_hidden_layers", "num_attention_heads")})
-
-
-@pytest.mark.parametrize("changes", [dict(post_norm=True), dict(qk_norm=False), dict(conv_gates="input")])
-def test_to_hf_refuses_what_lfm2_cannot_express(changes):
-    (field,) = changes
-    with pytest.raises(ValueError, match=rf"{field}={changes[field]}"):
-        tiny_config(**changes).to_hf()
-
-
-@pytest.mark.parametrize("kind", ["recurrence", "sliding_attention"])
-def test_to_hf_refuses_layers_that_lfm2_has_not(kind):
-    with pytest.raises(ValueError, match=f"LFM2 in transformers has no {kind} layers"):
-        tiny_config(layer_types=("conv", kind)).to_hf()
 
 
 def test_a_token_of_a_window_meets_no_more_keys_than_the_window():

@@ -11,6 +11,7 @@ from helpers import tokens_like
 from transformers import Lfm2Config
 
 import lfm_jax as lfm
+from lfm_jax.convert.families import config_to_hf
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_the_350m_shape_at_256_tokens():
     Both weight sets in one model, one after the other, to hold no more copies of 1.4 GB than it takes.
     """
     preset = lfm.ModelConfig.preset("lfm2.5-350m")
-    model = oracle.hf_model(Lfm2Config.from_dict(preset.to_hf()), "init")
+    model = oracle.hf_model(Lfm2Config.from_dict(config_to_hf(preset)), "init")
     assert sum(p.numel() for p in model.parameters()) == preset.num_params() == 354_483_968
     tokens, run = tokens_like((1, 256), 0, 1, preset.vocab_size), None
     for weights in oracle.WEIGHTS:

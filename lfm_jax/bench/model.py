@@ -121,12 +121,13 @@ class _Peer:
         import torch
         from transformers import Lfm2Config, Lfm2ForCausalLM
 
+        from lfm_jax.convert.families import config_to_hf
         from lfm_jax.convert.hf import to_state_dict
 
         self.torch = torch
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         weights = {name: torch.from_numpy(np.array(array)) for name, array in to_state_dict(model).items()}
-        self.model: Any = Lfm2ForCausalLM(Lfm2Config(**model.config.to_hf())).float()
+        self.model: Any = Lfm2ForCausalLM(Lfm2Config(**config_to_hf(model.config))).float()
         self.model.load_state_dict(weights, strict=False)
         self.model.tie_weights()
         self.optimizer: Any = None

@@ -287,12 +287,14 @@ def _row_of(model: LFM, prompt: int, made: int, concurrency: int) -> str:
 
 def _peer_on_accelerator(config: ModelConfig, shapes: Sequence[tuple[int, int]]) -> str:
     """Decoding by `transformers` on the same device: the time of some tokens is taken off that of more."""
+    from lfm_jax.convert.families import config_to_hf
+
     found, failure = [], ""
     try:
         torch, hf = importlib.import_module("torch"), importlib.import_module("transformers")
         device, few, more = "cuda" if torch.cuda.is_available() else "cpu", 8, 40
         with torch.device(device):
-            model = hf.Lfm2ForCausalLM(hf.Lfm2Config(**config.to_hf())).to(torch.bfloat16).eval()
+            model = hf.Lfm2ForCausalLM(hf.Lfm2Config(**config_to_hf(config))).to(torch.bfloat16).eval()
         for rows, prompt in shapes:
             _say(f"transformers, {rows} rows")
             ids = torch.randint(8, config.vocab_size, (rows, prompt), device=device)

@@ -113,13 +113,15 @@ def peer(job: Job) -> Side:
     import torch
     from transformers import Lfm2Config, Lfm2ForCausalLM
 
+    from lfm_jax.convert.families import config_to_hf
+
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.set_float32_matmul_precision("high" if job.config.dtype == "bfloat16" else "highest")
     torch.manual_seed(0)
     with torch.device(device):
-        model: Any = Lfm2ForCausalLM(Lfm2Config(**job.config.to_hf())).float().train()
+        model: Any = Lfm2ForCausalLM(Lfm2Config(**config_to_hf(job.config))).float().train()
     model.config.use_cache = False
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     forward = torch.compile(model) if job.compile else model

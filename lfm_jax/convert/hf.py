@@ -26,6 +26,7 @@ from flax import nnx
 from lfm_jax.config import ModelConfig
 from lfm_jax.convert import safetensors_io as files
 from lfm_jax.convert import sidecars
+from lfm_jax.convert.families import config_from_hf, config_to_hf
 from lfm_jax.convert.sidecars import chat_template
 from lfm_jax.convert.weights import WEIGHTS, Source, Spec, Tensor, Weight, cast, check, common_dtype, refuse, tensors
 from lfm_jax.model import LFM, abstract_model
@@ -132,7 +133,7 @@ def _inspect(path: Path, dtype: Any) -> tuple[_Checkpoint | None, list[str]]:
     if hf:
         try:
             # The tensors, not the config, say what they are stored in; float32 stands in where they cannot.
-            config = ModelConfig.from_hf(hf, param_dtype=kept or "float32", dtype=kept or "float32")
+            config = config_from_hf(hf, param_dtype=kept or "float32", dtype=kept or "float32")
         except (ValueError, TypeError, ArithmeticError, AttributeError) as e:
             problems.append(f"config.json: {str(e).removeprefix('config.json ')}")
     # Where no file could be read, that is the problem; not that each tensor is missing.
@@ -233,7 +234,7 @@ def write_hf(
     Raises:
       ValueError: as `save_hf`, or `arrays` is not what the config announces. Nothing is left behind.
     """
-    hf = config.to_hf()
+    hf = config_to_hf(config)
     shapes = [(tensor.name, tensor.hf_shape) for tensor in tensors(config)]
     refuse(f"cannot write {path}", _output_problems(path, source, max_shard_bytes))
     with _new_directory(Path(path)) as directory:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lfm_jax.config import ITEMSIZE, ModelConfig
+from lfm_jax.convert.families import family_of
 
 Where = Literal["model", "untied", "block", "conv", "conv_bias", "full_attention"]
 
@@ -102,7 +103,7 @@ def tensors(config: ModelConfig) -> list[Tensor]:
     Raises:
       ValueError: the model has something that LFM2 in `transformers` cannot express, so its tensors have no name.
     """
-    config.to_hf()  # Raises if the architecture cannot be expressed.
+    family_of(config)  # Raises if there is none.
     sizes = _sizes(config)
     expanded: list[Tensor] = []
     for per_layer, rows in itertools.groupby(WEIGHTS, key=lambda row: "{i}" in row.hf):

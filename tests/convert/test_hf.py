@@ -11,7 +11,7 @@ from oracle import CASES
 from test_state_dict import bits
 from transformers import AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
-from lfm_jax import ModelConfig
+from lfm_jax.convert.families import config_from_hf
 from lfm_jax.convert.hf import chat_template, convert, load_hf, save_hf, tensors, to_state_dict, write_hf
 from lfm_jax.testing import tiny_model, tiny_tokenizer
 
@@ -91,7 +91,7 @@ def test_directories_of_save_pretrained(tmp_path, shards):
     assert set(index["weight_map"].values()) == set(sizes)
     assert len(sizes) > 1
     assert max(sizes.values()) < 20_000 + 4_000  # and a header
-    config = ModelConfig.from_hf(json.loads((tmp_path / "dst" / "config.json").read_text()))
+    config = config_from_hf(json.loads((tmp_path / "dst" / "config.json").read_text()))
     assert index["metadata"]["total_size"] == 2 * config.num_params()
     assert config.param_dtype == "bfloat16"
     assert list(index["weight_map"]) == [row.name for row in tensors(config)]

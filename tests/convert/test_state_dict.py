@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import CASES, hf_config, hf_model
 
-from lfm_jax import ModelConfig
+from lfm_jax.convert.families import config_from_hf
 from lfm_jax.convert.hf import from_state_dict, to_state_dict
 from lfm_jax.convert.weights import cast, tensors
 from lfm_jax.testing import tiny_config
@@ -52,7 +52,7 @@ def test_round_trip_keeps_every_bit(dtype, framework):
 @pytest.mark.parametrize("case", ["four-taps-bias", "untied", "wide-heads"])
 def test_state_dict_of_transformers_both_ways(case):
     hf = hf_model(hf_config(**CASES[case]))
-    config = ModelConfig.from_hf(hf.config.to_dict())
+    config = config_from_hf(hf.config.to_dict())
     back = to_state_dict(from_state_dict(hf.state_dict(), config))
     other = hf_model(hf_config(**CASES[case]), seed=1)
     missing, unexpected = other.load_state_dict({k: torch.from_numpy(v) for k, v in back.items()}, strict=False)

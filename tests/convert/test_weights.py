@@ -10,6 +10,7 @@ from oracle import CASES, hf_config
 from transformers import Lfm2ForCausalLM
 
 from lfm_jax import LFM, ModelConfig
+from lfm_jax.convert.families import config_from_hf
 from lfm_jax.convert.weights import WEIGHTS, tensors
 from lfm_jax.testing import tiny_config
 
@@ -51,7 +52,7 @@ def test_table_is_total_and_every_row_inverts_exactly(config):
 @pytest.mark.parametrize("case", CASES)
 def test_names_and_shapes_are_those_of_transformers(case):
     hf = Lfm2ForCausalLM(hf_config(**CASES[case]))
-    config = ModelConfig.from_hf(hf.config.to_dict())
+    config = config_from_hf(hf.config.to_dict())
     expected = {name: tuple(value.shape) for name, value in hf.state_dict().items()}
     if config.tie_embedding:
         del expected["lm_head.weight"]

@@ -1,0 +1,71 @@
+"""The table of families, and `config.json` both ways: the file names its family, a model has the first that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lfm_jax.config import ModelConfig
+from lfm_jax.convert.families.family import Family
+from lfm_jax.convert.families.lfm2 import LFM2
+
+FAMILIES: list[Family] = [LFM2]
+"""In order of preference, where a file names only the model_type and where several can express a model."""
+
+
+def config_from_hf(hf: Mapping[str, Any], **overrides: Any) -> ModelConfig:
+    """Reads the dict of a Hugging Face `config.json`, old style or new.
+
+    Keys that do not change the network are ignored, as `transformers` ignores them.
+
+    Args:
+      hf: the parsed config.json. Its family is the one with its `model_type` and one of its `architectures`; without
+        `architectures`, the first with its `model_type`.
+      **overrides: ModelConfig fields that win over the file, for example `dtype`.
+
+    Raises:
+      ValueError: no family has that model_type or architecture, a size is missing, something is not supported, or a
+        field is not valid.
+    """
+    return ModelConfig(**(_named_family(hf).read(hf) | overrides))
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The dict of a config.json that `transformers` loads.
+
+    Raises:
+      ValueError: no family can express the model; for each, everything that it lacks.
+    """
+    family = family_of(config)
+    return {"architectures": [family.architectures[0]], "model_type": family.model_types[0]} | family.write(config)
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The first family that can express the model.
+
+    Raises:
+      ValueError: there is none; for each, everything that it lacks.
+    """
+    lacks = []
+    for family in FAMILIES:
+        found = family.lacks(config)
+        if not found:
+            return family
+        lacks.append(f"{family.name} in transformers has no {', '.join(found)}")
+    raise ValueError(f"{'; '.join(lacks)}; such a model cannot be exported")
+
+
+def _named_family(hf: Mapping[str, Any]) -> Family:
+    model_type, architectures = hf.get("model_type"), hf.get("architectures")
+    by_type = [family for family in FAMILIES if model_type in family.model_types]
+    if not by_type:
+        known = ", ".join(f"{name!r} ({family.name})" for family in FAMILIES for name in family.model_types)
+        raise ValueError(f"model_type is {model_type!r}; expected {known}")
+    if not architectures:
+        return by_type[0]
+    if isinstance(architectures, list):
+        for family in by_type:
+            if any(name in family.architectures for name in architectures):
+                return family
+    known = ", ".join(name for family in by_type for name in family.architectures)
+    raise ValueError(f"architectures is {architectures!r}; expected a list with {known} for model_type {model_type!r}")

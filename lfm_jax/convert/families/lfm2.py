@@ -1,0 +1,127 @@
+"""Dense LFM2 and LFM2.5: `Lfm2ForCausalLM`.
+
+Config keys and traps follow the published checkpoints as `transformers` 5.23 reads them
+(`models/lfm2/configuration_lfm2.py`, `modeling_lfm2.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lfm_jax.config import ModelConfig, hybrid_pattern
+from lfm_jax.convert.families.family import Family
+
+_LAYER_TYPES = ("conv", "full_attention")
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+
+
+def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
+    missing = [key for key in _SIZES if key not in hf]
+    if "intermediate_size" not in hf and "block_ff_dim" not in hf:
+        missing.append("intermediate_size")
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}; these sizes have no safe default")
+    eos = hf.get("eos_token_id", 2)
+    stored = hf.get("dtype") or hf.get("torch_dtype") or "float32"
+    return dict(
+        layer_types=_read_layer_types(hf),
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["hidden_size"],
+        ffn_size=_read_ffn_size(hf),
+        num_heads=hf["num_attention_heads"],
+        num_kv_heads=hf["num_key_value_heads"],
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // max(hf["num_attention_heads"], 1),
+        conv_taps=hf.get("conv_L_cache", 3),
+        conv_bias=hf.get("conv_bias", False),
+        tie_embedding=hf.get("tie_embedding", hf.get("tie_word_embeddings", True)),
+        norm_eps=hf.get("norm_eps", 1e-5),
+        rope_theta=_read_rope_theta(hf),
+        max_position=hf.get("max_position_embeddings", 128_000),
+        init_std=hf.get("initializer_range", 0.02),
+        pad_id=_or_default(hf.get("pad_token_id"), 0),
+        bos_id=_or_default(hf.get("bos_token_id"), 1),
+        eos_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
+        param_dtype=stored,
+        dtype=stored,
+    )
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    """What 4.54 and 5.x load."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_size,
+        "block_auto_adjust_ff_dim": False,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "layer_types": list(config.layer_types),
+        "conv_L_cache": config.conv_taps,
+        "conv_bias": config.conv_bias,
+        "norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "max_position_embeddings": config.max_position,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tie_embedding,
+        "pad_token_id": config.pad_id,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else (list(config.eos_ids) or None),
+        "torch_dtype": config.param_dtype,
+        "dtype": config.param_dtype,
+        "use_cache": config.attention_layers > 0,  # transformers 5 cannot cache a model without attention
+    }
+
+
+def _or_default(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _read_ffn_size(hf: Mapping[str, Any]) -> int:
+    """F as `Lfm2MLP` computes it from intermediate_size (or `block_ff_dim`, which overrides it)."""
+    size = hf.get("block_ff_dim", hf.get("intermediate_size"))
+    if not hf.get("block_auto_adjust_ff_dim", True):
+        return size
+    size = int(2 * size / 3)
+    multiplier = hf.get("block_ffn_dim_multiplier", 1.0)
+    if multiplier is not None:
+        multiple = hf.get("block_multiple_of", 256)
+        size = multiple * math.ceil(int(multiplier * size) / multiple)
+    return size
+
+
+def _read_layer_types(hf: Mapping[str, Any]) -> tuple[Any, ...]:
+    """layer_types, else full_attn_idxs, else all attention: the order in which `Lfm2Config` decides."""
+    num_layers = hf["num_hidden_layers"]
+    if hf.get("layer_types") is not None:
+        types = tuple(hf["layer_types"])
+        if len(types) != num_layers:
+            raise ValueError(f"layer_types has {len(types)} entries but num_hidden_layers is {num_layers}")
+        unknown = sorted({str(kind) for kind in types} - set(_LAYER_TYPES))
+        if unknown:
+            raise ValueError(f"layer_types has {', '.join(unknown)}; LFM2 has {', '.join(_LAYER_TYPES)} only")
+        return types
+    attention_at = hf.get("full_attn_idxs")
+    return hybrid_pattern(num_layers, tuple(range(num_layers)) if attention_at is None else tuple(attention_at))
+
+
+def _read_rope_theta(hf: Mapping[str, Any]) -> float:
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"rope_type is {kind!r}; only 'default' is supported")
+    return float(rope.get("rope_theta") or hf.get("rope_theta") or hf.get("theta") or 1e6)
+
+
+LFM2 = Family(
+    name="LFM2",
+    model_types=("lfm2",),
+    architectures=("Lfm2ForCausalLM",),
+    features={"qk_norm": (True,), "post_norm": (False,), "conv_gates": ("both",), "layer_types": _LAYER_TYPES},
+    read=_read,
+    write=_write,
+)
