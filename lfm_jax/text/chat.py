@@ -5,6 +5,7 @@ A template is a program that came with the weights: it runs in a sandbox, on cop
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 
-END_OF_TURN = "<|im_end|>"
+START_OF_TURN, END_OF_TURN = "<|im_start|>", "<|im_end|>"
+GENERATION_OPENS, GENERATION_CLOSES = "generation_opens", "generation_closes"
+"""Variables of a template with `{% generation %}` blocks: texts to write where one begins and ends, in prompts none."""
 
 DEFAULT_TEMPLATE = """\
 {{- bos_token -}}
@@ -55,10 +58,11 @@ def render_chat(
 
     Args:
       template: Jinja source, a checkpoint's chat template or DEFAULT_TEMPLATE.
-      messages: plain data, each with at least `role` and mostly `content`.
+      messages: plain data, each with at least `role` and mostly `content`. Keys whose value is None are left out.
       tools: JSON schemas of functions.
       add_generation_prompt: end with the opening of the assistant's turn.
-      **specials: further variables of the template, above all `bos_token` (see `special_tokens`).
+      **specials: further variables of the template, above all `bos_token` (see `special_tokens`); one called like a
+        function of templates (`strftime_now`) stands for it.
 
     Returns:
       Text that already holds bos: encode it without special tokens.
@@ -70,6 +74,7 @@ def render_chat(
     messages, tools = _plain("messages", messages), _plain("tools", tools)
     if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
         raise ValueError("messages must be a list of dicts, each with a 'role'")
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     compiled, variables = _compile(template)
     if tools and "tools" not in variables:
         raise ValueError("the chat template takes no tools; leave them out or use a checkpoint whose template does")
@@ -100,14 +105,16 @@ def _compile(template: str) -> tuple[Template, frozenset[str]]:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks what training learns from; in a prompt it is transparent."""
+        """`{% generation %}` marks what training learns from: its text, between two variables that a prompt has not."""
 
         tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
 
-        def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
+            opens, closes = (jinja2.nodes.Output([jinja2.nodes.Name(name, "load")], lineno=line)
+                             for name in (GENERATION_OPENS, GENERATION_CLOSES))
+            return [opens, jinja2.nodes.Scope(body, lineno=line), closes]
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -133,6 +140,15 @@ def _compile(template: str) -> tuple[Template, frozenset[str]]:
         raise ValueError(f"the chat template is not valid Jinja: {error}") from error
 
 
+def has_generation(template: str) -> bool:
+    """Whether a template marks with `{% generation %}` what the assistant wrote.
+
+    Raises:
+      ValueError: a broken template.
+    """
+    return GENERATION_OPENS in _compile(template)[1]
+
+
 def special_tokens(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
     """The variables `bos_token`, `eos_token` and `pad_token` of a template, texts of the config's ids."""
     ids = {"bos_token": config.bos_id, "eos_token": config.eos_ids[0] if config.eos_ids else None,
@@ -146,16 +162,21 @@ def encode_chat(
 ) -> list[int]:
     """Token ids of a conversation, up to the opening of the assistant's turn; template None means DEFAULT_TEMPLATE.
 
-    Calls in earlier turns (`tool_calls`, each with `name` and `arguments`) are written as the model writes them,
-    unless the template does it.
+    Calls in earlier turns (`tool_calls`, each with `name` and `arguments`, itself or in its `function`) are written as
+    the model writes them, unless the template does it.
 
     Raises:
-      ValueError: see `render_chat`.
+      ValueError: see `render_chat`, or calls without name or arguments.
     """
     template = template or DEFAULT_TEMPLATE
-    messages = [(_with_calls_in_full if "tool_calls" in template else _with_calls_as_text)(m) for m in messages]
+    messages = with_calls(template, messages)
     text = render_chat(template, messages, tools=tools, **special_tokens(tokenizer, config))
     return encoded(tokenizer, text, add_special_tokens=False).ids
+
+
+def with_calls(template: str, messages: Sequence[Message]) -> list[Message]:
+    """Messages whose calls are written as text, unless the template writes them (see `encode_chat`)."""
+    return [(_with_calls_in_full if "tool_calls" in template else _with_calls_as_text)(m) for m in messages]
 
 
 def _with_calls_in_full(message: Message) -> Message:
@@ -164,7 +185,7 @@ def _with_calls_in_full(message: Message) -> Message:
     if not calls:
         return message
     return dict(message) | {"tool_calls": [
-        {"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}} | call
+        call if "function" in call else {"type": "function", "function": dataclasses.asdict(_tool_call(call))} | call
         for call in calls
     ]}
 
@@ -173,9 +194,19 @@ def _with_calls_as_text(message: Message) -> Message:
     calls = message.get("tool_calls")
     if not calls:
         return message
-    text = render_calls(ToolCall(call["name"], call["arguments"]) for call in calls)
+    text = render_calls(map(_tool_call, calls))
     rest = {key: value for key, value in message.items() if key != "tool_calls"}
     return rest | {"content": (message.get("content") or "") + text}
+
+
+def _tool_call(call: Mapping[str, Any]) -> ToolCall:
+    function = call.get("function", call)
+    if not isinstance(function, Mapping) or not {"name", "arguments"} <= function.keys():
+        raise ValueError(f"each of tool_calls must have a name and arguments, itself or in its function, not {call!r}")
+    if not isinstance(function["arguments"], Mapping):
+        raise ValueError(f"the arguments of a call of {function['name']!r} must be an object, not "
+                         f"{function['arguments']!r}; parse the text of one first")
+    return ToolCall(function["name"], dict(function["arguments"]))
 
 
 def turn_stop_ids(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
