@@ -1,6 +1,6 @@
-"""RMSNorm, rotary embedding, SwiGLU: the parts every block shares.
+"""How a parameter is made, RMSNorm and rotary embedding: the parts every block shares.
 
-Dimensions: B batch, T time, D model width, F feed-forward width, N heads, H head width.
+Dimensions: B batch, T time, D model width, N heads, H head width.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lfm_jax.config import ModelConfig
-from lfm_jax.kernels.linear import linear
 
 Axes = tuple[str | None, ...]
 """Logical axes of a parameter, one a dimension (`sharding.LOGICAL_AXES`)."""
@@ -67,17 +66,3 @@ def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Arra
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BTNH.dtype)
-
-
-class SwiGLU(nnx.Module):
-    """`w2(silu(w1 x) * w3 x)`, no bias: w1 is the gate, w3 up, w2 down (`Lfm2MLP`)."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        D, F = config.hidden_size, config.ffn_size
-        self.w1 = normal_param(rngs, (F, D), ("ffn", "width"), config, fan_in=D)
-        self.w3 = normal_param(rngs, (F, D), ("ffn", "width"), config, fan_in=D)
-        self.w2 = normal_param(rngs, (D, F), ("width", "ffn"), config, fan_in=F, residual=True)
-
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_BTF, up_BTF = linear(x_BTD, self.w1[...]), linear(x_BTD, self.w3[...])
-        return linear(jax.nn.silu(gate_BTF) * up_BTF, self.w2[...])

@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from lfm_jax import state as state_lib
 from lfm_jax.config import ModelConfig
+from lfm_jax.feed_forward.swiglu import SwiGLU
 from lfm_jax.kernels.linear import linear
-from lfm_jax.layers import RMSNorm, SwiGLU, normal_param
+from lfm_jax.layers import RMSNorm, normal_param
 from lfm_jax.operators import OPERATORS
 from lfm_jax.sharding import FSDP, axis_names, is_sharded, parts, reshard, spec_of
 from lfm_jax.stacking import Run, runs, stack_layers, unit_types

@@ -1,0 +1,1 @@
+"""The feed-forwards of a block, one file each."""

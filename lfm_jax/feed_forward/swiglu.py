@@ -1,0 +1,27 @@
+"""SwiGLU, the dense feed-forward of LFM2 (`Lfm2MLP`).
+
+Dimensions: B batch, T time, D model width, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from lfm_jax.config import ModelConfig
+from lfm_jax.kernels.linear import linear
+from lfm_jax.layers import normal_param
+
+
+class SwiGLU(nnx.Module):
+    """`w2(silu(w1 x) * w3 x)`, no bias: w1 is the gate, w3 up, w2 down."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        D, F = config.hidden_size, config.ffn_size
+        self.w1 = normal_param(rngs, (F, D), ("ffn", "width"), config, fan_in=D)
+        self.w3 = normal_param(rngs, (F, D), ("ffn", "width"), config, fan_in=D)
+        self.w2 = normal_param(rngs, (D, F), ("width", "ffn"), config, fan_in=F, residual=True)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        gate_BTF, up_BTF = linear(x_BTD, self.w1[...]), linear(x_BTD, self.w3[...])
+        return linear(jax.nn.silu(gate_BTF) * up_BTF, self.w2[...])
