@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lfm_jax.data.encoding import DocumentEncoder, cuts
+from lfm_jax.data.encoding import DocumentEncoder, Tokens
 from lfm_jax.data.filling import fill_rows
 from lfm_jax.data.manifest import BUILD_DIR, SPLITS, Counts, Shard, Split, counts_from_plain, file_digest
-from lfm_jax.data.rows import encode_row
+from lfm_jax.data.records import TEXT_FORMAT, RowCodec
 from lfm_jax.data.sources import Stretch, raise_problems, read_stretch
 from lfm_jax.files import write_whole
 from lfm_jax.text.tokenizer import load_tokenizer
@@ -166,14 +166,12 @@ class _Half:
         if not documents:
             return None, Counts()
         settings = self._settings
-        pieces: list[np.ndarray] = []
-        for ids in documents:
-            starts, stops = cuts(len(ids), settings.seq_len)
-            pieces += [ids[start : stop + 1] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
-        lengths = [len(piece) - 1 for piece in pieces]
+        pieces = [piece for ids in documents for piece in Tokens(ids).pieces(settings.seq_len)]
+        lengths = [len(piece.ids) - 1 for piece in pieces]
         seed = np.random.SeedSequence([settings.seed, self._number]).generate_state(1)[0]
         rows = fill_rows(lengths, settings.seq_len, int(seed))
-        shard = self._write(encode_row([pieces[i] for i in row]) for row in rows)
+        codec = RowCodec(TEXT_FORMAT, self._chunks[0].dtype)
+        shard = self._write(codec.encode([pieces[i] for i in row]) for row in rows)
         counts = Counts(
             documents=len(documents),
             text_bytes=self._text_bytes,

@@ -22,7 +22,8 @@ import numpy as np
 from lfm_jax.data.block import HELDOUT_RULE, Block, Settings, load_block
 from lfm_jax.data.config import field_problems
 from lfm_jax.data.encoding import DocumentEncoder, tokenizer_digest
-from lfm_jax.data.manifest import BUILD_DIR, FORMAT, MANIFEST_FILE, Counts, Manifest, load_manifest
+from lfm_jax.data.manifest import BUILD_DIR, MANIFEST_FILE, Counts, Manifest, load_manifest
+from lfm_jax.data.records import TEXT_FORMAT
 from lfm_jax.data.sources import SourceFile, Stretch, find_files, stretches
 from lfm_jax.files import locked, write_whole
 from lfm_jax.text.tokenizer import TOKENIZER_FILE, load_tokenizer
@@ -207,7 +208,7 @@ def _finish(out: Path, identity: dict[str, Any], encoder: DocumentEncoder, block
     sources = identity["sources"] | {"content": content.hexdigest()}
     manifest = Manifest(
         **identity | {"sources": sources},
-        format=FORMAT,
+        format=TEXT_FORMAT,
         dtype="uint16" if encoder.dtype.itemsize == 2 else "uint32",
         vocab_size=encoder.vocab_size,
         heldout_rule=HELDOUT_RULE,

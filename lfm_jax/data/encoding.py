@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -53,6 +54,29 @@ def cuts(num_ids: int, T: int) -> tuple[np.ndarray, np.ndarray]:
     """Where the pieces of a document of `num_ids` ids begin and end, in pairs: ids[start : stop + 1] is one piece."""
     starts = np.arange(0, num_ids - 1, T)
     return starts, np.minimum(starts + T, num_ids - 1)
+
+
+class Tokens(NamedTuple):
+    """A document, or a piece of one."""
+
+    ids: np.ndarray
+    spans: np.ndarray | None = None
+    """Which ids are learnt, [spans, 2]: the first of each, and the one after its last. None: all."""
+
+    def learnt(self) -> np.ndarray:
+        """Of each id, whether it is learnt; bool [ids]."""
+        learnt = np.full(len(self.ids), self.spans is None)
+        for start, stop in () if self.spans is None else self.spans.tolist():
+            learnt[start:stop] = True
+        return learnt
+
+    def pieces(self, T: int) -> list[Tokens]:
+        """The pieces of a document (`cuts`)."""
+        pieces = []
+        for start, stop in zip(*(x.tolist() for x in cuts(len(self.ids), T)), strict=True):
+            spans = None if self.spans is None else np.clip(self.spans - start, 0, stop + 1 - start)
+            pieces.append(Tokens(self.ids[start : stop + 1], spans))
+        return pieces
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:

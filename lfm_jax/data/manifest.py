@@ -8,13 +8,14 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
+from lfm_jax.data.records import FORMATS, RowCodec
 from lfm_jax.data.sources import raise_problems
 
 MANIFEST_FILE = "manifest.json"
 BUILD_DIR = ".build"
 """What a build keeps of its work until it is done."""
-FORMAT = 1
-"""Version of the layout of manifest and records."""
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
@@ -38,9 +39,9 @@ class Counts:
 
     documents: int = 0
     text_bytes: int = 0
-    """UTF-8 bytes of the text."""
+    """UTF-8 bytes of the text that is learnt."""
     tokens: int = 0
-    """Targets: the tokens of the documents, their eos included."""
+    """Targets, learnt or not: the tokens of the documents, their eos included."""
     pieces: int = 0
     rows: int = 0
     document_lengths: tuple[int, ...] = ()
@@ -68,6 +69,7 @@ class Manifest:
     """A built dataset. `directory` is where it was found and no part of it."""
 
     format: int
+    """Of the records (`records.py`)."""
     seq_len: int
     dtype: str
     """NumPy name of the type of the ids: uint16 or uint32."""
@@ -88,6 +90,11 @@ class Manifest:
     heldout: Counts
     shards: tuple[Shard, ...]
     directory: Path = Path()
+
+    @property
+    def codec(self) -> RowCodec:
+        """What reads and writes the records."""
+        return RowCodec(self.format, np.dtype(self.dtype).newbyteorder("<"))
 
     def counts(self, split: Split) -> Counts:
         return self.train if split == "train" else self.heldout
@@ -148,8 +155,9 @@ def load_manifest(directory: str | Path) -> Manifest:
         raise ValueError(f"{directory} is not a built dataset: {reason}")
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
-        if plain["format"] != FORMAT:
-            raise ValueError(f"it has format {plain['format']!r}, and this version reads format {FORMAT}")
+        if plain["format"] not in FORMATS:
+            known = " and ".join(map(str, FORMATS))
+            raise ValueError(f"it has format {plain['format']!r}, and this version reads formats {known}")
         shards = tuple(Shard(**shard) for shard in plain.pop("shards"))
         train, heldout = (counts_from_plain(plain.pop(split)) for split in SPLITS)
         return Manifest(**plain, train=train, heldout=heldout, shards=shards, directory=directory)

@@ -5,7 +5,7 @@ iterator is made, cut and packed into rows (`packing.py`), and batched. Built da
 (`mixture.py`, `shards.py`). A batch is a dict of int32 arrays [B, T]:
 
   tokens       inputs; 0 at padding
-  targets      the next token of the same document, or LOSS_IGNORE at padding and only there
+  targets      the next token of the same document, or LOSS_IGNORE where that is not learnt and at padding
   segment_ids  1, 2, ... for the pieces of a row from left to right; 0 at padding, which is at the right end
   positions    0, 1, ... within each piece; 0 at padding
 

@@ -19,32 +19,7 @@ import grain
 import numpy as np
 from grain.sources import ArrayRecordDataSource
 
-from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.data.manifest import Manifest, Split
-from lfm_jax.data.rows import split_row
-
-
-def decode_row(record: bytes, dtype: np.dtype, T: int) -> dict[str, np.ndarray]:
-    """A record (`rows.py`) as a row of a batch (`pipeline.py`), int32 [T] each.
-
-    Raises:
-      ValueError: the bytes are not a record of that type, or one of more than T tokens.
-    """
-    lengths, ids = split_row(record, dtype)
-    total = len(ids) - len(lengths)
-    if total > T:
-        raise ValueError(f"a row of {total} tokens is longer than seq_len {T}")
-    time = np.arange(total, dtype=np.int32)
-    piece = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    starts = (np.cumsum(lengths) - lengths).astype(np.int32)
-    inputs = time + piece  # Each piece before takes one id more than it has inputs.
-    row = {key: np.zeros(T, np.int32) for key in ("tokens", "targets", "segment_ids", "positions")}
-    row["tokens"][:total] = ids[inputs]
-    row["targets"][:total] = ids[inputs + 1]
-    row["targets"][total:] = LOSS_IGNORE
-    row["segment_ids"][:total] = piece + 1
-    row["positions"][:total] = time - starts[piece]
-    return row
 
 
 class Records(ArrayRecordDataSource):
@@ -76,8 +51,8 @@ def rows_of(manifest: Manifest, split: Split) -> grain.MapDataset | None:
     """The rows of a split, decoded, in stored order; None where it has none."""
     if not manifest.counts(split).rows:
         return None
-    dtype, T = np.dtype(manifest.dtype).newbyteorder("<"), manifest.seq_len
-    return grain.MapDataset.source(Records(manifest, split)).map(lambda record: decode_row(record, dtype, T))
+    codec, T = manifest.codec, manifest.seq_len
+    return grain.MapDataset.source(Records(manifest, split)).map(lambda record: codec.decode(record, T))
 
 
 @dataclasses.dataclass(frozen=True)

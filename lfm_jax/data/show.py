@@ -5,6 +5,7 @@ Dimensions: T time (tokens of a row).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer
 
 from lfm_jax.data.encoding import tokenizer_digest
 from lfm_jax.data.manifest import Manifest, Split
-from lfm_jax.data.rows import split_row
+from lfm_jax.data.records import StoredRow
 from lfm_jax.text.tokenizer import load_tokenizer
 
 BAR = 20
@@ -98,33 +99,50 @@ def sample(manifest: Manifest, split: Split, *, samples: int, row: int | None = 
     records = Records(manifest, split)
     chosen = [row] if row is not None else sorted({int(i) for i in np.linspace(0, count - 1, samples + 2)[1:-1]})
     for i in chosen:
-        lengths, ids = split_row(records[i], np.dtype(manifest.dtype).newbyteorder("<"))
-        yield _row(manifest, tokenizer, split, i, lengths, ids, whole=row is not None)
+        yield _row(manifest, tokenizer, split, i, manifest.codec.split(records[i]), whole=row is not None)
 
 
 def _row(
-    manifest: Manifest, tokenizer: Tokenizer, split: Split, number: int, lengths: np.ndarray, ids: np.ndarray, *,
-    whole: bool,
+    manifest: Manifest, tokenizer: Tokenizer, split: Split, number: int, row: StoredRow, *, whole: bool
 ) -> Panel:
-    T, total = manifest.seq_len, int(lengths.sum())
+    T, (lengths, ids, learnt) = manifest.seq_len, row
+    total = int(lengths.sum())
     parts: list[RenderableType] = [_strip(lengths, T)]
     stops = np.cumsum(lengths + 1)
     shown = len(lengths) if whole else PIECES
     for i, (stop, n) in enumerate(zip(stops[:shown].tolist(), lengths[:shown].tolist(), strict=True)):
-        piece = ids[stop - n - 1 : stop].tolist()
-        begin = "document begins" if piece[0] == manifest.bos_id else "goes on from another row"
-        end = "document ends" if piece[-1] == manifest.eos_id else "goes on in another row"
+        piece = ids[stop - n - 1 : stop]
         style = STYLES[i % len(STYLES)]
-        parts.append(Text(f"▌piece {i + 1}: {n:,} tokens, {begin}, {end}", style=f"bold {style}"))
-        inner = piece[piece[0] == manifest.bos_id : len(piece) - (piece[-1] == manifest.eos_id)]
-        text = tokenizer.decode(inner, skip_special_tokens=False)
-        if not whole and len(text) > 2 * SHOWN:
-            text = f"{text[:SHOWN]} [...] {text[-SHOWN:]}"
-        parts.append(Text(text if whole else " ".join(text.split()), style=style))
+        if learnt is None:
+            begins, ends = piece[0] == manifest.bos_id, piece[-1] == manifest.eos_id
+            about = (f"{'document begins' if begins else 'goes on from another row'}, "
+                     f"{'document ends' if ends else 'goes on in another row'}")
+            piece = piece[int(begins) : len(piece) - int(ends)]
+            marked = np.ones(len(piece), bool)
+        else:
+            pairs = slice(stop - i - 1 - n, stop - i - 1)
+            marked = np.append(False, learnt[pairs])  # The first id is no target.
+            about = f"{int(marked.sum()):,} of them learnt (in colour)"
+        parts.append(Text(f"▌piece {i + 1}: {n:,} tokens, {about}", style=f"bold {style}"))
+        parts.append(_text(tokenizer, piece, marked, style, whole=whole))
     if len(lengths) > shown:
         parts.append(Text(f"... and {len(lengths) - shown} more pieces (--row {number} shows all)", style="dim"))
     title = f"{split} row {number:,}: {len(lengths)} piece{'s' * (len(lengths) > 1)}, {total:,} of {T:,} tokens"
+    if learnt is not None:
+        title += f", {int(learnt.sum()):,} learnt"
     return Panel(Group(*parts), title=title, title_align="left", border_style="dim")
+
+
+def _text(tokenizer: Tokenizer, ids: np.ndarray, learnt: np.ndarray, style: str, *, whole: bool) -> Text:
+    """Ids as text, what is learnt in its style; not whole: on one line, and its two ends if it is long."""
+    text = Text()
+    borders = np.flatnonzero(np.diff(learnt)) + 1
+    for run, marks in zip(np.split(ids, borders), np.split(learnt, borders), strict=True):
+        part = tokenizer.decode(run.tolist(), skip_special_tokens=False)
+        text.append(part if whole else re.sub(r"\s+", " ", part), style if marks.all() else "dim")
+    if whole or len(text) <= 2 * SHOWN:
+        return text
+    return Text.assemble(text[:SHOWN], " [...] ", text[-SHOWN:])
 
 
 def _strip(lengths: np.ndarray, T: int, width: int = 72) -> Text:

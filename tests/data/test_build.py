@@ -20,7 +20,6 @@ from lfm_jax.data import BuildConfig, build, load_manifest, train_bpe
 from lfm_jax.data.block import is_heldout
 from lfm_jax.data.build import plan_blocks
 from lfm_jax.data.manifest import BUILD_DIR, SPLITS
-from lfm_jax.data.rows import split_row
 from lfm_jax.data.shards import Records
 from lfm_jax.data.sources import SourceFile, Stretch, read_stretch
 from lfm_jax.files import locked, write_whole
@@ -62,7 +61,8 @@ def pieces_of(directory, split):
     if not manifest.counts(split).rows:
         return
     for record in Records(manifest, split):
-        lengths, ids = split_row(record, np.dtype(manifest.dtype))
+        lengths, ids, learnt = manifest.codec.split(record)
+        assert learnt is None
         assert lengths.sum() <= manifest.seq_len
         yield from (piece.tolist() for piece in np.split(ids, np.cumsum(lengths + 1)[:-1]))
 
@@ -297,8 +297,7 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(corpus, tmp_path):
     manifest = quiet(config(corpus, tmp_path / "set", sources=(str(tmp_path / "a.txt"),), heldout_fraction=0.0,
                             tokenizer=str(tmp_path / "wide.json")))
     assert (manifest.dtype, manifest.vocab_size) == ("uint32", 66_270)
-    _, ids = split_row(Records(manifest, "train")[0], np.dtype(manifest.dtype))
-    assert ids[2] == 66_269
+    assert manifest.codec.split(Records(manifest, "train")[0]).ids[2] == 66_269
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):

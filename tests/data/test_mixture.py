@@ -301,7 +301,7 @@ def test_changed_bytes_are_found_on_reading_and_by_verifying(root, tmp_path):
 
 @pytest.mark.parametrize(("text", "says"), [
     ("{", "manifest.json cannot be read"),
-    ('{"format": 99}', "it has format 99, and this version reads format 1"),
+    ('{"format": 99}', "it has format 99, and this version reads formats 1 and 2"),
     ('{"format": 1}', "cannot be read"),
 ])
 def test_a_manifest_that_cannot_be_read_is_named(root, tmp_path, text, says):
