@@ -10,9 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-LayerType = Literal["conv", "full_attention", "sliding_attention", "recurrence"]
+from lfm_jax.kinds import FEED_FORWARDS, ITEMSIZE, OPERATORS
+
+LayerType = Annotated[str, OPERATORS]
+"""A name of the table; flags read their choices from it (`recipe.py`)."""
+FfnType = Annotated[str, FEED_FORWARDS]
 DType = Literal["float32", "bfloat16", "float16"]
 ConvGates = Literal["none", "input", "output", "both"]
 Recurrence = Literal["rglru", "liquid", "lti"]
@@ -22,12 +27,12 @@ AttentionImpl = Literal["auto", "xla", "blockwise", "splash", "cudnn"]
 Init = Literal["normal", "scaled"]
 Remat = Literal["none", "ffn", "dots", "full"]
 
-GATES: dict[str, int] = {"none": 0, "input": 1, "output": 1, "both": 2}
-"""Gates around the convolution by `conv_gates`; in_proj makes one stream for each, and one for the input."""
-RECURRENCE_VECTORS: dict[str, int] = {"rglru": 3, "liquid": 3, "lti": 1}
-"""Parameters a channel that each form of the recurrence has beside its matrices (`operators/linear_recurrence.py`)."""
 
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+class Layer(NamedTuple):
+    """What a layer is made of."""
+
+    operator: str
+    feed_forward: str
 
 
 def hybrid_pattern(num_layers: int, attention_at: tuple[int, ...]) -> tuple[LayerType, ...]:
@@ -35,25 +40,25 @@ def hybrid_pattern(num_layers: int, attention_at: tuple[int, ...]) -> tuple[Laye
     return tuple("full_attention" if i in attention_at else "conv" for i in range(num_layers))
 
 
-def repeated_units(layer_types: tuple[LayerType, ...]) -> list[tuple[tuple[LayerType, ...], int]]:
-    """The pattern as runs of a repeated unit, [(unit, repeats), ...], with as few layers as possible to compile.
+def repeated_units[L](layers: tuple[L, ...]) -> list[tuple[tuple[L, ...], int]]:
+    """Layers as runs of a repeated unit, [(unit, repeats), ...], with as few of them as possible to compile.
 
     LFM2-350M is `(c c a) x 3, (c a) x 3, (c) x 1`.
     """
     # best[i]: (layers in units, runs, minus the last run's start, its unit's length) for the first i layers.
     best: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)]
-    for end in range(1, len(layer_types) + 1):
+    for end in range(1, len(layers) + 1):
         options = []
         for start in range(end):
-            run = layer_types[start:end]
+            run = layers[start:end]
             length = next(n for n in range(1, len(run) + 1) if len(run) % n == 0 and run == run[:n] * (len(run) // n))
             options.append((best[start][0] + length, best[start][1] + 1, -start, length))
         best.append(min(options))
-    units, end = [], len(layer_types)
+    units, end = [], len(layers)
     while end:
         _, _, minus_start, length = best[end]
         start = -minus_start
-        units.append((layer_types[start : start + length], (end - start) // length))
+        units.append((layers[start : start + length], (end - start) // length))
         end = start
     return units[::-1]
 
@@ -71,12 +76,14 @@ class ModelConfig:
 
     layer_types: tuple[LayerType, ...] = _PATTERN_16
     """Operator of each layer, first to last; its length is the number of layers."""
+    ffn_types: tuple[FfnType, ...] = ("swiglu",)
+    """Feed-forward of each layer, first to last; a single one is that of all layers."""
     vocab_size: int = 65_536
     """V, rows of the embedding table."""
     hidden_size: int = 1024
     """D, width of the residual stream."""
     ffn_size: int = 4608
-    """F, width of the SwiGLU hidden layer as stored (after HF's auto-adjust)."""
+    """F, width of the hidden layer of the feed-forward as stored (after HF's auto-adjust)."""
     num_heads: int = 16
     """N, query heads."""
     num_kv_heads: int = 8
@@ -141,6 +148,12 @@ class ModelConfig:
         return len(self.layer_types)
 
     @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Operator and feed-forward of each layer, first to last."""
+        ffns = self.ffn_types * (self.num_layers if len(self.ffn_types) == 1 else 1)
+        return tuple(map(Layer, self.layer_types, ffns))
+
+    @property
     def attention_layers(self) -> int:
         """Number of layers of full attention: those whose state grows with the text."""
         return self.layer_types.count("full_attention")
@@ -148,6 +161,11 @@ class ModelConfig:
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
+
+    def with_layers(self, layers: Sequence[Layer]) -> ModelConfig:
+        """A copy made of these layers."""
+        operators, ffns = zip(*layers, strict=True)
+        return self.replace(layer_types=operators, ffn_types=ffns)
 
     # ---------------------------------------------------------------- presets
 
@@ -167,21 +185,10 @@ class ModelConfig:
     def num_params(self) -> int:
         """Number of parameters, the tied table counted once."""
         embed = self.vocab_size * self.hidden_size * (1 if self.tie_embedding else 2)
-        return embed + self.hidden_size + sum(self._layer_params(kind) for kind in self.layer_types)
-
-    def _layer_params(self, kind: LayerType) -> int:
-        D, F = self.hidden_size, self.ffn_size
-        norms = (4 if self.post_norm else 2) * D
-        return norms + 3 * D * F + self._operator_params(kind)
-
-    def _operator_params(self, kind: LayerType) -> int:
-        D, H, N, K = self.hidden_size, self.head_dim, self.num_heads, self.num_kv_heads
-        if kind == "conv":
-            streams = 1 + GATES[self.conv_gates]
-            return (streams + 1) * D * D + D * self.conv_taps + ((streams + 2) * D if self.conv_bias else 0)
-        if kind == "recurrence":
-            return 4 * D * D + RECURRENCE_VECTORS[self.recurrence] * D
-        return 2 * D * H * (N + K) + (2 * H if self.qk_norm else 0)
+        norms = (4 if self.post_norm else 2) * self.hidden_size
+        return embed + self.hidden_size + sum(
+            norms + OPERATORS[operator].params(self) + FEED_FORWARDS[ffn].params(self) for operator, ffn in self.layers
+        )
 
     def flops_per_token(self, T: int) -> float:
         """Forward FLOPs per token of a document of T tokens, two per multiply-add.
@@ -191,32 +198,15 @@ class ModelConfig:
         the embedding lookup are left out. One training step costs three times this.
         """
         macs = float(self.hidden_size * self.vocab_size)
-        for kind in self.layer_types:
-            macs += 3 * self.hidden_size * self.ffn_size + self._operator_macs(kind, T)
+        for operator, ffn in self.layers:
+            kind = OPERATORS[operator]
+            macs += FEED_FORWARDS[ffn].products(self) + (kind.products(self) + kind.mixing(self, T))
         return 2 * macs
-
-    def _operator_macs(self, kind: LayerType, T: int) -> float:
-        D, H, N, K = self.hidden_size, self.head_dim, self.num_heads, self.num_kv_heads
-        if kind == "conv":
-            return (2 + GATES[self.conv_gates]) * D * D + D * self.conv_taps
-        if kind == "recurrence":
-            return 4 * D * D + D
-        reach = T if kind == "full_attention" else min(T, self.sliding_window)
-        keys = reach - reach * (reach - 1) / (2 * T)  # Mean of min(t + 1, reach) over t = 0 .. T - 1.
-        return 2 * D * H * (N + K) + 2 * N * H * keys
 
     def state_bytes(self, T: int, dtype: DType | None = None) -> int:
         """Bytes of the decode state of one sequence with room for T tokens (see `state.py`)."""
         item = ITEMSIZE[dtype or self.dtype]
-        return 4 + sum(self._layer_state_bytes(kind, T, item) for kind in self.layer_types)
-
-    def _layer_state_bytes(self, kind: LayerType, T: int, item: int) -> int:
-        if kind == "conv":
-            return (self.conv_taps - 1) * self.hidden_size * item
-        if kind == "recurrence":
-            return 4 * self.hidden_size
-        slots = T if kind == "full_attention" else min(T, self.sliding_window)
-        return 2 * slots * self.num_kv_heads * self.head_dim * item + 2 * 4
+        return 4 + sum(OPERATORS[kind].state_bytes(self, T, item) for kind in self.layer_types)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -255,14 +245,18 @@ def _problems(c: ModelConfig) -> list[str]:
     for name in ("conv_bias", "qk_norm", "post_norm", "tie_embedding", "scan_layers"):
         value = getattr(c, name)
         need(type(value) is bool, f"{name} is {value!r}; it must be true or false")
-    if isinstance(c.layer_types, tuple) and c.layer_types:
-        unknown = sorted({str(kind) for kind in c.layer_types} - set(get_args(LayerType)))
-        need(not unknown, f"layer_types has {', '.join(unknown)}; choose from {', '.join(get_args(LayerType))}")
-    else:
-        need(False, f"layer_types is {c.layer_types!r}; it must be a tuple with at least one layer type")
+    for name, table in (("layer_types", OPERATORS), ("ffn_types", FEED_FORWARDS)):
+        value = getattr(c, name)
+        if isinstance(value, tuple) and value:
+            unknown = sorted({str(kind) for kind in value} - set(table))
+            need(not unknown, f"{name} has {', '.join(unknown)}; choose from {', '.join(table)}")
+        else:
+            need(False, f"{name} is {value!r}; it must be a tuple with at least one {table.what}")
     need(isinstance(c.eos_ids, tuple), f"eos_ids is {c.eos_ids!r}; it must be a tuple of token ids, perhaps empty")
     if problems:
         return problems  # The checks below do arithmetic on the fields.
+    need(len(c.ffn_types) in (1, c.num_layers),
+         f"ffn_types has {len(c.ffn_types)} entries, layer_types {c.num_layers}; give one for each or one for all")
     need(c.num_heads % c.num_kv_heads == 0,
          f"num_heads {c.num_heads} is not a multiple of num_kv_heads {c.num_kv_heads}; change one of them")
     need(c.head_dim % 2 == 0, f"head_dim is {c.head_dim}; it must be even, because rotary embedding turns pairs")

@@ -13,13 +13,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from lfm_jax import state as state_lib
-from lfm_jax.config import ModelConfig
-from lfm_jax.feed_forward.swiglu import SwiGLU
+from lfm_jax.config import Layer, ModelConfig
 from lfm_jax.kernels.linear import linear
+from lfm_jax.kinds import FEED_FORWARDS, OPERATORS
 from lfm_jax.layers import RMSNorm, normal_param
-from lfm_jax.operators import OPERATORS
 from lfm_jax.sharding import FSDP, axis_names, is_sharded, parts, reshard, spec_of
-from lfm_jax.stacking import Run, runs, stack_layers, unit_types
+from lfm_jax.stacking import Run, runs, stack_layers, unit_layers
 from lfm_jax.state import LayerState, State
 
 Logits = Literal["all", "last"]
@@ -31,13 +30,13 @@ Squares = dict[str, jax.Array]
 class Block(nnx.Module):
     """Pre-norm residual block: `x += operator(norm(x)); x += feed_forward(norm(x))` (`Lfm2DecoderLayer`)."""
 
-    def __init__(self, kind: str, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, layer: Layer, config: ModelConfig, *, rngs: nnx.Rngs):
         D = config.hidden_size
         self.operator_norm = RMSNorm(D, config)
-        self.operator = OPERATORS[kind](config, rngs=rngs)
+        self.operator = OPERATORS[layer.operator].find_module()(config, rngs=rngs)
         self.ffn_norm = RMSNorm(D, config)
-        self.feed_forward = SwiGLU(config, rngs=rngs)
-        self.kind, self.remat, self.post_norm = kind, config.remat, config.post_norm
+        self.feed_forward = FEED_FORWARDS[layer.feed_forward].find_module()(config, rngs=rngs)
+        self.kind, self.remat, self.post_norm = layer.operator, config.remat, config.post_norm
         if config.post_norm:
             self.post_operator_norm = RMSNorm(D, config)
             self.post_ffn_norm = RMSNorm(D, config)
@@ -146,10 +145,10 @@ class LFM(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stacked: bool = False):
         self.config = config
         self.runs = tuple(runs(config)) if stacked else (Run(0, config.num_layers, 1),)
-        kinds = unit_types(config) if stacked else config.layer_types
+        layers = unit_layers(config) if stacked else config.layers
         table, axes = (config.vocab_size, config.hidden_size), ("vocab", "width")
         self.embed = normal_param(rngs, table, axes, config)
-        self.blocks = nnx.List([Block(kind, config, rngs=rngs) for kind in kinds])
+        self.blocks = nnx.List([Block(layer, config, rngs=rngs) for layer in layers])
         self.norm = RMSNorm(config.hidden_size, config)
         if not config.tie_embedding:
             self.head = normal_param(rngs, table, axes, config)

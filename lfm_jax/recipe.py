@@ -11,14 +11,30 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import GenericAlias
+from typing import Any, Literal, get_args
 
 import tyro
 import yaml
+from tyro import constructors
 
 from lfm_jax.config import ModelConfig
+from lfm_jax.kinds import Table
 
 PRESET = "--model.preset"
+_RULES = constructors.ConstructorRegistry()
+
+
+@_RULES.primitive_rule
+def _names_of_a_table(info: constructors.PrimitiveTypeInfo) -> Any:
+    """A tuple of names that a table of kinds holds (`config.LayerType`): the choices are those there are now."""
+    item = next(iter(get_args(info.type)), None)
+    table = next((x for x in getattr(item, "__metadata__", ()) if isinstance(x, Table)), None)
+    if table is None:
+        return None
+    literal: Any = Literal
+    names: Any = GenericAlias(tuple, (literal[tuple(table)], ...))
+    return constructors.ConstructorRegistry.get_primitive_spec(constructors.PrimitiveTypeInfo.make(names, info.markers))
 
 
 def load_recipe[C](
@@ -34,7 +50,10 @@ def load_recipe[C](
     """
     paths = [] if path is None else [path] if isinstance(path, (str, Path)) else path
     flags = [flag for each in paths for flag in _file_flags(each)]
-    return tyro.cli(cls, args=_expand_preset([*flags, *overrides]), prog=prog, config=(tyro.conf.FlagConversionOff,))
+    with _RULES:
+        return tyro.cli(
+            cls, args=_expand_preset([*flags, *overrides]), prog=prog, config=(tyro.conf.FlagConversionOff,)
+        )
 
 
 def _file_flags(path: str | Path) -> list[str]:

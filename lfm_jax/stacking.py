@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lfm_jax.config import LayerType, ModelConfig, repeated_units
+from lfm_jax.config import Layer, ModelConfig, repeated_units
 
 
 class Run(NamedTuple):
@@ -29,15 +29,15 @@ class Run(NamedTuple):
 def runs(config: ModelConfig) -> list[Run]:
     """The runs of a model's stacked form, first to last."""
     found, first = [], 0
-    for unit, repeats in repeated_units(config.layer_types):
+    for unit, repeats in repeated_units(config.layers):
         found.append(Run(first, len(unit), repeats))
         first += len(unit)
     return found
 
 
-def unit_types(config: ModelConfig) -> tuple[LayerType, ...]:
-    """The kind of each entry of the stacked `blocks`."""
-    return tuple(kind for unit, _ in repeated_units(config.layer_types) for kind in unit)
+def unit_layers(config: ModelConfig) -> tuple[Layer, ...]:
+    """What each entry of the stacked `blocks` is made of."""
+    return tuple(layer for unit, _ in repeated_units(config.layers) for layer in unit)
 
 
 def stack_layers(tree: Any, config: ModelConfig, stack: Callable[..., Any] = lambda *x: jnp.stack(x)) -> Any:

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lfm_jax as lfm
-from lfm_jax.config import ConvGates, LayerType, Recurrence
+from lfm_jax.config import ConvGates, Recurrence
 from lfm_jax.convert.hf import tensors
+from lfm_jax.kinds import OPERATORS
 from lfm_jax.testing import tiny_config
 
 PUBLISHED = {
@@ -27,7 +28,7 @@ PUBLISHED = {
 
 @st.composite
 def configs(draw):
-    kinds = st.sampled_from(get_args(LayerType))
+    kinds = st.sampled_from(list(OPERATORS))
     group, K = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     flags = {name: draw(st.booleans()) for name in ("conv_bias", "qk_norm", "post_norm", "tie_embedding")}
     return tiny_config(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lfm_jax import ModelConfig
 from lfm_jax.config import repeated_units
 from lfm_jax.model import abstract_model
-from lfm_jax.stacking import runs, stack_layers, unit_types, unstack_layers
+from lfm_jax.stacking import runs, stack_layers, unit_layers, unstack_layers
 from lfm_jax.testing import tiny_config
 from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lfm_jax.train.step import (
@@ -40,10 +40,10 @@ def test_the_runs_of_the_published_patterns():
 def test_runs_are_the_pattern_and_trees_come_back(pattern):
     assert sum((unit * repeats for unit, repeats in repeated_units(pattern)), ()) == pattern
     config = tiny_config(layer_types=pattern)
-    assert sum(run.length for run in runs(config)) == len(unit_types(config)) <= len(pattern)
+    assert sum(run.length for run in runs(config)) == len(unit_layers(config)) <= len(pattern)
     tree = (7, {"embed": np.ones(2), "blocks": {i: {kind: np.full((2,), i)} for i, kind in enumerate(pattern)}})
     there = stack_layers(tree, config, lambda *x: np.stack(x))
-    assert len(there[1]["blocks"]) == len(unit_types(config))
+    assert len(there[1]["blocks"]) == len(unit_layers(config))
     back = unstack_layers(there, config)
     assert jax.tree.structure(back) == jax.tree.structure(tree)
     jax.tree.map(np.testing.assert_array_equal, back, tree)

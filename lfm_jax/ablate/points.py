@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from lfm_jax.ablate.pattern import Place, attention_at, parse_pattern, place_of, place_of_others, to_letters
 from lfm_jax.ablate.study import Study
-from lfm_jax.config import RECURRENCE_VECTORS, LayerType, ModelConfig
+from lfm_jax.config import LayerType, ModelConfig
+from lfm_jax.kinds import RECURRENCE_VECTORS
 from lfm_jax.train.optimizer import learning_rate
 
 BASE = "base"

@@ -174,9 +174,12 @@ class Work:
         study, model = self.study, trial.model
         if "sliding_attention" not in model.layer_types:  # The window is nothing to it.
             model = model.replace(sliding_window=ModelConfig().sliding_window)
+        fields = recipe.to_plain(model)
+        if model.ffn_types == ModelConfig().ffn_types:  # Runs from before there was a choice go on.
+            del fields["ffn_types"]
         optimizer = dataclasses.replace(study.optimizer, peak_lr=peak_lr)
         return digest(
-            recipe.to_plain(model), self.tasks[trial.task].digest(), trial.steps, recipe.to_plain(optimizer),
+            fields, self.tasks[trial.task].digest(), trial.steps, recipe.to_plain(optimizer),
             recipe.to_plain(study.guard), study.warmup, study.loss_chunk, seed,
         )
 

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lfm_jax import state as state_lib
-from lfm_jax.config import GATES, ModelConfig
+from lfm_jax.config import ModelConfig
 from lfm_jax.kernels.linear import linear
 from lfm_jax.kernels.sharded import causal_conv
+from lfm_jax.kinds import GATES
 from lfm_jax.layers import normal_param, zeros_param
 from lfm_jax.state import ConvTail
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from lfm_jax.chips import Chip, chip_of
-from lfm_jax.config import GATES, ITEMSIZE, LayerType, ModelConfig
-from lfm_jax.kernels.attention import CPU_SCORES, SCORE_BYTES
+from lfm_jax.config import ITEMSIZE, Layer, ModelConfig
+from lfm_jax.kinds import FEED_FORWARDS, OPERATORS, Kept, Share
 from lfm_jax.plan.units import si, size
 from lfm_jax.sharding import MESH_AXES
 from lfm_jax.train.config import TrainConfig
@@ -28,8 +28,6 @@ from lfm_jax.train.step import TrainState, abstract_train_state
 BATCH_ARRAYS = 4
 """Arrays of a batch, int32 [B, T] each: tokens, targets, segment ids, positions."""
 
-TPU_LANES = 128
-"""A TPU fills the last dimension of an array up to a multiple of this: heads of width 64 take twice their bytes."""
 LAYER_FACTOR = 2.5
 """Bytes alive while a layer is computed again and differentiated, over those that it keeps without remat: its values,
 their gradients and XLA's copies. Fitted to the compiled programs of docs/plan.md."""
@@ -125,31 +123,6 @@ def budget_of(config: TrainConfig, state: TrainState, sizes: dict[str, int], chi
     )
 
 
-class Share(NamedTuple):
-    """What of a micro-batch one device works on."""
-
-    tokens: float
-    seq_len: int
-    tensor: int
-    """Devices that share the channels, heads and units of each layer."""
-    chip: Chip | None
-
-    @property
-    def lanes(self) -> int:
-        """What the last dimension of an array is filled up to a multiple of."""
-        return TPU_LANES if self.chip is not None and self.chip.torus_dims else 1
-
-    def scores(self, config: ModelConfig) -> float:
-        """Elements of `dtype` a token that attention keeps of its scores (`kernels/attention.py`)."""
-        held = config.num_heads / self.tensor * self.seq_len
-        if config.attention_impl == "auto":
-            blockwise = self.chip is None and self.seq_len**2 >= CPU_SCORES
-            blockwise |= 4 * self.tokens * held > SCORE_BYTES
-        else:
-            blockwise = config.attention_impl != "xla"
-        return 0.0 if blockwise else held * (4 / ITEMSIZE[config.dtype] + 1)
-
-
 def tree_bytes(tree: Any, lanes: int = 1) -> float:
     """Bytes that one device holds of a tree of arrays, or of their shapes with layouts.
 
@@ -176,57 +149,33 @@ def kept_bytes(config: ModelConfig, share: Share) -> float:
     """
     factor = DOTS_FACTOR if config.remat == "dots" else 1.0
     kept = sum(
-        factor * share.tokens * (_operator_kept(config, kind, share) + _ffn_kept(config, share.tensor))
-        + _weights_kept(config, kind, share.tensor) for kind in config.layer_types
+        factor * share.tokens * _activations_kept(config, layer, share) + _weights_kept(config, layer, share.tensor)
+        for layer in config.layers
     )
     return kept * ITEMSIZE[config.dtype]
 
 
-def _operator_kept(config: ModelConfig, kind: LayerType, share: Share) -> float:
+def _activations_kept(config: ModelConfig, layer: Layer, share: Share) -> float:
     """Elements of `dtype` a token."""
-    D, N, K, tensor = config.hidden_size, config.num_heads, config.num_kv_heads, share.tensor
-    H = math.ceil(config.head_dim / share.lanes) * share.lanes
-    float32 = 4 / ITEMSIZE[config.dtype]
-    if config.remat == "full":
+    D, remat = config.hidden_size, config.remat
+    if remat == "full":
         return D  # The layer's input.
-    streams = {"conv": (1 + GATES[config.conv_gates]) * D, "recurrence": 3 * D}.get(kind, (N + 2 * K) * H) / tensor
-    if config.remat == "dots":
-        return D + streams
-    scores = share.scores(config) if kind == "full_attention" else 0.0
-    if not config.scan_layers:
-        inner = {"conv": D, "recurrence": 4 * float32 * D}.get(kind, (3 * N + K) * H)
-        return 2 * D + streams + inner / tensor + scores
-    if kind == "conv":
-        return 3 * D + streams + float32 * D
-    if kind == "recurrence":
-        return 2 * D + streams + 14 * float32 * D
-    return 2 * D + (4 * N + 3 * K) * H / tensor + float32 * (D + (N + K) * H / tensor) + scores
+
+    def kept(of: Kept) -> float:  # Beside its input and, unless that is made again, the normed input.
+        if remat == "dots":
+            return D + of.products
+        return 2 * D + (of.scanned if config.scan_layers else of.unrolled)
+
+    operator, ffn = OPERATORS[layer.operator], FEED_FORWARDS[layer.feed_forward]
+    return kept(operator.kept(config, share)) + (D if remat == "ffn" else kept(ffn.kept(config, share)))
 
 
-def _ffn_kept(config: ModelConfig, tensor: int) -> float:
-    """Elements of `dtype` a token."""
-    D, F = config.hidden_size, config.ffn_size
-    if config.remat == "full":
-        return 0.0
-    if config.remat == "ffn":
-        return D
-    if config.remat == "dots":
-        return D + 2 * F / tensor
-    return (2 + 4 / ITEMSIZE[config.dtype]) * D + 6 * F / tensor if config.scan_layers else 2 * D + 2 * F / tensor
-
-
-def _weights_kept(config: ModelConfig, kind: LayerType, tensor: int) -> float:
+def _weights_kept(config: ModelConfig, layer: Layer, tensor: int) -> float:
     """Elements of gathered weights that a layer keeps; without fsdp they are its own parameters in `dtype`."""
     if config.remat in ("dots", "full"):
         return 0.0
-    ffn = 3 * config.hidden_size * config.ffn_size if config.remat == "none" else 0
-    return (operator_matrices(config, kind) + ffn) / tensor
-
-
-def operator_matrices(config: ModelConfig, kind: LayerType) -> int:
-    """Elements of the matrices of an operator."""
-    D, H, N, K = config.hidden_size, config.head_dim, config.num_heads, config.num_kv_heads
-    return {"conv": (2 + GATES[config.conv_gates]) * D * D, "recurrence": 4 * D * D}.get(kind, 2 * D * H * (N + K))
+    ffn = FEED_FORWARDS[layer.feed_forward].matrices(config) if config.remat == "none" else 0
+    return (OPERATORS[layer.operator].matrices(config) + ffn) / tensor
 
 
 def working_bytes(config: ModelConfig, share: Share, loss_chunk: int) -> float:
@@ -241,8 +190,8 @@ def working_bytes(config: ModelConfig, share: Share, loss_chunk: int) -> float:
     loss = table * (4 + 2 * item) + min(loss_chunk, share.tokens) * rows * (4 + item)
     # Checkpoints go layer by layer, so that only one is computed again at a time.
     layer = max(
-        kept_bytes(config.replace(remat="none", scan_layers=False, layer_types=(kind,)), share)
-        for kind in set(config.layer_types)
+        kept_bytes(config.replace(remat="none", scan_layers=False).with_layers([layer]), share)
+        for layer in set(config.layers)
     )
     return max(loss, LAYER_FACTOR * layer + table * item)
 
@@ -253,19 +202,19 @@ def working_bytes(config: ModelConfig, share: Share, loss_chunk: int) -> float:
 def recomputed_flops_per_token(config: ModelConfig, T: int) -> float:
     """FLOPs for each token of what the backward pass computes again under `config.remat`.
 
-    full: the layers but for the last product of each, whose result nothing needs again; ffn: the two products into the
+    full: the layers but for the last product of each, whose result nothing needs again; ffn: the products into the
     hidden layer; dots: attention, whose scores have batch dimensions, and the conv taps.
     """
-    D, F, head = config.hidden_size, config.ffn_size, 2 * config.hidden_size * config.vocab_size
+    operators = [OPERATORS[layer.operator] for layer in config.layers]
+    ffns = [FEED_FORWARDS[layer.feed_forward] for layer in config.layers]
     if config.remat == "none":
         return 0.0
     if config.remat == "ffn":
-        return config.num_layers * 2 * 2 * D * F
-    layers = config.flops_per_token(T) - head
+        return 2 * sum(ffn.products(config) - ffn.last_product(config) for ffn in ffns)
+    layers = config.flops_per_token(T) - 2 * config.hidden_size * config.vocab_size
     if config.remat == "full":
-        return layers - config.num_layers * 2 * D * F
-    matrices = sum(operator_matrices(config, kind) + 3 * D * F for kind in config.layer_types)
-    return layers - 2 * matrices
+        return layers - 2 * sum(ffn.last_product(config) for ffn in ffns)
+    return layers - 2 * sum(kind.products(config) for kind in (*operators, *ffns))
 
 
 # --------------------------------------------------------------------------------------------------------- advice

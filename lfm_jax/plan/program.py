@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from lfm_jax.chips import Chip
 from lfm_jax.config import ITEMSIZE
+from lfm_jax.kinds import OPERATORS
 from lfm_jax.plan import cost, hlo
 from lfm_jax.plan.analysis import Budget, Share, kept_bytes, too_large
 from lfm_jax.sharding import spec
@@ -178,8 +179,8 @@ def expected_collectives(config: TrainConfig, budget: Budget) -> list[Traffic]:
 
     fsdp: every matrix is gathered in `dtype` for the forward pass and again for the backward pass, the table of the
     loss once; embeddings are traded for rows and back. Gradients are summed over all devices that share rows or time.
-    tensor: two sums of the residual stream for each layer and pass. context: queries, keys, values and results trade
-    time for heads, forward and back, in each layer of full attention.
+    tensor: two sums of the residual stream for each layer and pass. context: what operators trade (`OperatorKind`), as
+    attention trades time for heads, forward and back.
     """
     model, mesh = config.model, budget.mesh
     item, D, micro = ITEMSIZE[model.dtype], model.hidden_size, budget.micro_batches
@@ -194,8 +195,8 @@ def expected_collectives(config: TrainConfig, budget: Budget) -> list[Traffic]:
         ("all-to-all", ("fsdp",), 2 * stream),
         ("all-reduce", ("data", "fsdp", "context"), micro * (layers + table)),
         ("all-reduce", ("tensor",), passes * 2 * model.num_layers * stream),
-        ("all-to-all", ("context",), passes * model.attention_layers * 2 * local * model.head_dim
-         * (model.num_heads + model.num_kv_heads) / tensor * item),
+        ("all-to-all", ("context",), passes * sum(OPERATORS[kind].traded(model) for kind in model.layer_types) * local
+         / tensor * item),
     ]
     found = []
     for kind, over, bytes_ in rows:

@@ -9,7 +9,7 @@ from flax import nnx
 from helpers import loud, rel_err
 
 from lfm_jax import state as state_lib
-from lfm_jax.operators import OPERATORS
+from lfm_jax.kinds import OPERATORS
 from lfm_jax.testing import tiny_config
 
 B, T, D = 2, 9, 32
@@ -33,7 +33,7 @@ POSITIONS = np.stack([np.arange(T), 5 + 3 * np.arange(T)]).astype(np.int32)
 
 def make(name):
     config, kind = CONFIGS[name], name.split("-")[0]
-    graphdef, params = nnx.split(OPERATORS[kind](config, rngs=nnx.Rngs(0)), nnx.Param)
+    graphdef, params = nnx.split(OPERATORS[kind].find_module()(config, rngs=nnx.Rngs(0)), nnx.Param)
     params = loud(nnx.to_pure_dict(params), 0)
 
     @jax.jit

@@ -300,7 +300,7 @@ def test_a_run_older_than_a_field_has_its_default(corpus, tmp_path):
     """Runs saved before the operators of this version resume, but not as another model."""
     config = load(recipe(corpus, tmp_path / "run"))
     saved = to_plain(config)
-    for field in ("conv_gates", "recurrence", "sliding_window", "scan_impl", "attention_impl"):
+    for field in ("ffn_types", "conv_gates", "recurrence", "sliding_window", "scan_impl", "attention_impl"):
         del saved["model"][field]
     assert run_dirs.check_resumable(config, saved, 1) == []
     other = dataclasses.replace(config, model=config.model.replace(conv_gates="input"))

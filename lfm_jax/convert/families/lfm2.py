@@ -121,7 +121,8 @@ LFM2 = Family(
     name="LFM2",
     model_types=("lfm2",),
     architectures=("Lfm2ForCausalLM",),
-    features={"qk_norm": (True,), "post_norm": (False,), "conv_gates": ("both",), "layer_types": _LAYER_TYPES},
+    features={"qk_norm": (True,), "post_norm": (False,), "conv_gates": ("both",), "layer_types": _LAYER_TYPES,
+              "ffn_types": ("swiglu",)},
     read=_read,
     write=_write,
 )

@@ -1,0 +1,10 @@
+"""The kinds of operators and feed-forwards that a layer can be made of: two tables that everything else folds over."""
+
+from lfm_jax.kinds.feed_forwards import FEED_FORWARDS
+from lfm_jax.kinds.kind import ITEMSIZE, FeedForwardKind, Kept, OperatorKind, Share, Table
+from lfm_jax.kinds.operators import GATES, OPERATORS, RECURRENCE_VECTORS
+
+__all__ = [
+    "FEED_FORWARDS", "GATES", "ITEMSIZE", "OPERATORS", "RECURRENCE_VECTORS", "FeedForwardKind", "Kept", "OperatorKind",
+    "Share", "Table",
+]
