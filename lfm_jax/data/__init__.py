@@ -2,6 +2,7 @@
 
 from lfm_jax.data.build import BuildConfig, build
 from lfm_jax.data.config import DataConfig, DataUsedUp, MixturePart
+from lfm_jax.data.heldout import split_files
 from lfm_jax.data.manifest import Manifest, load_manifest
 from lfm_jax.data.pipeline import (
     check_lasts,
@@ -13,7 +14,7 @@ from lfm_jax.data.pipeline import (
     train_documents,
     train_iterator,
 )
-from lfm_jax.data.sources import Documents, SourceFile, find_files, split_files
+from lfm_jax.data.sources import Documents, SourceFile, find_files
 from lfm_jax.text.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_bpe
 
 __all__ = [

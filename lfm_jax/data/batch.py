@@ -1,6 +1,13 @@
 """What a batch is: named arrays whose first axis is its rows, and the values that stand where there is nothing.
 
-Dimensions: B rows.
+A batch of packed rows holds int32 arrays [B, T]:
+
+  tokens       inputs; 0 at padding
+  targets      the next token of the same document, or LOSS_IGNORE where that is not learnt and at padding
+  segment_ids  1, 2, ... for the pieces of a row from left to right; 0 at padding, which is at the right end
+  positions    0, 1, ... within each piece; 0 at padding
+
+Dimensions: B rows, T time.
 """
 
 from __future__ import annotations

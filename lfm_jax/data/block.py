@@ -22,6 +22,7 @@ import numpy as np
 
 from lfm_jax.data.encoding import DocumentEncoder, Tokens
 from lfm_jax.data.filling import fill_rows
+from lfm_jax.data.heldout import is_heldout
 from lfm_jax.data.manifest import BUILD_DIR, SPLITS, Counts, Shard, Split, counts_from_plain, file_digest
 from lfm_jax.data.records import TEXT_FORMAT, RowCodec
 from lfm_jax.data.sources import Stretch, raise_problems, read_stretch
@@ -60,15 +61,6 @@ class Block:
     source_bytes: int
     source_digest: str
     """Of the documents as stored."""
-
-
-def is_heldout(text: str, fraction: float) -> bool:
-    """Whether a document is held out: `HELDOUT_RULE`. Equal texts are always on one side, in every dataset."""
-    digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**56
-
-
-HELDOUT_RULE = "blake2b with 7 bytes over a document's UTF-8 text, as a big-endian number, is below fraction * 2^56"
 
 
 def record_path(directory: Path, number: int) -> Path:

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from lfm_jax.data.block import HELDOUT_RULE, Block, Settings, load_block
+from lfm_jax.data.block import Block, Settings, load_block
 from lfm_jax.data.config import field_problems
 from lfm_jax.data.encoding import DocumentEncoder, tokenizer_digest
+from lfm_jax.data.heldout import HELDOUT_RULE
 from lfm_jax.data.manifest import BUILD_DIR, MANIFEST_FILE, Counts, Manifest, load_manifest
 from lfm_jax.data.records import TEXT_FORMAT
 from lfm_jax.data.sources import SourceFile, Stretch, find_files, stretches
@@ -55,7 +56,7 @@ class BuildConfig:
     skip_unreadable: bool = False
     """Leave out and count documents that cannot be read, instead of stopping at them."""
     heldout_fraction: float = 0.01
-    """Share of the documents held out, chosen by a hash of their text. 0: none."""
+    """Share of the documents held out, chosen by a hash of their text (`data/heldout.py`). 0: none."""
     bos_id: int = 1
     """What a document begins with; the model's bos_id."""
     eos_id: int = 7

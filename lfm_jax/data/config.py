@@ -74,7 +74,7 @@ class DataConfig:
     heldout: tuple[str, ...] = ()
     """Files, directories and globs never trained on, for the held-out loss; overrides heldout_fraction."""
     heldout_fraction: float = 0.02
-    """Share of the source files held out, chosen by a hash of their names. 0: none."""
+    """Share of the source files held out, chosen by a hash of their names (`data/heldout.py`). 0: none."""
     exclude: tuple[str, ...] = ()
     """Shell patterns of files and directories to leave out, for example `tests` or `lib/old`."""
     text_field: str = "text"

@@ -1,4 +1,4 @@
-"""Which pieces share a row: best fit over all pieces of a block at once.
+"""Which pieces share a row of a build: best fit over all pieces of a block at once (`packing.py` packs as a run reads).
 
 Dimensions: T time (tokens of a row).
 """

@@ -70,7 +70,7 @@ def mixture_iterator(
     config: DataConfig, tokenizer: Tokenizer, rows: np.ndarray | None, *, bos_id: int, eos_id: int
 ) -> grain.DatasetIterator:
     """`pipeline.train_iterator` for a mixture."""
-    from lfm_jax.data.packing import GuardedIterator
+    from lfm_jax.data.guarded import GuardedIterator
     from lfm_jax.data.shards import batches, fingerprint, mix
 
     manifests = load_manifests(config)

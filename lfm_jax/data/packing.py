@@ -1,4 +1,8 @@
-"""Documents to packed rows: tokens, pieces no longer than a row, best-fit packing.
+"""Documents to packed rows while a run reads them: tokens, pieces no longer than a row, best-fit packing.
+
+There are two packers, since they see other things and their rows must not change. This one is Grain's: pieces come
+without end, rows are filled as they come, PACKING_ROWS of them open at a time, and its place among them can be saved.
+The one of a build (`filling.py`) sees all pieces of a block at once, and so leaves next to nothing empty.
 
 Importing this loads Grain, which is slow; `pipeline` does so only when data is asked for.
 
@@ -10,14 +14,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from itertools import batched
-from typing import Any
 
 import grain
 import numpy as np
 from tokenizers import Tokenizer
 
 from lfm_jax.data.batch import LOSS_IGNORE
-from lfm_jax.data.config import DataUsedUp
 from lfm_jax.data.encoding import BATCH_DOCUMENTS, DocumentEncoder, cuts
 
 PACKING_ROWS = 128
@@ -67,7 +69,7 @@ class Pieces:
 def pack(pieces: grain.MapDataset, T: int, *, shuffle_seed: int | None) -> grain.IterDataset:
     """Rows of T tokens, each with whole pieces from its left end and padding at its right end.
 
-    The keys are those of a batch (see `pipeline.train_iterator`). Rows come in the packer's order, or
+    The keys are those of a batch (`batch.py`). Rows come in the packer's order, or
     shuffled PACKING_ROWS at a time by a seed.
     """
     rows = grain.experimental.BestFitPackIterDataset(
@@ -87,37 +89,3 @@ def pack(pieces: grain.MapDataset, T: int, *, shuffle_seed: int | None) -> grain
             "positions": row["tokens_positions"],
         }
     )
-
-
-class GuardedIterator(grain.DatasetIterator):
-    """An iterator whose saved state is refused where the data is not the same."""
-
-    def __init__(self, parent: grain.DatasetIterator, fingerprint: str):
-        super().__init__(parent)
-        self._fingerprint = fingerprint
-
-    def __next__(self) -> Any:
-        try:
-            return next(self._parent)
-        except StopIteration:
-            raise DataUsedUp(
-                "the epoch limits of data.mixture are met, and the run asks for more; lower steps, or raise epochs "
-                "or leave them out"
-            ) from None
-
-    def get_state(self) -> dict[str, Any]:
-        """Plain dicts and integers, fit for JSON."""
-        return {"fingerprint": self._fingerprint, "iterator": self._parent.get_state()}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on exactly where the state was taken.
-
-        Raises:
-          ValueError: the state belongs to other data.
-        """
-        if state.get("fingerprint") != self._fingerprint:
-            raise ValueError(
-                "the saved data position belongs to other data: the source files, the tokenizer, or seq_len, "
-                "batch_size or seed changed since; restore them, or start a new run"
-            )
-        self._parent.set_state(state["iterator"])

@@ -2,12 +2,7 @@
 
 Text is for small runs: files are split into training and held-out ones; their documents are tokenised when an
 iterator is made, cut and packed into rows (`packing.py`), and batched. Built datasets are read as they are
-(`mixture.py`, `shards.py`). A batch is a dict of int32 arrays [B, T]:
-
-  tokens       inputs; 0 at padding
-  targets      the next token of the same document, or LOSS_IGNORE where that is not learnt and at padding
-  segment_ids  1, 2, ... for the pieces of a row from left to right; 0 at padding, which is at the right end
-  positions    0, 1, ... within each piece; 0 at padding
+(`mixture.py`, `shards.py`). What a batch is: see `batch.py`.
 
 Dimensions: B rows, T time.
 """
@@ -22,8 +17,9 @@ from tokenizers import Tokenizer
 
 from lfm_jax.data.batch import Batch, batches_of
 from lfm_jax.data.config import DataConfig
+from lfm_jax.data.heldout import split_files
 from lfm_jax.data.mixture import check_made_for, load_manifests, mixture_iterator, mixture_rows, mixture_tokenizer
-from lfm_jax.data.sources import Documents, SourceFile, find_files, split_files
+from lfm_jax.data.sources import Documents, SourceFile, find_files
 from lfm_jax.text.tokenizer import load_tokenizer, train_bpe
 
 if TYPE_CHECKING:
@@ -124,7 +120,8 @@ def train_iterator(
         return mixture_iterator(config, tokenizer, rows, bos_id=bos_id, eos_id=eos_id)
     import grain
 
-    from lfm_jax.data.packing import GuardedIterator, Pieces, pack
+    from lfm_jax.data.guarded import GuardedIterator
+    from lfm_jax.data.packing import Pieces, pack
 
     pieces = Pieces(train_documents(config), tokenizer, config.seq_len, bos_id=bos_id, eos_id=eos_id)
     # Grain shuffles epoch e with seed + e, so seeds as close as 0 and 1 would share their orders.

@@ -1,12 +1,10 @@
-"""Files to documents: finding them, splitting off held-out ones, reading documents by index."""
+"""Files to documents: finding them, reading documents by index."""
 
 from __future__ import annotations
 
 import fnmatch
 import glob
-import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -101,44 +99,6 @@ def _excluded(name: str, exclude: Sequence[str]) -> bool:
     parts = name.split("/")
     candidates = {*parts, *("/".join(parts[:n]) for n in range(1, len(parts) + 1))}
     return any(fnmatch.fnmatchcase(candidate, pattern) for pattern in exclude for candidate in candidates)
-
-
-def split_files(
-    files: Sequence[SourceFile], heldout_fraction: float, seed: int = 0
-) -> tuple[list[SourceFile], list[SourceFile]]:
-    """(training files, held-out files), each in the given order.
-
-    A file is held out when a hash of its name and the seed, uniform in [0, 1), is below the fraction, so a
-    file stays on its side when others come or go. A fraction of 0 holds out none.
-
-    Raises:
-      ValueError: a side would be empty though the fraction asks for both.
-    """
-    ranks = [_rank(file.name, seed) for file in files]
-    train = [file for file, rank in zip(files, ranks, strict=True) if rank >= heldout_fraction]
-    heldout = [file for file, rank in zip(files, ranks, strict=True) if rank < heldout_fraction]
-    if heldout_fraction > 0 and not (train and heldout):
-        side = "training" if heldout else "held-out"
-        raise ValueError(
-            f"heldout_fraction {heldout_fraction} of {len(files)} file(s) leaves no {side} file; name the held-out "
-            "files in `heldout`, or set heldout_fraction to 0 to hold out none"
-            + _working_fraction(ranks)
-        )
-    return train, heldout
-
-
-def _working_fraction(ranks: list[float]) -> str:
-    """Advice on a fraction that gives both sides a file, if there is one."""
-    distinct = sorted(set(ranks))[:2]
-    if len(distinct) < 2:
-        return ""
-    fraction = math.ceil(distinct[0] * 1000 + 0.5) / 1000
-    return f", or to {fraction} to hold out one" if fraction < distinct[1] else ""
-
-
-def _rank(name: str, seed: int) -> float:
-    digest = hashlib.blake2b(b"%d/" % seed + os.fsencode(name), digest_size=7).digest()
-    return int.from_bytes(digest, "big") / 2**56
 
 
 class Documents:

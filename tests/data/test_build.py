@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from lfm_jax.data import BuildConfig, build, load_manifest, train_bpe
-from lfm_jax.data.block import is_heldout
 from lfm_jax.data.build import plan_blocks
+from lfm_jax.data.heldout import is_heldout
 from lfm_jax.data.manifest import BUILD_DIR, SPLITS
 from lfm_jax.data.shards import Records
 from lfm_jax.data.sources import SourceFile, Stretch, read_stretch

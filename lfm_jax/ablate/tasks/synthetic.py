@@ -1,6 +1,6 @@
 """What the synthetic tasks share: rows made from a seed and a number when they are asked for, and batches of them.
 
-A batch is a dict of int32 arrays [B, T], as in `data/pipeline.py`: tokens, targets (LOSS_IGNORE but where an answer is
+A batch is a dict of int32 arrays [B, T], as in `data/batch.py`: tokens, targets (LOSS_IGNORE but where an answer is
 due), segment_ids (1 everywhere: a row is one document) and positions.
 
 Dimensions: B rows, T time.
