@@ -61,7 +61,7 @@ def test_presets_have_the_published_number_of_parameters(name):
 def test_the_350m_checkpoint_has_148_tensors_and_the_published_parts():
     config = lfm.ModelConfig.preset("lfm2.5-350m")
     assert len(tensors(config)) == 148
-    size = {tensor.name: int(np.prod(tensor.hf_shape)) for tensor in tensors(config)}
+    size = {name: int(np.prod(shape)) for name, shape in tensors(config).items()}
     parts = {part: sum(n for name, n in size.items() if name.startswith(part))
              for part in ("model.layers.0.conv.", "model.layers.2.self_attn.", "model.layers.0.feed_forward.")}
     assert list(parts.values()) == [4_197_376, 3_145_856, 14_155_776]

@@ -1,7 +1,7 @@
 """Weights both ways between `transformers` and us: state dicts in memory, directories on disk.
 
-Everything folds over the rows of `weights.WEIGHTS`. A source of weights names its tensors and reads them one at
-a time, so that no path holds a second copy of the model.
+Everything folds over the rows of the model's family (`families`). A source of weights names its tensors and reads
+them one at a time, so that no path holds a second copy of the model.
 """
 
 from __future__ import annotations
@@ -26,18 +26,35 @@ from flax import nnx
 from lfm_jax.config import ModelConfig
 from lfm_jax.convert import safetensors_io as files
 from lfm_jax.convert import sidecars
-from lfm_jax.convert.families import config_from_hf, config_to_hf
+from lfm_jax.convert.families import config_from_hf, config_to_hf, family_of
 from lfm_jax.convert.sidecars import chat_template
-from lfm_jax.convert.weights import WEIGHTS, Source, Spec, Tensor, Weight, cast, check, common_dtype, refuse, tensors
+from lfm_jax.convert.sources import Source, Spec, cast, check, common_dtype, refuse
+from lfm_jax.convert.weights import Group, groups, leaf, misfits
 from lfm_jax.model import LFM, abstract_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["WEIGHTS", "Tensor", "Weight", "chat_template", "convert", "from_state_dict", "load_hf", "save_hf",
-           "tensors", "to_state_dict", "write_hf"]
+__all__ = ["chat_template", "convert", "from_state_dict", "load_hf", "save_hf", "tensors", "to_state_dict", "write_hf"]
 
 MAX_SHARD_BYTES = 5_000_000_000
+
+
+def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a model of this shape, in the order of a checkpoint file.
+
+    Raises:
+      ValueError: no family can express the model, so its tensors have no name.
+    """
+    return {name: group.tensor.shape for group in _groups(config) for name in group.names}
+
+
+def _groups(config: ModelConfig) -> list[Group]:
+    return groups(family_of(config).weights, config)
+
+
+def _check(source: Source, config: ModelConfig) -> list[str]:
+    return check(source, family_of(config).weights, config)
 
 
 # -------------------------------------------------------------------- in memory
@@ -59,17 +76,17 @@ def from_state_dict(state_dict: Mapping[str, Any], config: ModelConfig) -> LFM:
         name: Spec(tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in state_dict.items()
     }
     source = Source(specs, lambda name: _as_numpy(state_dict[name]))
-    refuse("the state dict is not this model", check(source, config))
+    refuse("the state dict is not this model", _check(source, config))
     return _build(config, source.read)
 
 
 def to_state_dict(model: LFM) -> dict[str, np.ndarray]:
-    """The weights under their HF names and in HF layout, as copies in the dtype that they are stored in.
+    """The weights under their HF names and in their layout, as copies in the dtype that they are stored in.
 
     A tied head is not in it, as it is not in a checkpoint file: `load_state_dict(..., strict=False)`.
 
     Raises:
-      ValueError: the model has something that LFM2 in `transformers` cannot express.
+      ValueError: the model has something that no family in `transformers` can express.
     """
     return {name: np.array(array, order="C") for name, array in _arrays(model)}
 
@@ -87,21 +104,27 @@ def _as_numpy(value: Any) -> np.ndarray:
 def _build(config: ModelConfig, read: Callable[[str], np.ndarray]) -> LFM:
     """The model with every parameter read by HF name; none is initialised first."""
     graphdef, params = abstract_model(config)
-    for tensor in tensors(config):
-        *parents, leaf = tensor.path
-        array = tensor.to_ours(cast(tensor.name, read(tensor.name), config.param_dtype))
-        functools.reduce(operator.getitem, parents, params)[leaf] = jnp.array(np.ascontiguousarray(array))
+    table = _groups(config)
+    refuse(f"the tensors of {family_of(config).name} are not this model", misfits(table, params))
+    for group in table:
+        made = group.to_leaves(cast(name, read(name), config.param_dtype) for name in group.names)
+        for path, array in zip(group.paths, made, strict=True):
+            *parents, last = path
+            functools.reduce(operator.getitem, parents, params)[last] = jnp.array(np.ascontiguousarray(array))
     return nnx.merge(graphdef, params)
 
 
-def _leaves(model: LFM) -> Iterator[tuple[Tensor, jax.Array]]:
+def _leaves(model: LFM) -> Iterator[tuple[Group, list[jax.Array]]]:
     params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    for tensor in tensors(model.config):
-        yield tensor, functools.reduce(operator.getitem, tensor.path, params)
+    table = _groups(model.config)
+    refuse(f"the tensors of {family_of(model.config).name} are not this model", misfits(table, params))
+    for group in table:
+        yield group, [leaf(params, path) for path in group.paths]
 
 
 def _arrays(model: LFM) -> Iterator[tuple[str, np.ndarray]]:
-    return ((tensor.name, tensor.to_hf(np.asarray(leaf))) for tensor, leaf in _leaves(model))
+    for group, leaves in _leaves(model):
+        yield from zip(group.names, group.to_tensors(map(np.asarray, leaves)), strict=True)
 
 
 # -------------------------------------------------------------------- directories
@@ -113,8 +136,8 @@ class _Checkpoint:
     read: Callable[[str], np.ndarray]
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        for tensor in tensors(self.config):
-            yield tensor.name, cast(tensor.name, self.read(tensor.name), self.config.param_dtype)
+        for name in tensors(self.config):
+            yield name, cast(name, self.read(name), self.config.param_dtype)
 
 
 def _inspect(path: Path, dtype: Any) -> tuple[_Checkpoint | None, list[str]]:
@@ -138,12 +161,12 @@ def _inspect(path: Path, dtype: Any) -> tuple[_Checkpoint | None, list[str]]:
             problems.append(f"config.json: {str(e).removeprefix('config.json ')}")
     # Where no file could be read, that is the problem; not that each tensor is missing.
     if config is not None and (source.specs or not problems):
-        problems += check(source, config)
+        problems += _check(source, config)
     return (None if config is None or problems else _Checkpoint(config, source.read)), problems
 
 
 def load_hf(path: str | os.PathLike, dtype: Any = None) -> tuple[LFM, Tokenizer | None]:
-    """Loads an LFM2 directory in Hugging Face format, tensor by tensor.
+    """Loads a directory in Hugging Face format, tensor by tensor.
 
     Args:
       path: directory with config.json, model.safetensors (or shards and their index), perhaps tokenizer.json.
@@ -184,13 +207,14 @@ def save_hf(
       max_shard_bytes: weights beyond this are split into several files with an index.
 
     Raises:
-      ValueError: one error that lists everything: the model is not LFM2, has parameters of an unsupported dtype or
-        of several, the destination has something in it, `source` is not usable.
+      ValueError: one error that lists everything: the model has parameters of an unsupported dtype or of several, the
+        destination has something in it, `source` is not usable; before that, no family can express it.
     """
-    specs = {t.name: Spec(t.hf_shape, leaf.dtype.name) for t, leaf in _leaves(model)}
+    specs = {name: Spec(group.tensor.shape, " and ".join(sorted({array.dtype.name for array in leaves})))
+             for group, leaves in _leaves(model) for name in group.names}
     held = Source(specs, _unreadable)
     kept, problems = common_dtype(held, None)
-    problems += check(held, model.config) + _output_problems(path, source, max_shard_bytes)
+    problems += _check(held, model.config) + _output_problems(path, source, max_shard_bytes)
     refuse(f"cannot save to {path}", problems)
     config = model.config.replace(param_dtype=kept)
     write_hf(path, config, _arrays(model), tokenizer=tokenizer, source=source, max_shard_bytes=max_shard_bytes)
@@ -228,18 +252,18 @@ def write_hf(
     """Writes an HF directory from a stream of weights; `save_hf` and `convert` end here.
 
     Args:
-      arrays: (HF name, array in HF layout and `config.param_dtype`) in the order of `tensors(config)`.
+      arrays: (name, array in the layout of a file and `config.param_dtype`) in the order of `tensors(config)`.
       path, config, tokenizer, source, max_shard_bytes: as in `save_hf`.
 
     Raises:
       ValueError: as `save_hf`, or `arrays` is not what the config announces. Nothing is left behind.
     """
     hf = config_to_hf(config)
-    shapes = [(tensor.name, tensor.hf_shape) for tensor in tensors(config)]
+    specs = {name: Spec(shape, config.param_dtype) for name, shape in tensors(config).items()}
     refuse(f"cannot write {path}", _output_problems(path, source, max_shard_bytes))
     with _new_directory(Path(path)) as directory:
         sidecars.write(directory, hf, tokenizer, None if source is None else Path(source))
-        files.write(directory, shapes, config.param_dtype, arrays, max_shard_bytes)
+        files.write(directory, specs, arrays, max_shard_bytes)
 
 
 def _unreadable(name: str) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lfm_jax.config import ITEMSIZE
-from lfm_jax.convert.weights import Source, Spec
+from lfm_jax.convert.sources import Source, Spec
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -150,63 +150,60 @@ def _no_weights(directory: Path) -> str:
 
 
 def write(
-    directory: Path, shapes: Sequence[tuple[str, tuple[int, ...]]], dtype: str,
-    arrays: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int,
+    directory: Path, specs: Mapping[str, Spec], arrays: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int
 ) -> None:
     """Writes `model.safetensors`, or numbered shards and their index where one file would be too large.
 
     Args:
       directory: where to; it exists.
-      shapes: (name, shape) of every tensor, in file order.
-      dtype: of all of them, one of `TAGS`.
+      specs: every tensor by name, in file order; dtypes are those of `TAGS`.
       arrays: (name, array) in the same order; consumed one at a time.
       max_shard_bytes: a shard takes tensors up to this many bytes, and always at least one.
 
     Raises:
-      ValueError: `arrays` is not what `shapes` and `dtype` announced.
+      ValueError: `arrays` is not what `specs` announced.
     """
-    def size(shape: tuple[int, ...]) -> int:
-        return math.prod(shape) * ITEMSIZE[dtype]
-
-    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    shards: list[dict[str, Spec]] = [{}]
     filled = 0
-    for name, shape in shapes:
-        if shards[-1] and filled + size(shape) > max_shard_bytes:
-            shards.append([])
+    for name, spec in specs.items():
+        if shards[-1] and filled + _size(spec) > max_shard_bytes:
+            shards.append({})
             filled = 0
-        shards[-1].append((name, shape))
-        filled += size(shape)
+        shards[-1][name] = spec
+        filled += _size(spec)
     count = len(shards)
     files = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     source = iter(arrays)
     for file, shard in zip(files, shards, strict=True):
-        _write_file(directory / file, shard, dtype, source)
+        _write_file(directory / file, shard, source)
     if next(source, None) is not None:
-        raise ValueError(f"more tensors than the {len(shapes)} announced")
+        raise ValueError(f"more tensors than the {len(specs)} announced")
     if count > 1:
         index = {
-            "metadata": {"total_size": sum(size(shape) for _, shape in shapes)},
-            "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name, _ in shard},
+            "metadata": {"total_size": sum(map(_size, specs.values()))},
+            "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
         }
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_file(
-    path: Path, shard: list[tuple[str, tuple[int, ...]]], dtype: str, arrays: Iterator[tuple[str, np.ndarray]]
-) -> None:
+def _size(spec: Spec) -> int:
+    return math.prod(spec.shape) * ITEMSIZE[spec.dtype]
+
+
+def _write_file(path: Path, shard: Mapping[str, Spec], arrays: Iterator[tuple[str, np.ndarray]]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # Older `transformers` refuses a file without it.
     offset = 0
-    for name, shape in shard:
-        end = offset + math.prod(shape) * ITEMSIZE[dtype]
-        header[name] = {"dtype": TAGS[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+    for name, spec in shard.items():
+        end = offset + _size(spec)
+        header[name] = {"dtype": TAGS[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # Tensors then start at a multiple of 8 bytes.
     with path.open("xb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in shard:
+        for name, spec in shard.items():
             given, array = next(arrays, (None, None))
-            if array is None or given != name or array.shape != shape or array.dtype.name != dtype:
-                raise ValueError(f"expected {name} {dtype}{list(shape)}, was given {given} "
+            if array is None or given != name or (array.shape, array.dtype.name) != spec:
+                raise ValueError(f"expected {name} {spec.dtype}{list(spec.shape)}, was given {given} "
                                  f"{getattr(array, 'dtype', None)}{list(getattr(array, 'shape', ()))}")
             out.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lfm_jax.convert.safetensors_io import file_problem, read_json
-from lfm_jax.convert.weights import refuse
+from lfm_jax.convert.sources import refuse
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -25,9 +25,9 @@ def test_converting_350m_streams(tmp_path):
     block = rng.integers(0, 2**16, 2**20, np.uint16)
 
     def arrays():
-        for i, row in enumerate(tensors(config)):
+        for i, (name, shape) in enumerate(tensors(config).items()):
             # A rotated copy of one random block: quick to make, and each tensor is another one.
-            yield row.name, np.resize(np.roll(block, i), row.hf_shape).view("bfloat16")
+            yield name, np.resize(np.roll(block, i), shape).view("bfloat16")
 
     write_hf(tmp_path / "src", config, arrays(), max_shard_bytes=400_000_000)
     run = subprocess.run([sys.executable, "-c", CONVERT, str(tmp_path / "src"), str(tmp_path / "dst")],

@@ -7,8 +7,8 @@ import torch
 from oracle import CASES, hf_config, hf_model
 
 from lfm_jax.convert.families import config_from_hf
-from lfm_jax.convert.hf import from_state_dict, to_state_dict
-from lfm_jax.convert.weights import cast, tensors
+from lfm_jax.convert.hf import from_state_dict, tensors, to_state_dict
+from lfm_jax.convert.sources import cast
 from lfm_jax.testing import tiny_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -23,8 +23,8 @@ def random_bits(config, dtype, seed=0):
     """A state dict in NumPy whose values are random bits: NaN payloads, infinities and subnormals among them."""
     rng = np.random.default_rng(seed)
     return {
-        row.name: rng.integers(0, 256, (*row.hf_shape[:-1], row.hf_shape[-1] * jnp.dtype(dtype).itemsize), np.uint8)
-        .view(jnp.dtype(dtype)) for row in tensors(config)
+        name: rng.integers(0, 256, (*shape[:-1], shape[-1] * jnp.dtype(dtype).itemsize), np.uint8)
+        .view(jnp.dtype(dtype)) for name, shape in tensors(config).items()
     }
 
 
@@ -41,7 +41,7 @@ def test_round_trip_keeps_every_bit(dtype, framework):
     given = random_bits(config, dtype)
     back = to_state_dict(from_state_dict(given if framework == "numpy" else {k: as_torch(v) for k, v in given.items()},
                                          config))
-    assert list(back) == [row.name for row in tensors(config)]
+    assert list(back) == list(tensors(config))
     for name, array in back.items():
         assert array.dtype == jnp.dtype(dtype)
         assert array.flags.c_contiguous
@@ -76,7 +76,7 @@ def test_weights_are_copied_not_shared():
 
 def test_values_are_rounded_only_to_another_param_dtype():
     config = tiny_config(param_dtype="bfloat16")
-    given = {row.name: np.full(row.hf_shape, 1.01, np.float32) for row in tensors(config)}
+    given = {name: np.full(shape, 1.01, np.float32) for name, shape in tensors(config).items()}
     model = from_state_dict(given, config)
     assert model.embed[...].dtype == jnp.bfloat16
     np.testing.assert_array_equal(to_state_dict(model)[EMBED], jnp.full_like(given[EMBED], 1.01, jnp.bfloat16))

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lfm_jax.config import ModelConfig
+from lfm_jax.convert.weights import Weight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """One row: how models of one kind describe themselves in a `config.json`."""
+    """One row: how models of one kind are described in a `config.json` and stored in safetensors."""
 
     name: str
     """As messages call it."""
@@ -26,6 +27,8 @@ class Family:
     """config.json -> fields of ModelConfig. Raises ValueError for what it cannot read."""
     write: Callable[[ModelConfig], dict[str, Any]]
     """ModelConfig, its features found good -> config.json without these two keys."""
+    weights: tuple[Weight, ...]
+    """Its tensors, in the order of a file."""
 
     def lacks(self, config: ModelConfig) -> list[str]:
         """What the model has and this family cannot express."""

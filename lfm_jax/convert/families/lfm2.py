@@ -12,9 +12,38 @@ from typing import Any
 
 from lfm_jax.config import ModelConfig, hybrid_pattern
 from lfm_jax.convert.families.family import Family
+from lfm_jax.convert.weights import Weight
 
 _LAYER_TYPES = ("conv", "full_attention")
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+_WEIGHTS = (
+    Weight("model", "model.embed_tokens.weight", "embed", "V D -> V D"),
+    Weight("block", "model.layers.{i}.operator_norm.weight", "blocks.{i}.operator_norm.weight", "D -> D"),
+    Weight("conv", "model.layers.{i}.conv.in_proj.weight", "blocks.{i}.operator.in_proj", "(C O) D -> C O D"),
+    Weight("conv_bias", "model.layers.{i}.conv.in_proj.bias", "blocks.{i}.operator.in_bias", "(C O) -> C O"),
+    Weight("conv", "model.layers.{i}.conv.conv.weight", "blocks.{i}.operator.conv", "D 1 W -> W D"),
+    Weight("conv_bias", "model.layers.{i}.conv.conv.bias", "blocks.{i}.operator.conv_bias", "D -> D"),
+    Weight("conv", "model.layers.{i}.conv.out_proj.weight", "blocks.{i}.operator.out_proj", "O D -> O D"),
+    Weight("conv_bias", "model.layers.{i}.conv.out_proj.bias", "blocks.{i}.operator.out_bias", "O -> O"),
+    Weight("full_attention", "model.layers.{i}.self_attn.q_proj.weight", "blocks.{i}.operator.q_proj",
+           "(N H) D -> N H D"),
+    Weight("full_attention", "model.layers.{i}.self_attn.k_proj.weight", "blocks.{i}.operator.k_proj",
+           "(K H) D -> K H D"),
+    Weight("full_attention", "model.layers.{i}.self_attn.v_proj.weight", "blocks.{i}.operator.v_proj",
+           "(K H) D -> K H D"),
+    Weight("full_attention", "model.layers.{i}.self_attn.out_proj.weight", "blocks.{i}.operator.out_proj",
+           "D (N H) -> D N H"),
+    Weight("full_attention", "model.layers.{i}.self_attn.q_layernorm.weight", "blocks.{i}.operator.q_norm.weight",
+           "H -> H"),
+    Weight("full_attention", "model.layers.{i}.self_attn.k_layernorm.weight", "blocks.{i}.operator.k_norm.weight",
+           "H -> H"),
+    Weight("block", "model.layers.{i}.ffn_norm.weight", "blocks.{i}.ffn_norm.weight", "D -> D"),
+    Weight("block", "model.layers.{i}.feed_forward.w1.weight", "blocks.{i}.feed_forward.w1", "F D -> F D"),
+    Weight("block", "model.layers.{i}.feed_forward.w3.weight", "blocks.{i}.feed_forward.w3", "F D -> F D"),
+    Weight("block", "model.layers.{i}.feed_forward.w2.weight", "blocks.{i}.feed_forward.w2", "D F -> D F"),
+    Weight("model", "model.embedding_norm.weight", "norm.weight", "D -> D"),
+    Weight("untied", "lm_head.weight", "head", "V D -> V D"),
+)
 
 
 def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,4 +154,5 @@ LFM2 = Family(
               "ffn_types": ("swiglu",)},
     read=_read,
     write=_write,
+    weights=_WEIGHTS,
 )
