@@ -23,7 +23,6 @@ from lfm_jax.files import locked
 from lfm_jax.train.launch import FAILED, STOPPED
 from lfm_jax.train.step import Guard
 
-pytestmark = pytest.mark.usefixtures("cached")
 ROOT = Path(__file__).parents[2]
 
 

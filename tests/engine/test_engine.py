@@ -18,8 +18,6 @@ from lfm_jax.sampling import Sampling
 from lfm_jax.structured.grammar import Grammar, grammar_tokenizer
 from lfm_jax.testing import tiny_model, tiny_tokenizer
 
-pytestmark = pytest.mark.usefixtures("cached")  # Other modules compile the same programs.
-
 
 @pytest.mark.parametrize(("mixes", "fixed_rows"), [(500, False), (150, True)])
 def test_mixes_give_each_request_what_it_gets_alone(mixes, fixed_rows):

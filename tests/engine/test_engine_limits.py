@@ -17,8 +17,6 @@ from lfm_jax.engine.request import EngineFullError, Request
 from lfm_jax.infer.generate import generate_tokens
 from lfm_jax.testing import tiny_model
 
-pytestmark = pytest.mark.usefixtures("cached")
-
 
 def test_a_short_prompt_need_not_wait_for_a_long_one():
     for order in (1, -1):

@@ -14,8 +14,6 @@ from lfm_jax.serve.app import make_app
 from lfm_jax.serve.limits import LIMITS
 from lfm_jax.testing import tiny_model, tiny_tokenizer
 
-pytestmark = pytest.mark.usefixtures("cached")
-
 
 @pytest.fixture
 def service():

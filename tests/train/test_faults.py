@@ -16,8 +16,6 @@ from lfm_jax.train.loop import train
 from lfm_jax.train.metrics import read_metrics
 from lfm_jax.train.record import Recorder
 
-pytestmark = pytest.mark.usefixtures("cached")
-
 BAD = 10**6
 """A target that makes every gradient NaN, with what the fixture `poison` puts into the step."""
 

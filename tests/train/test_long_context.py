@@ -8,8 +8,6 @@ import lfm_jax as lfm
 from lfm_jax.data import BuildConfig, build
 from lfm_jax.train.loop import train
 
-pytestmark = pytest.mark.usefixtures("cached")
-
 
 @pytest.mark.slow
 def test_a_second_stage_of_longer_rows_over_the_context_axis(corpus, tmp_path, cache):

@@ -24,8 +24,6 @@ from lfm_jax.train.launch import STOPPED
 from lfm_jax.train.loop import train
 from lfm_jax.train.metrics import read_metrics
 
-pytestmark = pytest.mark.usefixtures("cached")
-
 
 @pytest.fixture(scope="module")
 def whole_run(corpus, tmp_path_factory):
