@@ -8,7 +8,7 @@ FIND_PYTHON = for p in python3.12 python3 python3.13 python3.14; do \
 	echo "no Python >= 3.12 found (tried python3.12, python3, python3.13, python3.14): install one, run make again" >&2; \
 	exit 1
 
-.PHONY: demo test check test-long lint clean
+.PHONY: demo test check test-long test-times lint clean
 .DELETE_ON_ERROR:
 
 .venv/core: requirements.txt pyproject.toml
@@ -32,14 +32,23 @@ FIND_PYTHON = for p in python3.12 python3 python3.13 python3.14; do \
 demo: .venv/core
 	@$(PY) experiments/demo.py
 
+# Files go to two workers in the order of tests/conftest.py, the heaviest first.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: .venv/test
-	@$(PY) -m pytest -n 2 --dist loadfile -m "not long"
+	@$(PY) -m pytest $(TWO) -m "not long"
 
 check: lint
-	@$(PY) -m pytest -m "not slow and not long"
+	@$(PY) -m pytest $(TWO) -m "not slow and not long"
 
 test-long: .venv/test
 	@$(PY) -m pytest -s -m long
+
+# What each file takes with an empty cache of programs: the order of `test`, and the table of docs/suite.md.
+test-times: .venv/test
+	@rm -rf .venv/times .venv/programs
+	@JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.venv/programs $(PY) -m pytest $(TWO) -m "not long" --times .venv/times
+	@$(PY) tests/timing.py .venv/times
 
 lint: .venv/test
 	@$(PY) -m ruff check .

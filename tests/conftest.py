@@ -1,9 +1,11 @@
 """Settings of every test: CPU, exact float32 products, one cache of programs, hypothesis that repeats itself."""
 
 import gc
+import json
 import os
 
 import compiled
+import timing
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,9 +32,22 @@ settings.register_profile(
 settings.load_profile("lfm_jax")
 
 
-def pytest_configure():
+def pytest_addoption(parser):
+    parser.addoption("--times", metavar="FILE", help="append what each test takes to FILE (tests/timing.py)")
+
+
+def pytest_configure(config):
     if "PYTEST_XDIST_WORKER" not in os.environ:  # Once a run.
         compiled.shrink()
+    if config.option.times:
+        config.pluginmanager.register(timing.Recorder(config.option.times))
+
+
+def pytest_collection_modifyitems(config, items):
+    """Two workers end together when the heaviest files start first; a file that was never timed counts as heavy."""
+    if hasattr(config, "workerinput"):
+        seconds = json.loads(timing.SECONDS.read_text())
+        items.sort(key=lambda item: -seconds.get(item.path.stem, 100))
 
 
 @pytest.fixture(scope="session")

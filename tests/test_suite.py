@@ -1,0 +1,29 @@
+"""What the suite does around its tests: programs are kept within bounds, times are summed by file."""
+
+import json
+import os
+
+import compiled
+import timing
+
+
+def test_the_cache_gives_up_what_was_not_used_for_the_longest_time(tmp_path):
+    for i, name in enumerate(("old", "read-again", "new", "newest")):
+        (tmp_path / name).write_bytes(bytes(10))
+        os.utime(tmp_path / name, (9 if name == "read-again" else i, i))
+    compiled.shrink(tmp_path, 40)
+    assert len(list(tmp_path.iterdir())) == 4
+    compiled.shrink(tmp_path, 25)
+    assert {path.name for path in tmp_path.iterdir()} == {"newest", "read-again"}
+
+
+def test_the_processor_is_named():
+    assert compiled.processor().strip()
+
+
+def test_times_are_summed_by_file_the_heaviest_first():
+    rows = [{"test": "a.py::one", "own": 1.0, "children": 2.0, "programs": 3}, {"test": "b.py::x", "own": 9.0},
+            {"test": "a.py::two[b.py::y]", "own": 0.5, "children": 0.0, "programs": 2}]
+    files = timing.by_file(map(json.dumps, rows))
+    assert list(files) == ["b.py", "a.py"]
+    assert files["a.py"] == {"own": 1.5, "children": 2.0, "programs": 5, "tests": 2}
