@@ -69,14 +69,9 @@ Switch = Annotated[bool, tyro.constructors.PrimitiveConstructorSpec(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AblateConfig:
-    """A study, and how this call works on it.
+class Call:
+    """How one call works on a study; no part of what the study is."""
 
-    Raises:
-      ValueError: on construction, one message that lists every bad field.
-    """
-
-    study: Annotated[Study, tyro.conf.arg(name="")]
     processes: int = 1
     """Start this many processes here, which share the cores and the trials."""
     index: str | None = None
@@ -84,12 +79,23 @@ class AblateConfig:
     processes: one of those started here, which takes other trials too once its own are done."""
     minutes: float | None = None
     """Stop after so long; the same command goes on. Exit status 130, as after Ctrl-C."""
-    smoke: Switch = False
-    """Try the study on base and last point in a few steps, without costs, into a directory of its own."""
     retry_failed: Switch = False
     """Make failed runs again."""
     report_only: Switch = False
     """Only write results.jsonl and the report from what is there."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AblateConfig(Call):
+    """A study, and how this call works on it.
+
+    Raises:
+      ValueError: on construction, one message that lists every bad field.
+    """
+
+    study: Annotated[Study, tyro.conf.arg(name="")]
+    smoke: Switch = False
+    """Try the study on base and last point in a few steps, without costs, into a directory of its own."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -512,23 +518,9 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-_HOW = {"--processes": 1, "--index": 1, "--minutes": 1, "--retry-failed": 0, "--retry_failed": 0, "--report-only": 0,
-        "--report_only": 0}
-"""Flags of one call, with the number of their values: no part of what a study is."""
-
-
 def _of_the_study(args: Sequence[str]) -> list[str]:
-    """A command's arguments without those that only say how it was to be worked on."""
-    kept, skip = [], 0
-    for arg in args:
-        name = arg.split("=")[0]
-        if skip:
-            skip -= 1
-        elif name in _HOW:
-            skip = 0 if "=" in arg else _HOW[name]
-        else:
-            kept.append(arg)
-    return kept
+    """A command's arguments without those of the call."""
+    return tyro.cli(Call, args=args, return_unknown_args=True, config=(tyro.conf.FlagConversionOff,))[1]
 
 
 def _letters(model: ModelConfig) -> str:
