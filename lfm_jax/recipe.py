@@ -38,11 +38,16 @@ def _names_of_a_table(info: constructors.PrimitiveTypeInfo) -> Any:
 
 
 def load_recipe[C](
-    cls: type[C], path: str | Path | Sequence[str | Path] | None, overrides: Sequence[str] = (), *, prog: str = "lfm"
+    cls: type[C], path: str | Path | Sequence[str | Path] | None, overrides: Sequence[str] = (), *, prog: str = "lfm",
+    description: str | None = None,
 ) -> C:
     """Builds `cls` from YAML files and command-line flags; later files and flags win.
 
     `model: {preset: NAME}`, or `--model.preset NAME`, stands for all fields of that preset; fields named beside it win.
+
+    Args:
+      prog: the command, as its help names it.
+      description: what its help begins with; the docstring of `cls` if left out.
 
     Raises:
       ValueError: the file cannot be read or is not a mapping.
@@ -51,9 +56,8 @@ def load_recipe[C](
     paths = [] if path is None else [path] if isinstance(path, (str, Path)) else path
     flags = [flag for each in paths for flag in _file_flags(each)]
     with _RULES:
-        return tyro.cli(
-            cls, args=_expand_preset([*flags, *overrides]), prog=prog, config=(tyro.conf.FlagConversionOff,)
-        )
+        return tyro.cli(cls, args=_expand_preset([*flags, *overrides]), prog=prog, description=description,
+                        config=(tyro.conf.FlagConversionOff,))
 
 
 def _file_flags(path: str | Path) -> list[str]:

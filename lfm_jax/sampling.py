@@ -69,6 +69,8 @@ def _problems(s: Sampling) -> list[str]:
 
 
 GREEDY = Sampling()
+PUBLISHED = Sampling(temperature=0.1, top_k=50, repetition_penalty=1.05)
+"""As published for LFM2.5-350M."""
 
 
 @jax.tree_util.register_dataclass

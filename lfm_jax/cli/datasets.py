@@ -1,35 +1,30 @@
-"""The functions behind `lfm data build` and `lfm data show`."""
+"""`lfm data build`, `lfm data show`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 from rich.console import Console
 
-from lfm_jax import recipe
-from lfm_jax.data.build import BuildConfig
-from lfm_jax.data.build import build as run
 from lfm_jax.data.manifest import load_manifest
 from lfm_jax.data.show import overview, sample
 
-
-def build_help() -> int:
-    """Build a dataset of packed rows, or go on with one: `lfm data build [RECIPE.yaml] [--sources ... --out ...]`."""
-    return build(["--help"])
+if TYPE_CHECKING:
+    from lfm_jax.data.build import BuildConfig
 
 
-def build(args: Sequence[str]) -> int:
-    """`lfm data build [RECIPE.yaml] [--sources ... --out ...]`: every key of the recipe is a flag."""
-    path = args[0] if args and not args[0].startswith("-") else None
-    config = recipe.load_recipe(
-        BuildConfig, path, args[1:] if path else args, prog="lfm data build [RECIPE]"
-    )
-    manifest = run(config)
-    console = Console(highlight=False)
-    console.print(overview(manifest))
+def build(config: BuildConfig, args: Sequence[str]) -> int:
+    """Build a dataset of packed rows, or go on with one: `lfm data build [RECIPE.yaml] [--sources ... --out ...]`.
+
+    Every key of the recipe is a flag.
+    """
+    del args
+    from lfm_jax.data.build import build as run
+
+    Console(highlight=False).print(overview(run(config)))
     return 0
 
 

@@ -1,25 +1,14 @@
+"""What verbs print and write, and what they refuse."""
+
+import json
 import shutil
 
 import pytest
 import transformers
+from running import run
 
 import lfm_jax as lfm
-from lfm_jax.cli import main
-from lfm_jax.testing import tiny_model, tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cli") / "model"
-    tokenizer = tiny_tokenizer()
-    lfm.save_hf(tiny_model(vocab_size=tokenizer.get_vocab_size()), path, tokenizer=tokenizer)
-    return path
-
-
-def run(*args):
-    with pytest.raises(SystemExit) as status:
-        main([str(a) for a in args])
-    return status.value.code
+from lfm_jax.text.chat import DEFAULT_TEMPLATE
 
 
 def test_generate_prints_prompt_and_text_and_streams_what_generate_gives(checkpoint, capsys):
@@ -35,12 +24,6 @@ def test_convert_writes_a_directory_that_transformers_loads(checkpoint, tmp_path
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half")
     assert model.config.hidden_size == 32
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "half")("fox").input_ids[0] == 1
-
-
-@pytest.mark.parametrize("verb", ["generate", "chat", "convert", "bench", "train"])
-def test_help_explains_each_verb(verb, capsys):
-    assert run(verb, "--help") == 0
-    assert len(capsys.readouterr().out) > 200
 
 
 def test_bad_input_is_one_clear_line_and_status_2(checkpoint, tmp_path, capsys):
@@ -60,3 +43,46 @@ def test_bad_input_is_one_clear_line_and_status_2(checkpoint, tmp_path, capsys):
 def test_generate_without_a_prompt_is_refused(checkpoint, capsys):
     assert run("generate", checkpoint) == 2
     assert "prompt" in capsys.readouterr().err
+
+
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["n"],
+          "additionalProperties": False}
+
+
+@pytest.mark.slow
+def test_extract_prints_a_line_of_json_for_each_text(checkpoint, tmp_path, capsys):
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps(SCHEMA))
+    texts = ["the quick", "brown fox"]
+    assert run("extract", checkpoint, *texts, "--schema", schema, "--max-new-tokens", "24") == 0
+    lines = capsys.readouterr().out.splitlines()
+    model, tokenizer = lfm.load(checkpoint)
+    assert [json.loads(line) for line in lines] == lfm.extract(model, tokenizer, texts, SCHEMA, max_new_tokens=24)
+    assert all(0 <= json.loads(line)["n"] <= 9 for line in lines)
+
+
+@pytest.mark.slow
+def test_classify_prints_the_likeliest_label_first(checkpoint, capsys):
+    labels = ["fox", "dog", "lazy"]
+    assert run("classify", checkpoint, "the quick", "--labels", *labels) == 0
+    printed = json.loads(capsys.readouterr().out)
+    model, tokenizer = lfm.load(checkpoint)
+    expected = lfm.classify(model, tokenizer, "the quick", labels, template=DEFAULT_TEMPLATE)
+    assert printed == {label: round(chance, 6) for label, chance in expected.items()}
+    assert list(printed.values()) == sorted(printed.values(), reverse=True)
+
+
+def test_extract_and_classify_refuse_before_they_load(checkpoint, tmp_path, capsys):
+    schema = tmp_path / "schema.json"
+    assert run("extract", checkpoint, "--schema", schema) == 2
+    assert "at least one text" in capsys.readouterr().err
+    assert run("extract", "nowhere", "x", "--schema", schema) == 2
+    assert f"schema {schema} cannot be read: No such file" in capsys.readouterr().err
+    for content, problem in (("{", "is not valid JSON"), ("[1]", "holds a list; expected a JSON object")):
+        schema.write_text(content)
+        assert run("extract", "nowhere", "x", "--schema", schema) == 2
+        assert f"schema {schema} {problem}" in capsys.readouterr().err
+    assert run("classify", checkpoint, "--labels", "a", "b") == 2
+    assert "at least one text" in capsys.readouterr().err
+    assert run("classify", checkpoint, "x", "--labels", "a") == 2
+    assert "at least two different texts" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import pytest
 
 import lfm_jax as lfm
 from lfm_jax import cli
+from lfm_jax.cli import serving
 from lfm_jax.testing import tiny_model, tiny_tokenizer
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
@@ -60,7 +61,7 @@ def test_commands_run(desk, monkeypatch):
         open_service = staticmethod(lambda path, dtype, engine, mesh: asked.update(path=path, engine=engine))
         serve = staticmethod(lambda *args: asked.update(args=args))
 
-    monkeypatch.setattr(cli, "_serving", lambda module: Run)
+    monkeypatch.setattr(serving, "_serving", lambda module: Run)
     with pytest.raises(SystemExit) as status:
         cli.main(serve)
     assert status.value.code == 0

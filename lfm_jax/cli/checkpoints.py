@@ -1,0 +1,37 @@
+"""`lfm convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tyro
+
+from lfm_jax.config import DType
+
+
+def convert(
+    src: tyro.conf.Positional[Path],
+    dst: tyro.conf.Positional[Path],
+    /,
+    dtype: DType | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> int:
+    """Write a checkpoint as a Hugging Face directory that `transformers` loads.
+
+    Args:
+      src: Hugging Face directory or run directory.
+      dst: a new directory.
+      dtype: of the written weights; the stored one if left out.
+      max_shard_bytes: largest safetensors file; more weights become several files with an index.
+    """
+    from lfm_jax.convert.hf import convert as run
+    from lfm_jax.convert.hf import save_hf
+    from lfm_jax.loading import load
+
+    if (src / "config.json").exists():
+        run(src, dst, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    else:
+        model, tokenizer = load(src, dtype)
+        save_hf(model, dst, tokenizer=tokenizer, source=src, max_shard_bytes=max_shard_bytes)
+    print(f"wrote {dst}")
+    return 0

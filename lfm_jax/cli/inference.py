@@ -1,0 +1,184 @@
+"""`lfm generate`, `lfm chat`, `lfm extract`, `lfm classify`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from lfm_jax.config import DType
+from lfm_jax.sampling import GREEDY, PUBLISHED, Sampling
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from lfm_jax.model import LFM
+
+Flat = Annotated[Sampling, tyro.conf.arg(name="")]
+"""Its fields as flags without a prefix."""
+
+
+def generate(
+    path: tyro.conf.Positional[Path],
+    prompt: tyro.conf.Positional[tuple[str, ...]],
+    /,
+    sampling: Flat = GREEDY,
+    max_new_tokens: int = 128,
+    stop: tuple[str, ...] = (),
+    dtype: DType | None = None,
+) -> int:
+    """Continue one or more prompts and print the texts.
+
+    Args:
+      path: Hugging Face directory or run directory.
+      prompt: one or more texts.
+      sampling: how tokens are chosen.
+      max_new_tokens: most tokens to add to a prompt.
+      stop: texts that end a continuation.
+      dtype: of parameters and computation; the stored one if left out.
+    """
+    from lfm_jax.infer.generate import generate as run
+    from lfm_jax.infer.generate import stream
+
+    if not prompt:
+        raise ValueError("generate needs at least one prompt: lfm generate PATH 'some text'")
+    model, tokenizer = _load(path, dtype)
+    if len(prompt) == 1:
+        print(prompt[0], end="", flush=True)
+        pieces = stream(model, tokenizer, prompt[0], sampling=sampling, max_new_tokens=max_new_tokens, stop=stop)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+        return 0
+    texts = run(model, tokenizer, list(prompt), sampling=sampling, max_new_tokens=max_new_tokens, stop=stop)
+    for start, text in zip(prompt, texts, strict=True):
+        print(f"{start}{text}\n")
+    return 0
+
+
+def chat(
+    path: tyro.conf.Positional[Path],
+    /,
+    sampling: Flat = PUBLISHED,
+    system: str | None = None,
+    max_new_tokens: int = 512,
+    dtype: DType | None = None,
+) -> int:
+    """Talk with a model in the terminal, through its own chat template.
+
+    Args:
+      path: Hugging Face directory or run directory.
+      sampling: how tokens are chosen; the defaults are those published for LFM2.5-350M.
+      system: system message.
+      max_new_tokens: longest reply.
+      dtype: of parameters and computation; the stored one if left out.
+    """
+    from lfm_jax.infer.chat_loop import chat_loop
+
+    model, tokenizer, template = _load_chat(path, dtype)
+    chat_loop(model, tokenizer, template, system=system, sampling=sampling, max_new_tokens=max_new_tokens)
+    return 0
+
+
+def extract(
+    path: tyro.conf.Positional[Path],
+    text: tyro.conf.Positional[tuple[str, ...]],
+    /,
+    schema: Path,
+    sampling: Flat = GREEDY,
+    instruction: str | None = None,
+    max_new_tokens: int = 512,
+    dtype: DType | None = None,
+) -> int:
+    """Find data that fits a JSON schema in one or more texts and print it, a line of JSON each.
+
+    Every token is chosen among those that the schema allows, so that the data is always valid. Needs
+    `lfm_jax[grammar]`. Example: `lfm extract LFM2.5-350M "Ada was born in 1815" --schema person.json`.
+
+    Args:
+      path: Hugging Face directory or run directory.
+      text: one or more texts.
+      schema: file with the JSON schema.
+      sampling: how tokens are chosen.
+      instruction: the system's message, in which {schema} stands for the schema; a general one if left out.
+      max_new_tokens: longest answer.
+      dtype: of parameters and computation; the stored one if left out.
+    """
+    from lfm_jax.infer.extract import EXTRACTION
+    from lfm_jax.infer.extract import extract as run
+
+    if not text:
+        raise ValueError("extract needs at least one text: lfm extract PATH 'some text' --schema schema.json")
+    wanted = _read_schema(schema)
+    model, tokenizer, template = _load_chat(path, dtype)
+    try:
+        found = run(model, tokenizer, text, wanted, template=template, instruction=instruction or EXTRACTION,
+                    sampling=sampling, max_new_tokens=max_new_tokens)
+    except ImportError as error:  # llguidance is an extra.
+        raise ValueError(str(error)) from None
+    for data in found:
+        print(json.dumps(data, ensure_ascii=False))
+    return 0
+
+
+def classify(
+    path: tyro.conf.Positional[Path],
+    text: tyro.conf.Positional[tuple[str, ...]],
+    /,
+    labels: tuple[str, ...],
+    instruction: str | None = None,
+    dtype: DType | None = None,
+) -> int:
+    """Print how likely each label is for one or more texts: a line of JSON each, the likeliest label first.
+
+    Example: `lfm classify LFM2.5-350M "What a day!" --labels good bad`.
+
+    Args:
+      path: Hugging Face directory or run directory.
+      text: one or more texts.
+      labels: at least two different ones.
+      instruction: the system's message, in which {labels} stands for the labels; a general one if left out.
+      dtype: of parameters and computation; the stored one if left out.
+    """
+    from lfm_jax.infer.extract import CLASSIFICATION
+    from lfm_jax.infer.extract import classify as run
+
+    if not text:
+        raise ValueError("classify needs at least one text: lfm classify PATH 'some text' --labels good bad")
+    model, tokenizer, template = _load_chat(path, dtype)
+    found = run(model, tokenizer, text, labels, template=template, instruction=instruction or CLASSIFICATION)
+    for chances in found:
+        best_first = sorted(chances.items(), key=lambda item: -item[1])
+        print(json.dumps({label: round(chance, 6) for label, chance in best_first}, ensure_ascii=False))
+    return 0
+
+
+def _read_schema(path: Path) -> dict[str, Any]:
+    try:
+        schema = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"schema {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"schema {path} is not valid JSON: {error}") from None
+    if not isinstance(schema, dict):
+        raise ValueError(f"schema {path} holds a {type(schema).__name__}; expected a JSON object")
+    return schema
+
+
+def _load(path: Path, dtype: str | None) -> tuple[LFM, Tokenizer]:
+    from lfm_jax.loading import load
+
+    model, tokenizer = load(path, dtype)
+    if tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer.json; put the checkpoint's own beside its weights")
+    return model, tokenizer
+
+
+def _load_chat(path: Path, dtype: str | None) -> tuple[LFM, Tokenizer, str]:
+    """Model, tokenizer and chat template."""
+    from lfm_jax.convert.hf import chat_template
+    from lfm_jax.text.chat import DEFAULT_TEMPLATE
+
+    return *_load(path, dtype), chat_template(path) or DEFAULT_TEMPLATE

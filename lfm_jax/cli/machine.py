@@ -1,0 +1,75 @@
+"""`lfm bench`, `lfm selfcheck`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from lfm_jax.config import PRESETS
+
+if TYPE_CHECKING:
+    Preset = str
+else:
+    Preset = Literal[*sorted(PRESETS)]  # So that --help lists them.
+
+
+def selfcheck() -> int:
+    """Check every kernel and collective against its reference on this device, and print a table.
+
+    Under two minutes on two CPU cores. Exit status 1 if anything is off.
+    """
+    from lfm_jax.selfcheck import selfcheck as run
+
+    report, ok = run()
+    print(report)
+    return 0 if ok else 1
+
+
+def bench(
+    suite: tyro.conf.Positional[Literal["model", "kernels", "train", "data", "serve"]] = "model",
+    /,
+    preset: Preset = "lfm2.5-350m",
+    repeats: int = 5,
+    gguf: Path | None = None,
+) -> int:
+    """Measure on this machine, beside a peer in the same process, and print a Markdown table.
+
+    Args:
+      suite: model: prefill, decode and training step beside transformers; kernels: implementations of each kernel;
+        train: training steps and their memory beside transformers, each side in a process of its own;
+        data: packed tokens a second from shards, beside packing text on the fly; serve: the engine's tokens a second
+        beside transformers or a roofline, and decoding by context.
+      preset: shape for the model, train and serve suites.
+      repeats: timed runs of which the median counts.
+      gguf: file of llama.cpp with a model of the preset's shape, F32: the serve suite decodes beside it too.
+    """
+    from lfm_jax.config import ModelConfig
+
+    if gguf is not None and suite != "serve":
+        raise ValueError("--gguf belongs to `bench serve`; leave it out")
+
+    if suite in ("kernels", "data") and preset != "lfm2.5-350m":
+        raise ValueError(f"--preset belongs to the other suites; leave it out of `bench {suite}`")
+    if suite == "data":
+        from lfm_jax.bench.data import bench_data
+
+        print(bench_data(repeats=repeats))
+    elif suite == "kernels":
+        from lfm_jax.bench.kernels import bench_kernels
+
+        print(bench_kernels(repeats=repeats))
+    elif suite == "serve":
+        from lfm_jax.bench.serve import bench_serve
+
+        print(bench_serve(preset=preset, repeats=repeats, gguf=gguf))
+    elif suite == "train":
+        from lfm_jax.bench.train import bench_train
+
+        print(bench_train(preset=preset, repeats=repeats))
+    else:
+        from lfm_jax.bench.model import bench_model
+
+        print(bench_model(ModelConfig.preset(preset), repeats=repeats))
+    return 0

@@ -1,0 +1,99 @@
+"""`lfm serve`, `lfm batch`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from lfm_jax.config import DType
+from lfm_jax.engine.config import EngineConfig
+from lfm_jax.sampling import PUBLISHED, Sampling
+from lfm_jax.serve.limits import LIMITS, OFFLINE, Limits
+
+SERVER = EngineConfig(max_logprobs=20, prefix_cache_bytes=2**28)
+
+
+def serve(
+    path: tyro.conf.Positional[Path],
+    /,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str | None = None,
+    sampling: Sampling = PUBLISHED,
+    engine: EngineConfig = SERVER,
+    limits: Limits = LIMITS,
+    data: int = 1,
+    tensor: int = 1,
+    dtype: DType | None = None,
+    drain_seconds: int = 60,
+) -> int:
+    """Serve a model over HTTP with the API of OpenAI, and a page to try it at /. Needs `lfm_jax[serve]`.
+
+    With a key in the environment variable LFM_API_KEY, clients must send it.
+
+    Args:
+      path: Hugging Face directory or run directory.
+      host: address to listen on; one that others reach needs a key.
+      port: to listen on.
+      name: of the model, to clients; the name of the directory if left out.
+      sampling: for what a request does not say; the defaults are those published for LFM2.5-350M.
+      engine: slots and limits of the engine.
+      limits: of one request.
+      data: replicas of the model.
+      tensor: devices that each replica is split over.
+      dtype: of parameters and computation; the stored one if left out.
+      drain_seconds: how long what runs may take to end after SIGTERM.
+    """
+    launch = _serving("launch")
+    launch.check_address(host, os.environ.get(launch.KEY_VARIABLE))
+    service = launch.open_service(path, dtype, engine, (data, tensor))
+    launch.serve(service, name or path.resolve().name, host, port, sampling, limits, drain_seconds)
+    return 0
+
+
+def batch(
+    path: tyro.conf.Positional[Path],
+    source: tyro.conf.Positional[Path],
+    target: tyro.conf.Positional[Path],
+    /,
+    shard: str = "0/1",
+    sampling: Sampling = PUBLISHED,
+    engine: EngineConfig = SERVER,
+    limits: Limits = OFFLINE,
+    data: int = 1,
+    tensor: int = 1,
+    dtype: DType | None = None,
+) -> int:
+    """Answer a file of requests in OpenAI's batch format, one a line; the same command goes on. Needs `lfm_jax[serve]`.
+
+    Exit status 1 if a line got an error; every line has an answer in any case.
+
+    Args:
+      path: Hugging Face directory or run directory.
+      source: lines `{"custom_id": ..., "url": "/v1/chat/completions", "body": {...}}`.
+      target: one line of answer for each.
+      shard: I/N: only every N-th line from number I on, to spread a file over machines.
+      sampling: for what a request does not say; the defaults are those published for LFM2.5-350M.
+      engine: slots and limits of the engine.
+      limits: of one line.
+      data: replicas of the model.
+      tensor: devices that each replica is split over.
+      dtype: of parameters and computation; the stored one if left out.
+    """
+    run = _serving("batch")
+    run.check_shard(shard)
+    service = _serving("launch").open_service(path, dtype, engine, (data, tensor))
+    bad = run.batch(service, path.resolve().name, source, target, shard=shard, sampling=sampling, limits=limits)
+    print(f"{target}: every line is answered{f', {bad} with an error' if bad else ''}")
+    return 1 if bad else 0
+
+
+def _serving(module: Literal["launch", "batch"]) -> Any:
+    try:
+        return importlib.import_module(f"lfm_jax.serve.{module}")
+    except ImportError as error:
+        raise ValueError(f"{error.name} is not installed: pip install 'lfm_jax[serve]'") from None
