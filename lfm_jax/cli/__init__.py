@@ -48,8 +48,17 @@ def _call(verb: Verb, args: list[str]) -> int:
 
     function, config = verb.resolve()
     if config is None:
+        _keep_compiled(verb, args)
         return tyro.cli(function, args=args, prog=f"lfm {verb.name}")
     files = list(itertools.takewhile(lambda arg: not arg.startswith("-"), args))
     prog = f"lfm {verb.name} [RECIPE.yaml ...]"
     parsed = recipe.load_recipe(config, files, args[len(files) :], prog=prog, description=inspect.getdoc(function))
+    _keep_compiled(verb, args)
     return function(parsed, args)
+
+
+def _keep_compiled(verb: Verb, args: Sequence[str]) -> None:
+    if verb.compiles and not set(HELP) & set(args):
+        from lfm_jax import compile_cache
+
+        compile_cache.enable()

@@ -1,7 +1,8 @@
-"""`lfm bench`, `lfm selfcheck`."""
+"""`lfm bench`, `lfm selfcheck`, `lfm cache`."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -72,4 +73,33 @@ def bench(
         from lfm_jax.bench.model import bench_model
 
         print(bench_model(ModelConfig.preset(preset), repeats=repeats))
+    return 0
+
+
+def cache(clear: bool = False) -> int:
+    """Report where compiled programs are kept between starts, how many they are and how large, or remove them.
+
+    Every verb that compiles looks there first, so that its second start is fast. The place is `compiled` below
+    LFM_CACHE_DIR, or else XDG_CACHE_HOME/lfm_jax, or else ~/.cache/lfm_jax; it holds at most 1 GiB, and what was not
+    used for longest goes first. An empty LFM_CACHE_DIR switches it off; JAX_COMPILATION_CACHE_DIR, where it is set, is
+    used instead and left to its owner.
+
+    Args:
+      clear: remove them all.
+    """
+    from lfm_jax import compile_cache
+
+    other, path = os.environ.get("JAX_COMPILATION_CACHE_DIR"), compile_cache.directory()
+    if other is not None and clear:
+        raise ValueError("JAX_COMPILATION_CACHE_DIR is set, and what is there is not lfm's to remove; unset it, or "
+                         f"remove the files in {other!r} yourself")
+    if other is not None:
+        print(f"JAX_COMPILATION_CACHE_DIR is set: JAX keeps compiled programs in {other!r}")
+    elif path is None:
+        print(f"{compile_cache.VARIABLE} is set to nothing: compiled programs are not kept")
+    else:
+        if clear:
+            compile_cache.clear(path)
+        count, size = compile_cache.usage(path)
+        print(f"{path}: {count} programs, {size / 2**20:.1f} MiB of at most {compile_cache.MAX_BYTES / 2**20:.0f} MiB")
     return 0

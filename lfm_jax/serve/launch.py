@@ -37,7 +37,6 @@ def open_service(path: Path, dtype: str | None, engine: EngineConfig, mesh: tupl
     from lfm_jax.loading import load
     from lfm_jax.sharding import make_mesh
 
-    keep_compiled()
     model, tokenizer = load(path, dtype)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer.json; put the checkpoint's own beside its weights")
@@ -51,15 +50,6 @@ def open_service(path: Path, dtype: str | None, engine: EngineConfig, mesh: tupl
     count = service.engine.warm_up()
     say(f"{count} programs ready after {time.monotonic() - began:.0f} s")
     return service
-
-
-def keep_compiled() -> None:
-    """Keeps compiled programs between starts, unless JAX has been told where already."""
-    import jax
-
-    if jax.config.jax_compilation_cache_dir is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "lfm_jax" / "compiled"))
 
 
 def check_address(host: str, api_key: str | None) -> None:
