@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import tyro
 
 from lfm_jax.train.checkpoint import CheckpointManager
-from lfm_jax.train.step import Guard, TrainState
+from lfm_jax.train.state import Guard, TrainState
 
 SAVES = 3
 
@@ -36,7 +36,7 @@ def main(directory: Path, millions: int = 100) -> None:
         def weights() -> dict[str, jax.Array]:
             return {f"{i}": jnp.full((1000, 1000), value + i) for i in range(millions)}
 
-        return TrainState(weights(), (weights(), weights()), jnp.int32(0), Guard(value, jnp.int32(0), jnp.int32(0)))
+        return TrainState(weights(), {}, (weights(), weights()), jnp.int32(0), Guard(value, jnp.int32(0), jnp.int32(0)))
 
     manager = CheckpointManager(directory, keep=1)
     blocked, written = [], []

@@ -19,10 +19,10 @@ from tokenizers import Tokenizer
 
 import lfm_jax as lfm
 from lfm_jax.data import heldout_documents
+from lfm_jax.pretrain.config import TrainConfig
+from lfm_jax.pretrain.run import train
 from lfm_jax.recipe import load_recipe
-from lfm_jax.train.config import TrainConfig
 from lfm_jax.train.launch import STOPPED
-from lfm_jax.train.loop import train
 
 RECIPE = Path(__file__).parent.parent / "configs" / "demo.yaml"
 EXCLUDE = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data")

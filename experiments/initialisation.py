@@ -23,10 +23,10 @@ from tokenizers import Tokenizer
 
 from lfm_jax.config import ModelConfig
 from lfm_jax.data import DataConfig, heldout_batches, make_tokenizer, train_iterator
+from lfm_jax.pretrain.config import TrainConfig
+from lfm_jax.pretrain.objective import next_token_training
 from lfm_jax.recipe import load_recipe
-from lfm_jax.train.config import TrainConfig
 from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
-from lfm_jax.train.step import compile_eval_step, compile_train_step, random_train_state
 
 HELDOUT_BATCHES = 32
 CHOICES: dict[str, dict[str, Any]] = {
@@ -80,8 +80,9 @@ def run(
     ids = dict(bos_id=model.bos_id, eos_id=model.eos_ids[0])
     config = OptimizerConfig(peak_lr=peak_lr, warmup_steps=steps // 20, final_lr_fraction=0.0)
     optimizer = make_optimizer(config, steps)
-    state = random_train_state(model, optimizer, seed)
-    step, evaluate = compile_train_step(model, optimizer), compile_eval_step(model)
+    training = next_token_training(model, optimizer)
+    state = training.random_state(seed)
+    step, evaluate = training.compiled_step(), training.compiled_evaluate()
     batches = train_iterator(data, tokenizer, **ids)
     norms: dict[str, float] = {}
     skipped = 0.0
@@ -91,8 +92,8 @@ def run(
         if i == 0:
             norms = {name: float(x) for name, x in metrics.items() if name.startswith("act_norm/")}
     heldout = itertools.islice(heldout_batches(data, tokenizer, **ids), HELDOUT_BATCHES)
-    sums = [evaluate(state.params, batch) for batch in heldout]
-    nats = sum(float(loss) for loss, _ in sums) / sum(int(count) for _, count in sums)
+    parts = [evaluate((state.params, state.frozen), batch) for batch in heldout]
+    nats = sum(float(sums["loss"]) for sums, _ in parts) / sum(float(weight) for _, weight in parts)
     return dict(heldout_nats=nats, skipped=skipped) | norms
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from lfm_jax.config import ModelConfig
+from lfm_jax.pretrain.config import TrainConfig
 from lfm_jax.recipe import dump_recipe, load_recipe
-from lfm_jax.train.loop import TrainConfig
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 

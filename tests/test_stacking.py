@@ -12,17 +12,11 @@ from hypothesis import strategies as st
 from lfm_jax import ModelConfig
 from lfm_jax.config import repeated_units
 from lfm_jax.model import abstract_model
+from lfm_jax.pretrain.objective import next_token_training
 from lfm_jax.stacking import runs, stack_layers, unit_layers, unstack_layers
 from lfm_jax.testing import tiny_config
 from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
-from lfm_jax.train.step import (
-    abstract_train_state,
-    compile_eval_step,
-    compile_train_step,
-    place_train_state,
-    restacked,
-    unstacked,
-)
+from lfm_jax.train.state import restacked, unstacked
 
 C, A, R = "conv", "full_attention", "recurrence"
 OPTIMIZER = OptimizerConfig(peak_lr=1e-2, warmup_steps=0, schedule="constant", eps=1e-3, algorithm="muon")
@@ -60,15 +54,16 @@ def test_a_step_on_stacked_layers_is_a_step():
     results = []
     for scan in (False, True):
         net = Net(**SCANNED, scan_layers=scan)
-        state = place_train_state(jax.tree.map(np.asarray, net.params), net.config, optimizer)
+        training = next_token_training(net.config, optimizer, loss_chunk=8)
+        state = training.placed_state(jax.tree.map(np.asarray, net.params))
         assert len(state.params["blocks"]) == (5 if scan else 9)
-        state, metrics = compile_train_step(net.config, optimizer, loss_chunk=8)(state, batch)
-        loss, _ = compile_eval_step(net.config)(state.params, batch)
+        state, metrics = training.compiled_step()(state, batch)
+        sums, _ = training.compiled_evaluate()((state.params, state.frozen), batch)
         plain = unstacked(state, net.config)
-        results.append((plain, metrics, loss))
+        results.append((plain, metrics, sums["loss"]))
         again = restacked(plain, net.config)
         jax.tree.map(np.testing.assert_array_equal, again, state)
-        shapes = unstacked(abstract_train_state(net.config, optimizer), net.config)
+        shapes = unstacked(training.abstract_state(), net.config)
         assert jax.tree.map(jnp.shape, plain) == jax.tree.map(jnp.shape, shapes)
     (one, metrics1, loss1), (two, metrics2, loss2) = results
     assert rel_err(loss2, loss1) < 1e-5
@@ -87,7 +82,8 @@ def test_three_times_the_layers_are_no_larger_a_program():
         optimizer = make_optimizer(OPTIMIZER, 10)
         batch = {name: jax.ShapeDtypeStruct((2, 8), jnp.int32) for name in
                  ("tokens", "targets", "segment_ids", "positions")}
-        lowered = compile_train_step(config, optimizer).lower(abstract_train_state(config, optimizer), batch)
+        training = next_token_training(config, optimizer)
+        lowered = training.compiled_step().lower(training.abstract_state(), batch)
         sizes.append(len(lowered.as_text().splitlines()))
     assert sizes[1] < 1.01 * sizes[0]
 

@@ -22,9 +22,12 @@ from lfm_jax.bench.passes import on_accelerator
 from lfm_jax.bench.timing import conditions, interleave
 from lfm_jax.config import ModelConfig
 from lfm_jax.model import LFM, abstract_model
+from lfm_jax.pretrain.objective import next_token_training
 from lfm_jax.state import KV, ConvTail, Hidden, LayerState, State, init_state
+from lfm_jax.train.objective import Batch
 from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
-from lfm_jax.train.step import Batch, TrainState, compile_train_step, init_train_state
+from lfm_jax.train.state import TrainState
+from lfm_jax.train.step import Training
 
 PREFILL_LENGTH = 1024
 """Tokens of a timed prefill, where the model's context holds as many."""
@@ -150,11 +153,12 @@ def _tokens(config: ModelConfig, B: int, T: int) -> np.ndarray:
 @functools.lru_cache(maxsize=2)
 def _train_program(
     config: ModelConfig, optimizer: OptimizerConfig, loss_chunk: int
-) -> tuple[Any, Callable[[TrainState, Batch], tuple[TrainState, Any]]]:
-    """(the optimizer, the jitted step)."""
+) -> tuple[Training, Callable[[TrainState, Batch], tuple[TrainState, Any]]]:
+    """(what is trained, its jitted step)."""
     still = dataclasses.replace(optimizer, peak_lr=STILL_LR)
     made = make_optimizer(still, 2 * (still.warmup_steps + still.decay_steps) + 1000)
-    return made, compile_train_step(config, made, loss_chunk=loss_chunk)
+    training = next_token_training(config, made, loss_chunk=loss_chunk)
+    return training, training.compiled_step()
 
 
 @functools.lru_cache(maxsize=2)
@@ -244,8 +248,8 @@ def _train(
 
 
 def _train_task(model: _Model, shape: tuple[int, int], optimizer: OptimizerConfig, loss_chunk: int) -> Task:
-    made, step = _train_program(model.config, optimizer, loss_chunk)
-    state = init_train_state(jax.tree.map(jnp.copy, model.params), made)  # A step takes over the arrays of its state.
+    training, step = _train_program(model.config, optimizer, loss_chunk)
+    state = training.new_state(jax.tree.map(jnp.copy, model.params))  # A step takes over the arrays of its state.
     tokens_BT = _tokens(model.config, *shape)
     ones_BT = np.ones_like(tokens_BT)
     batch = jax.tree.map(jnp.asarray, {

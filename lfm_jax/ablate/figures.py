@@ -16,7 +16,7 @@ import numpy as np
 from lfm_jax.ablate import scaling
 from lfm_jax.ablate.results import slug
 from lfm_jax.ablate.stats import summarize
-from lfm_jax.plan.units import si, size
+from lfm_jax.units import si, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

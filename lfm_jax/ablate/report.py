@@ -12,7 +12,7 @@ from lfm_jax.ablate import scaling
 from lfm_jax.ablate.points import TOLERANCE
 from lfm_jax.ablate.results import Record, Results, is_finished, read_results
 from lfm_jax.ablate.stats import ALPHA, CLAIM_SEEDS, Comparison, Difference, Summary, compare, summarize
-from lfm_jax.plan.units import si, size
+from lfm_jax.units import si, size
 
 PAGE = "README.md"
 READING = "reading.md"

@@ -1,8 +1,8 @@
-"""Training and measuring one trial: a point on a task, with some seeds.
+"""Training and measuring one trial: a point on a task, with some seeds, by the driver of `train/`.
 
 A trial's programs are compiled once, for all its seeds and learning rates.
 
-Dimensions: B rows, T time, D width, V vocabulary; S seeds side by side.
+Dimensions: B rows, T time; S seeds side by side.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,27 +26,17 @@ from lfm_jax.ablate.points import Trial
 from lfm_jax.ablate.study import Study
 from lfm_jax.ablate.tasks.task import Task
 from lfm_jax.data.batch import LOSS_IGNORE
-from lfm_jax.model import LFM, abstract_model
+from lfm_jax.model import LFM
+from lfm_jax.pretrain.objective import next_token_training
 from lfm_jax.train.checkpoint import CheckpointManager
+from lfm_jax.train.driver import DivergedError, Driver, Metrics, Pace, Parts, Stop, Watch
+from lfm_jax.train.objective import Batch
 from lfm_jax.train.optimizer import make_optimizer
-from lfm_jax.train.step import Batch, TrainState, init_train_state, train_step
-
-LOOK_EVERY = 20
-"""Steps between looks at the guard."""
-
-
-class Stop(Protocol):
-    """Whether to stop now, between two steps."""
-
-    def due(self) -> bool: ...
+from lfm_jax.train.state import TrainState
 
 
 class StoppedError(Exception):
     """A run was asked to stop; it is saved if it had begun."""
-
-
-class DivergedError(ValueError):
-    """Updates were skipped again and again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,60 +55,63 @@ class Trainer:
 
     def __init__(self, study: Study, trial: Trial, task: Task):
         self._study, self._trial, self._task = study, trial, task
-        self._graphdef, _ = abstract_model(trial.model)
         # Made for a learning rate of 1 and scaled in the step: an update is linear in it, and one program serves all.
-        self._optimizer = make_optimizer(study.optimizer_for(trial.steps, 1.0), trial.steps)
+        optimizer = make_optimizer(study.optimizer_for(trial.steps, 1.0), trial.steps)
+        self._training = next_token_training(trial.model, optimizer, loss_chunk=study.loss_chunk, guard=study.guard)
         self._compiled: set[int] = set()
 
     def run(
         self, seeds: Sequence[int], peak_lr: float, directory: Path, key: str, stop: Stop,
         say: Callable[[int], None] = lambda step: None,
     ) -> list[Outcome]:
-        """Trains and measures, going on with what a stopped run left in `directory`. Whoever keeps the outcomes deletes
-        it then.
+        """Trains and measures, going on with what a stopped run left in `directory`. The caller deletes that directory
+        once it has kept the outcomes.
 
         Args:
           seeds: one, or several that are trained side by side.
-          key: fingerprint of everything that decides the run; what is saved under another one is thrown away.
-          say: told the number of steps done, every LOOK_EVERY steps.
+          key: fingerprint of everything that decides the run; what is saved under another one is deleted.
+          say: called with the number of steps done, after each.
 
         Raises:
           StoppedError: `stop` was due.
           DivergedError: `guard.max_in_row` updates in a row were skipped, or the held-out loss is not finite.
         """
         self._compile(len(seeds))
-        state, batches, done, seconds, skipped_S = self._begin(seeds, directory, key)
-        rate, recent = jnp.float32(peak_lr), []
-        began = saved = time.monotonic()
-        while done < self._trial.steps:
-            if stop.due():
-                skipped_S += self._check(recent, done)
-                self._save(directory, key, state, batches, done, seconds + time.monotonic() - began, skipped_S)
-                raise StoppedError
-            state, metrics = self._step(seeds)(state, self._stack([next(b) for b in batches]), rate)
-            done += 1
-            recent.append(metrics)
-            if done % LOOK_EVERY == 0 or done == self._trial.steps:
-                skipped_S += self._check(recent, done)
-                recent.clear()
-                say(done)
-                now = time.monotonic()
-                if now - saved > 60 * self._study.checkpoint_minutes and done < self._trial.steps:
-                    self._save(directory, key, state, batches, done, seconds + now - began, skipped_S)
-                    saved = now
-        results = [self._measure(jax.tree.map(lambda x, i=i: x[i], state.params) if len(seeds) > 1 else state.params)
+        if directory.exists() and not _holds(directory, key):
+            shutil.rmtree(directory)
+        progress, rate = _Progress([self._task.train_batches(seed) for seed in seeds], say), jnp.float32(peak_lr)
+        manager = CheckpointManager(directory, keep=1)
+        try:
+            driver = Driver(
+                Parts(
+                    step=lambda state, batch: self._step(seeds)(state, batch, rate), data=progress, place=self._stack,
+                    fresh=lambda: self._begin(seeds), abstract=lambda: jax.eval_shape(lambda: self._begin(seeds)),
+                    manager=manager, config={"key": key}, guard=self._study.guard,
+                ),
+                Pace(steps=self._trial.steps, checkpoint_seconds=60 * self._study.checkpoint_minutes, save_last=False),
+            )
+            driver.start(progress)
+            progress.began = time.monotonic()
+            driver.run(stop, progress)
+        finally:
+            manager.close()
+        if driver.step < self._trial.steps:
+            raise StoppedError
+        params = driver.state.params
+        results = [self._measure(jax.tree.map(lambda x, i=i: x[i], params) if len(seeds) > 1 else params)
                    for i in range(len(seeds))]
-        for result, skipped in zip(results, skipped_S.tolist(), strict=True):
+        for result, skipped in zip(results, np.broadcast_to(progress.skipped, len(seeds)).tolist(), strict=True):
             result["metrics"]["skipped_updates"] = skipped
-        seconds = (seconds + time.monotonic() - began) / len(seeds)
+        seconds = progress.seconds / len(seeds)
         return [Outcome(**result, seconds=seconds) for result in results]
 
     def _compile(self, seeds: int) -> None:
         """Compiles for so many seeds at once, so that no run's time has it in it."""
         if seeds in self._compiled:
             return
-        state, batches, *_ = self._begin(range(seeds), None, "")
-        state, _ = self._step(range(seeds))(state, self._stack([next(b) for b in batches]), jnp.float32(0))
+        batches = [self._task.train_batches(seed) for seed in range(seeds)]
+        batch = self._stack([next(b) for b in batches])
+        state, _ = self._step(range(seeds))(self._begin(range(seeds)), batch, jnp.float32(0))
         params = jax.tree.map(lambda x: x[0], state.params) if seeds > 1 else state.params
         shapes = set()
         for batch, _ in self._heldout:
@@ -128,29 +122,14 @@ class Trainer:
 
     # ---------------------------------------------------------------- training
 
-    def _begin(
-        self, seeds: Sequence[int], directory: Path | None, key: str
-    ) -> tuple[TrainState, list[Any], int, float, np.ndarray]:
-        """(state, iterators, steps done, seconds spent, updates skipped [S]) of a new run or of a stopped one."""
-        batches = [self._task.train_batches(seed) for seed in seeds]
-        if directory is not None and directory.exists():
-            manager = CheckpointManager(directory, keep=None)
-            try:
-                if (manager.latest_config() or {}).get("key") == key:
-                    abstract = jax.eval_shape(lambda: self._stack([self._init(seed) for seed in seeds]))
-                    found = manager.restore_latest(abstract)
-                    for iterator, position in zip(batches, found.data["iterators"], strict=True):
-                        iterator.set_state(position)
-                    return found.state, batches, found.step, found.data["seconds"], np.array(found.data["skipped"])
-            finally:
-                manager.close()
-            shutil.rmtree(directory)
-        return self._stack([self._init(seed) for seed in seeds]), batches, 0, 0.0, np.zeros(len(seeds))
+    def _begin(self, seeds: Sequence[int]) -> TrainState:
+        """A new state of all seeds."""
+        return self._stack([self._init(seed) for seed in seeds])
 
     def _init(self, seed: int) -> TrainState:
         # Not jitted: compiling the draws of every matrix takes longer than a small model trains.
         model = LFM(self._trial.model, rngs=nnx.Rngs(seed))
-        return init_train_state(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]), self._optimizer)
+        return self._training.new_state(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]))
 
     def _stack(self, trees: Sequence[Any]) -> Any:
         return trees[0] if len(trees) == 1 else jax.tree.map(lambda *x: jnp.stack(x), *trees)
@@ -162,17 +141,14 @@ class Trainer:
         self, state: TrainState, batch: Batch, peak_lr: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         # Scaling last, with the state of the optimizer as it is without.
-        optimizer = self._optimizer
+        optimizer = self._training.optimizer
 
         def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
             updates, state = optax.with_extra_args_support(optimizer).update(updates, state, params, **extra)
             return jax.tree.map(lambda u: (peak_lr * u).astype(u.dtype), updates), state
 
         scaled = optax.GradientTransformationExtraArgs(optimizer.init, update)
-        return train_step(
-            self._graphdef, scaled, state, batch, micro_batches=1, loss_chunk=self._study.loss_chunk, z_loss=0.0,
-            guard=self._study.guard,
-        )
+        return dataclasses.replace(self._training, optimizer=scaled).step(state, batch)
 
     @cached_property
     def _one_step(self) -> Callable[..., Any]:
@@ -181,34 +157,6 @@ class Trainer:
     @cached_property
     def _many_steps(self) -> Callable[..., Any]:
         return jax.jit(jax.vmap(self._train_step, in_axes=(0, 0, None)), donate_argnums=0)
-
-    def _check(self, recent: Sequence[Mapping[str, jax.Array]], done: int) -> np.ndarray:
-        """Looks at the steps since the last look; updates skipped in them, [S]."""
-        if not recent:
-            return np.zeros(1)
-        in_row = max(int(np.max(np.asarray(metrics["skipped_in_row"]))) for metrics in recent)
-        metrics = recent[-1]
-        if in_row >= self._study.guard.max_in_row:
-            raise DivergedError(
-                f"{in_row} updates in a row were skipped up to step {done} (loss {np.asarray(metrics['loss'])}, "
-                f"gradient norm {np.asarray(metrics['grad_norm'])}); lower the learning rate, or raise guard.spike"
-            )
-        return np.sum([np.atleast_1d(metrics["skipped"]) for metrics in recent], axis=0)
-
-    def _save(
-        self, directory: Path, key: str, state: TrainState, batches: Sequence[Any], done: int, seconds: float,
-        skipped_S: np.ndarray,
-    ) -> None:
-        if not done:
-            return
-        directory.mkdir(parents=True, exist_ok=True)
-        manager = CheckpointManager(directory, keep=1)
-        try:
-            position = {"iterators": [iterator.get_state() for iterator in batches], "seconds": seconds,
-                        "skipped": skipped_S.tolist()}
-            manager.save(done, state, position, {"key": key})
-        finally:
-            manager.close()
 
     # ---------------------------------------------------------------- measuring
 
@@ -232,7 +180,7 @@ class Trainer:
     @cached_property
     def _evaluate(self) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
         """(negative log-likelihood in nats [B, T], whether the likeliest token is the target [B, T])."""
-        graphdef = self._graphdef
+        graphdef = self._training.graphdef
 
         def evaluate(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
             model = nnx.merge(graphdef, params)
@@ -249,3 +197,47 @@ class Trainer:
             return jax.lax.map(row, (hidden_BTD, targets_BT))
 
         return jax.jit(evaluate)
+
+
+class _Progress(Watch):
+    """The batches of all seeds, and what is counted as a run goes; both are saved with its checkpoints."""
+
+    def __init__(self, batches: Sequence[Any], say: Callable[[int], None]):
+        self._batches, self._say = batches, say
+        self.skipped: Any = 0.0
+        """Updates skipped, of each seed."""
+        self.began = time.monotonic()
+        self._earlier = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Spent on the run so far, earlier starts included."""
+        return self._earlier + time.monotonic() - self.began
+
+    def __next__(self) -> Any:
+        return [next(batches) for batches in self._batches]
+
+    def get_state(self) -> dict[str, Any]:
+        skipped = np.broadcast_to(self.skipped, len(self._batches)).tolist()
+        return {"iterators": [batches.get_state() for batches in self._batches], "seconds": self.seconds,
+                "skipped": skipped}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        for batches, position in zip(self._batches, state["iterators"], strict=True):
+            batches.set_state(position)
+        self._earlier, self.skipped = state["seconds"], np.array(state["skipped"])
+
+    def finished(self, step: int, metrics: Metrics, ended: Future[float] | None) -> Mapping[str, Any]:
+        values = super().finished(step, metrics, ended)
+        self.skipped = self.skipped + np.asarray(values["skipped"], np.float64)
+        self._say(step)
+        return values
+
+
+def _holds(directory: Path, key: str) -> bool:
+    """Whether a directory has a checkpoint of the run with this fingerprint."""
+    manager = CheckpointManager(directory, keep=None)
+    try:
+        return (manager.latest_config() or {}).get("key") == key
+    finally:
+        manager.close()

@@ -85,11 +85,11 @@ def _decode_row(model: LFM, peer: _Peer | None, tokens_BT: np.ndarray, repeats: 
 def _train_row(
     config: ModelConfig, params: dict, peer: _Peer | None, tokens_BT: np.ndarray, repeats: int
 ) -> Row:
-    from lfm_jax.train.step import compile_train_step, init_train_state
+    from lfm_jax.pretrain.objective import next_token_training
 
     optimizer = optax.adamw(1e-4)
-    state = init_train_state(params, optimizer)
-    step = compile_train_step(config, optimizer)
+    training = next_token_training(config, optimizer)
+    state, step = training.new_state(params), training.compiled_step()
     ones_BT = np.ones_like(tokens_BT)
     batch = {
         "tokens": tokens_BT, "targets": np.roll(tokens_BT, -1, axis=1), "segment_ids": ones_BT,

@@ -283,7 +283,7 @@ def _measure(job: Job, deadline: float, environment: dict[str, str], measure: fl
 
 def _gpu_cells(job: Job, found: dict[str, Any]) -> list[str]:
     speed = job.tokens / found["step"]
-    share = mfu(job.config, job.T, speed, [found["device"]])
+    share = mfu(3 * job.config.flops_per_token(job.T), speed, [found["device"]])
     memory, compiled = found["device_bytes"], found["compile_seconds"]
     return [
         f"{speed:,.0f}", "" if share is None else f"{share:.1%}".replace("%", " %"), f"{found['step'] * 1e3:.1f} ms",

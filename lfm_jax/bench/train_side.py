@@ -66,15 +66,16 @@ def ours(job: Job) -> Side:
     """The training step of `lfm train`: AdamW, clipping, the guard, norms by kind."""
     import jax
 
+    from lfm_jax.pretrain.objective import next_token_training
     from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
-    from lfm_jax.train.step import compile_train_step, random_train_state
 
     config = job.config
     optimizer = make_optimizer(OptimizerConfig(schedule="constant", warmup_steps=0), 1_000_000)
+    training = next_token_training(config, optimizer, micro_batches=job.micro_batches)
     with jax.default_prng_impl("rbg"):  # Any numbers will do, and the default takes a GPU's compiler a minute.
-        state = random_train_state(config, optimizer, 0)
+        state = training.random_state(0)
     batch = jax.tree.map(jax.numpy.asarray, _batch(job))
-    step: Any = compile_train_step(config, optimizer, micro_batches=job.micro_batches)
+    step: Any = training.compiled_step()
     start = time.perf_counter()
     program = step.lower(state, batch).compile()
     compile_seconds = time.perf_counter() - start

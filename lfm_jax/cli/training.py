@@ -13,7 +13,7 @@ from lfm_jax.cli.errors import refuse
 if TYPE_CHECKING:
     from lfm_jax.ablate.schedule import AblateConfig
     from lfm_jax.plan import PlanConfig
-    from lfm_jax.train.config import TrainCommand
+    from lfm_jax.pretrain.config import TrainCommand
 
 
 def train(command: TrainCommand, args: Sequence[str]) -> int:
@@ -26,8 +26,8 @@ def train(command: TrainCommand, args: Sequence[str]) -> int:
 
     if command.launch.processes > 1:
         return start([sys.executable, "-m", "lfm_jax.cli", "train", *args], command.launch)
+    from lfm_jax.pretrain.run import train as run
     from lfm_jax.train import processes
-    from lfm_jax.train.loop import train as run
 
     processes.join(command.launch)
     try:

@@ -1,6 +1,6 @@
 """What a run needs and costs, before it runs: `lfm plan`, and the budget that `lfm train` prints."""
 
-from lfm_jax.plan.analysis import Budget, budget
-from lfm_jax.plan.report import Plan, PlanConfig, plan
+from lfm_jax.plan.report import Plan, PlanConfig, plan, plan_run
+from lfm_jax.train.budget import Budget, budget
 
-__all__ = ["Budget", "Plan", "PlanConfig", "budget", "plan"]
+__all__ = ["Budget", "Plan", "PlanConfig", "budget", "plan", "plan_run"]

@@ -9,19 +9,14 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from lfm_jax.chips import Chip
 from lfm_jax.config import ITEMSIZE
 from lfm_jax.kinds import OPERATORS
 from lfm_jax.plan import cost, hlo
-from lfm_jax.plan.analysis import Budget, Share, kept_bytes, too_large
-from lfm_jax.sharding import spec
-from lfm_jax.train.config import TrainConfig
-from lfm_jax.train.optimizer import make_optimizer
-from lfm_jax.train.step import abstract_train_state, compile_train_step
+from lfm_jax.train.budget import Budget, Share, kept_bytes, too_large
+from lfm_jax.train.config import RunConfig
 
 Axes = tuple[str, ...]
 
@@ -58,22 +53,15 @@ class Program:
     compile_seconds: float | None
 
 
-def lower_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
+def lower_step(config: RunConfig, mesh: Mesh) -> jax.stages.Lowered:
     """The step of a recipe as `lfm train` runs it, lowered for a mesh whose devices need not be there."""
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    step: Any = compile_train_step(
-        config.model, optimizer, micro_batches=config.micro_batches, loss_chunk=config.loss_chunk, z_loss=config.z_loss,
-        guard=config.guard,
-    )
-    shape = (config.data.batch_size, config.data.seq_len)
+    training = config.training()
+    step: Any = training.compiled_step()
     with jax.set_mesh(mesh):
-        layout = NamedSharding(mesh, spec("batch", "time") or P())
-        batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout)
-                 for name in ("tokens", "targets", "segment_ids", "positions")}
-        return step.lower(abstract_train_state(config.model, optimizer), batch)
+        return step.lower(training.abstract_state(), training.abstract_batch(config.rows, config.seq_len))
 
 
-def compile_program(config: TrainConfig, mesh: Mesh, budget: Budget, chip: Chip, efficiency: float) -> Program:
+def compile_program(config: RunConfig, mesh: Mesh, budget: Budget, chip: Chip, efficiency: float) -> Program:
     """Compiles the step ahead of time and reads the program.
 
     Raises:
@@ -147,7 +135,7 @@ NOT_HIDDEN = 0.4
 of docs/plan.md, whose times it gives within 10 %."""
 
 
-def expected_program(config: TrainConfig, budget: Budget, chip: Chip, efficiency: float) -> Program:
+def expected_program(config: RunConfig, budget: Budget, chip: Chip, efficiency: float) -> Program:
     """What a step should do, without a compiler.
 
     HBM: parameters, optimizer state, gradients and what is kept for the backward pass are written and read once. In
@@ -160,9 +148,10 @@ def expected_program(config: TrainConfig, budget: Budget, chip: Chip, efficiency
     flops = (budget.model_flops + budget.remat_flops) / budget.devices
     local = budget.tokens / (budget.devices / tensor)
     table = model.vocab_size / tensor * model.hidden_size
-    share = Share(local, config.data.seq_len, tensor, chip)
+    share = Share(local, config.seq_len, tensor, chip)
     layers = kept_bytes(model.replace(remat="none", scan_layers=False), share)
-    loss = local / config.loss_chunk * table * (8 + 3 * ITEMSIZE[model.dtype]) + 16 * local * model.vocab_size / tensor
+    chunks = local / config.objective().loss_chunk
+    loss = chunks * table * (8 + 3 * ITEMSIZE[model.dtype]) + 16 * local * model.vocab_size / tensor
     passes = 3 + (model.remat != "none")
     state = budget.parameters + budget.optimizer + budget.gradients
     bytes_ = 2 * (state + budget.activations * budget.micro_batches + passes * layers) + loss
@@ -174,7 +163,7 @@ def expected_program(config: TrainConfig, budget: Budget, chip: Chip, efficiency
     )
 
 
-def expected_collectives(config: TrainConfig, budget: Budget) -> list[Traffic]:
+def expected_collectives(config: RunConfig, budget: Budget) -> list[Traffic]:
     """The collectives of a step on paper, for each micro-batch.
 
     fsdp: every matrix is gathered in `dtype` for the forward pass and again for the backward pass, the table of the

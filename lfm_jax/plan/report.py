@@ -12,11 +12,12 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from lfm_jax.chips import Chip
-from lfm_jax.plan.analysis import Budget, budget_of, too_large
 from lfm_jax.plan.program import Program, Traffic, compile_program, expected_program
 from lfm_jax.plan.topology import Topology, bandwidth
-from lfm_jax.plan.units import seconds, si, size
-from lfm_jax.train.config import TrainConfig
+from lfm_jax.pretrain.config import TrainConfig
+from lfm_jax.train.budget import Budget, budget_of, too_large
+from lfm_jax.train.config import RunConfig
+from lfm_jax.units import seconds, si, size
 
 EFFICIENCY = 0.8
 """Share of the peak rates of products and of HBM that a program is taken to reach; an assumption, not a measurement."""
@@ -140,7 +141,21 @@ class Plan:
 
 
 def plan(config: PlanConfig) -> Plan:
-    """Plans a run: by compiling its step where the compiler for the machine is installed, else by analysis.
+    """Plans a pre-training run; see `plan_run`."""
+    return plan_run(
+        config, config.topology, tokens=config.tokens, efficiency=config.efficiency, compile=config.compile
+    )
+
+
+def plan_run(
+    config: RunConfig, topology: str, *, tokens: float | None = None, efficiency: float = EFFICIENCY,
+    compile: bool = True,
+) -> Plan:
+    """Plans any training run: by compiling its step where the compiler for the machine is installed, else by analysis.
+
+    Args:
+      config: the run; its data is not looked at.
+      topology, tokens, efficiency, compile: as in `PlanConfig`.
 
     Raises:
       ValueError: an unknown topology, a mesh that does not make it up or does not divide the model, or a step that the
@@ -149,25 +164,23 @@ def plan(config: PlanConfig) -> Plan:
     import jax
 
     from lfm_jax.sharding import check_divides
-    from lfm_jax.train.optimizer import make_optimizer
-    from lfm_jax.train.step import abstract_train_state
 
-    topology = Topology.parse(config.topology)
-    chip, compiles = topology.chip, config.compile and topology.compiles
-    mesh = topology.mesh(config.mesh, for_compiling=compiles)
-    check_divides(config.data.batch_size, config.data.seq_len, config.micro_batches, mesh)
+    machine = Topology.parse(topology)
+    chip, compiles = machine.chip, compile and machine.compiles
+    mesh = machine.mesh(config.mesh, for_compiling=compiles)
+    check_divides(config.rows, config.seq_len, config.micro_batches, mesh)
     with jax.set_mesh(mesh):
-        state = abstract_train_state(config.model, make_optimizer(config.optimizer, config.steps))
+        state = config.training().abstract_state()
     budget = budget_of(config, state, dict(mesh.shape), chip)
     program = None
     if chip is not None:
-        program = (compile_program(config, mesh, budget, chip, config.efficiency) if compiles
-                   else expected_program(config, budget, chip, config.efficiency))
+        program = (compile_program(config, mesh, budget, chip, efficiency) if compiles
+                   else expected_program(config, budget, chip, efficiency))
     return Plan(
-        topology=topology, budget=budget, program=program,
-        link_seconds={(row.kind, row.axes): _seconds(row, mesh, chip, topology.shape)
+        topology=machine, budget=budget, program=program,
+        link_seconds={(row.kind, row.axes): _seconds(row, mesh, chip, machine.shape)
                       for row in program.collectives} if program and chip else {},
-        run_tokens=config.tokens or float(config.steps * budget.tokens), efficiency=config.efficiency,
+        run_tokens=tokens or float(config.steps * budget.tokens), efficiency=efficiency,
     )
 
 

@@ -23,7 +23,7 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
 from lfm_jax.train import processes
-from lfm_jax.train.step import TrainState
+from lfm_jax.train.state import TrainState, merged, parted
 
 CHECKPOINTS = "checkpoints"
 """Name of the checkpoint directory inside a run directory."""
@@ -152,7 +152,8 @@ class CheckpointManager:
         """The state and data-iterator state of `step` (None: the latest), shaped and laid out like `abstract`."""
         step = self._resolve(step)
         loaded = self._load(step, jax.tree.map(_abstract, _checkpointables(abstract)))
-        return type(abstract)(params=loaded["params"], **loaded["optimizer"]), self.metadata(step)["data"]
+        params, frozen = parted(loaded["params"], abstract.params, abstract.frozen)
+        return type(abstract)(params=params, frozen=frozen, **loaded["optimizer"]), self.metadata(step)["data"]
 
     def restore_latest(self, abstract: TrainState) -> Restored:
         """The latest checkpoint that all processes can read whole; nothing on disk is changed.
@@ -234,9 +235,9 @@ class CheckpointManager:
 
 
 def _checkpointables(state: TrainState) -> dict[str, Any]:
-    """Parameters by themselves, so that they load alone."""
+    """All weights by themselves, trained or not, so that they load alone."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return {"params": fields.pop("params"), "optimizer": fields}
+    return {"params": merged(fields.pop("params"), fields.pop("frozen")), "optimizer": fields}
 
 
 def _reason(error: BaseException) -> str:

@@ -14,8 +14,6 @@ import numpy as np
 if TYPE_CHECKING:
     import jax
 
-    from lfm_jax.config import ModelConfig
-
 METRICS = "metrics.jsonl"
 LOSS_CURVE = "loss.png"
 CURVES = "curves.png"
@@ -67,19 +65,14 @@ def saved_step(run_dir: Path) -> int | None:
     return max((r["step"] for r in read_metrics(run_dir) if "checkpoint_blocked_seconds" in r), default=None)
 
 
-def mfu(
-    config: ModelConfig, T: int, tokens_per_second: float | None, devices: Sequence[jax.Device]
-) -> float | None:
+def mfu(flops_per_token: float, tokens_per_second: float | None, devices: Sequence[jax.Device]) -> float | None:
     """Model FLOPs utilisation, 0 to 1: the model's own arithmetic over what the devices could do in the same time.
 
-    `3 * config.flops_per_token(T) * tokens_per_second / (sum of the devices' peak bfloat16 FLOP/s)`: forward FLOPs at
-    the row length T (head and causal attention counted, as if each row were one document), times three for the backward
-    pass. What remat computes again, the optimizer and padding do not count. The peak is the dense bfloat16 one of
-    `chips.py`, whatever dtype is computed in.
+    `flops_per_token * tokens_per_second / (sum of the devices' peak bfloat16 FLOP/s)`. What remat computes again, the
+    optimizer and padding do not count. The peak is the dense bfloat16 one of `chips.py`, whatever dtype is computed in.
 
     Args:
-      config: the model.
-      T: tokens of a row.
+      flops_per_token: of a training step (`budget.training_flops_per_token`).
       tokens_per_second: real tokens of all devices together.
       devices: all devices of the run, other processes' included.
 
@@ -92,7 +85,7 @@ def mfu(
     if tokens_per_second is None or not chips or any(chip is None for chip in chips):
         return None
     peak = sum(chip.peak_bf16_flops for chip in chips if chip is not None)
-    return 3 * config.flops_per_token(T) * tokens_per_second / peak
+    return flops_per_token * tokens_per_second / peak
 
 
 def plot_loss(run_dir: Path) -> Path | None:

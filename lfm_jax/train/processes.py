@@ -18,9 +18,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lfm_jax.sharding import check_divides, spec
 from lfm_jax.train.launch import STOPPED, Launch
+from lfm_jax.train.objective import BatchArray
 
 HEARTBEAT_SECONDS = 20
 """A process that is silent for so long is lost, and the others end."""
@@ -83,47 +85,50 @@ def all_agree(ok: bool) -> bool:
 class BatchPlacer:
     """Brings this process's rows of a batch onto its devices, as its part of the whole batch.
 
-    Over a mesh (`jax.set_mesh`) a batch is split by `spec("batch", "time")`; without one it lies on one device.
+    Over a mesh (`jax.set_mesh`) each array is split by its logical axes; without one it lies on one device.
 
     Raises:
       ValueError: B in micro_batches, or T, does not divide over the mesh.
     """
 
-    def __init__(self, B: int, T: int, micro_batches: int = 1):
-        self._shape = (B, T)
-        layout = spec("batch", "time")
-        self._sharding = None if layout is None else NamedSharding(jax.sharding.get_mesh(), layout)
-        self._rows = np.arange(B)
-        if self._sharding is not None:
-            check_divides(B, T, micro_batches, self._sharding.mesh)
-            mine = self._sharding.addressable_devices_indices_map(self._shape).values()
+    def __init__(self, arrays: Mapping[str, BatchArray], B: int, T: int, micro_batches: int = 1):
+        self._shapes = {name: array.shape(B, T) for name, array in arrays.items()}
+        self._shardings: dict[str, NamedSharding] = {}
+        self._whole, self._rows = B, np.arange(B)
+        layout = spec("batch")
+        if layout is not None:
+            mesh = jax.sharding.get_mesh()
+            check_divides(B, T, micro_batches, mesh)
+            for name, array in arrays.items():
+                self._shardings[name] = NamedSharding(mesh, spec(*array.logical) or P())
+            mine = NamedSharding(mesh, layout).addressable_devices_indices_map((B,)).values()
             self._rows = np.unique(np.concatenate([np.arange(B)[index[0]] for index in mine if index is not None]))
 
     @property
     def rows(self) -> np.ndarray | None:
         """Sorted row numbers of the whole batch that this process needs; None for all."""
-        return None if len(self._rows) == self._shape[0] else self._rows
+        return None if len(self._rows) == self._whole else self._rows
 
     def local(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """This process's rows of a whole batch."""
         return {key: x[self._rows] for key, x in batch.items()}
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """The whole batch [B, T] as global arrays, from this process's rows [len(rows), T]."""
-        return {key: self._place(x) for key, x in batch.items()}
+        """The whole batch as global arrays, from this process's rows of each."""
+        return {name: self._place(name, x) for name, x in batch.items()}
 
-    def _place(self, x: np.ndarray) -> jax.Array:
-        if self._sharding is None:
+    def _place(self, name: str, x: np.ndarray) -> jax.Array:
+        if not self._shardings:
             return jax.numpy.asarray(x)
 
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
             # A device's rows are neighbours in the batch, hence in this process's share too.
-            start, stop, _ = index[0].indices(self._shape[0])
+            start, stop, _ = index[0].indices(self._whole)
             first = int(np.searchsorted(self._rows, start))
-            return x[first : first + stop - start, index[1]]
+            return x[first : first + stop - start, *index[1:]]
 
-        return jax.make_array_from_callback(self._shape, self._sharding, part)
+        return jax.make_array_from_callback(self._shapes[name], self._shardings[name], part)
 
 
 class StopRequest:

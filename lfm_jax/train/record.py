@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from lfm_jax import recipe
-from lfm_jax.train.config import TrainConfig
+from lfm_jax.train.budget import training_flops_per_token
+from lfm_jax.train.config import RunConfig
 from lfm_jax.train.console import Console
 from lfm_jax.train.goodput import Ledger
 from lfm_jax.train.metrics import mfu
@@ -30,12 +31,13 @@ class Recorder:
     """
 
     def __init__(
-        self, config: TrainConfig, run_dir: Path, console: Console, ledger: Ledger, *, resume_step: int, updates: int,
+        self, config: RunConfig, run_dir: Path, console: Console, ledger: Ledger, *, resume_step: int, updates: int,
         main: bool,
     ):
         self._config, self._run_dir, self._console, self._ledger = config, run_dir, console, ledger
         self._schedule = learning_rate(config.optimizer, config.steps)
         self._updates = updates
+        self._flops_per_token = training_flops_per_token(config.training(), config.seq_len)
         self._trackers: Trackers | None = None
         if main:
             self._trackers = open_trackers(config.trackers, run_dir, recipe.to_plain(config), resume_step)
@@ -50,11 +52,10 @@ class Recorder:
                 f"step {step}: the update was skipped, {values['skipped_in_row']:.0f} in a row: loss "
                 f"{values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}"
             )
-        speed = self._console.step(step, values["loss"], int(values["targets"]), ended.result())
-        data = self._config.data
+        speed = self._console.step(step, values["loss"], int(values["tokens"]), ended.result())
         self.write(step, values | {
             "learning_rate": lr, "tokens_per_second": speed,
-            "mfu": mfu(self._config.model, data.seq_len, speed, jax.devices()),
+            "mfu": mfu(self._flops_per_token, speed, jax.devices()),
             "data_seconds": self._ledger.take("data"),
         })
         return values

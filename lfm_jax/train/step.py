@@ -1,16 +1,16 @@
 """The training step: a pure function from (state, batch) to (state, metrics), jitted once with donation.
 
-Over a mesh (`jax.set_mesh`) the same function runs: parameters and optimizer state are laid out by
-`abstract_train_state`, batches as `sharding.spec("batch", "time")` says.
+Over a mesh (`jax.set_mesh`) the same function runs: weights and optimizer state are laid out by
+`Training.abstract_state`, batches as their objective declares them.
 
-Dimensions: A micro-batches, B rows, T time, D width.
+Dimensions: A micro-batches, B rows, T time.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -21,16 +21,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lfm_jax.config import ModelConfig
-from lfm_jax.data.batch import LOSS_IGNORE
-from lfm_jax.model import LFM, abstract_model, param_axes
-from lfm_jax.sharding import is_sharded, shardings, spec, spec_of
-from lfm_jax.stacking import stack_layers, unstack_layers
-from lfm_jax.train.loss import Loss, cross_entropy
+from lfm_jax.model import abstract_model
+from lfm_jax.sharding import is_sharded, spec, spec_of
+from lfm_jax.stacking import unit_layers
+from lfm_jax.train import state as states
+from lfm_jax.train.objective import Batch, Metrics, Objective
+from lfm_jax.train.state import Guard, TrainState
 
-Batch = Mapping[str, Any]
-"""tokens, targets, segment_ids and positions, each int32 [B, T]; padding at the right end of a row. segment_ids may be
-None: one document a row, no padding."""
-Metrics = dict[str, jax.Array]
+GUARD_MEMORY = 0.98
+"""Weight of the past in `Guard.mean_norm`: about 50 updates."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,169 +61,108 @@ class GuardConfig:
             raise ValueError("GuardConfig is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Guard:
-    """What the guard remembers."""
-
-    mean_norm: jax.Array
-    """Running mean of the gradient norms of updates that were made, float32; its memory is `GUARD_MEMORY`."""
-    made: jax.Array
-    """Updates made, int32."""
-    in_row: jax.Array
-    """Updates skipped since the last one made, int32."""
-
-
-GUARD_MEMORY = 0.98
-"""Weight of the past in `Guard.mean_norm`: about 50 updates."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """All that an optimizer step changes.
-
-    `params` is a plain nested dict. With `ModelConfig.scan_layers` repeated layers are stacked, in `opt_state` too
-    (`stacking.py`); `unstacked` gives the form of checkpoints.
-    """
-
-    params: Any
-    opt_state: Any
-    step: jax.Array
-    """Batches seen, int32."""
-    guard: Guard
-
-
-def init_train_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh state around `params`: optimizer moments at zero, step 0."""
-    zero = jnp.zeros((), jnp.int32)
-    guard = Guard(jnp.zeros((), jnp.float32), zero, zero + 0)
-    return TrainState(params, optimizer.init(params), zero + 0, guard)
-
-
-def abstract_train_state(config: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
-    """Shapes, dtypes and, over the mesh in use, layouts of a whole state, without making an array.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """What is trained and how: enough to make its state, compile its step and plan it.
 
     Raises:
-      ValueError: parameters that do not divide over the mesh, all in one message.
+      ValueError: while it is used: `freeze` does not fit the model.
     """
-    _, params = abstract_model(config, stacked=config.scan_layers)
-    if spec() is None:
-        return jax.eval_shape(lambda params: init_train_state(params, optimizer), params)
-    mesh = jax.sharding.get_mesh()
-    params = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), params,
-        shardings(params, param_axes(config, stacked=config.scan_layers)),
-    )
-    state = jax.eval_shape(lambda params: init_train_state(params, optimizer), params)
 
-    def leaf(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:  # What eval_shape says lies on the abstract mesh.
-        layout = P() if x.sharding is None else x.sharding.spec
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, layout))
+    model: ModelConfig
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    micro_batches: int = 1
+    guard: GuardConfig = GuardConfig()
+    freeze: tuple[str, ...] = ()
+    """Shell patterns over names of weights that are not trained (`state.frozen_mask`)."""
 
-    return jax.tree.map(leaf, state)
+    # ---------------------------------------------------------------- state
 
+    @cached_property
+    def mask(self) -> Any:
+        """True at each frozen weight."""
+        return states.frozen_mask(self.model, self.freeze)
 
-def random_train_state(config: ModelConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """A fresh state with random parameters, made where it lies over the mesh in use; the same numbers on any mesh."""
+    def new_state(self, weights: Any) -> TrainState:
+        """A fresh state around weights as a step holds them (`ModelConfig.scan_layers`: stacked)."""
+        return states.new_state(weights, self.mask, self.optimizer)
 
-    def init() -> TrainState:
-        params = nnx.to_pure_dict(nnx.split(LFM(config, rngs=nnx.Rngs(seed)), nnx.Param)[1])
-        return init_train_state(stack_layers(params, config) if config.scan_layers else params, optimizer)
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and layouts over the mesh in use; see `state.abstract_state`."""
+        return states.abstract_state(self.model, self.mask, self.optimizer)
 
-    if spec() is None:
-        return jax.jit(init)()
-    # Inside, the compiler lays out: each device makes its own part of each matrix only.
-    layout = jax.tree.map(lambda x: x.sharding.spec, abstract_train_state(config, optimizer))
-    return jax.jit(jax.sharding.auto_axes(init, out_sharding=layout))()
+    def random_state(self, seed: int) -> TrainState:
+        """A fresh state with random weights, laid out over the mesh in use."""
+        return states.random_state(self.model, self.mask, self.optimizer, seed)
 
+    def placed_state(self, weights: Any) -> TrainState:
+        """A fresh state around given weights (whole arrays, unstacked), laid out over the mesh in use."""
+        return states.placed_state(weights, self.model, self.mask, self.optimizer)
 
-def place_train_state(params: Any, config: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh state around given parameters (whole arrays, unstacked), laid out over the mesh in use."""
-    if spec() is not None:
-        params = jax.device_put(params, shardings(params, param_axes(config)))
+    def abstract_batch(self, B: int, T: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and layouts of a batch over the mesh in use."""
+        mesh = jax.sharding.get_mesh()
 
-    def init(params: Any) -> TrainState:
-        return init_train_state(stack_layers(params, config) if config.scan_layers else params, optimizer)
+        def layout(logical: tuple[str | None, ...]) -> NamedSharding | None:
+            return None if mesh.empty else NamedSharding(mesh, spec(*logical) or P())
 
-    layout = jax.tree.map(lambda x: x.sharding, abstract_train_state(config, optimizer))
-    return jax.jit(init, out_shardings=layout)(params)
+        return {
+            name: jax.ShapeDtypeStruct(array.shape(B, T), array.dtype, sharding=layout(array.logical))
+            for name, array in self.objective.arrays.items()
+        }
 
+    # ---------------------------------------------------------------- programs
 
-def unstacked(state: TrainState, config: ModelConfig) -> TrainState:
-    """The state as checkpoints hold it: every layer's arrays by themselves; shapes or arrays. See `restacked`.
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """`train_step` of this training."""
+        return train_step(self, state, batch)
 
-    Of stacked layers these are copies, on the device until they are saved.
-    """
-    return _convert(unstack_layers, state, config)
+    def compiled_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+        """The step jitted, the old state donated."""
+        return jax.jit(self.step, donate_argnums=0)
 
+    def evaluate(self, weights: tuple[Any, Any], batch: Batch) -> tuple[Metrics, jax.Array]:
+        """(sums, weight) of the objective over a batch; `weights` are the (params, frozen) of a state."""
+        terms = self.objective(nnx.merge(self.graphdef, states.merged(*weights)), batch)
+        return terms.sums, self.objective.weight(batch)
 
-def restacked(state: TrainState, config: ModelConfig) -> TrainState:
-    """The state as a training step holds it, of what `unstacked` gave."""
-    return _convert(stack_layers, state, config)
+    def compiled_evaluate(self) -> Callable[[tuple[Any, Any], Batch], tuple[Metrics, jax.Array]]:
+        return jax.jit(self.evaluate)
 
-
-def _convert(convert: Callable[[Any, ModelConfig], Any], state: TrainState, config: ModelConfig) -> TrainState:
-    if not config.scan_layers:
-        return state
-    if all(isinstance(x, jax.Array) for x in jax.tree.leaves(state)):
-        return _compiled(convert, config)(state)
-    mesh = jax.sharding.get_mesh()
-    shapes = jax.eval_shape(lambda state: convert(state, config), state)
-    if spec() is None:
-        return shapes
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), shapes
-    )
+    @cached_property
+    def graphdef(self) -> nnx.GraphDef:
+        """Of the model as a step holds it."""
+        return abstract_model(self.model, stacked=self.model.scan_layers)[0]
 
 
-@lru_cache
-def _compiled(
-    convert: Callable[[Any, ModelConfig], Any], config: ModelConfig
-) -> Callable[[TrainState], TrainState]:
-    """One function for all checkpoints of a run, so that it is compiled once."""
-    return jax.jit(lambda state: convert(state, config))
-
-
-def batch_loss(
-    graphdef: nnx.GraphDef, params: Any, batch: Batch, loss_chunk: int, z_loss: float = 0.0
-) -> tuple[Loss, Metrics]:
-    """Summed loss over a batch, and the squares of `LFM.hidden`."""
-    model = nnx.merge(graphdef, params)
-    hidden_BTD, squares = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
-    with jax.named_scope("loss"):
-        loss = cross_entropy(hidden_BTD, model.head_VD, batch["targets"], chunk=loss_chunk, z_loss=z_loss)
-    return loss, squares
-
-
-def train_step(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, state: TrainState, batch: Batch,
-    *, micro_batches: int, loss_chunk: int, z_loss: float, guard: GuardConfig,
-) -> tuple[TrainState, Metrics]:
-    """One optimizer step on the mean loss over all targets of the batch.
+def train_step(training: Training, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """One optimizer step on the mean of the objective over the batch.
 
     The batch is cut into `micro_batches` of equal rows (row r belongs to part r modulo micro_batches, so that over a
-    mesh no row moves). Each part's summed loss is divided by the number of targets of the whole batch, so how many
-    parts there are changes memory and rounding only.
+    mesh no row moves). Each part's sum is divided by the weight of the whole batch, so how many parts there are changes
+    memory and rounding only. Frozen weights are not differentiated.
 
     An update whose gradient is not finite, or far larger than usual (`GuardConfig.spike`), is not made: parameters and
     optimizer stay as they are, to the bit, and only `step` and `guard` go on.
 
     Returns:
-      The new state, and float32 scalars: loss (nats per target), grad_norm (before clipping), targets, skipped (1 if
-      the update was not made), skipped_in_row, `grad_norm/KIND` by kind of operator, feed_forward, norm and table, and
-      `act_norm/KIND`, the root mean square of what each kind adds to the residual stream (`LFM.hidden`).
+      The new state, and float32 scalars: the means that the objective reports (`loss` among them), grad_norm (before
+      clipping), weight, tokens (that are no padding), skipped (1 if the update was not made), skipped_in_row,
+      `grad_norm/KIND` by kind of operator, feed_forward, norm and table, and `act_norm/KIND`, the root mean square of
+      what each kind adds to the residual stream (`LFM.hidden`).
     """
-    count = jnp.sum(batch["targets"] != LOSS_IGNORE, dtype=jnp.float32)
-    scale = 1.0 / jnp.maximum(count, 1.0)
+    objective, guard, micro_batches = training.objective, training.guard, training.micro_batches
+    weight = objective.weight(batch)
+    scale = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
 
-    def scaled_loss(params: Any, part: Batch) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-        loss, squares = batch_loss(graphdef, params, part, loss_chunk, z_loss)
-        return scale * loss.total, (scale * loss.nll, squares)
+    def scaled(params: Any, part: Batch) -> tuple[jax.Array, tuple[Metrics, Metrics]]:
+        terms = objective(nnx.merge(training.graphdef, states.merged(params, state.frozen)), part)
+        return scale * terms.total, ({name: scale * x for name, x in terms.sums.items()}, terms.aux)
 
-    grad_fn = jax.grad(scaled_loss, has_aux=True)
+    grad_fn = jax.grad(scaled, has_aux=True)
     if micro_batches == 1:
-        grads, (loss, act_squares) = grad_fn(state.params, batch)
+        grads, (means, aux) = grad_fn(state.params, batch)
     else:
 
         def add(carry: Any, part: Batch) -> tuple[Any, None]:
@@ -234,13 +172,35 @@ def train_step(
         sums = jax.eval_shape(grad_fn, state.params, jax.tree.map(lambda x: x[0], parts))[1]
         # Sums in float32, whatever the parameters are kept in.
         zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (state.params, sums))
-        (grads, (loss, act_squares)), _ = jax.lax.scan(add, zeros, parts)
-    squares = _squares_by_kind(nnx.merge(graphdef, grads), grads)
+        (grads, (means, aux)), _ = jax.lax.scan(add, zeros, parts)
+    squares = _squares_by_kind(training.model, grads)
     norm = jnp.sqrt(sum(squares.values()))
     grads = jax.tree.map(lambda grad, w: grad.astype(w.dtype), grads, state.params)
-    ok = jnp.isfinite(norm) & jnp.isfinite(loss)
+    ok = jnp.isfinite(norm) & jnp.isfinite(means["loss"])
     if guard.spike:
         ok &= (state.guard.made < guard.after) | (norm <= guard.spike * state.guard.mean_norm)
+    params, opt_state = _updated(training.optimizer, ok, norm, grads, state)
+    made, in_row = state.guard.made + ok, jnp.where(ok, 0, state.guard.in_row + 1)
+    # The mean of the first updates is a plain one.
+    memory = jnp.minimum(GUARD_MEMORY, 1 - 1 / jnp.maximum(made, 1).astype(jnp.float32))
+    mean_norm = jnp.where(ok, memory * state.guard.mean_norm + (1 - memory) * norm, state.guard.mean_norm)
+    tokens = jnp.asarray(objective.real_tokens(batch), jnp.float32)
+    metrics = means | {
+        "grad_norm": norm, "weight": weight, "tokens": tokens, "skipped": 1.0 - ok,
+        "skipped_in_row": in_row.astype(jnp.float32),
+    }
+    metrics |= {f"grad_norm/{kind}": jnp.sqrt(square) for kind, square in squares.items()}
+    metrics |= {f"act_norm/{kind}": jnp.sqrt(square / jnp.maximum(tokens, 1.0)) for kind, square in aux.items()}
+    new = dataclasses.replace(
+        state, params=params, opt_state=opt_state, step=state.step + 1, guard=Guard(mean_norm, made, in_row)
+    )
+    return new, metrics
+
+
+def _updated(
+    optimizer: optax.GradientTransformation, ok: jax.Array, norm: jax.Array, grads: Any, state: TrainState
+) -> tuple[Any, Any]:
+    """(parameters, optimizer state) after the update, or as they were where it is not `ok`."""
     with jax.named_scope("optimizer"):
 
         def update(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
@@ -250,69 +210,28 @@ def train_step(
             return optax.apply_updates(params, updates), opt_state
 
         # A branch, not a selection of each leaf, for which XLA copies the old moments.
-        params, opt_state = jax.lax.cond(
+        return jax.lax.cond(
             ok, update, lambda grads, opt_state, params: (params, opt_state), grads, state.opt_state, state.params
         )
-    made, in_row = state.guard.made + ok, jnp.where(ok, 0, state.guard.in_row + 1)
-    # The mean of the first updates is a plain one.
-    memory = jnp.minimum(GUARD_MEMORY, 1 - 1 / jnp.maximum(made, 1).astype(jnp.float32))
-    mean_norm = jnp.where(ok, memory * state.guard.mean_norm + (1 - memory) * norm, state.guard.mean_norm)
-    metrics = {
-        "loss": loss, "grad_norm": norm, "targets": count, "skipped": 1.0 - ok,
-        "skipped_in_row": in_row.astype(jnp.float32),
-    }
-    ids = batch["segment_ids"]
-    tokens = batch["tokens"].size if ids is None else jnp.maximum(jnp.sum(ids != 0, dtype=jnp.float32), 1.0)
-    metrics |= {f"grad_norm/{kind}": jnp.sqrt(square) for kind, square in squares.items()}
-    metrics |= {f"act_norm/{kind}": jnp.sqrt(square / tokens) for kind, square in act_squares.items()}
-    return TrainState(params, opt_state, state.step + 1, Guard(mean_norm, made, in_row)), metrics
 
 
-def _split_rows(x_BT: jax.Array, parts: int) -> jax.Array:
-    """[A, B / A, T]: row r goes to part r modulo A, so that every device keeps its own rows."""
-    B, T = x_BT.shape
+def _split_rows(x: jax.Array, parts: int) -> jax.Array:
+    """[A, B / A, ...]: row r goes to part r modulo A, so that every device keeps its own rows."""
+    B, *rest = x.shape
     out_sharding = None
-    if is_sharded(x_BT):
-        b, t = spec_of(x_BT)
-        out_sharding = P(b, None, t)
-    return jnp.swapaxes(jax.lax.reshape(x_BT, (B // parts, parts, T), out_sharding=out_sharding), 0, 1)
+    if is_sharded(x):
+        b, *others = spec_of(x)
+        out_sharding = P(b, None, *others)
+    return jnp.swapaxes(jax.lax.reshape(x, (B // parts, parts, *rest), out_sharding=out_sharding), 0, 1)
 
 
-def _squares_by_kind(model: LFM, grads: Any) -> Metrics:
+def _squares_by_kind(config: ModelConfig, grads: Any) -> Metrics:
     """Sums of squares of a gradient by kind of operator, feed_forward, norm and table; together those of all of it."""
+    layers = unit_layers(config) if config.scan_layers else config.layers
     squares: Metrics = {}
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-        name, *rest = (entry.key for entry in path)
-        kind = name if name != "blocks" else model.blocks[rest[0]].kind if rest[1] == "operator" else rest[1]
+        name, *rest = (entry.key for entry in path if hasattr(entry, "key"))
+        kind = name if name != "blocks" else layers[rest[0]].operator if rest[1] == "operator" else rest[1]
         kind = "table" if kind in ("embed", "head") else "norm" if kind.endswith("norm") else kind
         squares[kind] = squares.get(kind, 0.0) + jnp.sum(jnp.square(grad.astype(jnp.float32)))
     return squares
-
-
-def compile_train_step(
-    config: ModelConfig, optimizer: optax.GradientTransformation, *, micro_batches: int = 1, loss_chunk: int = 512,
-    z_loss: float = 0.0, guard: GuardConfig = GuardConfig(),
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """`train_step` jitted over (state, batch), the old state donated."""
-    graphdef, _ = abstract_model(config, stacked=config.scan_layers)
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return train_step(
-            graphdef, optimizer, state, batch,
-            micro_batches=micro_batches, loss_chunk=loss_chunk, z_loss=z_loss, guard=guard,
-        )
-
-    return jax.jit(step, donate_argnums=0)
-
-
-def compile_eval_step(
-    config: ModelConfig, *, loss_chunk: int = 512
-) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
-    """Over (params of a `TrainState`, batch): the summed loss in nats and the number of targets it counts."""
-    graphdef, _ = abstract_model(config, stacked=config.scan_layers)
-
-    def step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        loss, _ = batch_loss(graphdef, params, batch, loss_chunk)
-        return loss.nll, loss.count
-
-    return jax.jit(step)

@@ -20,8 +20,9 @@ from lfm_jax.ablate.schedule import AblateConfig, Work, ablate
 from lfm_jax.ablate.study import Grid
 from lfm_jax.cli import main
 from lfm_jax.files import locked
+from lfm_jax.pretrain.objective import next_token_training
 from lfm_jax.train.launch import FAILED, STOPPED
-from lfm_jax.train.step import Guard
+from lfm_jax.train.state import Guard
 
 ROOT = Path(__file__).parents[2]
 
@@ -213,14 +214,14 @@ def test_seeds_side_by_side_are_the_same_runs(finished, tmp_path):
 def test_the_learning_rate_scales_the_update(finished):
     """One program for all learning rates gives what an optimizer made for each would."""
     from lfm_jax.train.optimizer import make_optimizer
-    from lfm_jax.train.step import compile_train_step
 
     work = Work(finished)
     trial, task = work.trials[0], work.tasks["mqar"]
     trainer = runs.Trainer(finished, trial, task)
     optimizer = make_optimizer(dataclasses.replace(finished.optimizer, peak_lr=3e-3, warmup_steps=0), trial.steps)
     state, same = trainer._init(0), trainer._init(0)
-    step = compile_train_step(trial.model, optimizer, loss_chunk=finished.loss_chunk, guard=finished.guard)
+    training = next_token_training(trial.model, optimizer, loss_chunk=finished.loss_chunk, guard=finished.guard)
+    step = training.compiled_step()
     for _, batch in zip(range(3), task.train_batches(0), strict=False):
         state, _ = step(state, batch)
         same, _ = trainer._one_step(same, batch, np.float32(3e-3))

@@ -24,7 +24,7 @@ from lfm_jax.data import (
     train_iterator,
 )
 from lfm_jax.data.batch import LOSS_IGNORE
-from lfm_jax.train.config import TrainConfig
+from lfm_jax.pretrain.config import TrainConfig
 
 BYTES = train_bpe([], vocab_size=270)
 T, B = 32, 8

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from meshes import collectives, mesh_of
 
 from lfm_jax.data.batch import LOSS_IGNORE
-from lfm_jax.train.step import batch_loss, compile_train_step, init_train_state
+from lfm_jax.pretrain.objective import NextToken, next_token_training
 
 B, T = 2, 32
 KIND = KINDS["every-operator"] | dict(conv_gates="both", num_kv_heads=4)
@@ -35,8 +35,8 @@ def net(kind):
 
 def loss_and_gradients(model, params, data):
     def loss(params, data):
-        sums, _ = batch_loss(model.graphdef, params, data, 16)
-        return sums.total / sums.count
+        objective = NextToken(loss_chunk=16)
+        return objective(nnx.merge(model.graphdef, params), data).total / objective.weight(data)
 
     return jax.jit(jax.value_and_grad(loss))(params, data)
 
@@ -64,11 +64,12 @@ def test_loss_and_the_gradient_of_every_parameter(kind, sizes):
 def test_a_training_step_along_time():
     model, data = Net(**KIND), batch()
     optimizer = optax.adamw(1e-2)
-    step = compile_train_step(model.config, optimizer, loss_chunk=16)
-    alone, metrics = step(init_train_state(jax.tree.map(jnp.copy, model.params), optimizer), data)
+    training = next_token_training(model.config, optimizer, loss_chunk=16)
+    step = training.compiled_step()
+    alone, metrics = step(training.new_state(jax.tree.map(jnp.copy, model.params)), data)
     with jax.set_mesh(mesh_of(data=2, context=4)):
         placed = {name: jax.device_put(x, TOKENS) for name, x in data.items()}
-        state = jax.jit(lambda params: init_train_state(params, optimizer))(jax.device_put(model.params, P()))
+        state = jax.jit(training.new_state)(jax.device_put(model.params, P()))
         split, split_metrics = step(state, placed)
     assert rel_err(split_metrics["loss"], metrics["loss"]) < 1e-5
     assert rel_err(split_metrics["grad_norm"], metrics["grad_norm"]) < 1e-5

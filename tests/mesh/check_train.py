@@ -15,17 +15,11 @@ from meshes import collectives, mesh_of
 from lfm_jax import ModelConfig
 from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.model import param_axes
+from lfm_jax.pretrain.objective import next_token_training
 from lfm_jax.sharding import shardings, spec
 from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
-from lfm_jax.train.step import (
-    GuardConfig,
-    abstract_train_state,
-    compile_eval_step,
-    compile_train_step,
-    place_train_state,
-    random_train_state,
-    unstacked,
-)
+from lfm_jax.train.state import unstacked
+from lfm_jax.train.step import GuardConfig
 
 B, T = 16, 32
 MESHES = [
@@ -63,15 +57,15 @@ def place(data):
 def one_step(model, config, data, *, micro_batches=1, z_loss=1e-3, steps=1):
     """State and metrics after some steps on the same batch, and the loss without the z-loss afterwards."""
     optimizer = make_optimizer(config, 10)
-    state = place_train_state(jax.tree.map(np.asarray, model.params), model.config, optimizer)
-    step = compile_train_step(
+    training = next_token_training(
         model.config, optimizer, micro_batches=micro_batches, loss_chunk=16, z_loss=z_loss, guard=GuardConfig()
     )
+    state, step = training.placed_state(jax.tree.map(np.asarray, model.params)), training.compiled_step()
     data = place(data) if spec() is not None else data
     for _ in range(steps):
         state, metrics = step(state, data)
-    loss, count = compile_eval_step(model.config, loss_chunk=16)(state.params, data)
-    return jax.tree.map(np.asarray, (unstacked(state, model.config), metrics, loss, count))
+    sums, weight = training.compiled_evaluate()((state.params, state.frozen), data)
+    return jax.tree.map(np.asarray, (unstacked(state, model.config), metrics, sums["loss"], weight))
 
 
 @functools.cache
@@ -128,11 +122,10 @@ def test_scanned_and_rematerialised_layers(remat):
 @pytest.mark.parametrize("tie", [True, False])
 def test_random_states_are_the_same_numbers_on_any_mesh_and_lie_where_they_should(tie):
     config = net(tie_embedding=tie).config
-    optimizer = make_optimizer(MUON, 10)
-    alone = random_train_state(config, optimizer, 3)
+    training = next_token_training(config, make_optimizer(MUON, 10))
+    alone = training.random_state(3)
     with jax.set_mesh(mesh_of(fsdp=2, tensor=2, context=2)):
-        split = random_train_state(config, optimizer, 3)
-        layout = abstract_train_state(config, optimizer)
+        split, layout = training.random_state(3), training.abstract_state()
     for a, b, expected in zip(*map(jax.tree.leaves, (split, alone, layout)), strict=True):
         np.testing.assert_array_equal(a, b)
         assert a.sharding.is_equivalent_to(expected.sharding, a.ndim)
@@ -146,7 +139,7 @@ def test_random_states_are_the_same_numbers_on_any_mesh_and_lie_where_they_shoul
 def test_what_does_not_divide_is_named():
     config = net().config.replace(num_kv_heads=2, vocab_size=101)
     with jax.set_mesh(mesh_of(tensor=4, fsdp=2)), pytest.raises(ValueError, match="does not fit the model") as error:
-        abstract_train_state(config, make_optimizer(ADAMW, 10))
+        next_token_training(config, make_optimizer(ADAMW, 10)).abstract_state()
     assert "kv_heads (2) does not divide over tensor=4" in str(error.value)
     assert "vocab (101) does not divide over tensor=4" in str(error.value)
 
@@ -155,9 +148,9 @@ def compiled_step(config, sizes):
     """The optimised program of a step, and the parameters' shapes and layouts."""
     model, optimizer = Net(**config), make_optimizer(ADAMW, 10)
     with jax.set_mesh(mesh_of(**sizes)):
-        state = abstract_train_state(model.config, optimizer)
-        step = compile_train_step(model.config, optimizer, loss_chunk=64)
-        return step.lower(state, place(batch())).compile(), state.params
+        training = next_token_training(model.config, optimizer, loss_chunk=64)
+        state = training.abstract_state()
+        return training.compiled_step().lower(state, place(batch())).compile(), state.params
 
 
 THREE = dict(layer_types=("conv", "full_attention", "recurrence"), num_kv_heads=4, vocab_size=104)
@@ -214,9 +207,10 @@ def test_every_parameter_has_axes():
 def test_optax_updates_keep_layouts():
     model, optimizer = net(), optax.adamw(1e-3)
     with jax.set_mesh(mesh_of(fsdp=2, tensor=2, context=2)):
-        state = place_train_state(model.params, model.config, optimizer)
+        training = next_token_training(model.config, optimizer, loss_chunk=16)
+        state = training.placed_state(model.params)
         before = jax.tree.map(lambda x: x.sharding, state)
-        state, _ = compile_train_step(model.config, optimizer, loss_chunk=16)(state, place(batch()))
+        state, _ = training.compiled_step()(state, place(batch()))
         assert jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, before)
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from lfm_jax.train.checkpoint import CheckpointManager
-from lfm_jax.train.step import Guard, TrainState
+from lfm_jax.train.state import Guard, TrainState
 
 
 def state(value, size=2_000_000):
     guard = Guard(jnp.float32(value), jnp.int32(value), jnp.int32(0))
-    return TrainState({"embed": jnp.full((size,), value)}, (jnp.full((size,), -value), {}), jnp.int32(value), guard)
+    return TrainState({"embed": jnp.full((size,), value)}, {}, (jnp.full((size,), -value), {}), jnp.int32(value), guard)
 
 
 def test_a_save_under_way_is_not_touched_by_the_steps_that_follow(tmp_path):

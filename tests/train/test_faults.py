@@ -10,9 +10,10 @@ import pytest
 from tiny_runs import STEPS, load, losses, recipe, steps_in_order
 
 import lfm_jax as lfm
-from lfm_jax.train import loop, step
+from lfm_jax.pretrain import objective
+from lfm_jax.pretrain import run as pretraining
+from lfm_jax.pretrain.run import train
 from lfm_jax.train.checkpoint import CheckpointManager
-from lfm_jax.train.loop import train
 from lfm_jax.train.metrics import read_metrics
 from lfm_jax.train.record import Recorder
 
@@ -52,16 +53,18 @@ class Poisoned:
 @pytest.fixture
 def poison(monkeypatch):
     """A function that makes the batches of these numbers bad."""
-    real, real_loss = loop.train_iterator, step.cross_entropy
+    real, real_loss = pretraining.train_iterator, objective.cross_entropy
 
     def loss(hidden_BTD, table_VD, targets_BT, **options):
         factor = jnp.where(jnp.any(targets_BT == BAD), jnp.nan, 1.0)
         return real_loss(hidden_BTD * factor, table_VD, targets_BT, **options)
 
-    monkeypatch.setattr(step, "cross_entropy", loss)
+    monkeypatch.setattr(objective, "cross_entropy", loss)
 
     def make_bad(bad):
-        monkeypatch.setattr(loop, "train_iterator", lambda *args, **kwargs: Poisoned(real(*args, **kwargs), bad))
+        monkeypatch.setattr(
+            pretraining, "train_iterator", lambda *args, **kwargs: Poisoned(real(*args, **kwargs), bad)
+        )
 
     return make_bad
 

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from tiny_runs import recipe
 
+from lfm_jax.pretrain.config import TrainCommand
 from lfm_jax.recipe import load_recipe
-from lfm_jax.train.config import TrainCommand
 from lfm_jax.train.launch import FAILED, LOST, STOPPED
 
 LAUNCH = Path(__file__).parents[2] / "experiments" / "launch"

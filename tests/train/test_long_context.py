@@ -6,7 +6,7 @@ from tiny_runs import finish, load, losses, recipe, start, steps_in_order
 
 import lfm_jax as lfm
 from lfm_jax.data import BuildConfig, build
-from lfm_jax.train.loop import train
+from lfm_jax.pretrain.run import train
 
 
 @pytest.mark.slow

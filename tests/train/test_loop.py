@@ -16,12 +16,14 @@ from tiny_runs import STEPS, finish, load, losses, recipe, start, steps_in_order
 import lfm_jax as lfm
 from lfm_jax.convert.hf import chat_template
 from lfm_jax.files import locked
+from lfm_jax.pretrain import run as pretraining
+from lfm_jax.pretrain.run import train
 from lfm_jax.recipe import to_plain
 from lfm_jax.testing import tiny_tokenizer
 from lfm_jax.train import run_dir as run_dirs
-from lfm_jax.train import step as step_module
+from lfm_jax.train import state as states
+from lfm_jax.train.console import Console
 from lfm_jax.train.launch import STOPPED
-from lfm_jax.train.loop import train
 from lfm_jax.train.metrics import read_metrics
 
 
@@ -90,11 +92,9 @@ def test_kill_9_at_random_moments_and_resume_gives_the_same_losses_to_the_bit(co
 
 @pytest.mark.slow
 def test_an_interrupt_saves_and_the_rest_equals_the_uninterrupted_run(corpus, tmp_path, whole_run, monkeypatch):
-    from lfm_jax.train import loop
-
     run_dir = tmp_path / "stopped"
     config = load(recipe(corpus, run_dir))
-    console_step = loop.Console.step
+    console_step = Console.step
 
     def interrupt(self, step, *args):
         if step == 6:
@@ -103,7 +103,7 @@ def test_an_interrupt_saves_and_the_rest_equals_the_uninterrupted_run(corpus, tm
 
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Console, "step", interrupt)
+        patch.setattr(Console, "step", interrupt)
         stopped = train(config)
     assert 6 <= stopped.step < STEPS
     assert stopped.heldout_loss is None
@@ -133,8 +133,8 @@ def test_a_run_of_scanned_layers_saves_resumes_and_exports_as_any(corpus, tmp_pa
     """Its checkpoints hold layers by themselves, so that it goes on scanned or not, with the same losses."""
     fields = dict(model__layer_types=["conv", "full_attention"] * 2, optimizer__schedule="constant", checkpoint_every=2)
     converters = []
-    real = step_module._compiled
-    monkeypatch.setattr(step_module, "_compiled", lambda *args: converters.append(real(*args)) or converters[-1])
+    real = states._compiled
+    monkeypatch.setattr(states, "_compiled", lambda *args: converters.append(real(*args)) or converters[-1])
     for steps, scan in ((4, True), (8, False), (STEPS, True)):
         train(load(recipe(corpus, tmp_path / "run", steps=steps, model__scan_layers=scan, **fields)))
     flat = train(load(recipe(corpus, tmp_path / "flat", **fields)))
@@ -335,8 +335,6 @@ def test_a_held_out_loss_of_some_batches_claims_no_bits_per_byte(corpus, tmp_pat
 def test_data_used_up_saves_before_it_says_so(corpus, tmp_path, monkeypatch):
     """As when rollbacks have passed over data that the epochs of a mixture were counted on."""
     from lfm_jax.data import DataUsedUp
-    from lfm_jax.train import loop
-
     class Short:
         def __init__(self, whole):
             self.whole, self.left = whole, 6
@@ -350,8 +348,8 @@ def test_data_used_up_saves_before_it_says_so(corpus, tmp_path, monkeypatch):
         def __getattr__(self, name):
             return getattr(self.whole, name)
 
-    real = loop.train_iterator
-    monkeypatch.setattr(loop, "train_iterator", lambda *args, **kwargs: Short(real(*args, **kwargs)))
+    real = pretraining.train_iterator
+    monkeypatch.setattr(pretraining, "train_iterator", lambda *args, **kwargs: Short(real(*args, **kwargs)))
     with pytest.raises(DataUsedUp):
         train(load(recipe(corpus, tmp_path / "run", eval_every=0)))
     assert {"4", "6"} <= set(os.listdir(tmp_path / "run" / "checkpoints"))

@@ -55,9 +55,9 @@ def test_mfu_is_three_forwards_over_the_peak_of_all_devices(monkeypatch):
     monkeypatch.setitem(sys.modules, "lfm_jax.chips", types.SimpleNamespace(chip_of=table.get))
     config = tiny_config()
     expected = 3 * config.flops_per_token(64) * 1000 / 2e9
-    assert metrics.mfu(config, 64, 1000, ["big", "big"]) == pytest.approx(expected, rel=1e-12)
-    assert metrics.mfu(config, 64, 1000, ["big", "odd"]) is None
-    assert metrics.mfu(config, 64, None, ["big"]) is None
+    assert metrics.mfu(3 * config.flops_per_token(64), 1000, ["big", "big"]) == pytest.approx(expected, rel=1e-12)
+    assert metrics.mfu(3 * config.flops_per_token(64), 1000, ["big", "odd"]) is None
+    assert metrics.mfu(3 * config.flops_per_token(64), None, ["big"]) is None
 
 
 def test_the_running_mean_is_that_of_the_values_so_far():

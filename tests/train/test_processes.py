@@ -18,10 +18,11 @@ from tiny_runs import children, finish, load, losses, reach_step, recipe, start,
 
 import lfm_jax as lfm
 from lfm_jax.data import BuildConfig, build
+from lfm_jax.pretrain.run import train
 from lfm_jax.sharding import MeshConfig
 from lfm_jax.train import launch
 from lfm_jax.train.launch import FAILED, LOST, STOPPED, Launch
-from lfm_jax.train.loop import train
+from lfm_jax.train.objective import BatchArray
 from lfm_jax.train.processes import HEARTBEAT_SECONDS, BatchPlacer
 
 STEPS = 24
@@ -206,7 +207,7 @@ def test_a_process_that_cannot_write_its_part_stops_the_run(corpus, tmp_path, ca
 
 def test_one_process_needs_all_rows_over_its_mesh():
     with jax.set_mesh(MeshConfig().make()):
-        place = BatchPlacer(4, 8)
+        place = BatchPlacer({"tokens": BatchArray()}, 4, 8)
         assert place.rows is None
         batch = {"tokens": np.arange(32, dtype=np.int32).reshape(4, 8)}
         assert np.array_equal(np.asarray(place(batch)["tokens"]), batch["tokens"])

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from lfm_jax.pretrain.objective import next_token_training
 from lfm_jax.train.profiling import Profiler, parse_profile
 
 
@@ -87,12 +88,11 @@ def test_the_trace_of_a_training_step_names_its_parts(tmp_path):
 
     from lfm_jax.testing import tiny_config
     from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
-    from lfm_jax.train.step import compile_train_step, random_train_state
 
     config = tiny_config(layer_types=("conv", "full_attention"))
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=1), 10)
-    step = compile_train_step(config, optimizer)
-    state = random_train_state(config, optimizer, 0)
+    training = next_token_training(config, optimizer)
+    step, state = training.compiled_step(), training.random_state(0)
     ones = jnp.ones((2, 8), jnp.int32)
     batch = {"tokens": ones, "targets": ones, "segment_ids": ones, "positions": ones * jnp.arange(8)}
     profiler = Profiler(range(2, 3), tmp_path)

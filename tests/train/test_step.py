@@ -12,18 +12,12 @@ from flax import nnx
 
 from lfm_jax.convert.hf import to_state_dict
 from lfm_jax.data.batch import LOSS_IGNORE
+from lfm_jax.pretrain.objective import next_token_training
 from lfm_jax.testing import tiny_config, tiny_model
 from lfm_jax.train.loss import reference_cross_entropy
 from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
-from lfm_jax.train.step import (
-    Guard,
-    GuardConfig,
-    abstract_train_state,
-    batch_loss,
-    compile_eval_step,
-    compile_train_step,
-    init_train_state,
-)
+from lfm_jax.train.state import Guard
+from lfm_jax.train.step import GuardConfig
 
 OPTIMIZER = OptimizerConfig(peak_lr=1e-2, warmup_steps=0, schedule="constant")
 
@@ -52,7 +46,10 @@ def packed_batch(B=4, T=16, vocab=97, seed=0):
 def test_loss_of_a_packed_batch_equals_that_of_its_documents_alone():
     model = tiny_model()
     batch = packed_batch()
-    (loss, _, count), _ = jax.jit(lambda p, b: batch_loss(nnx.graphdef(model), p, b, 7))(split(model)[1], batch)
+    config, params = split(model)
+    training = next_token_training(config, make_optimizer(OPTIMIZER, 10), loss_chunk=7)
+    sums, count = training.compiled_evaluate()((params, {}), batch)
+    loss = sums["loss"]
     total, targets = 0.0, 0
     for b in range(4):
         for document in (1, 2):
@@ -70,8 +67,9 @@ def test_micro_batches_change_nothing_but_rounding():
     optimizer = make_optimizer(OPTIMIZER, 10)
     results = []
     for micro_batches in (1, 2, 4):
-        step = compile_train_step(config, optimizer, micro_batches=micro_batches, loss_chunk=8)
-        state = init_train_state(jax.tree.map(jnp.copy, params), optimizer)
+        training = next_token_training(config, optimizer, micro_batches=micro_batches, loss_chunk=8)
+        step = training.compiled_step()
+        state = training.new_state(jax.tree.map(jnp.copy, params))
         state, metrics = step(state, packed_batch())
         results.append((metrics, state.opt_state))
     for metrics, opt_state in results[1:]:
@@ -84,23 +82,25 @@ def test_micro_batches_change_nothing_but_rounding():
 def test_training_learns_and_counts_steps():
     config, params = split(tiny_model(init_std=0.02))
     optimizer = make_optimizer(OPTIMIZER, 30)
-    step = compile_train_step(config, optimizer)
-    state, batch, losses = init_train_state(params, optimizer), packed_batch(), []
+    training = next_token_training(config, optimizer)
+    step = training.compiled_step()
+    state, batch, losses = training.new_state(params), packed_batch(), []
     for _ in range(30):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
     assert int(state.step) == 30
     assert losses[0] == pytest.approx(np.log(97), rel=0.05)
     assert losses[-1] < 0.5 * losses[0]
-    loss, count = compile_eval_step(config)(state.params, batch)
-    assert float(loss / count) < losses[-1]
+    sums, count = training.compiled_evaluate()((state.params, state.frozen), batch)
+    assert float(sums["loss"] / count) < losses[-1]
 
 
 def test_an_update_that_is_not_finite_is_skipped_to_the_bit_and_the_next_is_made():
     config, params = split(tiny_model())
     optimizer = make_optimizer(OPTIMIZER, 10)
-    step = compile_train_step(config, optimizer)
-    state, metrics = step(init_train_state(params, optimizer), packed_batch())
+    training = next_token_training(config, optimizer)
+    step = training.compiled_step()
+    state, metrics = step(training.new_state(params), packed_batch())
     assert (metrics["skipped"], metrics["skipped_in_row"]) == (0, 0)
     before = jax.tree.map(np.asarray, state)
     scale = before.params["norm"]["weight"]
@@ -122,8 +122,11 @@ def test_an_update_that_is_not_finite_is_skipped_to_the_bit_and_the_next_is_made
 def test_a_spike_is_skipped_once_the_mean_is_trusted():
     config, params = split(tiny_model())
     optimizer = make_optimizer(OPTIMIZER, 10)
-    fresh = init_train_state(params, optimizer)
-    steps = {spike: compile_train_step(config, optimizer, guard=GuardConfig(spike=spike)) for spike in (10, 0)}
+    fresh = next_token_training(config, optimizer).new_state(params)
+    steps = {
+        spike: next_token_training(config, optimizer, guard=GuardConfig(spike=spike)).compiled_step()
+        for spike in (10, 0)
+    }
     norm = float(steps[10](jax.tree.map(jnp.copy, fresh), packed_batch())[1]["grad_norm"])
     for made, factor, spike, skipped in ((100, 11, 10, 1), (100, 9, 10, 0), (99, 11, 10, 0), (100, 11, 0, 0)):
         guard = Guard(jnp.float32(norm / factor), jnp.int32(made), jnp.int32(0))
@@ -137,8 +140,9 @@ def test_without_segment_ids_a_row_is_one_document():
     optimizer = make_optimizer(OPTIMIZER, 10)
     results = []
     for ids, micro_batches in ((batch["segment_ids"], 1), (None, 1), (None, 2)):
-        step = compile_train_step(config, optimizer, micro_batches=micro_batches)
-        state = init_train_state(jax.tree.map(jnp.copy, params), optimizer)
+        training = next_token_training(config, optimizer, micro_batches=micro_batches)
+        step = training.compiled_step()
+        state = training.new_state(jax.tree.map(jnp.copy, params))
         results.append(step(state, batch | {"segment_ids": ids})[1])
     for metrics in results[1:]:
         for name, value in results[0].items():
@@ -149,9 +153,10 @@ def test_a_step_holds_one_gradient_beside_the_state():
     """With few tokens, temporaries are a gradient and little more; the new state takes the place of the old one."""
     config = tiny_config(hidden_size=128, ffn_size=512, vocab_size=2048)
     optimizer = make_optimizer(OPTIMIZER, 10)
-    state = abstract_train_state(config, optimizer)
+    training = next_token_training(config, optimizer)
+    state = training.abstract_state()
     batch = {name: jax.ShapeDtypeStruct((1, 8), jnp.int32) for name in packed_batch()}
-    memory = compile_train_step(config, optimizer).lower(state, batch).compile().memory_analysis()
+    memory = training.compiled_step().lower(state, batch).compile().memory_analysis()
     size = 4 * config.num_params()
     assert memory.alias_size_in_bytes >= 3 * size
     assert memory.temp_size_in_bytes < 1.5 * size
@@ -161,9 +166,8 @@ def test_norms_by_kind_are_those_of_the_parts():
     model = tiny_model()
     config, params = split(model)
     batch = packed_batch()
-    _, metrics = compile_train_step(config, make_optimizer(OPTIMIZER, 10))(
-        init_train_state(jax.tree.map(jnp.copy, params), make_optimizer(OPTIMIZER, 10)), batch
-    )
+    training = next_token_training(config, make_optimizer(OPTIMIZER, 10))
+    _, metrics = training.compiled_step()(training.new_state(jax.tree.map(jnp.copy, params)), batch)
     by_kind = {name: float(x) for name, x in metrics.items() if name.startswith("grad_norm/")}
     assert set(by_kind) == {f"grad_norm/{k}" for k in ("conv", "full_attention", "feed_forward", "norm", "table")}
     assert sum(x**2 for x in by_kind.values()) ** 0.5 == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)
@@ -187,8 +191,9 @@ def test_norms_by_kind_are_those_of_the_parts():
 def test_bf16_parameters_with_micro_batches():
     config, params = split(tiny_model(dtype="bfloat16", param_dtype="bfloat16"))
     optimizer = make_optimizer(OPTIMIZER, 10)
-    fresh = init_train_state(params, optimizer)
-    step = compile_train_step(config, optimizer, micro_batches=2)
+    training = next_token_training(config, optimizer, micro_batches=2)
+    fresh = training.new_state(params)
+    step = training.compiled_step()
     state, metrics = step(jax.tree.map(jnp.copy, fresh), packed_batch())
     assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(lambda x: x.dtype, fresh)
     assert np.isfinite(float(metrics["loss"]))
@@ -197,7 +202,8 @@ def test_bf16_parameters_with_micro_batches():
 def test_bf16_compute_keeps_float32_parameters_and_moments():
     config, params = split(tiny_model(dtype="bfloat16"))
     optimizer = make_optimizer(OPTIMIZER, 10)
-    state, metrics = compile_train_step(config, optimizer)(init_train_state(params, optimizer), packed_batch())
+    training = next_token_training(config, optimizer)
+    state, metrics = training.compiled_step()(training.new_state(params), packed_batch())
     floats = [x.dtype for x in jax.tree.leaves((state, metrics)) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert set(floats) == {jnp.dtype("float32")}
     assert np.isfinite(float(metrics["loss"]))
@@ -212,7 +218,8 @@ def test_equals_transformers_and_torch_adamw():
     lr, decay, clip = 1e-3, 0.1, 1.0
     optimizer = make_optimizer(OptimizerConfig(peak_lr=lr, warmup_steps=0, schedule="constant", weight_decay=decay,
                                                decay_all=True, clip_norm=clip), 10)
-    step, state = compile_train_step(config, optimizer, loss_chunk=16), init_train_state(params, optimizer)
+    training = next_token_training(config, optimizer, loss_chunk=16)
+    step, state = training.compiled_step(), training.new_state(params)
     theirs = torch.optim.AdamW(hf.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay)
     rng = np.random.default_rng(0)
     for _ in range(3):

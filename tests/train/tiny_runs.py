@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
+from lfm_jax.pretrain.config import TrainConfig
 from lfm_jax.recipe import load_recipe
-from lfm_jax.train.config import TrainConfig
 from lfm_jax.train.metrics import read_metrics
 
 STEPS = 12

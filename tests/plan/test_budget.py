@@ -8,10 +8,10 @@ from recipes import recipe
 from lfm_jax.chips import CHIPS
 from lfm_jax.config import ModelConfig
 from lfm_jax.plan import budget, plan
-from lfm_jax.plan.analysis import recomputed_flops_per_token
 from lfm_jax.plan.program import lower_step, read_program
 from lfm_jax.plan.topology import Topology
-from lfm_jax.plan.units import si, size
+from lfm_jax.train.budget import recomputed_flops_per_token
+from lfm_jax.units import si, size
 
 
 def budget_on(config):

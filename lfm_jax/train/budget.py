@@ -14,19 +14,18 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from lfm_jax.chips import Chip, chip_of
 from lfm_jax.config import ITEMSIZE, Layer, ModelConfig
 from lfm_jax.kinds import FEED_FORWARDS, OPERATORS, Kept, Share
-from lfm_jax.plan.units import si, size
+from lfm_jax.model import abstract_model
 from lfm_jax.sharding import MESH_AXES
-from lfm_jax.train.config import TrainConfig
-from lfm_jax.train.optimizer import make_optimizer
-from lfm_jax.train.step import TrainState, abstract_train_state
-
-BATCH_ARRAYS = 4
-"""Arrays of a batch, int32 [B, T] each: tokens, targets, segment ids, positions."""
+from lfm_jax.train.config import RunConfig
+from lfm_jax.train.state import TrainState, frozen_mask, named
+from lfm_jax.train.step import Training
+from lfm_jax.units import si, size
 
 LAYER_FACTOR = 2.5
 """Bytes alive while a layer is computed again and differentiated, over those that it keeps without remat: its values,
@@ -56,7 +55,7 @@ class Budget:
     working: float
     """The most that is alive beside that at one time (`working_bytes`)."""
     model_flops: float
-    """3 x `ModelConfig.flops_per_token` for each token: forward pass, gradient by inputs, gradient by weights."""
+    """`training_flops_per_token` for each token."""
     remat_flops: float
     """What `ModelConfig.remat` computes a second time; not counted as useful (MFU)."""
 
@@ -93,33 +92,37 @@ class Budget:
                 f"a step of {self.tokens:,} tokens: {si(self.model_flops, 'FLOP')}{again}")
 
 
-def budget(config: TrainConfig, mesh: Mesh | None) -> Budget:
+def budget(config: RunConfig, mesh: Mesh | None) -> Budget:
     """The budget of a recipe over a mesh; None for one device."""
-    optimizer = make_optimizer(config.optimizer, config.steps)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        state = abstract_train_state(config.model, optimizer)
+        state = config.training().abstract_state()
     sizes = dict.fromkeys(MESH_AXES, 1) if mesh is None else dict(mesh.shape)
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     return budget_of(config, state, sizes, chip_of(device))
 
 
-def budget_of(config: TrainConfig, state: TrainState, sizes: dict[str, int], chip: Chip | None) -> Budget:
+def budget_of(config: RunConfig, state: TrainState, sizes: dict[str, int], chip: Chip | None) -> Budget:
     """The budget of an abstract training state."""
-    model, tokens = config.model, config.data.batch_size * config.data.seq_len
+    training, B, T = config.training(), config.rows, config.seq_len
+    objective, learning = training.objective, differentiated(training)
+    tokens = B * objective.tokens(T)
     shards = sizes["data"] * sizes["fsdp"] * sizes["context"]
-    share = Share(tokens / shards / config.micro_batches, config.data.seq_len, sizes["tensor"], chip)
-    parameters = tree_bytes(state.params, share.lanes)
+    share = Share(tokens / shards / config.micro_batches, T, sizes["tensor"], chip)
+    trainable = tree_bytes(state.params, share.lanes)
     # A gradient has its parameter's dtype; a sum over micro-batches is float32, beside the part being added.
-    gradients = parameters
+    gradients = trainable
     if config.micro_batches > 1:
-        gradients += parameters * 4 / ITEMSIZE[model.param_dtype]
+        gradients += trainable * 4 / ITEMSIZE[config.model.param_dtype]
+    batch = sum(math.prod(array.shape(B, T)) * np.dtype(array.dtype).itemsize for array in objective.arrays.values())
     return Budget(
-        chip=chip, mesh=sizes, num_params=model.num_params(), tokens=tokens, micro_batches=config.micro_batches,
-        parameters=parameters, optimizer=tree_bytes(state.opt_state, share.lanes), gradients=gradients,
-        batch=4.0 * BATCH_ARRAYS * tokens / shards,
-        activations=kept_bytes(model, share), working=working_bytes(model, share, config.loss_chunk),
-        model_flops=3 * model.flops_per_token(config.data.seq_len) * tokens,
-        remat_flops=recomputed_flops_per_token(model, config.data.seq_len) * tokens,
+        chip=chip, mesh=sizes, num_params=config.model.num_params(), tokens=tokens, micro_batches=config.micro_batches,
+        parameters=trainable + tree_bytes(state.frozen, share.lanes),
+        optimizer=tree_bytes(state.opt_state, share.lanes), gradients=gradients,
+        batch=batch / shards,
+        activations=kept_bytes(learning, share) if learning else 0.0,
+        working=working_bytes(config.model, share, objective.loss_chunk),
+        model_flops=training_flops_per_token(training, T) * tokens,
+        remat_flops=recomputed_flops_per_token(learning, T) * tokens if learning else 0.0,
     )
 
 
@@ -197,6 +200,46 @@ def working_bytes(config: ModelConfig, share: Share, loss_chunk: int) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------- FLOPs
+
+
+def differentiated(training: Training) -> ModelConfig | None:
+    """The model from its lowest layer with something to train on, which is what a backward pass reaches; None where
+    that is the final norm or the head alone."""
+    model = training.model
+    if not training.freeze:
+        return model
+    trainable = {name for name, frozen in named(frozen_mask(model.replace(scan_layers=False), training.freeze))
+                 if not frozen}
+    if "embed" in trainable and not model.tie_embedding:
+        return model
+    lowest = min((int(name.split(".")[1]) for name in trainable if name.startswith("blocks.")),
+                 default=model.num_layers)
+    if "embed" in trainable:
+        lowest = 0  # It is the first thing that runs.
+    return model.with_layers(model.layers[lowest:]) if lowest < model.num_layers else None
+
+
+def training_flops_per_token(training: Training, T: int) -> float:
+    """FLOPs of a training step for each token of a row of T: forward pass, gradient by inputs, gradient by weights.
+
+    3 x `ModelConfig.flops_per_token` where everything is trained. Layers below the lowest weight that is trained have
+    a forward pass only, and a matrix that is frozen has no gradient of its own.
+    """
+    model, reached = training.model, differentiated(training)
+    forward, head = model.flops_per_token(T), 2 * model.hidden_size * model.vocab_size
+    backward = 2 * (reached.flops_per_token(T) if reached else head)
+    if not training.freeze:
+        return forward + backward
+    first = model.num_layers - (reached.num_layers if reached else 0)
+    mask = dict(named(frozen_mask(model.replace(scan_layers=False), training.freeze)))
+    _, weights = abstract_model(model)
+    for name, weight in named(weights):
+        used = name == ("embed" if model.tie_embedding else "head") or (
+            name.startswith("blocks.") and int(name.split(".")[1]) >= first
+        )
+        if mask[name] and used and weight.ndim > 1:
+            backward -= 2 * math.prod(weight.shape)
+    return forward + backward
 
 
 def recomputed_flops_per_token(config: ModelConfig, T: int) -> float:

@@ -1,0 +1,62 @@
+"""Next-token prediction."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lfm_jax.config import ModelConfig
+from lfm_jax.data.batch import LOSS_IGNORE
+from lfm_jax.model import LFM
+from lfm_jax.train.loss import cross_entropy
+from lfm_jax.train.objective import Batch, BatchArray, Terms
+from lfm_jax.train.step import Training
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NextToken:
+    """Mean negative log-likelihood, in nats, of the targets that are not LOSS_IGNORE.
+
+    Padding stands at the right end of a row. `segment_ids` may be None: one document a row, no padding.
+    """
+
+    loss_chunk: int = 512
+    """Tokens whose logits are in memory at one time."""
+    z_loss: float = 0.0
+    """Weight of the penalty on the softmax's normaliser (`loss.cross_entropy`)."""
+
+    @property
+    def arrays(self) -> dict[str, BatchArray]:
+        """int32 [B, T] each."""
+        return {name: BatchArray() for name in ("tokens", "targets", "segment_ids", "positions")}
+
+    def tokens(self, T: int) -> int:
+        return T
+
+    def weight(self, batch: Batch) -> jax.Array:
+        return jnp.sum(batch["targets"] != LOSS_IGNORE, dtype=jnp.float32)
+
+    def real_tokens(self, batch: Batch) -> jax.Array | int:
+        ids = batch["segment_ids"]
+        return batch["tokens"].size if ids is None else jnp.sum(ids != 0, dtype=jnp.float32)
+
+    def __call__(self, model: LFM, batch: Batch) -> Terms:
+        hidden_BTD, aux = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
+        with jax.named_scope("loss"):
+            loss = cross_entropy(
+                hidden_BTD, model.head_VD, batch["targets"], chunk=self.loss_chunk, z_loss=self.z_loss
+            )
+        return Terms(loss.total, {"loss": loss.nll}, aux)
+
+
+def next_token_training(
+    model: ModelConfig, optimizer: optax.GradientTransformation, *, loss_chunk: int = 512, z_loss: float = 0.0,
+    **settings: Any,
+) -> Training:
+    """A `Training` of this objective; `settings` are its other fields."""
+    objective = NextToken(loss_chunk=loss_chunk, z_loss=z_loss)
+    return Training(model=model, objective=objective, optimizer=optimizer, **settings)

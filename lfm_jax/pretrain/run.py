@@ -1,0 +1,161 @@
+"""`lfm train`: next-token prediction on text or built datasets, through the runner of `train/`.
+
+A run directory also holds the tokenizer, and what else of `init_from` chat and export look for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from tokenizers import Tokenizer
+
+from lfm_jax import recipe
+from lfm_jax.convert import sidecars
+from lfm_jax.data import check_lasts, heldout_batches, heldout_bytes, load_tokenizer, make_tokenizer, train_iterator
+from lfm_jax.data.batch import Batch
+from lfm_jax.files import write_whole
+from lfm_jax.pretrain.config import TrainConfig
+from lfm_jax.text.codec import check_tokenizer
+from lfm_jax.text.tokenizer import TOKENIZER_FILE
+from lfm_jax.train import processes
+from lfm_jax.train.driver import Data
+from lfm_jax.train.run_dir import NUMERICS, differences
+from lfm_jax.train.runner import run_training
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a run ended: `step` < steps when it was interrupted."""
+
+    run_dir: Path
+    step: int
+    heldout_loss: float | None
+    """Nats per held-out token; None when the run was interrupted or nothing is held out."""
+    heldout_bits_per_byte: float | None
+    """None also with `eval_batches`."""
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Runs or resumes a pre-training run to its end, or to an interrupt; see `runner.run_training`."""
+    ended = run_training(config, Pretraining(config))
+    measured = ended.measured
+    return TrainResult(
+        ended.run_dir, ended.step, measured.get("heldout_loss"), measured.get("heldout_bits_per_byte")
+    )
+
+
+class Pretraining:
+    """What pre-training brings to a run (`runner.Work`)."""
+
+    def __init__(self, config: TrainConfig):
+        self._config = config
+        self._heldout_text: list[Batch] | None = None
+
+    def prepare(self, run_dir: Path, *, resuming: bool) -> None:
+        config = self._config
+        if resuming:
+            self._tokenizer = _kept_tokenizer(config, run_dir)
+        else:
+            made = _new_tokenizer(config, run_dir) if processes.is_main() else None
+            processes.barrier("tokenizer")
+            self._tokenizer = made or load_tokenizer(run_dir)
+        check_tokenizer(self._tokenizer, config.model)
+
+    def weights(self) -> Any | None:
+        return None if self._config.init_from is None else _weights_of(self._config)
+
+    def train_data(self, rows: np.ndarray | None) -> Data:
+        data = train_iterator(self._config.data, self._tokenizer, rows=rows, **self._document_ids())
+        check_lasts(self._config.data, self._config.steps)
+        return data
+
+    def heldout(self) -> Iterable[Mapping[str, np.ndarray]]:
+        """Built datasets are read anew each time, text is tokenised once."""
+        if self._heldout_text is not None:
+            return self._heldout_text
+        whole = heldout_batches(self._config.data, self._tokenizer, **self._document_ids())
+        if self._config.data.mixture:
+            return whole
+        self._heldout_text = list(whole)
+        return self._heldout_text
+
+    def measured(self, sums: Mapping[str, float], weight: float, *, all_batches: bool) -> tuple[dict[str, float], str]:
+        """Held-out loss in nats per token and, of all batches, in bits per byte of text."""
+        nats = sums["loss"]
+        record = {"heldout_loss": nats / weight}
+        text = f"held-out loss {nats / weight:.4f} nats/token"
+        if all_batches:
+            record["heldout_bits_per_byte"] = nats / math.log(2) / self._heldout_bytes
+            text += f", {record['heldout_bits_per_byte']:.4f} bits/byte"
+        return record, text
+
+    @cached_property
+    def _heldout_bytes(self) -> int:
+        return heldout_bytes(self._config.data)
+
+    def _document_ids(self) -> dict[str, int]:
+        """What documents begin and end with."""
+        model = self._config.model
+        return {"bos_id": model.bos_id, "eos_id": model.eos_ids[0]}
+
+
+def _weights_of(config: TrainConfig) -> Any:
+    """The weights of `init_from` in `param_dtype`."""
+    from lfm_jax.loading import load
+
+    assert config.init_from is not None
+    model, _ = load(config.init_from)
+    differing = differences(recipe.to_plain(model.config), recipe.to_plain(config.model), NUMERICS)
+    if differing:
+        lines = "".join(f"\n  - {line}" for line in differing)
+        raise ValueError(f"init_from {config.init_from} holds another model; make these model fields equal:{lines}")
+    weights = nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
+    return jax.tree.map(lambda x: np.asarray(x.astype(config.model.param_dtype)), weights)
+
+
+def _new_tokenizer(config: TrainConfig, run_dir: Path) -> Tokenizer:
+    """The tokenizer of a new run, kept in its directory.
+
+    It is `data.tokenizer`, else the one of `init_from`, whose ids its weights mean, else one trained on the
+    training files. A chat template and the like of `init_from` come along, so that chat and export find them.
+
+    Raises:
+      ValueError: a tokenizer or source file that cannot be read, or an `init_from` without a tokenizer.
+    """
+    if config.init_from is not None:
+        origin = Path(config.init_from)
+        if config.data.tokenizer is None and not (origin / TOKENIZER_FILE).exists():
+            raise ValueError(f"init_from {origin} has no {TOKENIZER_FILE}; name its tokenizer in data.tokenizer")
+        for name, file in sidecars.carried(origin)[0].items():
+            target = run_dir / name
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+    if config.data.tokenizer is None and config.init_from is not None:
+        return load_tokenizer(run_dir)
+    tokenizer = make_tokenizer(config.data, vocab_size=config.model.vocab_size)
+    write_whole(run_dir / TOKENIZER_FILE, tokenizer.to_str(pretty=True))
+    return tokenizer
+
+
+def _kept_tokenizer(config: TrainConfig, run_dir: Path) -> Tokenizer:
+    """The tokenizer that a run began with.
+
+    Raises:
+      ValueError: `data.tokenizer` names another one.
+    """
+    kept = load_tokenizer(run_dir)
+    if config.data.tokenizer is not None and load_tokenizer(config.data.tokenizer).to_str() != kept.to_str():
+        raise ValueError(
+            f"data.tokenizer {config.data.tokenizer} is not the tokenizer that run_dir {run_dir} began with; "
+            "restore it, or choose a new run_dir"
+        )
+    return kept

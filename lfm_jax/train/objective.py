@@ -1,0 +1,80 @@
+"""What a run minimises, as data: the arrays of its batches, what they weigh, and a sum over them.
+
+The step, the driver, checkpoints, the planner and the ablations take any objective and know none by name.
+
+Dimensions: B rows, T time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from lfm_jax.model import LFM
+
+Batch = Mapping[str, Any]
+"""Arrays by name, B rows first (`Objective.arrays`)."""
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchArray:
+    """One array of a batch."""
+
+    axes: tuple[str | int, ...] = ("batch", "time")
+    """First `batch`; then `time`, or the size of an axis that every device has whole."""
+    dtype: str = "int32"
+
+    def shape(self, B: int, T: int) -> tuple[int, ...]:
+        """Its shape in a batch of B rows of T tokens."""
+        return tuple({"batch": B, "time": T}[axis] if isinstance(axis, str) else axis for axis in self.axes)
+
+    @property
+    def logical(self) -> tuple[str | None, ...]:
+        """The logical axes, for `sharding.spec`."""
+        return tuple(axis if isinstance(axis, str) else None for axis in self.axes)
+
+
+class Terms(NamedTuple):
+    """An objective over some rows. All are sums, so that those of parts of a batch add up."""
+
+    total: jax.Array
+    """What is differentiated; float32 scalar."""
+    sums: Metrics
+    """What is reported, each divided by the weight of the whole batch; float32 scalars, `loss` among them."""
+    aux: Metrics
+    """What the layers report (`LFM.hidden`)."""
+
+
+class Objective(Protocol):
+    """What a run minimises: the mean `sum of Terms.total / sum of weight` over a batch. It is hashable."""
+
+    @property
+    def arrays(self) -> Mapping[str, BatchArray]:
+        """The arrays of a batch by name."""
+        ...
+
+    @property
+    def loss_chunk(self) -> int:
+        """Tokens whose logits are in memory at one time, for the planner."""
+        ...
+
+    def tokens(self, T: int) -> int:
+        """Tokens of one row that go through the model."""
+        ...
+
+    def weight(self, batch: Batch) -> jax.Array:
+        """What the rows weigh together, float32 scalar of at least 0. It depends on the batch alone, so that the step
+        knows it before it differentiates, however many parts it works the batch through in."""
+        ...
+
+    def real_tokens(self, batch: Batch) -> jax.Array | int:
+        """Tokens of the batch that are no padding, by which `Terms.aux` are averaged."""
+        ...
+
+    def __call__(self, model: LFM, batch: Batch) -> Terms:
+        """The sums over the rows of a batch."""
+        ...

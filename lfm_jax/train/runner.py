@@ -1,0 +1,274 @@
+"""A training run in a directory: what `lfm train` and every other method of training do around the driver.
+
+A run directory holds everything about a run: config.yaml, metrics.jsonl, loss.png and checkpoints/, and what its method
+keeps there. Starting again in the same directory resumes from the latest checkpoint, and the losses that follow equal
+those of an uninterrupted run to the bit. Over many processes every one runs this; the first writes the files and lines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lfm_jax import recipe
+from lfm_jax.files import locked
+from lfm_jax.train import processes
+from lfm_jax.train import run_dir as run_directory
+from lfm_jax.train import state as states
+from lfm_jax.train.budget import budget
+from lfm_jax.train.checkpoint import CheckpointManager
+from lfm_jax.train.config import RunConfig
+from lfm_jax.train.console import Console
+from lfm_jax.train.driver import Data, Driver, Metrics, Pace, Parts, Values, Watch
+from lfm_jax.train.goodput import Label, Ledger, describe
+from lfm_jax.train.metrics import plot_curves, plot_loss, saved_step
+from lfm_jax.train.profiling import Profiler, parse_profile
+from lfm_jax.train.record import Recorder
+from lfm_jax.train.step import Training
+
+
+class Work(Protocol):
+    """What a method brings to a run."""
+
+    def prepare(self, run_dir: Path, *, resuming: bool) -> None:
+        """Opens what the run learns from, in every process; a new run keeps in its directory what it needs again.
+
+        Raises:
+          ValueError: something cannot be read, or belongs to another run than the one in `run_dir`.
+        """
+        ...
+
+    def weights(self) -> Any | None:
+        """The weights that a new run begins with, as a plain dict of numpy arrays; None: random ones."""
+        ...
+
+    def train_data(self, rows: np.ndarray | None) -> Data:
+        """Batches to train on; of each one the given rows (None: all)."""
+        ...
+
+    def heldout(self) -> Iterable[Mapping[str, np.ndarray]]:
+        """Whole batches to measure on, the same each time; none where nothing is held out."""
+        ...
+
+    def measured(self, sums: Mapping[str, float], weight: float, *, all_batches: bool) -> tuple[dict[str, float], str]:
+        """What a record and the console say of the objective's sums over the held-out batches, or over the first of
+        them."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """How a run ended: `step` < steps when it was interrupted."""
+
+    run_dir: Path
+    step: int
+    measured: Mapping[str, float]
+    """What was measured at the end; empty when the run was interrupted or nothing is held out."""
+
+
+def run_training(config: RunConfig, work: Work) -> RunResult:
+    """Runs or resumes a training run to its end, or to an interrupt.
+
+    SIGINT or SIGTERM finishes the step under way, saves a checkpoint and returns; a second one kills.
+
+    Raises:
+      ValueError: the directory holds another run, another process trains in it, the data cannot be read, the mesh does
+        not fit, or updates had to be skipped again and again.
+      OSError: a file of the run cannot be written.
+    """
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    mesh = _mesh(config)
+    at_work = f"another process trains in run_dir {run_dir}; wait for it, stop it, or choose another run_dir"
+    with locked(run_dir, at_work) if processes.is_main() else nullcontext():
+        manager = CheckpointManager(run_dir, keep=config.keep_checkpoints)
+        try:
+            # Before the mesh is in use: loading is each process's own.
+            weights = None if manager.steps() else work.weights()
+            with nullcontext() if mesh is None else jax.set_mesh(mesh):
+                result = _train(config, work, run_dir, manager, mesh, weights)
+            manager.wait()
+            return result
+        finally:
+            manager.close()
+
+
+def _mesh(config: RunConfig) -> Mesh | None:
+    """The mesh of all devices; None where there is one device and no more are asked for."""
+    if jax.device_count() == 1 and math.prod(config.mesh.sizes(1).values()) == 1:
+        return None
+    return config.mesh.make()
+
+
+def _train(
+    config: RunConfig, work: Work, run_dir: Path, manager: CheckpointManager, mesh: Mesh | None, weights: Any
+) -> RunResult:
+    main, training, resuming = processes.is_main(), config.training(), bool(manager.steps())
+    console = Console(config.steps, log_every=config.log_every, quiet=not main)
+    place = processes.BatchPlacer(training.objective.arrays, config.rows, config.seq_len, config.micro_batches)
+    _show_budget(config, mesh, console)
+    if resuming:
+        _check_resumable(config, manager, console)
+    work.prepare(run_dir, resuming=resuming)
+    measure = _Evaluation(config, training, work, place, console)
+    driver = Driver(
+        Parts(
+            step=training.compiled_step(), data=work.train_data(place.rows), place=place,
+            fresh=lambda: training.random_state(config.seed) if weights is None else training.placed_state(weights),
+            abstract=lambda: states.unstacked(training.abstract_state(), config.model),
+            pack=lambda state: states.unstacked(state, config.model),
+            unpack=lambda state: states.restacked(state, config.model),
+            evaluate=measure, manager=manager, config=recipe.to_plain(config), guard=config.guard,
+        ),
+        Pace(steps=config.steps, eval_every=config.eval_every, checkpoint_every=config.checkpoint_every),
+    )
+    found = driver.start(_Voice(console))
+    if found is not None:
+        _say_where(run_dir, driver.step, found.damaged, console)
+    # Only now: a resume that was refused must leave the run as it was.
+    if main:
+        run_directory.write_config(config, run_dir)
+    record = _loop(config, run_dir, driver, console, main)
+    if main:
+        plot_loss(run_dir)
+        plot_curves(run_dir)
+    return RunResult(run_dir, driver.step, (record or {}) if driver.step == config.steps else {})
+
+
+def _loop(config: RunConfig, run_dir: Path, driver: Driver, console: Console, main: bool) -> Values | None:
+    began_at = driver.step
+    # A run that is over and only looked at again counts no time.
+    ledger = Ledger(run_dir if main and began_at < config.steps else None, resume_step=began_at)
+    recorder = Recorder(
+        config, run_dir, console, ledger, resume_step=began_at, updates=int(driver.state.guard.made), main=main
+    )
+    traced = parse_profile(config.profile, config.steps) if config.profile and main else None
+    profiler = Profiler(traced, run_dir)
+    with ExitStack() as closing, console, processes.StopRequest() as stop:
+        for part in (ledger, recorder, profiler):
+            closing.callback(part.close)
+        record = driver.run(stop, _RunWatch(console, ledger, recorder, profiler))
+        if driver.saved_at > began_at:
+            console.note(describe(ledger.summary()))
+    if driver.step == config.steps and record is None:
+        # Started again after its end: nothing to train, but the result is still owed.
+        record = driver.evaluate()
+    return record
+
+
+def _show_budget(config: RunConfig, mesh: Mesh | None, console: Console) -> None:
+    """What the run needs, before anything is made; an estimate, so it warns and does not refuse."""
+    needed = budget(config, mesh)
+    console.note(str(needed))
+    try:
+        needed.check()
+    except ValueError as error:
+        console.warn(str(error))
+
+
+def _check_resumable(config: RunConfig, manager: CheckpointManager, console: Console) -> None:
+    saved = manager.latest_config()
+    if saved is not None:
+        for change in run_directory.check_resumable(config, saved, manager.steps()[0]):
+            console.note(f"resuming with a changed setting: {change}")
+
+
+def _say_where(run_dir: Path, step: int, damaged: Mapping[int, str], console: Console) -> None:
+    saved = saved_step(run_dir)
+    if saved is not None and saved > max((step, *damaged)):
+        console.warn(f"the checkpoint of step {saved} is not there: deleted, or the run was killed while it was "
+                     f"written; what followed step {step} is done again")
+    console.note(f"resumed {run_dir} at step {step}")
+
+
+class _Evaluation:
+    """The objective over the held-out batches."""
+
+    def __init__(
+        self, config: RunConfig, training: Training, work: Work, place: processes.BatchPlacer, console: Console
+    ):
+        self._config, self._work, self._place, self._console = config, work, place, console
+        self._evaluate: Callable[..., Any] = training.compiled_evaluate()
+
+    def __call__(self, state: states.TrainState) -> dict[str, float] | None:
+        """What `Work.measured` says; None where nothing is held out."""
+        sums: dict[str, float] = {}
+        weight, limit = 0.0, self._config.eval_batches
+        for batch in islice(self._work.heldout(), limit or None):
+            if not sums:
+                self._console.note("held-out loss ...")
+            part, count = self._evaluate((state.params, state.frozen), self._place(self._place.local(batch)))
+            sums = {name: sums.get(name, 0.0) + float(x) for name, x in part.items()}
+            weight += float(count)
+        if not weight:
+            return None
+        record, text = self._work.measured(sums, weight, all_batches=not limit)
+        self._console.note(f"step {int(state.step)}: {text}")
+        self._console.restart_clock()
+        return record
+
+
+class _Voice(Watch):
+    """Passes on what is said."""
+
+    def __init__(self, console: Console):
+        self._console = console
+
+    def note(self, text: str) -> None:
+        self._console.note(text)
+
+    def warn(self, text: str) -> None:
+        self._console.warn(text)
+
+
+class _RunWatch(_Voice):
+    """Console, ledger, records and profile of a run."""
+
+    def __init__(self, console: Console, ledger: Ledger, recorder: Recorder, profiler: Profiler):
+        super().__init__(console)
+        self._ledger, self._recorder, self._profiler = ledger, recorder, profiler
+        self._compiled = False
+
+    @contextmanager
+    def doing(self, label: Label) -> Iterator[None]:
+        with self._ledger(label):
+            yield
+
+    @contextmanager
+    def dispatching(self, step: int) -> Iterator[None]:
+        with self._ledger("step" if self._compiled else "compile"), self._profiler.step(step):
+            yield
+        self._compiled = True
+
+    def dispatched(self, step: int, metrics: Metrics) -> Future[float]:
+        ended = self._ledger.running(metrics["loss"])
+        self._profiler.after(step, metrics)
+        return ended
+
+    def finished(self, step: int, metrics: Metrics, ended: Future[float] | None) -> Values:
+        assert ended is not None  # That of `dispatched`.
+        return self._recorder.step(step, metrics, ended)
+
+    def evaluated(self, step: int, record: Values) -> None:
+        self._recorder.write(step, record)
+
+    def saved(self, step: int, seconds: float) -> None:
+        self._ledger.saved(step)
+        self._recorder.write(step, {"checkpoint_blocked_seconds": seconds, "goodput": self._ledger.goodput})
+
+    def rolled_back(self, step: int, updates: int, came_from: int, rollbacks: int) -> None:
+        self._ledger.undo(step)
+        self._recorder.rewind(step, updates)
+        # Under the first step done again, so that a kill before the next checkpoint undoes the record too.
+        self._recorder.write(step + 1, {"rolled_back_from": came_from, "rollbacks": rollbacks})
+        self._console.restart_clock()

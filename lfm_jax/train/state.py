@@ -1,0 +1,221 @@
+"""TrainState: all that a training step changes, how it is laid out over a mesh, and which part of it is frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lfm_jax.config import ModelConfig
+from lfm_jax.model import LFM, abstract_model, param_axes
+from lfm_jax.sharding import shardings, spec
+from lfm_jax.stacking import stack_layers, unstack_layers
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """What the guard of the step remembers."""
+
+    mean_norm: jax.Array
+    """Running mean of the gradient norms of updates that were made, float32; its memory is `step.GUARD_MEMORY`."""
+    made: jax.Array
+    """Updates made, int32."""
+    in_row: jax.Array
+    """Updates skipped since the last one made, int32."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that an optimizer step changes, and the weights that it does not.
+
+    Both trees of weights are plain nested dicts; `merged` puts them together. With `ModelConfig.scan_layers` repeated
+    layers are stacked, in `opt_state` too (`stacking.py`); `unstacked` gives the form of checkpoints.
+    """
+
+    params: Any
+    """Trainable weights."""
+    frozen: Any
+    """The others: without gradient and moments, never changed."""
+    opt_state: Any
+    step: jax.Array
+    """Batches seen, int32."""
+    guard: Guard
+
+
+def merged(params: Any, frozen: Any) -> Any:
+    """The weights of a model, of its trainable and its frozen part."""
+    if not (isinstance(params, dict) and isinstance(frozen, dict)):
+        raise ValueError("a weight is both trainable and frozen")
+    both = {name: merged(params[name], frozen[name]) for name in params.keys() & frozen.keys()}
+    return params if not frozen else params | frozen | both
+
+
+def divided(weights: Any, mask: Any) -> tuple[Any, Any]:
+    """(trainable, frozen) of a tree of weights; `mask` has True at frozen weights."""
+    if mask is True or mask is False:
+        return ({}, weights) if mask else (weights, {})
+    return _sorted_out({name: divided(weights[name], mask[name]) for name in weights})
+
+
+def parted(weights: Any, params: Any, frozen: Any) -> tuple[Any, Any]:
+    """Weights in two trees that have the names of `params` and of `frozen`; `merged` puts them together."""
+    if not (isinstance(weights, dict) and isinstance(frozen, dict) and isinstance(params, dict)):
+        return (weights, {}) if isinstance(frozen, dict) else ({}, weights)
+    return _sorted_out({
+        name: parted(weights[name], params.get(name, {}), frozen.get(name, {})) for name in weights
+    })
+
+
+def _sorted_out(parts: dict[Any, tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Two dicts of the first and the second of each pair, without those that are empty dicts."""
+    first, second = ({name: pair[i] for name, pair in parts.items() if not isinstance(pair[i], dict) or pair[i]}
+                     for i in (0, 1))
+    return first, second
+
+
+def frozen_mask(config: ModelConfig, freeze: Sequence[str]) -> Any:
+    """True at each weight that is frozen: a tree like the weights that a training step holds.
+
+    Args:
+      freeze: shell patterns over the dotted names of weights, such as `embed` or `blocks.*.operator.*`.
+
+    Raises:
+      ValueError: a pattern names no weight, every weight is frozen, or layers that `scan_layers` stacks differ.
+    """
+    _, weights = abstract_model(config)
+    names = [name for name, _ in named(weights)]
+    unknown = [pattern for pattern in freeze if not any(fnmatchcase(name, pattern) for name in names)]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0)
+        raise ValueError(f"freeze has {unknown[0]!r}, which names no weight of the model; one is called {near[0]!r}")
+    chosen = {name for name in names if any(fnmatchcase(name, pattern) for pattern in freeze)}
+    if len(chosen) == len(names):
+        raise ValueError(f"freeze {list(freeze)} leaves nothing to train; name fewer weights")
+    mask = _map_named(lambda name: name in chosen, weights)
+    return stack_layers(mask, config, _alike) if config.scan_layers else mask
+
+
+def named(weights: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """(dotted name, weight) of a tree of weights: nested dicts."""
+    if not isinstance(weights, dict):
+        return [(prefix, weights)]
+    return [pair for key, value in weights.items() for pair in named(value, f"{prefix}.{key}" if prefix else f"{key}")]
+
+
+def _map_named(f: Callable[[str], bool], weights: Any, prefix: str = "") -> Any:
+    if not isinstance(weights, dict):
+        return f(prefix)
+    return {key: _map_named(f, value, f"{prefix}.{key}" if prefix else f"{key}") for key, value in weights.items()}
+
+
+def _alike(*layers: bool) -> bool:
+    if len(set(layers)) > 1:
+        raise ValueError("freeze treats layers differently that model.scan_layers stacks; name whole kinds of weights "
+                         "(blocks.*.feed_forward.*), or set model.scan_layers to false")
+    return layers[0]
+
+
+def new_state(weights: Any, mask: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """A fresh state around weights as a step holds them: optimizer moments at zero, step 0."""
+    params, frozen = divided(weights, mask)
+    zero = jnp.zeros((), jnp.int32)
+    guard = Guard(jnp.zeros((), jnp.float32), zero, zero + 0)
+    return TrainState(params, frozen, optimizer.init(params), zero + 0, guard)
+
+
+def abstract_state(config: ModelConfig, mask: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes, dtypes and, over the mesh in use, layouts of a whole state, without making an array.
+
+    Raises:
+      ValueError: weights that do not divide over the mesh, all in one message.
+    """
+    _, weights = abstract_model(config, stacked=config.scan_layers)
+    if spec() is None:
+        return jax.eval_shape(lambda weights: new_state(weights, mask, optimizer), weights)
+    mesh = jax.sharding.get_mesh()
+    weights = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), weights,
+        shardings(weights, param_axes(config, stacked=config.scan_layers)),
+    )
+    state = jax.eval_shape(lambda weights: new_state(weights, mask, optimizer), weights)
+
+    def leaf(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:  # What eval_shape says lies on the abstract mesh.
+        layout = P() if x.sharding is None else x.sharding.spec
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, layout))
+
+    return jax.tree.map(leaf, state)
+
+
+def random_state(config: ModelConfig, mask: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """A fresh state with random weights, made where it lies over the mesh in use; the same numbers on any mesh."""
+
+    def init() -> TrainState:
+        weights = nnx.to_pure_dict(nnx.split(LFM(config, rngs=nnx.Rngs(seed)), nnx.Param)[1])
+        return new_state(stack_layers(weights, config) if config.scan_layers else weights, mask, optimizer)
+
+    if spec() is None:
+        return jax.jit(init)()
+    # Inside, the compiler lays out: each device makes its own part of each matrix only.
+    layout = jax.tree.map(lambda x: x.sharding.spec, abstract_state(config, mask, optimizer))
+    return jax.jit(jax.sharding.auto_axes(init, out_sharding=layout))()
+
+
+def placed_state(
+    weights: Any, config: ModelConfig, mask: Any, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """A fresh state around given weights (whole arrays, unstacked), laid out over the mesh in use."""
+    if spec() is not None:
+        weights = jax.device_put(weights, shardings(weights, param_axes(config)))
+
+    def init(weights: Any) -> TrainState:
+        return new_state(stack_layers(weights, config) if config.scan_layers else weights, mask, optimizer)
+
+    layout = jax.tree.map(lambda x: x.sharding, abstract_state(config, mask, optimizer))
+    return jax.jit(init, out_shardings=layout)(weights)
+
+
+def unstacked(state: TrainState, config: ModelConfig) -> TrainState:
+    """The state as checkpoints hold it: every layer's arrays by themselves; shapes or arrays. See `restacked`.
+
+    Of stacked layers these are copies, on the device until they are saved.
+    """
+    return _convert(unstack_layers, state, config)
+
+
+def restacked(state: TrainState, config: ModelConfig) -> TrainState:
+    """The state as a training step holds it, of what `unstacked` gave."""
+    return _convert(stack_layers, state, config)
+
+
+def _convert(convert: Callable[[Any, ModelConfig], Any], state: TrainState, config: ModelConfig) -> TrainState:
+    if not config.scan_layers:
+        return state
+    if all(isinstance(x, jax.Array) for x in jax.tree.leaves(state)):
+        return _compiled(convert, config)(state)
+    mesh = jax.sharding.get_mesh()
+    shapes = jax.eval_shape(lambda state: convert(state, config), state)
+    if spec() is None:
+        return shapes
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), shapes
+    )
+
+
+@lru_cache
+def _compiled(
+    convert: Callable[[Any, ModelConfig], Any], config: ModelConfig
+) -> Callable[[TrainState], TrainState]:
+    """One function for all checkpoints of a run, so that it is compiled once."""
+    return jax.jit(lambda state: convert(state, config))
