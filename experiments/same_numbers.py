@@ -30,8 +30,10 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "every": dict(layer_types=("recurrence", "conv", "sliding_attention", "full_attention"), sliding_window=5),
     "bias": dict(layer_types=("conv", "conv"), conv_taps=4, conv_bias=True, tie_embedding=False, post_norm=True),
 }
-TINY = dict(vocab_size=97, hidden_size=32, ffn_size=64, num_heads=4, num_kv_heads=2, head_dim=8, max_position=128,
-            dtype="float32")
+TINY: dict[str, Any] = dict(
+    vocab_size=97, hidden_size=32, ffn_size=64, num_heads=4, num_kv_heads=2, head_dim=8, max_position=128,
+    dtype="float32",
+)
 STEPS, HALF = 8, 4
 SMALL = [
     "--model.vocab-size", "400", "--model.layer-types", "conv", "conv", "full_attention", "conv", "conv",
@@ -40,7 +42,10 @@ SMALL = [
     "--optimizer.schedule", "constant", "--optimizer.warmup-steps", "2", "--optimizer.peak-lr", "3e-3",
     "--data.seq-len", "64", "--data.batch-size", "4", "--eval-every", "0", "--checkpoint-every", str(HALF),
 ]
-RUNS = {"adamw": [], "muon": ["--optimizer.algorithm", "muon", "--model.scan-layers", "True", "--micro-batches", "2"]}
+RUNS: dict[str, list[str]] = {
+    "adamw": [],
+    "muon": ["--optimizer.algorithm", "muon", "--model.scan-layers", "True", "--micro-batches", "2"],
+}
 
 
 def main(argv: list[str]) -> int:
@@ -132,7 +137,8 @@ def probe(out: Path, run_dirs: list[str]) -> int:
         assert tokenizer is not None
         for name, x in lfm_jax.to_state_dict(model).items():
             found[f"{Path(run_dir).name}/{name}"] = x
-    np.savez(out, **{name: np.asarray(x) for name, x in found.items()})
+    arrays: dict[str, Any] = {name: np.asarray(x) for name, x in found.items()}
+    np.savez(out, **arrays)
     out.with_suffix(".json").write_text(json.dumps(sorted(lfm_jax.__all__)))
     return 0
 
@@ -156,8 +162,8 @@ def differing_runs(work: Path) -> list[str]:
     pairs += [(f"a/{run}", f"b/{run}-begun-before") for run in RUNS] + [("a/built", "b/old-data")]
     for a, b in pairs:
         before, after = (records(work / run) for run in (a, b))
-        if before.keys() != after.keys():
-            problems.append(f"{a} and {b} have other records")
+        if len(before) < STEPS or before.keys() != after.keys():
+            problems.append(f"{a} and {b} have other records, or too few")
         problems += [f"{b} step {step}: {name} is {after[step].get(name)}, was {value}"
                      for step in before.keys() & after.keys() for name, value in before[step].items()
                      if (name in ("loss", "grad_norm", "learning_rate") or "heldout" in name or "norm/" in name)
