@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from lfm_jax.sampling import Sampling
 from lfm_jax.structured.grammar import Grammar
@@ -176,6 +176,19 @@ class FunctionTool(_Body):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    _keys: tuple[str, ...] = PrivateAttr(())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _remember_order(cls, given: Any, build: ModelWrapValidatorHandler[Self]) -> Self:
+        made = build(given)
+        made._keys = tuple(given)
+        return made
+
+    def plain(self) -> dict[str, Any]:
+        """As the template shows it: what the client wrote, in the client's order."""
+        shown = self.model_dump(exclude_none=True, exclude={"strict"})
+        return {key: shown[key] for key in self._keys if key in shown}
 
 
 class ToolEntry(_Body):
@@ -244,7 +257,7 @@ class ChatBody(_Shared):
     @functools.cached_property
     def schemas(self) -> list[dict[str, Any]] | None:
         """The tools as the template shows them."""
-        tools = [tool.function.model_dump(exclude_none=True, exclude={"strict"}) for tool in self.tools or ()]
+        tools = [tool.function.plain() for tool in self.tools or ()]
         return tool_schemas(tools) if tools else None
 
     def grammar(self) -> Grammar | None:

@@ -21,6 +21,8 @@ Tool = Mapping[str, Any] | Callable[..., Any]
 def tool_schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
     """The schemas `{"name", "description", "parameters"}` of tools, as copies made of JSON types.
 
+    Keys keep their order, at every level: prompts show tools as they were written.
+
     Args:
       tools: Python functions (see `function_schema`), such schemas, or those in OpenAI's
         `{"type": "function", "function": schema}`. A tool without `parameters` takes none.
@@ -55,7 +57,8 @@ def _schema(tool: Tool) -> dict[str, Any]:
         schema = schema["function"]
     if not isinstance(schema, dict):
         raise ValueError(f"it must be a function or a schema, not {schema!r}")
-    return {"parameters": {"type": "object", "properties": {}}} | schema
+    schema.setdefault("parameters", {"type": "object", "properties": {}})
+    return schema
 
 
 def _schema_problems(schema: Mapping[str, Any]) -> Iterator[str]:

@@ -1,11 +1,14 @@
 """Schemas of Python functions, and tools in every form that is taken or refused."""
 
 import enum
+import json
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NotRequired, Required, TypedDict
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lfm_jax.text.tool_schemas import function_schema, tool_schemas
 
@@ -156,6 +159,25 @@ def test_tools_in_every_form():
     got[1]["parameters"]["properties"]["x"] = False
     assert parameters["properties"]["x"] is True  # A copy.
     assert tool_schemas([]) == []
+
+
+@given(st.data())
+def test_tools_given_as_data_keep_the_order_of_their_keys_at_every_level(data):
+    def shuffled(value):
+        if isinstance(value, list):
+            return [shuffled(item) for item in value]
+        if isinstance(value, dict):
+            return {key: shuffled(value[key]) for key in data.draw(st.permutations(list(value)))}
+        return value
+
+    pick = {"type": "string", "description": "which", "enum": ["a", "b"]}
+    rows = {"type": "array", "items": {"type": "object", "properties": {"u": {}, "v": True}, "required": ["v"]}}
+    parameters = {"type": "object", "properties": {"pick": pick, "rows": rows}, "required": ["pick"]}
+    tool = shuffled({"name": "f", "description": "d", "parameters": parameters})
+    for given_as in (tool, shuffled({"type": "function", "function": tool}) | {"function": tool}):
+        assert json.dumps(tool_schemas([given_as])) == json.dumps([tool])
+    del tool["parameters"]
+    assert list(tool_schemas([tool])[0]) == [*tool, "parameters"]
 
 
 def test_names_of_tools():
