@@ -14,12 +14,13 @@ from jax.sharding import PartitionSpec as P
 
 from lfm_jax import state as state_lib
 from lfm_jax.config import Layer, ModelConfig
-from lfm_jax.kernels.linear import linear
+from lfm_jax.kernels.linear import linear, lookup
 from lfm_jax.kinds import FEED_FORWARDS, OPERATORS
 from lfm_jax.layers import RMSNorm, normal_param
-from lfm_jax.sharding import FSDP, axis_names, is_sharded, parts, reshard, spec_of
+from lfm_jax.sharding import parts, reshard, spec_of
 from lfm_jax.stacking import Run, runs, stack_layers, unit_layers
 from lfm_jax.state import LayerState, State
+from lfm_jax.weight_kinds import WeightKind
 
 Logits = Literal["all", "last"]
 Padding = Literal["any", "right"]
@@ -89,7 +90,7 @@ def abstract_model(config: ModelConfig, *, stacked: bool = False) -> tuple[nnx.G
 
 
 def param_axes(config: ModelConfig, *, stacked: bool = False) -> Any:
-    """The logical axes of every parameter (`sharding.LOGICAL_AXES`): the dict of parameters, tuples for arrays."""
+    """The logical axes of every parameter (`sharding.LOGICAL_AXES`): the dict of parameters, tuples for weights."""
     _, params = nnx.split(nnx.eval_shape(lambda: LFM(config, rngs=nnx.Rngs(0))), nnx.Param)
     axes = nnx.to_pure_dict(params, extract_fn=lambda param: param.get_metadata()["axes"])
     return stack_layers(axes, config, lambda first, *_: (None, *first)) if stacked else axes
@@ -154,7 +155,7 @@ class LFM(nnx.Module):
             self.head = normal_param(rngs, table, axes, config)
 
     @property
-    def head_VD(self) -> jax.Array:
+    def head_VD(self) -> jax.Array | WeightKind:
         """The output matrix: the embedding table, unless the head is untied."""
         return self.embed[...] if self.config.tie_embedding else self.head[...]
 
@@ -255,22 +256,9 @@ class LFM(nnx.Module):
         return self.norm(x_BTD), squares
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
-        """Rows of the table, in `config.dtype`.
-
-        Over a mesh every device looks up its columns for the rows of all devices along `fsdp`, and columns are traded
-        for rows (all-to-all): far less to move than the table.
-        """
+        """Rows of the table, in `config.dtype`."""
         with jax.named_scope("embed"):
-            table_VD = self.embed[...]
-            if not is_sharded(tokens_BT):
-                return table_VD.at[tokens_BT].get().astype(self.config.dtype)
-            b, t = spec_of(tokens_BT)
-            columns = spec_of(table_VD)[1]
-            if columns is None:
-                return table_VD.at[tokens_BT].get(out_sharding=P(b, t, None)).astype(self.config.dtype)
-            rows = tuple(name for name in axis_names(b) if name != FSDP) or None
-            x_BTD = table_VD.at[reshard(tokens_BT, P(rows, t))].get(out_sharding=P(rows, t, columns))
-            return reshard(x_BTD.astype(self.config.dtype), P(b, t, None))
+            return lookup(tokens_BT, self.embed[...], self.config.dtype)
 
     def _run_layers(
         self, x_BTD: jax.Array, squares: Squares | None, positions_BT: jax.Array, segment_ids_BT: jax.Array | None,

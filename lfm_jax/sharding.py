@@ -16,6 +16,8 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lfm_jax.weight_kinds import WeightKind
+
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 CONTEXT = "context"
 """The mesh axis that time is split over."""
@@ -123,8 +125,9 @@ def shardings(abstract: Any, axes: Any) -> Any:
     """The layout of every array of a tree over the mesh in use (`jax.set_mesh`).
 
     Args:
-      abstract: nested dicts of arrays or of their shapes.
-      axes: the same dicts with a tuple of logical names (or None) for each array, one a dimension.
+      abstract: nested dicts of weights, as arrays or as their shapes.
+      axes: the same dicts with a tuple of logical names (or None) for each weight, one a dimension; of a `WeightKind`
+        they are those of the array that it stands for.
 
     Returns:
       The tree with a NamedSharding for each array.
@@ -145,7 +148,10 @@ def shardings(abstract: Any, axes: Any) -> Any:
                 problems[f"{name} ({size}) does not divide over {over}; give the mesh a divisor of {size}"] = None
         return NamedSharding(mesh, layout)
 
-    tree = jax.tree.map(leaf, abstract, axes)
+    def weight(names: tuple[str | None, ...], w: Any) -> Any:
+        return jax.tree.map(leaf, w, w.axes(names) if isinstance(w, WeightKind) else names)
+
+    tree = jax.tree.map(weight, axes, abstract, is_leaf=lambda x: type(x) is tuple)
     if problems:
         raise ValueError("the mesh does not fit the model:\n" + "\n".join(f"  - {p}" for p in problems))
     return tree

@@ -31,6 +31,7 @@ from lfm_jax.convert.sidecars import chat_template
 from lfm_jax.convert.sources import Source, Spec, cast, check, common_dtype, refuse
 from lfm_jax.convert.weights import Group, groups, leaf, misfits
 from lfm_jax.model import LFM, abstract_model
+from lfm_jax.weight_kinds import WeightKind
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -114,7 +115,7 @@ def _build(config: ModelConfig, read: Callable[[str], np.ndarray]) -> LFM:
     return nnx.merge(graphdef, params)
 
 
-def _leaves(model: LFM) -> Iterator[tuple[Group, list[jax.Array]]]:
+def _leaves(model: LFM) -> Iterator[tuple[Group, list[jax.Array | WeightKind]]]:
     params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     table = _groups(model.config)
     refuse(f"the tensors of {family_of(model.config).name} are not this model", misfits(table, params))
@@ -124,7 +125,8 @@ def _leaves(model: LFM) -> Iterator[tuple[Group, list[jax.Array]]]:
 
 def _arrays(model: LFM) -> Iterator[tuple[str, np.ndarray]]:
     for group, leaves in _leaves(model):
-        yield from zip(group.names, group.to_tensors(map(np.asarray, leaves)), strict=True)
+        arrays = (np.asarray(w.astype(w.dtype)) for w in leaves)
+        yield from zip(group.names, group.to_tensors(arrays), strict=True)
 
 
 # -------------------------------------------------------------------- directories

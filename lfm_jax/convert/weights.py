@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from lfm_jax.config import ModelConfig
+from lfm_jax.weight_kinds import WeightKind
 
 Path = tuple[str | int, ...]
 """Keys from the root of our parameter tree to a leaf."""
@@ -179,8 +180,8 @@ def _side(axes: list[_Axis], sizes: Mapping[str, int]) -> Side:
 # -------------------------------------------------------------------- our tree
 
 
-def leaf(params: Mapping[Any, Any], path: Path) -> jax.Array:
-    """The array at that place of a tree of parameters; whatever is written to a file comes through here."""
+def leaf(params: Mapping[Any, Any], path: Path) -> jax.Array | WeightKind:
+    """The weight at that place of a tree of parameters; whatever is written to a file comes through here."""
     value: Any = params
     for key in path:
         value = value[key]

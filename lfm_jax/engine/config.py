@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lfm_jax.config import ITEMSIZE, ModelConfig
+from lfm_jax.config import ModelConfig
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -110,8 +110,12 @@ class EngineConfig:
             for number, length in sorted(self.slots, key=lambda kind: kind[1])
         ]
 
-    def memory(self, model: ModelConfig, mesh: Mesh | None = None) -> dict[str, int]:
-        """Bytes that an engine takes on a device, by what they are for; working memory is an estimate."""
+    def memory(self, model: ModelConfig, params: Any, mesh: Mesh | None = None) -> dict[str, int]:
+        """Bytes that an engine takes on a device, by what they are for; working memory is an estimate.
+
+        Args:
+          params: the model's parameters, or their shapes.
+        """
         import jax
 
         V, tensor = model.vocab_size, 1 if mesh is None else mesh.shape["tensor"]
@@ -119,18 +123,23 @@ class EngineConfig:
         logits = 4 * V * most[0] * (1 + self.draft)
         if self.max_logprobs:
             logits = max(logits, 4 * V * self.prompts_at_once(most, self.chunk)[0] * self.chunk)
-        found = {"parameters": model.num_params() * ITEMSIZE[model.param_dtype] // tensor}
+        found = {"parameters": _bytes(params) // tensor}
         working = 0
         for shape in self.shapes(model):
             slots = jax.eval_shape(shape.init)
-            state, rest = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-                           for tree in (slots.state, dataclasses.replace(slots, state=())))
+            state, rest = _bytes(slots.state), _bytes(dataclasses.replace(slots, state=()))
             found[f"{shape.slots} slots of {shape.length} tokens"] = state // tensor + rest
             # A dispatch copies the rows that it works on, unless they are all there are; prompts' once more.
             taken_in = self.prompts_at_once((shape.slots, shape.length), 16)[-1]
             copied = max(2 * taken_in, *[n for n in shape.row_counts if n < shape.slots], 0)
             working = max(working, (state // tensor + rest) * copied // shape.slots)
         return found | {"prefix cache": self.prefix_cache_bytes, "working": working + 3 * logits}
+
+
+def _bytes(tree: Any) -> int:
+    import jax
+
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _is_list(value: object) -> bool:

@@ -56,17 +56,18 @@ class Engine:
     def __init__(self, model: LFM, config: EngineConfig = DEFAULT, mesh: Mesh | None = None):
         self.config, self.model_config = config, model.config
         shapes = config.shapes(model.config)
-        self.memory = config.memory(model.config, mesh)
+        graphdef, state = nnx.split(model, nnx.Param)
+        params = nnx.to_pure_dict(state)
+        self.memory = config.memory(model.config, params, mesh)
         """Bytes on a device, by what they are for."""
         check_memory(self.memory, config.memory_bytes or device_memory())
         self.counts = collections.Counter[str]()
         """prompt_tokens, cached_tokens, tokens, steps (row steps that made them), drafted_tokens, accepted_tokens (of
         the drafted ones), continuations by their finish."""
-        graphdef, params = nnx.split(model, nnx.Param)
         self._pools = [
             Pool(graphdef, placed, part, shape, config,
                  PrefixCache(config.chunk, config.prefix_cache_bytes // len(shapes)), self.counts)
-            for placed, part in place_replicas(nnx.to_pure_dict(params), model.config, mesh) for shape in shapes
+            for placed, part in place_replicas(params, model.config, mesh) for shape in shapes
         ]
         self._by_length = {
             shape.length: [pool for pool in self._pools if pool.shape is shape] for shape in shapes

@@ -1,6 +1,7 @@
-"""Products with weights stored [out, in], as checkpoints store them.
+"""What a model does with its matrices: products with weights stored [out, in], as checkpoints store them, and rows of a
+table. Either may be a `WeightKind`.
 
-Dimensions: M rows, I inputs, O outputs.
+Dimensions: M rows, I inputs, O outputs; B batch, T time, V vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from lfm_jax.sharding import FSDP, is_sharded, platform, spec_of, whole
+from lfm_jax.sharding import FSDP, axis_names, is_sharded, platform, reshard, spec_of, whole
+from lfm_jax.weight_kinds import WeightKind
 
 FEW_ROWS = 256
 """Rows up to which `auto` puts the weights on the left on CPU."""
 
 
 def linear(
-    x: jax.Array, w: jax.Array, *, inputs: int = 1, dtype: str | jnp.dtype | None = None, impl: str = "auto"
+    x: jax.Array, w: jax.Array | WeightKind, *, inputs: int = 1, dtype: str | jnp.dtype | None = None,
+    impl: str = "auto",
 ) -> jax.Array:
     """Contracts the last `inputs` axes of x with the last `inputs` axes of w.
 
@@ -45,6 +48,8 @@ def linear(
     if x.shape[x.ndim - inputs :] != w.shape[w.ndim - inputs :]:
         raise ValueError(f"x {x.shape} and w {w.shape} differ in their last {inputs} axes")
     dtype = jnp.dtype(dtype or x.dtype)
+    if isinstance(w, WeightKind):
+        return w.linear(x, inputs=inputs, dtype=dtype, impl=impl)
     w = whole(w.astype(x.dtype), FSDP)
     rows = math.prod(lead)
     if impl == "auto":
@@ -62,3 +67,22 @@ def linear(
     y_OM = jnp.matmul(w_OI, x_MI.T, preferred_element_type=dtype)
     # Without the barrier XLA turns the transposed result back into x @ w^T.
     return lax.optimization_barrier(y_OM).T.reshape(*lead, *out)
+
+
+def lookup(ids_BT: jax.Array, table_VD: jax.Array | WeightKind, dtype: str | jnp.dtype) -> jax.Array:
+    """Rows of a table, [B, T, D] in dtype; ids are in [0, V).
+
+    Over a mesh every device looks up its columns for the rows of all devices along `fsdp`, and columns are traded for
+    rows (all-to-all): far less to move than the table.
+    """
+    if isinstance(table_VD, WeightKind):
+        return table_VD.lookup(ids_BT, dtype)
+    if not is_sharded(ids_BT):
+        return table_VD.at[ids_BT].get().astype(dtype)
+    b, t = spec_of(ids_BT)
+    columns = spec_of(table_VD)[1]
+    if columns is None:
+        return table_VD.at[ids_BT].get(out_sharding=P(b, t, None)).astype(dtype)
+    rows = tuple(name for name in axis_names(b) if name != FSDP) or None
+    x_BTD = table_VD.at[reshard(ids_BT, P(rows, t))].get(out_sharding=P(rows, t, columns))
+    return reshard(x_BTD.astype(dtype), P(b, t, None))

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.sharding import FSDP, axis_names, is_sharded, over_mesh, spec_of, whole
+from lfm_jax.weight_kinds import WeightKind
 
 
 class Loss(NamedTuple):
@@ -29,7 +30,8 @@ class Loss(NamedTuple):
 
 
 def cross_entropy(
-    hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *, chunk: int = 512, z_loss: float = 0.0
+    hidden_BTD: jax.Array, table_VD: jax.Array | WeightKind, targets_BT: jax.Array, *, chunk: int = 512,
+    z_loss: float = 0.0,
 ) -> Loss:
     """Summed negative log-likelihood in nats and the number of targets that count.
 
@@ -55,6 +57,8 @@ def cross_entropy(
         raise ValueError(f"chunk is {chunk}; it must be at least 1 token")
     if z_loss < 0:
         raise ValueError(f"z_loss is {z_loss}; it must not be negative")
+    if isinstance(table_VD, WeightKind):
+        table_VD = table_VD.astype(hidden_BTD.dtype)
     if is_sharded(hidden_BTD):
         table_VD = whole(table_VD.astype(hidden_BTD.dtype), FSDP)
         (b, t, _), v = spec_of(hidden_BTD), spec_of(table_VD)[0]
