@@ -1,0 +1,49 @@
+"""An objective of a test's own over eight devices equals one device; killed it resumes to the bit; weights frozen."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
+
+import pairs
+
+from lfm_jax.train.metrics import read_metrics
+
+MESH = dict(data=2, fsdp=2, tensor=2)
+FREEZE = ("embed", "blocks.*.feed_forward.*")
+
+
+def losses(run_dir):
+    return [record["loss"] for record in read_metrics(run_dir) if "loss" in record]
+
+
+def test_eight_devices_are_one_device_and_resume_to_the_bit(tmp_path):
+    whole = pairs.run(tmp_path / "whole", MESH, freeze=FREEZE)
+    command = [sys.executable, pairs.__file__, str(tmp_path / "one")]
+    one_device = os.environ | {"XLA_FLAGS": "", "PAIRS_FREEZE": json.dumps(FREEZE)}
+    done = subprocess.run(command, env=one_device, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(losses(whole.run_dir), losses(tmp_path / "one"), rtol=1e-4)
+
+    command = [sys.executable, pairs.__file__, str(tmp_path / "killed"), json.dumps(MESH), "6"]
+    killed = subprocess.run(command, env=os.environ | {"PAIRS_FREEZE": json.dumps(FREEZE)}, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert losses(pairs.run(tmp_path / "killed", MESH, freeze=FREEZE).run_dir) == losses(whole.run_dir)
+
+
+def test_frozen_weights_are_laid_out_as_the_others():
+    training = pairs.config("x", MESH, freeze=FREEZE).training()
+    with jax.set_mesh(pairs.config("x", MESH).mesh.make()):
+        state = training.abstract_state()
+        full = pairs.config("x", MESH).training().abstract_state()
+    for name in ("w1", "w2", "w3"):
+        mine, theirs = (tree["blocks"][0]["feed_forward"][name] for tree in (state.frozen, full.params))
+        assert mine.sharding == theirs.sharding
+    assert state.frozen["embed"].sharding == full.params["embed"].sharding

@@ -1,0 +1,149 @@
+"""An objective that the package does not have: of two sequences a row the first shall be the likelier one.
+
+Run as a program it is a training run of its own: `python pairs.py RUN_DIR [mesh sizes as JSON] [step at which to die]`.
+
+Dimensions: B rows, T time, V vocabulary.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lfm_jax.config import ModelConfig
+from lfm_jax.sharding import MeshConfig
+from lfm_jax.train.config import RunConfig
+from lfm_jax.train.objective import BatchArray, Terms
+from lfm_jax.train.optimizer import OptimizerConfig
+from lfm_jax.train.runner import run_training
+
+STEPS, B, T, V = 8, 8, 12, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Preferred:
+    """`-weight log sigmoid(log p(first) - log p(second))`, and as much of `-log p(first) / T` as `likely` says."""
+
+    likely: float = 0.1
+    loss_chunk: int = T
+
+    arrays = {  # noqa: RUF012 (never changed)
+        "tokens": BatchArray(("batch", 2, "time")), "targets": BatchArray(("batch", 2, "time")),
+        "row_weight": BatchArray(("batch",), "float32"),
+    }
+
+    def tokens(self, T):
+        return 2 * T
+
+    def weight(self, batch):
+        return jnp.sum(batch["row_weight"])
+
+    def real_tokens(self, batch):
+        return batch["tokens"].size
+
+    def __call__(self, model, batch):
+        def log_p(i):
+            hidden_BTD, aux = model.hidden(batch["tokens"][:, i], None, None)
+            log_p_BTV = jax.nn.log_softmax(model.project(hidden_BTD))
+            hit_BTV = jnp.arange(V) == batch["targets"][:, i, :, None]
+            return jnp.sum(jnp.where(hit_BTV, log_p_BTV, 0.0), axis=(1, 2)), aux
+
+        (first_B, aux), (second_B, aux2) = log_p(0), log_p(1)
+        loss_B = -jax.nn.log_sigmoid(first_B - second_B) - self.likely * first_B / T
+        total = jnp.sum(batch["row_weight"] * loss_B)
+        right = jnp.sum(batch["row_weight"] * (first_B > second_B))
+        return Terms(total, {"loss": total, "accuracy": right}, jax.tree.map(jnp.add, aux, aux2))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairsConfig(RunConfig):
+    """Such a run."""
+
+    @property
+    def rows(self):
+        return B
+
+    @property
+    def seq_len(self):
+        return T
+
+    def objective(self):
+        return Preferred()
+
+
+class Draws:
+    """Batches that follow from their number; dies with the batch of step `dies_at`."""
+
+    def __init__(self, rows, dies_at=None):
+        self.rows, self.dies_at, self.count = rows, dies_at, 0
+
+    def __next__(self):
+        self.count += 1
+        if self.count == self.dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        batch = draw(self.count)
+        return batch if self.rows is None else {name: x[self.rows] for name, x in batch.items()}
+
+    def get_state(self):
+        return {"count": self.count}
+
+    def set_state(self, state):
+        self.count = state["count"]
+
+
+def draw(seed):
+    """The first sequence counts up, the second is noise."""
+    rng = np.random.default_rng(seed)
+    first = (rng.integers(0, V, (B, 1)) + np.arange(T + 1)) % V
+    ids = np.stack([first, rng.integers(0, V, (B, T + 1))], axis=1).astype(np.int32)
+    return {"tokens": ids[:, :, :-1], "targets": ids[:, :, 1:],
+            "row_weight": rng.uniform(0.01, 0.2, B).astype(np.float32)}
+
+
+class Pairs:
+    """What the run works with."""
+
+    def __init__(self, dies_at=None):
+        self.dies_at = dies_at
+
+    def prepare(self, run_dir, *, resuming):
+        pass
+
+    def weights(self):
+        return None
+
+    def train_data(self, rows):
+        return Draws(rows, self.dies_at)
+
+    def heldout(self):
+        return [draw(10**6)]
+
+    def measured(self, sums, weight, *, all_batches):
+        record = {f"heldout_{name}": x / weight for name, x in sums.items()}
+        return record, f"accuracy {record['heldout_accuracy']:.2f}"
+
+
+def config(run_dir, mesh=None, **changes):
+    model = ModelConfig(
+        layer_types=("conv", "full_attention"), vocab_size=V, hidden_size=32, ffn_size=32, num_heads=4, num_kv_heads=2,
+        head_dim=8, max_position=64, dtype="float32",
+    )
+    fields = dict(
+        run_dir=str(run_dir), steps=STEPS, model=model, mesh=MeshConfig(**(mesh or {})), checkpoint_every=3,
+        eval_every=0, optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=0, schedule="constant"),
+    )
+    return PairsConfig(**(fields | changes))
+
+
+def run(run_dir, mesh=None, dies_at=None, **changes):
+    return run_training(config(run_dir, mesh, **changes), Pairs(dies_at))
+
+
+if __name__ == "__main__":
+    freeze = tuple(json.loads(os.environ.get("PAIRS_FREEZE", "[]")))
+    run(sys.argv[1], *(json.loads(arg) for arg in sys.argv[2:]), freeze=freeze)

@@ -1,0 +1,149 @@
+"""The driver, the step and the planner take an objective that the package does not have (`pairs.py`)."""
+
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pairs
+import pytest
+
+from lfm_jax.plan import plan_run
+from lfm_jax.train.checkpoint import CheckpointManager
+from lfm_jax.train.metrics import read_metrics
+
+
+def losses(run_dir):
+    return [record["loss"] for record in read_metrics(run_dir) if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return pairs.run(tmp_path_factory.mktemp("pairs") / "whole")
+
+
+def test_it_learns_and_reports_what_the_objective_says(whole):
+    found = losses(whole.run_dir)
+    assert len(found) == pairs.STEPS
+    assert found[-1] < 0.9 * found[0]
+    assert whole.measured["heldout_accuracy"] > 0.9
+    first = next(record for record in read_metrics(whole.run_dir) if "loss" in record)
+    assert first["weight"] == pytest.approx(float(pairs.draw(1)["row_weight"].sum()), rel=1e-6)
+    assert first["tokens"] == 2 * pairs.B * pairs.T
+    assert 0 <= first["accuracy"] <= 1
+
+
+def test_killed_it_goes_on_to_the_bit(whole, tmp_path):
+    command = [sys.executable, pairs.__file__, str(tmp_path / "killed"), "{}", "6"]
+    killed = subprocess.run(command, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    again = pairs.run(tmp_path / "killed")
+    assert losses(again.run_dir) == losses(whole.run_dir)
+    assert again.measured == whole.measured
+
+
+def test_parts_of_a_batch_add_up(whole, tmp_path):
+    parts = pairs.run(tmp_path / "parts", micro_batches=4)
+    np.testing.assert_allclose(losses(parts.run_dir), losses(whole.run_dir), rtol=1e-4)
+
+
+def test_it_is_planned():
+    """The budget counts its own arrays and both sequences."""
+    config = pairs.config("runs/x", dict(fsdp=4))
+    found = plan_run(config, "v5e:2x2", compile=False).budget
+    assert found.tokens == 2 * pairs.B * pairs.T
+    assert found.batch == (2 * 2 * 4 * pairs.B * pairs.T + 4 * pairs.B) / 4
+    assert found.model_flops == 3 * config.model.flops_per_token(pairs.T) * found.tokens
+
+
+FREEZE = ("embed", "blocks.*.feed_forward.*")
+
+
+@pytest.fixture(scope="module")
+def partly(tmp_path_factory):
+    return pairs.run(tmp_path_factory.mktemp("pairs") / "partly", freeze=FREEZE)
+
+
+def saved(run_dir):
+    manager = CheckpointManager(run_dir, keep=None)
+    try:
+        training = pairs.config(run_dir).training()
+        return manager.restore_params(training.abstract_state().params)
+    finally:
+        manager.close()
+
+
+def test_frozen_weights_stay_as_they_are_and_the_others_learn(partly):
+    begun = pairs.config("x").training().random_state(0).params
+    found = losses(partly.run_dir)
+    assert found[-1] < found[0]
+    after = dict(jax.tree_util.tree_leaves_with_path(saved(partly.run_dir)))
+    for path, before in jax.tree_util.tree_leaves_with_path(begun):
+        frozen = "embed" in str(path) or "feed_forward" in str(path)
+        assert np.array_equal(after[path], before) == frozen, path
+
+
+def test_a_run_with_frozen_weights_resumes_to_the_bit(partly, tmp_path):
+    pairs.run(tmp_path / "run", freeze=FREEZE, steps=4)
+    again = pairs.run(tmp_path / "run", freeze=FREEZE)
+    assert losses(again.run_dir) == losses(partly.run_dir)
+    with pytest.raises(ValueError, match="freeze changed"):
+        pairs.run(tmp_path / "run", steps=9)
+
+
+def compiled(freeze):
+    training = pairs.config("x", freeze=freeze).training()
+    program = training.compiled_step().lower(training.abstract_state(), training.abstract_batch(pairs.B, pairs.T))
+    return training, program.compile()
+
+
+def test_no_moments_and_no_gradient_are_made_of_frozen_weights():
+    """Bytes of the compiled step fall by two moments, FLOPs by what the planner counts."""
+    (full, full_step), (part, part_step) = compiled(()), compiled(FREEZE)
+    weights = full.abstract_state().params
+    frozen = sum(x.size for path, x in jax.tree_util.tree_leaves_with_path(weights)
+                 if "embed" in str(path) or "feed_forward" in str(path))
+    arguments = [step.memory_analysis().argument_size_in_bytes for step in (full_step, part_step)]
+    assert arguments[0] - arguments[1] == pytest.approx(2 * 4 * frozen, abs=256)
+    state = part.abstract_state()
+    assert sum(x.size for x in jax.tree.leaves(state.opt_state)) == pytest.approx(
+        2 * sum(x.size for x in jax.tree.leaves(state.params)), abs=8
+    )
+    flops = [step.cost_analysis()["flops"] for step in (full_step, part_step)]
+    budgets = [plan_run(pairs.config("x", freeze=freeze), "cpu:1").budget for freeze in ((), FREEZE)]
+    counted = budgets[0].model_flops - budgets[1].model_flops
+    assert counted == 2 * (frozen) * budgets[0].tokens  # Each is a matrix with a product of its own.
+    # The optimizer's arithmetic falls too, by a few operations a weight.
+    assert counted <= flops[0] - flops[1] <= counted + 40 * frozen
+    assert budgets[0].optimizer - budgets[1].optimizer == 2 * 4 * frozen
+    assert budgets[0].gradients - budgets[1].gradients == 4 * frozen
+    assert budgets[0].parameters == budgets[1].parameters
+
+
+def test_below_the_lowest_trained_weight_there_is_no_backward_pass():
+    lower = ("embed", "blocks.0.*")
+    (_, all_step), (_, top_step) = compiled(("embed",)), compiled(lower)
+    budgets = [plan_run(pairs.config("x", freeze=freeze), "cpu:1").budget for freeze in (("embed",), lower)]
+    counted = budgets[0].model_flops - budgets[1].model_flops
+    saved_flops = all_step.cost_analysis()["flops"] - top_step.cost_analysis()["flops"]
+    assert saved_flops == pytest.approx(counted, rel=0.15)
+    assert budgets[1].activations < budgets[0].activations
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    (dict(freeze=("embd",)), "freeze has 'embd', which names no weight of the model; one is called 'embed'"),
+    (dict(freeze=("*",)), "leaves nothing to train"),
+])
+def test_what_cannot_be_frozen_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message.replace("*", r"\*")):
+        pairs.config("x", **changes)
+
+
+def test_stacked_layers_are_frozen_alike():
+    model = pairs.config("x").model.replace(layer_types=("conv",) * 4, scan_layers=True)
+    with pytest.raises(ValueError, match="scan_layers"):
+        pairs.config("x", model=model, freeze=("blocks.1.*",))
+    state = pairs.config("x", model=model, freeze=("blocks.*.operator.*",)).training().abstract_state()
+    assert "operator" not in state.params["blocks"][0]
+    assert state.frozen["blocks"][0]["operator"]["in_proj"].shape == (4, 3, 32, 32)
