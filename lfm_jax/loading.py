@@ -1,9 +1,10 @@
-"""`lfm.load`: a model and its tokenizer from a Hugging Face directory or from one of our runs."""
+"""`lfm.load`: a model and its tokenizer from wherever they lie. `KINDS`, and nothing else, decides what a path is."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,20 @@ from lfm_jax.model import LFM, abstract_model
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+Loaded = tuple[LFM, "Tokenizer | None"]
 
-def load(path: str | Path, dtype: Any = None) -> tuple[LFM, Tokenizer | None]:
+
+class Kind(NamedTuple):
+    """Something that a model can be loaded from."""
+
+    accepted: str
+    """How messages name it."""
+    recognises: Callable[[Path], bool]
+    load: Callable[[Path, Any], Loaded]
+    """(path, dtype or None) -> (model, tokenizer), as `load`."""
+
+
+def load(path: str | Path, dtype: Any = None) -> Loaded:
     """Loads weights and tokenizer.
 
     Args:
@@ -28,26 +41,39 @@ def load(path: str | Path, dtype: Any = None) -> tuple[LFM, Tokenizer | None]:
       (model, tokenizer), the tokenizer None where the directory has none.
 
     Raises:
-      ValueError: neither kind of directory, or a checkpoint that is not whole and sound; the message lists
-        everything that is wrong with it.
+      ValueError: none of these, or a checkpoint that is not whole and sound; the message lists everything that is
+        wrong with it.
     """
+    return recognise(path).load(Path(path), dtype)
+
+
+def recognise(path: str | Path) -> Kind:
+    """The first of `KINDS` that the path is.
+
+    Raises:
+      ValueError: it is none of them; the message lists what is accepted.
+    """
+    for kind in KINDS:
+        if kind.recognises(Path(path)):
+            return kind
+    found = "has no model in it" if Path(path).is_dir() else "is not a directory"
+    raise ValueError(f"{path} {found}; a model is {' or '.join(kind.accepted for kind in KINDS)}")
+
+
+def _load_hugging_face(path: Path, dtype: Any) -> Loaded:
+    from lfm_jax.convert.hf import load_hf
+
+    return load_hf(path, dtype)
+
+
+def _is_run(path: Path) -> bool:
     from lfm_jax.train.checkpoint import CHECKPOINTS
 
-    path = Path(path)
-    if (path / "config.json").exists():
-        from lfm_jax.convert.hf import load_hf
-
-        return load_hf(path, dtype)
-    if (path / CHECKPOINTS).is_dir():
-        return _load_run(path, dtype)
-    raise ValueError(
-        f"{path} is neither a Hugging Face directory (no config.json) nor a run directory (no {CHECKPOINTS}/)"
-        if path.is_dir() else f"{path} is not a directory"
-    )
+    return (path / CHECKPOINTS).is_dir()
 
 
-def _load_run(run_dir: Path, dtype: Any) -> tuple[LFM, Tokenizer | None]:
-    from lfm_jax.data import load_tokenizer
+def _load_run(run_dir: Path, dtype: Any) -> Loaded:
+    from lfm_jax.text.tokenizer import load_tokenizer
     from lfm_jax.train.checkpoint import CheckpointManager
 
     manager = CheckpointManager(run_dir, keep=None)
@@ -68,3 +94,10 @@ def _load_run(run_dir: Path, dtype: Any) -> tuple[LFM, Tokenizer | None]:
         params = jax.tree.map(lambda x: x.astype(name), params)
     tokenizer = load_tokenizer(run_dir) if (run_dir / "tokenizer.json").exists() else None
     return nnx.merge(graphdef, params), tokenizer
+
+
+HUGGING_FACE = Kind("a Hugging Face directory (with config.json)", lambda path: (path / "config.json").exists(),
+                    _load_hugging_face)
+RUN = Kind("a run directory of lfm train (with checkpoints/)", _is_run, _load_run)
+KINDS: list[Kind] = [HUGGING_FACE, RUN]
+"""In the order in which they are tried."""

@@ -26,9 +26,9 @@ def convert(
     """
     from lfm_jax.convert.hf import convert as run
     from lfm_jax.convert.hf import save_hf
-    from lfm_jax.loading import load
+    from lfm_jax.loading import HUGGING_FACE, load, recognise
 
-    if (src / "config.json").exists():
+    if recognise(src) is HUGGING_FACE:
         run(src, dst, dtype=dtype, max_shard_bytes=max_shard_bytes)
     else:
         model, tokenizer = load(src, dtype)

@@ -1,0 +1,44 @@
+"""What a path is: decided by one table, which a new kind joins by one row."""
+
+import pytest
+
+import lfm_jax as lfm
+from lfm_jax import loading
+from lfm_jax.loading import HUGGING_FACE, RUN, Kind, recognise
+from lfm_jax.testing import tiny_model
+
+
+def test_a_directory_is_known_by_what_is_in_it(tmp_path):
+    for name in ("hf", "run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    assert recognise(tmp_path / "hf") is HUGGING_FACE
+    assert recognise(str(tmp_path / "run")) is RUN
+    (tmp_path / "run" / "config.json").write_text("{}")
+    assert recognise(tmp_path / "run") is HUGGING_FACE, "an export in the directory of its run is the export"
+
+
+def test_what_is_no_model_is_refused_with_all_that_is_accepted(tmp_path):
+    accepted = r"a model is a Hugging Face directory \(with config\.json\) or a run directory of lfm train \(with check"
+    with pytest.raises(ValueError, match=rf"{tmp_path} has no model in it; {accepted}"):
+        lfm.load(tmp_path)
+    (tmp_path / "file").write_text("")
+    for name in ("file", "nothing"):
+        with pytest.raises(ValueError, match=rf"{name} is not a directory; {accepted}"):
+            lfm.load(tmp_path / name)
+
+
+def test_a_run_without_a_finished_checkpoint_says_so(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="holds no finished checkpoint yet"):
+        lfm.load(tmp_path)
+
+
+def test_another_kind_is_one_row(tmp_path, monkeypatch):
+    model = tiny_model()
+    kind = Kind("a file of ours (.toy)", lambda path: path.suffix == ".toy", lambda path, dtype: (model, dtype))
+    monkeypatch.setattr(loading, "KINDS", [*loading.KINDS, kind])
+    assert lfm.load(tmp_path / "x.toy", dtype="float16") == (model, "float16")
+    with pytest.raises(ValueError, match=r"or a file of ours \(\.toy\)"):
+        lfm.load(tmp_path / "x.gguf")
