@@ -53,6 +53,7 @@ test-times: .venv/test
 lint: .venv/test
 	@$(PY) -m ruff check .
 	@$(PY) -m pyrefly check
+	@.venv/bin/lint-imports --no-cache
 
 clean:
 	rm -rf .venv

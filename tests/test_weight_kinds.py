@@ -14,6 +14,7 @@ from scaled import Scaled, dense, scaled
 from lfm_jax import LFM, save_hf, to_state_dict
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.engine import Engine
+from lfm_jax.engine.placement import memory_needed
 from lfm_jax.engine.request import Request
 from lfm_jax.infer.generate import generate_tokens
 from lfm_jax.model import abstract_model
@@ -82,7 +83,7 @@ def test_generation_by_batch_and_by_engine():
     engine = Engine(ours, config)
     [[answer]] = engine.complete([Request(prompt=[1, 2, 3], max_new_tokens=8, stop_ids=())])
     assert answer.tokens == expected.tokens
-    of_arrays = config.memory(ours.config, abstract_model(ours.config)[1])["parameters"]
+    of_arrays = memory_needed(config, ours.config, abstract_model(ours.config)[1])["parameters"]
     assert engine.memory["parameters"] == of_arrays + 4 * len(jax.tree.leaves(made()[2])) // 2
 
 

@@ -3,14 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
-
-from lfm_jax.config import ModelConfig
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from lfm_jax.engine.slots import SlotShape
 
 STEPS = 32
 """Most steps of one dispatch."""
@@ -90,56 +82,6 @@ class EngineConfig:
             fits = group * width <= self.chunk and length <= SHORT and not self.fixed_rows
             return sorted({1, group}) if fits else [1]
         return [min(slots, self.prefill_rows or 8)]
-
-    def shapes(self, model: ModelConfig) -> list[SlotShape]:
-        """What each kind of slot is compiled for, shortest first.
-
-        Raises:
-          ValueError: slots longer than the model's context, or drafts for a model whose state cannot go back.
-        """
-        from lfm_jax.engine.slots import SlotShape
-
-        longest = max(length for _, length in self.slots)
-        if longest > model.max_position:
-            raise ValueError(f"slots of {longest} tokens exceed the model's max_position {model.max_position}")
-        if self.draft and "recurrence" in model.layer_types:
-            raise ValueError("draft needs layers whose state can go back, and a recurrence cannot; leave draft at 0")
-        return [
-            SlotShape(config=model, slots=number, length=length, draft=self.draft, max_logprobs=self.max_logprobs,
-                      max_stop_ids=self.max_stop_ids, max_biases=self.max_biases, fixed_rows=self.fixed_rows)
-            for number, length in sorted(self.slots, key=lambda kind: kind[1])
-        ]
-
-    def memory(self, model: ModelConfig, params: Any, mesh: Mesh | None = None) -> dict[str, int]:
-        """Bytes that an engine takes on a device, by what they are for; working memory is an estimate.
-
-        Args:
-          params: the model's parameters, or their shapes.
-        """
-        import jax
-
-        V, tensor = model.vocab_size, 1 if mesh is None else mesh.shape["tensor"]
-        most = max(self.slots, key=lambda kind: kind[0])
-        logits = 4 * V * most[0] * (1 + self.draft)
-        if self.max_logprobs:
-            logits = max(logits, 4 * V * self.prompts_at_once(most, self.chunk)[0] * self.chunk)
-        found = {"parameters": _bytes(params) // tensor}
-        working = 0
-        for shape in self.shapes(model):
-            slots = jax.eval_shape(shape.init)
-            state, rest = _bytes(slots.state), _bytes(dataclasses.replace(slots, state=()))
-            found[f"{shape.slots} slots of {shape.length} tokens"] = state // tensor + rest
-            # A dispatch copies the rows that it works on, unless they are all there are; prompts' once more.
-            taken_in = self.prompts_at_once((shape.slots, shape.length), 16)[-1]
-            copied = max(2 * taken_in, *[n for n in shape.row_counts if n < shape.slots], 0)
-            working = max(working, (state // tensor + rest) * copied // shape.slots)
-        return found | {"prefix cache": self.prefix_cache_bytes, "working": working + 3 * logits}
-
-
-def _bytes(tree: Any) -> int:
-    import jax
-
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _is_list(value: object) -> bool:

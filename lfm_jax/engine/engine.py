@@ -25,11 +25,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lfm_jax.engine.config import DEFAULT, EngineConfig
-from lfm_jax.engine.placement import check_memory, device_memory, place_replicas
+from lfm_jax.engine.placement import check_memory, device_memory, memory_needed, place_replicas
 from lfm_jax.engine.pool import Pool, Run, Sent, Ticket, logprobs
 from lfm_jax.engine.prefix_cache import PrefixCache
 from lfm_jax.engine.request import Continuation, EngineFullError, Event, Finish, Listener, Request
-from lfm_jax.engine.slots import Told
+from lfm_jax.engine.slots import Told, slot_shapes
 from lfm_jax.model import LFM
 
 if TYPE_CHECKING:
@@ -55,10 +55,10 @@ class Engine:
 
     def __init__(self, model: LFM, config: EngineConfig = DEFAULT, mesh: Mesh | None = None):
         self.config, self.model_config = config, model.config
-        shapes = config.shapes(model.config)
+        shapes = slot_shapes(config, model.config)
         graphdef, state = nnx.split(model, nnx.Param)
         params = nnx.to_pure_dict(state)
-        self.memory = config.memory(model.config, params, mesh)
+        self.memory = memory_needed(config, model.config, params, mesh)
         """Bytes on a device, by what they are for."""
         check_memory(self.memory, config.memory_bytes or device_memory())
         self.counts = collections.Counter[str]()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lfm_jax.config import ModelConfig
+from lfm_jax.engine.config import EngineConfig
+from lfm_jax.engine.slots import slot_shapes
 from lfm_jax.model import param_axes
 from lfm_jax.sharding import make_mesh, shardings
 
@@ -49,6 +52,36 @@ def device_memory() -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     said = limit.read_text().strip() if limit.is_file() else "max"
     return min(machine, int(said)) if said.isdigit() else machine
+
+
+def memory_needed(
+    engine: EngineConfig, model: ModelConfig, params: Any, mesh: Mesh | None = None
+) -> dict[str, int]:
+    """Bytes that an engine takes on a device, by what they are for; working memory is an estimate.
+
+    Args:
+      params: the model's parameters, or their shapes.
+    """
+    V, tensor = model.vocab_size, 1 if mesh is None else mesh.shape["tensor"]
+    most = max(engine.slots, key=lambda kind: kind[0])
+    logits = 4 * V * most[0] * (1 + engine.draft)
+    if engine.max_logprobs:
+        logits = max(logits, 4 * V * engine.prompts_at_once(most, engine.chunk)[0] * engine.chunk)
+    found = {"parameters": _bytes(params) // tensor}
+    working = 0
+    for shape in slot_shapes(engine, model):
+        slots = jax.eval_shape(shape.init)
+        state, rest = _bytes(slots.state), _bytes(dataclasses.replace(slots, state=()))
+        found[f"{shape.slots} slots of {shape.length} tokens"] = state // tensor + rest
+        # A dispatch copies the rows that it works on, unless they are all there are; prompts' once more.
+        taken_in = engine.prompts_at_once((shape.slots, shape.length), 16)[-1]
+        copied = max(2 * taken_in, *[n for n in shape.row_counts if n < shape.slots], 0)
+        working = max(working, (state // tensor + rest) * copied // shape.slots)
+    return found | {"prefix cache": engine.prefix_cache_bytes, "working": working + 3 * logits}
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def check_memory(needed: Mapping[str, int], limit: int) -> None:

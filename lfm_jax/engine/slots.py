@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from lfm_jax import state as state_lib
 from lfm_jax.config import ModelConfig
-from lfm_jax.engine.config import SHORT, STEPS
+from lfm_jax.engine.config import SHORT, STEPS, EngineConfig
 from lfm_jax.model import LFM, Logits
 from lfm_jax.sampling import ANYTHING, Params, Plan, sample
 from lfm_jax.sharding import reshard, spec
@@ -152,6 +152,24 @@ class SlotShape:
     def mask_words(self) -> int:
         """W."""
         return -(-self.config.vocab_size // 32)
+
+
+def slot_shapes(engine: EngineConfig, model: ModelConfig) -> list[SlotShape]:
+    """What each kind of slot is compiled for, shortest first.
+
+    Raises:
+      ValueError: slots longer than the model's context, or drafts for a model whose state cannot go back.
+    """
+    longest = max(length for _, length in engine.slots)
+    if longest > model.max_position:
+        raise ValueError(f"slots of {longest} tokens exceed the model's max_position {model.max_position}")
+    if engine.draft and "recurrence" in model.layer_types:
+        raise ValueError("draft needs layers whose state can go back, and a recurrence cannot; leave draft at 0")
+    return [
+        SlotShape(config=model, slots=number, length=length, draft=engine.draft, max_logprobs=engine.max_logprobs,
+                  max_stop_ids=engine.max_stop_ids, max_biases=engine.max_biases, fixed_rows=engine.fixed_rows)
+        for number, length in sorted(engine.slots, key=lambda kind: kind[1])
+    ]
 
 
 class Programs:

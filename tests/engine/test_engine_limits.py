@@ -12,6 +12,7 @@ from engines import CONFIG, Heard, V, a_request, assert_slots_are_whole, engine,
 from lfm_jax.config import ModelConfig
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.engine import Engine
+from lfm_jax.engine.placement import memory_needed
 from lfm_jax.engine.pool import chunk_width, chunk_widths
 from lfm_jax.engine.request import EngineFullError, Request
 from lfm_jax.infer.generate import generate_tokens
@@ -197,7 +198,7 @@ def test_a_long_slot_beside_short_ones():
 def test_memory_is_counted_before_anything_is_made():
     config = EngineConfig(slots=((3, 64), (1, 4096)), chunk=16, prefix_cache_bytes=1000)
     shapes = abstract_model(model().config)[1]
-    memory = config.memory(model().config, shapes)
+    memory = memory_needed(config, model().config, shapes)
     made = Engine(model(), config)
     assert made.memory == memory
     for pool in made._pools:
@@ -213,9 +214,10 @@ def test_memory_is_counted_before_anything_is_made():
         lowered = pool._programs.decode.lower(pool._params, pool._slots, np.int32(1), rows=rows, plain=True,
                                               draft=0)
         taken = lowered.compile().memory_analysis().temp_size_in_bytes
-        assert taken < many.memory(model().config, shapes)["working"] + 2**20  # That is for what the layers make.
+        needed = memory_needed(many, model().config, shapes)["working"]
+        assert taken < needed + 2**20  # That is for what the layers make.
     large = ModelConfig.preset("lfm2.5-350m")
-    memory = EngineConfig(slots=((64, 1024), (2, 32_768))).memory(large, abstract_model(large)[1])
+    memory = memory_needed(EngineConfig(slots=((64, 1024), (2, 32_768))), large, abstract_model(large)[1])
     beside = 4 + large.vocab_size + 4 * 32_768  # Tokens seen, history, and a little for what is asked.
     assert 0 <= memory["2 slots of 32768 tokens"] / 2 - large.state_bytes(32_768) - beside < 1000
 
