@@ -44,7 +44,7 @@ VERBS = (
          compiles=False),
     Verb("data show", TRAIN, "look into a built dataset", "datasets:show", compiles=False),
     Verb("plan", TRAIN, "report what a run needs and costs, before it runs", "training:plan", "plan:PlanConfig"),
-    Verb("train", TRAIN, "train a model, or resume a run", "training:train", "train.config:TrainCommand"),
+    Verb("train", TRAIN, "train a model, or resume a run", "training:train", "pretrain.config:TrainCommand"),
     Verb("ablate", TRAIN, "run, resume or report an ablation study", "training:ablate", "ablate.schedule:AblateConfig"),
     Verb("convert", CONVERT, "write a Hugging Face directory that transformers loads", "checkpoints:convert"),
     Verb("bench", MACHINE, "measure speed beside a peer in the same process", "machine:bench"),
