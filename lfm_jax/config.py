@@ -158,6 +158,11 @@ class ModelConfig:
         """Number of layers of full attention: those whose state grows with the text."""
         return self.layer_types.count("full_attention")
 
+    @property
+    def cannot_roll_back(self) -> tuple[str, ...]:
+        """The operators of which a decode state cannot go back; with any, there are no drafts."""
+        return tuple(kind for kind in dict.fromkeys(self.layer_types) if not OPERATORS[kind].rolls_back)
+
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)

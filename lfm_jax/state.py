@@ -4,59 +4,58 @@ Semantics, the same for every operator:
   - A token of segment 0 is padding and the identity on state: it neither enters the state nor resets it.
   - What the state holds belongs to the document of the first real token of the next call. A change of
     segment id within a call starts a new document, and the state that comes out is that of the last one.
-  - Storage is private to this file and the operators: others use the functions here and tree operations
+  - Storage is private to the operators, each beside its own: others use the functions here and tree operations
     on the leading batch axis (fork, permute, select rows), all of which are plain array operations.
 
-Dimensions: B batch, T time, S key/value slots, K key/value heads, H head width, V = W - 1 columns, D width.
+Dimensions: B batch, T time.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 
 from lfm_jax.config import ModelConfig
+from lfm_jax.kinds import OPERATORS, OperatorKind
 from lfm_jax.sharding import spec
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KV:
-    """Keys (rotated) and values of one attention layer.
-
-    Token i of the row lies in slot i modulo S; tokens [start, end), or the last S of them, are the current document.
-    Full attention has a slot for every token; a window's slots are a rolling buffer.
+class LayerState(abc.ABC):
+    """Decode state of one layer, beside whose operator it stands: a frozen dataclass of arrays [B, ...], registered as
+    a pytree. What has to be known of a layer to work on its state is a method here.
     """
 
-    k_BSKH: jax.Array
-    v_BSKH: jax.Array
-    start_B: jax.Array
-    end_B: jax.Array
+    @classmethod
+    @abc.abstractmethod
+    def init(cls, config: ModelConfig, batch: int, max_len: int, dtype: jnp.dtype, rollback: int) -> Self:
+        """The empty state; see `init_state`. `zeros` lays arrays out."""
 
+    @abc.abstractmethod
+    def reset(self, rows_B: jax.Array) -> Self:
+        """With the marked rows empty again, whatever was in them, NaN included."""
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ConvTail:
-    """The last W - 1 gated inputs of the current document, oldest first, zeros before its beginning.
+    def rollback(self, back_B: jax.Array) -> Self:
+        """Without the last `back_B` tokens; see `rollback`. Only of kinds that say they can (`rolls_back`)."""
+        raise NotImplementedError(f"{type(self).__name__} cannot go back")
 
-    There may be older ones before them, which `rollback` brings back into use.
-    """
+    @abc.abstractmethod
+    def snapshot(self, row: jax.Array, start: jax.Array, length: int) -> Self:
+        """What a row's tokens [start, start + length), its newest, have added, without the batch axis: `row_of` the
+        state where its size does not grow with the text."""
 
-    tail_BVD: jax.Array
+    @abc.abstractmethod
+    def restore(self, row: jax.Array, start: jax.Array, part: Self) -> Self:
+        """With a snapshot of tokens from `start` on put into a row, after those before it: `with_row` where the
+        snapshot is `row_of`. A row beyond all: nothing changes."""
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Hidden:
-    """The hidden state of a linear recurrence after the last token, float32; zeros before a document begins."""
-
-    h_BD: jax.Array
-
-
-LayerState = KV | ConvTail | Hidden
+    @abc.abstractmethod
+    def at_context(self, context: int | jax.Array) -> Self:
+        """As after `context` tokens of one document, hiding those that came later. What holds no counts is that
+        already: a measurement does not ask what is in it."""
 
 
 @jax.tree_util.register_dataclass
@@ -83,50 +82,59 @@ def init_state(
     Over a mesh (`jax.set_mesh`) heads and channels are split over `tensor`; every device has all rows.
 
     Raises:
-      ValueError: batch or max_len below 1, max_len above `config.max_position`, or a rollback with recurrences, which
-        keep nothing of the past.
+      ValueError: batch or max_len below 1, max_len above `config.max_position`, or a rollback with layers that keep
+        nothing of the past.
     """
     if batch < 1 or max_len < 1:
         raise ValueError(f"batch is {batch} and max_len is {max_len}; both must be at least 1")
     if max_len > config.max_position:
         raise ValueError(f"max_len {max_len} exceeds config.max_position {config.max_position}")
-    if rollback and "recurrence" in config.layer_types:
-        raise ValueError("rollback needs layers that can go back, and a recurrence cannot; leave rollback at 0")
+    if rollback and config.cannot_roll_back:
+        raise ValueError("rollback needs layers whose state can go back, and that of "
+                         f"{', '.join(config.cannot_roll_back)} cannot; leave rollback at 0")
     dtype = jnp.dtype(dtype or config.dtype)
-
-    def layer(kind: str) -> LayerState:
-        if kind == "conv":
-            shape = (batch, config.conv_taps - 1 + rollback, config.hidden_size)
-            return ConvTail(_zeros(shape, dtype, (None, None, "channels")))
-        if kind == "recurrence":
-            return Hidden(_zeros((batch, config.hidden_size), jnp.float32, (None, "channels")))
-        slots = max_len if kind == "full_attention" else min(max_len, config.sliding_window + rollback)
-        shape = (batch, slots, config.num_kv_heads, config.head_dim)
-        zero_B, axes = jnp.zeros((batch,), jnp.int32), (None, None, "kv_heads", None)
-        return KV(_zeros(shape, dtype, axes), _zeros(shape, dtype, axes), zero_B, zero_B + 0)
-
-    return State(tuple(layer(kind) for kind in config.layer_types), jnp.zeros((batch,), jnp.int32))
+    states = {kind: _state_class(OPERATORS[kind]) for kind in dict.fromkeys(config.layer_types)}
+    layers = (states[kind].init(config, batch, max_len, dtype, rollback) for kind in config.layer_types)
+    return State(tuple(layers), jnp.zeros((batch,), jnp.int32))
 
 
-def _zeros(shape: tuple[int, ...], dtype: Any, axes: tuple[str | None, ...]) -> jax.Array:
+def _state_class(kind: OperatorKind) -> type[LayerState]:
+    """The class of a kind's state.
+
+    Raises:
+      TypeError: it is no `LayerState`, lacks methods, or can go back and the kind says that it cannot, or the reverse.
+    """
+    found = kind.find_state()
+    what = f"state {found.__name__} of operator {kind.name!r}"
+    if not issubclass(found, LayerState):
+        raise TypeError(f"{what} is no subclass of state.LayerState")
+    if found.__abstractmethods__:
+        raise TypeError(f"{what} lacks {', '.join(sorted(found.__abstractmethods__))}")
+    if kind.rolls_back != (found.rollback is not LayerState.rollback):
+        raise TypeError(f"{what} {'lacks' if kind.rolls_back else 'has'} rollback, but the kind's rolls_back is "
+                        f"{kind.rolls_back}")
+    return found
+
+
+def zeros(shape: tuple[int, ...], dtype: Any, axes: tuple[str | None, ...]) -> jax.Array:
     """Zeros laid out over the mesh in use, heads and channels as those of the parameters."""
-    zeros, layout = jnp.zeros(shape, dtype), spec(*axes)
-    return zeros if layout is None else jax.sharding.reshard(zeros, layout)
+    array, layout = jnp.zeros(shape, dtype), spec(*axes)
+    return array if layout is None else jax.sharding.reshard(array, layout)
+
+
+def row_of[S](state: S, row: jax.Array) -> S:
+    """One row of a state, without the batch axis."""
+    return jax.tree.map(lambda x: x[row], state)
+
+
+def with_row[S](state: S, row: jax.Array, part: S) -> S:
+    """The state with one row, of `row_of`, put in; a row beyond all: nothing changes."""
+    return jax.tree.map(lambda x, new: x.at[row].set(new), state, part)
 
 
 def reset(state: State, rows_B: jax.Array) -> State:
     """The state with the marked rows (bool) empty again; the others are untouched."""
-
-    def layer(s: LayerState) -> LayerState:
-        if isinstance(s, ConvTail):
-            return ConvTail(jnp.where(rows_B[:, None, None], 0, s.tail_BVD))
-        if isinstance(s, Hidden):
-            return Hidden(jnp.where(rows_B[:, None], 0, s.h_BD))
-        # A hidden key is masked before the softmax, but a hidden value meets the weight 0: NaN would survive.
-        v_BSKH = jnp.where(rows_B[:, None, None, None], 0, s.v_BSKH)
-        return KV(s.k_BSKH, v_BSKH, jnp.where(rows_B, 0, s.start_B), jnp.where(rows_B, 0, s.end_B))
-
-    return State(tuple(layer(s) for s in state.layers), jnp.where(rows_B, 0, state.position_B))
+    return State(tuple(s.reset(rows_B) for s in state.layers), jnp.where(rows_B, 0, state.position_B))
 
 
 def rollback(state: State, back_B: jax.Array) -> State:
@@ -135,57 +143,29 @@ def rollback(state: State, back_B: jax.Array) -> State:
     They belong to one document with what comes before them, no more than `init_state` was told, and at least as many
     tokens have come in since the last call as go back. Slots keep what was in them; no query sees it.
     """
-
-    def layer(s: LayerState) -> LayerState:
-        if isinstance(s, KV):
-            return dataclasses.replace(s, end_B=s.end_B - back_B)
-        assert isinstance(s, ConvTail)  # `init_state` refuses recurrences.
-        index_BV = jnp.arange(s.tail_BVD.shape[1]) - back_B[:, None]
-        tail_BVD = jnp.take_along_axis(s.tail_BVD, jnp.maximum(index_BV, 0)[:, :, None], axis=1)
-        return ConvTail(jnp.where((index_BV >= 0)[:, :, None], tail_BVD, 0))
-
-    return State(tuple(layer(s) for s in state.layers), state.position_B - back_B)
+    return State(tuple(s.rollback(back_B) for s in state.layers), state.position_B - back_B)
 
 
-def snapshot(config: ModelConfig, state: State, row: jax.Array, start: jax.Array, length: int) -> State:
+def snapshot(state: State, row: jax.Array, start: jax.Array, length: int) -> State:
     """What row `row` has added with tokens [start, start + length), which must be its newest: a `State` without batch.
 
     Snapshots of all parts from 0 on, given to `restore` in their order, make the row anew.
     """
-
-    def layer(kind: str, s: LayerState) -> LayerState:
-        row_state = jax.tree.map(lambda x: x[row], s)
-        if kind != "full_attention":
-            return row_state
-        assert isinstance(row_state, KV)
-        k_SKH, v_SKH = (jax.lax.dynamic_slice_in_dim(x, start, length) for x in (row_state.k_BSKH, row_state.v_BSKH))
-        return KV(k_SKH, v_SKH, row_state.start_B, row_state.end_B)
-
-    layers = tuple(layer(kind, s) for kind, s in zip(config.layer_types, state.layers, strict=True))
-    return State(layers, state.position_B[row])
+    return State(tuple(s.snapshot(row, start, length) for s in state.layers), state.position_B[row])
 
 
-def restore(config: ModelConfig, state: State, row: jax.Array, start: jax.Array, part: State) -> State:
+def restore(state: State, row: jax.Array, start: jax.Array, part: State) -> State:
     """The state with `part`, a `snapshot` of tokens from `start` on, put into row `row`; a row beyond all: nothing."""
+    layers = (s.restore(row, start, new) for s, new in zip(state.layers, part.layers, strict=True))
+    return State(tuple(layers), state.position_B.at[row].set(part.position_B))
 
-    def put(full: jax.Array, new: jax.Array) -> jax.Array:
-        return full.at[row].set(new)
 
-    def layer(kind: str, s: LayerState, new: LayerState) -> LayerState:
-        if kind != "full_attention":
-            return jax.tree.map(put, s, new)
-        assert isinstance(s, KV)
-        assert isinstance(new, KV)
-        slots = start + jnp.arange(new.k_BSKH.shape[0], dtype=jnp.int32)
-        # Not dynamic_update_slice: it would move what does not fit to where it does.
-        k_BSKH, v_BSKH = (
-            full.at[row, slots].set(x, mode="drop")
-            for full, x in ((s.k_BSKH, new.k_BSKH), (s.v_BSKH, new.v_BSKH))
-        )
-        return KV(k_BSKH, v_BSKH, put(s.start_B, new.start_B), put(s.end_B, new.end_B))
+def at_context(state: State, context: int | jax.Array) -> State:
+    """The state as after `context` tokens of one document, for tokens that were put into it later: they are hidden.
 
-    layers = (layer(*x) for x in zip(config.layer_types, state.layers, part.layers, strict=True))
-    return State(tuple(layers), put(state.position_B, part.position_B))
+    For measurements: what decoding costs after so many tokens, whatever they were.
+    """
+    return State(tuple(s.at_context(context) for s in state.layers), jnp.full_like(state.position_B, context))
 
 
 class Rows(NamedTuple):

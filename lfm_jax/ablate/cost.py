@@ -23,7 +23,7 @@ from lfm_jax.bench.timing import conditions, interleave
 from lfm_jax.config import ModelConfig
 from lfm_jax.model import LFM, abstract_model
 from lfm_jax.pretrain.objective import next_token_training
-from lfm_jax.state import KV, ConvTail, Hidden, LayerState, State, init_state
+from lfm_jax.state import State, at_context, init_state
 from lfm_jax.train.objective import Batch
 from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lfm_jax.train.state import TrainState
@@ -208,30 +208,13 @@ def full_state(config: ModelConfig, context: int, room: int) -> State:
     rng = np.random.default_rng(0)
 
     def some(x: jax.Array) -> jax.Array:
-        return jnp.asarray(rng.standard_normal(x.shape, np.float32), x.dtype)
-
-    def layer(s: LayerState) -> LayerState:
-        if isinstance(s, ConvTail):
-            return ConvTail(some(s.tail_BVD))
-        if isinstance(s, Hidden):
-            return Hidden(some(s.h_BD))
-        return dataclasses.replace(s, k_BSKH=some(s.k_BSKH), v_BSKH=some(s.v_BSKH))
+        content = jnp.issubdtype(x.dtype, jnp.floating)  # Else a count.
+        return jnp.asarray(rng.standard_normal(x.shape, np.float32), x.dtype) if content else x
 
     # The room comes on top: a model is timed at its longest context too.
     config = config.replace(max_position=max(config.max_position, context + room))
     state = init_state(config, 1, context + room)
-    return at_context(State(tuple(layer(s) for s in state.layers), state.position_B), context)
-
-
-def at_context(state: State, context: int | jax.Array) -> State:
-    """The state as after `context` tokens of one document, for tokens that were put into it later: they are hidden."""
-
-    def layer(s: LayerState) -> LayerState:
-        if not isinstance(s, KV):
-            return s
-        return dataclasses.replace(s, start_B=jnp.zeros_like(s.start_B), end_B=jnp.full_like(s.end_B, context))
-
-    return State(tuple(layer(s) for s in state.layers), jnp.full_like(state.position_B, context))
+    return at_context(State(jax.tree.map(some, state.layers), state.position_B), context)
 
 
 def _state_bytes(config: ModelConfig, context: int) -> int:
@@ -282,9 +265,10 @@ def _decode(models: Sequence[_Model], context: int, repeats: int) -> list[float]
 
 
 def _decode_steps(config: ModelConfig, context: int) -> int:
-    """Tokens of one timed decode: fewer where each takes long."""
+    """Tokens of one timed decode: fewer where each takes long, as where the state grows with the text."""
     least, most = DECODE_STEPS
-    return max(least, min(most, DECODE_SLOTS // context)) if config.attention_layers else most
+    grows = config.state_bytes(context + 1) > config.state_bytes(context)
+    return max(least, min(most, DECODE_SLOTS // context)) if grows else most
 
 
 def _decode_task(model: _Model, context: int, steps: int) -> Task:

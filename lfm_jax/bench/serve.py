@@ -6,7 +6,6 @@ Needs jax, flax and numpy. On a CPU the peer is `transformers`; on an accelerato
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import gc
 import importlib
@@ -33,7 +32,7 @@ from lfm_jax.engine.request import Event, Request
 from lfm_jax.infer.generate import generate_tokens
 from lfm_jax.kernels.attention import SCORE_BYTES
 from lfm_jax.model import LFM
-from lfm_jax.state import KV, State
+from lfm_jax.state import State, at_context
 
 EQUAL, SPREAD = 48, (16, 256)
 """Tokens a request on a CPU: all the same, and drawn from a range."""
@@ -369,10 +368,7 @@ def _step(model: LFM) -> Callable[[int], Callable[[], object]]:
 
     def at(context: int) -> Callable[[], object]:
         # What is in the slots makes no difference to the time, only how many are in use.
-        state = model.init_state(1, min(context + 64, model.config.max_position))
-        full_B = jnp.full((1,), context, jnp.int32)
-        layers = tuple(dataclasses.replace(s, end_B=full_B + 0) if isinstance(s, KV) else s for s in state.layers)
-        state = State(layers, full_B)
+        state = at_context(model.init_state(1, min(context + 64, model.config.max_position)), context)
 
         def task() -> None:
             nonlocal state

@@ -163,8 +163,9 @@ def slot_shapes(engine: EngineConfig, model: ModelConfig) -> list[SlotShape]:
     longest = max(length for _, length in engine.slots)
     if longest > model.max_position:
         raise ValueError(f"slots of {longest} tokens exceed the model's max_position {model.max_position}")
-    if engine.draft and "recurrence" in model.layer_types:
-        raise ValueError("draft needs layers whose state can go back, and a recurrence cannot; leave draft at 0")
+    if engine.draft and model.cannot_roll_back:
+        raise ValueError("draft needs layers whose state can go back, and that of "
+                         f"{', '.join(model.cannot_roll_back)} cannot; leave draft at 0")
     return [
         SlotShape(config=model, slots=number, length=length, draft=engine.draft, max_logprobs=engine.max_logprobs,
                   max_stop_ids=engine.max_stop_ids, max_biases=engine.max_biases, fixed_rows=engine.fixed_rows)
@@ -302,7 +303,7 @@ class Programs:
 
     def _snapshot(self, slots: Slots, row: jax.Array, first: jax.Array, *, length: int) -> State:
         """What a row's tokens [first, first + length), its newest, have added; see `state.snapshot`."""
-        return state_lib.snapshot(self._shape.config, slots.state, row, first, length)
+        return state_lib.snapshot(slots.state, row, first, length)
 
     def _restore(
         self, slots: Slots, row: jax.Array, first: jax.Array, part: State, tokens_C: jax.Array, *, fresh: bool
@@ -314,7 +315,7 @@ class Programs:
             slots = _forget(slots, rows_1, jnp.array([True]))
         length_1 = jnp.full((1,), tokens_C.shape[0], jnp.int32)
         slots = _remember(slots, rows_1, first[None], tokens_C[None], length_1)
-        return dataclasses.replace(slots, state=state_lib.restore(self._shape.config, state, row, first, part))
+        return dataclasses.replace(slots, state=state_lib.restore(state, row, first, part))
 
 
 @functools.lru_cache(maxsize=32)

@@ -90,13 +90,21 @@ class OperatorKind(Kind):
     traded: Callable[[ModelConfig], float]
     """Elements a token that a pass moves between devices that share time (`context`), but for those whose number does
     not grow with the tokens, as halos and carried states."""
+    state: str | type
+    """The decode state (`state.LayerState`), or where it is: `package.module:Class`."""
     state_bytes: Callable[[ModelConfig, int, int], int]
     """Bytes of the decode state of one sequence with room for T tokens, in a dtype of that many bytes."""
+    rolls_back: bool
+    """Whether the state can go back by some tokens (`state.rollback`), as drafts ask for."""
     letter: str
     """In the patterns of ablations."""
     forms: Mapping[str, Mapping[str, Any]]
     """Values of the ablations' axis `operator` that mean this kind, each with the fields of `ModelConfig` that it sets.
     Empty: the axis leaves it out."""
+
+    def find_state(self) -> Any:
+        """The class of the decode state."""
+        return found(self.state)
 
     def problems(self, others: list[Any]) -> list[str]:
         wrong = super().problems(others)

@@ -44,7 +44,9 @@ OPERATORS.register(OperatorKind(
     kept=_conv_kept,
     mixing=lambda c, T: c.hidden_size * c.conv_taps,
     traded=lambda c: 0.0,
+    state="lfm_jax.operators.short_conv:ConvTail",
     state_bytes=lambda c, T, item: (c.conv_taps - 1) * c.hidden_size * item,
+    rolls_back=True,
     letter="c",
     forms={"conv": {}},
 ))
@@ -102,7 +104,9 @@ OPERATORS.register(OperatorKind(
     mixing=lambda c, T: _attention_mixing(c, T, T),
     # Queries, keys, values and results trade time for heads.
     traded=lambda c: 2 * c.head_dim * (c.num_heads + c.num_kv_heads),
+    state="lfm_jax.operators.attention:KV",
     state_bytes=_kv_bytes,
+    rolls_back=True,
     letter="a",
     forms={},
 ))
@@ -115,7 +119,9 @@ OPERATORS.register(OperatorKind(
     kept=lambda c, share: _attention_kept(c, share, 0.0),
     mixing=lambda c, T: _attention_mixing(c, T, min(T, c.sliding_window)),
     traded=lambda c: 0.0,
+    state="lfm_jax.operators.attention:RollingKV",
     state_bytes=lambda c, T, item: _kv_bytes(c, min(T, c.sliding_window), item),
+    rolls_back=True,
     letter="s",
     forms={"sliding_attention": {}},
 ))
@@ -145,7 +151,9 @@ OPERATORS.register(OperatorKind(
     kept=_recurrence_kept,
     mixing=lambda c, T: c.hidden_size,
     traded=lambda c: 0.0,
+    state="lfm_jax.operators.linear_recurrence:Hidden",
     state_bytes=lambda c, T, item: 4 * c.hidden_size,
+    rolls_back=False,
     letter="r",
     forms={form: {"recurrence": form} for form in RECURRENCE_VECTORS},
 ))

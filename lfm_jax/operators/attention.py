@@ -6,6 +6,7 @@ Dimensions: B batch, T time, S key slots, D width, N query heads, K key/value he
 from __future__ import annotations
 
 import dataclasses
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,75 @@ from lfm_jax.config import ModelConfig
 from lfm_jax.kernels.linear import linear
 from lfm_jax.kernels.sharded import attention, decode_attention
 from lfm_jax.layers import RMSNorm, normal_param, rotary
-from lfm_jax.state import KV
+from lfm_jax.state import LayerState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KV(LayerState):
+    """Keys (rotated) and values of one layer, with a slot for every token.
+
+    Token i of the row lies in slot i; tokens [start, end) are the current document.
+    """
+
+    k_BSKH: jax.Array
+    v_BSKH: jax.Array
+    start_B: jax.Array
+    end_B: jax.Array
+
+    @classmethod
+    def init(cls, config: ModelConfig, batch: int, max_len: int, dtype: jnp.dtype, rollback: int) -> Self:
+        shape, axes = (batch, max_len, config.num_kv_heads, config.head_dim), (None, None, "kv_heads", None)
+        zero_B = jnp.zeros((batch,), jnp.int32)
+        return cls(state_lib.zeros(shape, dtype, axes), state_lib.zeros(shape, dtype, axes), zero_B, zero_B + 0)
+
+    def reset(self, rows_B: jax.Array) -> Self:
+        # A hidden key is masked before the softmax, but a hidden value meets the weight 0: NaN would survive.
+        v_BSKH = jnp.where(rows_B[:, None, None, None], 0, self.v_BSKH)
+        start_B, end_B = jnp.where(rows_B, 0, self.start_B), jnp.where(rows_B, 0, self.end_B)
+        return dataclasses.replace(self, v_BSKH=v_BSKH, start_B=start_B, end_B=end_B)
+
+    def rollback(self, back_B: jax.Array) -> Self:
+        return dataclasses.replace(self, end_B=self.end_B - back_B)
+
+    def snapshot(self, row: jax.Array, start: jax.Array, length: int) -> Self:
+        part = state_lib.row_of(self, row)
+        k_SKH, v_SKH = (jax.lax.dynamic_slice_in_dim(x, start, length) for x in (part.k_BSKH, part.v_BSKH))
+        return dataclasses.replace(part, k_BSKH=k_SKH, v_BSKH=v_SKH)
+
+    def restore(self, row: jax.Array, start: jax.Array, part: Self) -> Self:
+        slots = start + jnp.arange(part.k_BSKH.shape[0], dtype=jnp.int32)
+        # Not dynamic_update_slice: it would move what does not fit to where it does.
+        k_BSKH, v_BSKH = (
+            full.at[row, slots].set(x, mode="drop")
+            for full, x in ((self.k_BSKH, part.k_BSKH), (self.v_BSKH, part.v_BSKH))
+        )
+        start_B, end_B = self.start_B.at[row].set(part.start_B), self.end_B.at[row].set(part.end_B)
+        return dataclasses.replace(self, k_BSKH=k_BSKH, v_BSKH=v_BSKH, start_B=start_B, end_B=end_B)
+
+    def at_context(self, context: int | jax.Array) -> Self:
+        return dataclasses.replace(
+            self, start_B=jnp.zeros_like(self.start_B), end_B=jnp.full_like(self.end_B, context)
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RollingKV(KV):
+    """Keys and values of a window, in a rolling buffer.
+
+    Token i of the row lies in slot i modulo S; the last S of tokens [start, end) are there.
+    """
+
+    @classmethod
+    def init(cls, config: ModelConfig, batch: int, max_len: int, dtype: jnp.dtype, rollback: int) -> Self:
+        return super().init(config, batch, min(max_len, config.sliding_window + rollback), dtype, rollback)
+
+    def snapshot(self, row: jax.Array, start: jax.Array, length: int) -> Self:
+        return state_lib.row_of(self, row)
+
+    def restore(self, row: jax.Array, start: jax.Array, part: Self) -> Self:
+        return state_lib.with_row(self, row, part)
 
 
 class Attention(nnx.Module):
@@ -95,7 +164,8 @@ def _attend_to_state(
     def put(slots: jax.Array, new: jax.Array) -> jax.Array:
         return slots.at[jnp.arange(B)[:, None], write_BT].set(new.astype(slots.dtype), mode="drop")
 
-    kept = KV(put(state.k_BSKH, k_BTKH), put(state.v_BSKH, v_BTKH), state.start_B, end_B)
+    k_BSKH, v_BSKH = put(state.k_BSKH, k_BTKH), put(state.v_BSKH, v_BTKH)
+    kept = dataclasses.replace(state, k_BSKH=k_BSKH, v_BSKH=v_BSKH, end_B=end_B)
     if not rolling or T == 1:  # No token that a query still sees has been overwritten.
         keys = (kept.k_BSKH, kept.v_BSKH, put(held_BS, index_BT), put(document_BS, segment_ids_BT))
     else:
@@ -139,7 +209,7 @@ def _attend_one(
     )
     overflow_B = real_B & (state.end_B >= S)
     out_B1NH = jnp.where(overflow_B[:, None, None, None], jnp.nan, out_B1NH)
-    return out_B1NH, KV(k_BSKH, v_BSKH, state.start_B, end_B)
+    return out_B1NH, dataclasses.replace(state, k_BSKH=k_BSKH, v_BSKH=v_BSKH, end_B=end_B)
 
 
 def _held(end_B: jax.Array, S: int) -> jax.Array:

@@ -12,6 +12,7 @@ Dimensions: B batch, T time, D width.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Protocol
 
@@ -19,11 +20,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lfm_jax import state as state_lib
 from lfm_jax.config import ModelConfig
 from lfm_jax.kernels.linear import linear
 from lfm_jax.kernels.sharded import linear_scan
 from lfm_jax.layers import normal_param, param, zeros_param
-from lfm_jax.state import Hidden
+from lfm_jax.state import LayerState
 
 SLOWEST, FASTEST = 0.999, 0.9
 """Range of the initial decay a of a channel."""
@@ -104,6 +106,30 @@ class LTI(nnx.Module):
 
 CELLS: dict[str, Callable[..., Cell]] = {"rglru": RGLRU, "liquid": Liquid, "lti": LTI}
 """`ModelConfig.recurrence` -> parametrisation."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hidden(LayerState):
+    """The hidden state after the last token, float32; zeros before a document begins. It cannot go back."""
+
+    h_BD: jax.Array
+
+    @classmethod
+    def init(cls, config: ModelConfig, batch: int, max_len: int, dtype: jnp.dtype, rollback: int) -> Hidden:
+        return cls(state_lib.zeros((batch, config.hidden_size), jnp.float32, (None, "channels")))
+
+    def reset(self, rows_B: jax.Array) -> Hidden:
+        return Hidden(jnp.where(rows_B[:, None], 0, self.h_BD))
+
+    def snapshot(self, row: jax.Array, start: jax.Array, length: int) -> Hidden:
+        return state_lib.row_of(self, row)
+
+    def restore(self, row: jax.Array, start: jax.Array, part: Hidden) -> Hidden:
+        return state_lib.with_row(self, row, part)
+
+    def at_context(self, context: int | jax.Array) -> Hidden:
+        return self
 
 
 class LinearRecurrence(nnx.Module):

@@ -8,6 +8,8 @@ Dimensions: B batch, T time, D width, W taps, V = W - 1 columns, or more where t
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,7 +20,40 @@ from lfm_jax.kernels.linear import linear
 from lfm_jax.kernels.sharded import causal_conv
 from lfm_jax.kinds import GATES
 from lfm_jax.layers import normal_param, zeros_param
-from lfm_jax.state import ConvTail
+from lfm_jax.state import LayerState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ConvTail(LayerState):
+    """The last W - 1 gated inputs of the current document, oldest first, zeros before its beginning.
+
+    There may be older ones before them, which `rollback` brings back into use.
+    """
+
+    tail_BVD: jax.Array
+
+    @classmethod
+    def init(cls, config: ModelConfig, batch: int, max_len: int, dtype: jnp.dtype, rollback: int) -> ConvTail:
+        shape = (batch, config.conv_taps - 1 + rollback, config.hidden_size)
+        return cls(state_lib.zeros(shape, dtype, (None, None, "channels")))
+
+    def reset(self, rows_B: jax.Array) -> ConvTail:
+        return ConvTail(jnp.where(rows_B[:, None, None], 0, self.tail_BVD))
+
+    def rollback(self, back_B: jax.Array) -> ConvTail:
+        index_BV = jnp.arange(self.tail_BVD.shape[1]) - back_B[:, None]
+        tail_BVD = jnp.take_along_axis(self.tail_BVD, jnp.maximum(index_BV, 0)[:, :, None], axis=1)
+        return ConvTail(jnp.where((index_BV >= 0)[:, :, None], tail_BVD, 0))
+
+    def snapshot(self, row: jax.Array, start: jax.Array, length: int) -> ConvTail:
+        return state_lib.row_of(self, row)
+
+    def restore(self, row: jax.Array, start: jax.Array, part: ConvTail) -> ConvTail:
+        return state_lib.with_row(self, row, part)
+
+    def at_context(self, context: int | jax.Array) -> ConvTail:
+        return self
 
 
 class ShortConv(nnx.Module):

@@ -13,8 +13,9 @@ import pytest
 from flax import nnx
 
 from lfm_jax.ablate import cost
-from lfm_jax.ablate.cost import at_context, full_state, measure_cost
-from lfm_jax.state import KV
+from lfm_jax.ablate.cost import full_state, measure_cost
+from lfm_jax.operators.attention import KV
+from lfm_jax.state import at_context
 from lfm_jax.testing import tiny_config, tiny_model
 from lfm_jax.train.optimizer import OptimizerConfig
 
