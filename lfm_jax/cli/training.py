@@ -32,7 +32,7 @@ def train(command: TrainCommand, args: Sequence[str]) -> int:
     processes.join(command.launch)
     try:
         result = run(command.run)
-        status = 0 if result.step == command.run.steps else STOPPED
+        status = 0 if result.step == result.steps else STOPPED
     except (ValueError, OSError) as error:
         if command.launch.many and os.environ.get("LFM_TRACEBACK"):  # Raised, it would wait for the others at the end.
             traceback.print_exc()

@@ -34,10 +34,12 @@ from lfm_jax.train.runner import run_training
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: `step` < steps when it was interrupted."""
+    """How a run ended: `step` < `steps` when it was interrupted."""
 
     run_dir: Path
     step: int
+    steps: int
+    """Those of the config, or what `train_minutes` made of them."""
     heldout_loss: float | None
     """Nats per held-out token; None when the run was interrupted or nothing is held out."""
     heldout_bits_per_byte: float | None
@@ -49,7 +51,7 @@ def train(config: TrainConfig) -> TrainResult:
     ended = run_training(config, Pretraining(config))
     measured = ended.measured
     return TrainResult(
-        ended.run_dir, ended.step, measured.get("heldout_loss"), measured.get("heldout_bits_per_byte")
+        ended.run_dir, ended.step, ended.steps, measured.get("heldout_loss"), measured.get("heldout_bits_per_byte")
     )
 
 

@@ -30,7 +30,10 @@ class RunConfig(abc.ABC):
     run_dir: str
     """Directory of the run; an existing run in it is resumed."""
     steps: int
-    """Optimizer steps in all."""
+    """Optimizer steps in all; with `train_minutes`, at most."""
+    train_minutes: float | None = None
+    """Minutes that the steps shall take: a new run times its first steps and then fixes how many there will be. A
+    resumed run keeps that number."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -93,6 +96,8 @@ class RunConfig(abc.ABC):
                                 ("eval_every", 0), ("eval_batches", 0), ("checkpoint_every", 0))
             if getattr(self, name) < least
         ]
+        if self.train_minutes is not None and not self.train_minutes > 0:
+            problems.append(f"train_minutes is {self.train_minutes}; it must be above 0")
         if self.micro_batches >= 1 and self.rows % self.micro_batches:
             problems.append(f"data.batch_size {self.rows} is not a multiple of micro_batches {self.micro_batches}")
         if self.seq_len > self.model.max_position:

@@ -35,6 +35,11 @@ class Console:
         self._seconds_per_step: float | None = None
         self._clock: float | None = None
 
+    def expect(self, steps: int) -> None:
+        """The run has so many steps after all."""
+        self._steps = steps
+        self._progress.update(self._task, total=steps)
+
     def __enter__(self) -> Console:
         self._progress.start()
         return self

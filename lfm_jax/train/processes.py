@@ -82,6 +82,13 @@ def all_agree(ok: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
 
 
+def agreed(number: float) -> float:
+    """The first process's number, in every process."""
+    if jax.process_count() == 1:
+        return number
+    return float(multihost_utils.broadcast_one_to_all(np.float64(number)))
+
+
 class BatchPlacer:
     """Brings this process's rows of a batch onto its devices, as its part of the whole batch.
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -68,10 +70,12 @@ class Work(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """How a run ended: `step` < steps when it was interrupted."""
+    """How a run ended: `step` < `steps` when it was interrupted."""
 
     run_dir: Path
     step: int
+    steps: int
+    """Those of the config, or what `train_minutes` made of them."""
     measured: Mapping[str, float]
     """What was measured at the end; empty when the run was interrupted or nothing is held out."""
 
@@ -113,17 +117,24 @@ def _mesh(config: RunConfig) -> Mesh | None:
 def _train(
     config: RunConfig, work: Work, run_dir: Path, manager: CheckpointManager, mesh: Mesh | None, weights: Any
 ) -> RunResult:
-    main, training, resuming = processes.is_main(), config.training(), bool(manager.steps())
+    main, resuming = processes.is_main(), bool(manager.steps())
+    if config.train_minutes is not None and resuming:
+        config = _with_kept_steps(config, manager)
+    training = config.training()
     console = Console(config.steps, log_every=config.log_every, quiet=not main)
     place = processes.BatchPlacer(training.objective.arrays, config.rows, config.seq_len, config.micro_batches)
     _show_budget(config, mesh, console)
     if resuming:
         _check_resumable(config, manager, console)
     work.prepare(run_dir, resuming=resuming)
+    data = work.train_data(place.rows)
+    if config.train_minutes is not None and not resuming:
+        config = _with_timed_steps(config, data, place, console)
+        training = config.training()
     measure = _Evaluation(config, training, work, place, console)
     driver = Driver(
         Parts(
-            step=training.compiled_step(), data=work.train_data(place.rows), place=place,
+            step=training.compiled_step(), data=data, place=place,
             fresh=lambda: training.random_state(config.seed) if weights is None else training.placed_state(weights),
             abstract=lambda: states.unstacked(training.abstract_state(), config.model),
             pack=lambda state: states.unstacked(state, config.model),
@@ -142,7 +153,7 @@ def _train(
     if main:
         plot_loss(run_dir)
         plot_curves(run_dir)
-    return RunResult(run_dir, driver.step, (record or {}) if driver.step == config.steps else {})
+    return RunResult(run_dir, driver.step, config.steps, (record or {}) if driver.step == config.steps else {})
 
 
 def _loop(config: RunConfig, run_dir: Path, driver: Driver, console: Console, main: bool) -> Values | None:
@@ -164,6 +175,46 @@ def _loop(config: RunConfig, run_dir: Path, driver: Driver, console: Console, ma
         # Started again after its end: nothing to train, but the result is still owed.
         record = driver.evaluate()
     return record
+
+
+WARM_STEPS, TIMED_STEPS = 2, 5
+"""Steps that are made and thrown away to find out how many the time allows."""
+
+
+def _with_timed_steps(
+    config: RunConfig, data: Data, place: processes.BatchPlacer, console: Console
+) -> RunConfig:
+    """The config with as many steps as fit into its minutes, the same number in every process.
+
+    Raises:
+      ValueError: they do not hold the schedule's warm-up and decay.
+    """
+    training = config.training()
+    step, state, first = training.compiled_step(), training.random_state(config.seed), data.get_state()
+    seconds = []
+    for _ in range(WARM_STEPS + TIMED_STEPS):
+        batch = place(next(data))
+        began = time.monotonic()
+        state, metrics = step(state, batch)
+        jax.block_until_ready(metrics)
+        seconds.append(time.monotonic() - began)
+    data.set_state(first)
+    one = processes.agreed(statistics.median(seconds[WARM_STEPS:]))
+    assert config.train_minutes is not None  # The caller asked for this because of it.
+    steps = max(1, min(config.steps, int(60 * config.train_minutes / one)))
+    console.note(f"a step takes {one:.3f} s: {steps} steps in {config.train_minutes:g} minutes")
+    console.expect(steps)
+    try:
+        return dataclasses.replace(config, steps=steps)
+    except ValueError as error:
+        raise ValueError(f"train_minutes {config.train_minutes:g} is {steps} steps on this machine: {error}") from None
+
+
+def _with_kept_steps(config: RunConfig, manager: CheckpointManager) -> RunConfig:
+    """The config with the steps that the run has fixed before."""
+    saved = manager.latest_config() or {}
+    timed = saved.get("train_minutes") is not None
+    return dataclasses.replace(config, steps=saved["steps"]) if timed else config
 
 
 def _show_budget(config: RunConfig, mesh: Mesh | None, console: Console) -> None:

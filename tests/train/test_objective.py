@@ -12,6 +12,7 @@ import pytest
 from lfm_jax.plan import plan_run
 from lfm_jax.train.checkpoint import CheckpointManager
 from lfm_jax.train.metrics import read_metrics
+from lfm_jax.train.optimizer import OptimizerConfig
 
 
 def losses(run_dir):
@@ -41,6 +42,23 @@ def test_killed_it_goes_on_to_the_bit(whole, tmp_path):
     again = pairs.run(tmp_path / "killed")
     assert losses(again.run_dir) == losses(whole.run_dir)
     assert again.measured == whole.measured
+
+
+def test_steps_that_minutes_allow_are_fixed_once(tmp_path, capsys):
+    """A run of no time has one step, and a resumed run keeps its number."""
+    short = pairs.run(tmp_path / "short", train_minutes=1e-9)
+    assert (short.step, short.steps) == (1, 1)
+    assert "1 steps in 1e-09 minutes" in capsys.readouterr().err
+    assert pairs.run(tmp_path / "short", train_minutes=1e9).steps == 1
+    slow = OptimizerConfig(warmup_steps=4, schedule="constant")
+    with pytest.raises(ValueError, match=r"train_minutes 1e-09 is 1 steps on this machine: (.|\n)*warmup_steps 4"):
+        pairs.run(tmp_path / "none", train_minutes=1e-9, optimizer=slow)
+
+
+def test_timing_the_first_steps_changes_no_number(whole, tmp_path):
+    timed = pairs.run(tmp_path / "timed", train_minutes=1e9)
+    assert timed.step == timed.steps == pairs.STEPS
+    assert losses(timed.run_dir) == losses(whole.run_dir)
 
 
 def test_parts_of_a_batch_add_up(whole, tmp_path):
