@@ -5,25 +5,46 @@ Dimensions: L layers.
 
 from __future__ import annotations
 
-from typing import Literal, cast, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 from lfm_jax.config import PRESETS, LayerType
+from lfm_jax.kinds import OPERATORS
 
 Place = Literal["even", "front", "back", "sandwich", "lfm2"]
 """Where the layers of full attention stand. even: the middles of equal parts of the stack; front, back: all at one end;
 sandwich: half of them at each end, the odd one in front; lfm2: as published (6 of 16 layers, 8 of 30)."""
 
-LETTERS: dict[str, LayerType] = {
-    "c": "conv", "a": "full_attention", "r": "recurrence", "s": "sliding_attention",
-}
-NAMES: dict[str, LayerType] = {
-    "conv": "conv", "attention": "full_attention", "recurrence": "recurrence", "sliding_attention": "sliding_attention",
-}
-"""What the counted notation calls each kind."""
-_NOTATION = (
-    f"write one letter a layer ({', '.join(f'{letter} for {kind}' for letter, kind in LETTERS.items())}) or counts, as "
-    f"conv:10,attention:6,place:even (kinds {', '.join(NAMES)}; places {', '.join(get_args(Place))})"
-)
+
+
+class Form(NamedTuple):
+    """A value of the axis `operator`."""
+
+    kind: LayerType
+    fields: Mapping[str, Any]
+    """Of `ModelConfig`, that it sets."""
+
+
+def letters() -> dict[str, LayerType]:
+    """The letter of each kind of operator."""
+    return {OPERATORS[kind].letter: kind for kind in OPERATORS}
+
+
+def forms() -> dict[str, Form]:
+    """The values of the axis `operator`."""
+    return {form: Form(kind.name, fields) for kind in OPERATORS.kinds() for form, fields in kind.forms.items()}
+
+
+def _names() -> dict[str, LayerType]:
+    """What the counted notation calls each kind."""
+    return {"attention" if kind == "full_attention" else kind: kind for kind in OPERATORS}
+
+
+def _notation() -> str:
+    each = ", ".join(f"{letter} for {kind}" for letter, kind in letters().items())
+    return (f"write one letter a layer ({each}) or counts, as conv:10,attention:6,place:even (kinds "
+            f"{', '.join(_names())}; places {', '.join(get_args(Place))})")
+
 
 
 def parse_pattern(text: str) -> tuple[LayerType, ...]:
@@ -36,23 +57,24 @@ def parse_pattern(text: str) -> tuple[LayerType, ...]:
       ValueError: not a pattern; says how to write one.
     """
     if ":" not in text:
-        unknown = sorted(set(text) - set(LETTERS))
+        kinds = letters()
+        unknown = sorted(set(text) - set(kinds))
         if unknown or not text:
-            raise ValueError(f"pattern {text!r} {f'has {unknown}' if unknown else 'is empty'}; {_NOTATION}")
-        return tuple(LETTERS[letter] for letter in text)
-    counts: dict[LayerType, int] = {}
+            raise ValueError(f"pattern {text!r} {f'has {unknown}' if unknown else 'is empty'}; {_notation()}")
+        return tuple(kinds[letter] for letter in text)
+    names, counts = _names(), dict[LayerType, int]()
     place: str = "even"
     for part in text.split(","):
         name, _, value = (piece.strip() for piece in part.partition(":"))
         if name == "place":
             place = value
-        elif name in NAMES and value.isdigit() and NAMES[name] not in counts:
-            counts[NAMES[name]] = int(value)
+        elif name in names and value.isdigit() and names[name] not in counts:
+            counts[names[name]] = int(value)
         else:
-            raise ValueError(f"pattern {text!r} has {part.strip()!r}; {_NOTATION}")
+            raise ValueError(f"pattern {text!r} has {part.strip()!r}; {_notation()}")
     layers, attention = sum(counts.values()), counts.pop("full_attention", 0)
     if not layers:
-        raise ValueError(f"pattern {text!r} has no layer; {_NOTATION}")
+        raise ValueError(f"pattern {text!r} has no layer; {_notation()}")
     at = set(attention_at(layers, attention, place))
     rest = iter(_spread(counts))
     return tuple("full_attention" if i in at else next(rest) for i in range(layers))
@@ -99,8 +121,7 @@ def attention_at(layers: int, attention: int, place: str) -> tuple[int, ...]:
 
 def to_letters(layer_types: tuple[LayerType, ...]) -> str:
     """The pattern with one letter a layer; `parse_pattern` reads it back."""
-    letters = {kind: letter for letter, kind in LETTERS.items()}
-    return "".join(letters[kind] for kind in layer_types)
+    return "".join(OPERATORS[kind].letter for kind in layer_types)
 
 
 def _spread(counts: dict[LayerType, int]) -> list[LayerType]:

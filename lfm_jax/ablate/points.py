@@ -10,10 +10,17 @@ import itertools
 import math
 from typing import Any, Protocol
 
-from lfm_jax.ablate.pattern import Place, attention_at, parse_pattern, place_of, place_of_others, to_letters
+from lfm_jax.ablate.pattern import (
+    Place,
+    attention_at,
+    forms,
+    parse_pattern,
+    place_of,
+    place_of_others,
+    to_letters,
+)
 from lfm_jax.ablate.study import Study
 from lfm_jax.config import LayerType, ModelConfig
-from lfm_jax.kinds import RECURRENCE_VECTORS
 from lfm_jax.train.optimizer import learning_rate
 
 BASE = "base"
@@ -189,8 +196,8 @@ def _model(base: ModelConfig, settings: dict[str, Any], step: int, place: Place)
     for axis, name in (("taps", "conv_taps"), ("gates", "conv_gates"), ("kv_heads", "num_kv_heads")):
         if axis in settings:
             changes[name] = settings[axis]
-    if operator in RECURRENCE_VECTORS and "recurrence" in changes["layer_types"]:
-        changes["recurrence"] = operator
+    if operator is not None and forms()[operator].kind in changes["layer_types"]:
+        changes |= forms()[operator].fields
     if "ffn_ratio" in settings:
         changes["ffn_size"] = max(1, round(settings["ffn_ratio"] * base.hidden_size / step)) * step
     model = base.replace(**changes)
@@ -208,8 +215,7 @@ def _layers(base: ModelConfig, settings: dict[str, Any], place: Place) -> tuple[
     at = here if same else attention_at(L, attention, settings.get("place", place))
     rest = {kind for kind in base.layer_types if kind != "full_attention"}
     if "operator" in settings:
-        name = settings["operator"]
-        kind: LayerType = "recurrence" if name in RECURRENCE_VECTORS else name
+        kind = forms()[settings["operator"]].kind
     elif len(rest) == 1:
         kind = rest.pop()
     elif attention == L:
@@ -237,7 +243,11 @@ def _scaled(model: ModelConfig, D: int, step: int) -> ModelConfig:
 
 
 def _operator(kind: LayerType, model: ModelConfig) -> str:
-    return model.recurrence if kind == "recurrence" else kind
+    """The value of the axis `operator` that makes this layer."""
+    for name, form in forms().items():
+        if form.kind == kind and all(getattr(model, field) == value for field, value in form.fields.items()):
+            return name
+    return kind
 
 
 def _short(value: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 import tyro
 import yaml
 
-from lfm_jax.ablate.pattern import Place, parse_pattern
+from lfm_jax.ablate.pattern import Place, forms, parse_pattern
 from lfm_jax.ablate.tasks.copying import SelectiveCopying
 from lfm_jax.ablate.tasks.induction import InductionHeads
 from lfm_jax.ablate.tasks.needle import Needle
@@ -22,22 +22,24 @@ from lfm_jax.train.optimizer import OptimizerConfig
 from lfm_jax.train.step import GuardConfig
 
 TaskName = Literal["text", "mqar", "copying", "induction", "needle"]
-Operator = Literal["conv", "rglru", "liquid", "lti", "sliding_attention"]
 Match = Literal["params", "flops", "none"]
 
-AXES: dict[str, str] = {
-    "attention": "number of full-attention layers",
-    "place": f"where they stand: {', '.join(get_args(Place))}",
-    "operator": f"operator of the other layers: {', '.join(get_args(Operator))}",
-    "pattern": "the whole layer pattern, in place of the three above",
-    "taps": "W of the short convolution",
-    "gates": f"gates of the short convolution: {', '.join(get_args(ConvGates))}",
-    "ffn_ratio": "F / D; the width D is then what is matched",
-    "kv_heads": "key/value heads",
-    "hidden_size": "D; heads and F go with it in proportion",
-    "train_flops": "training FLOPs of a run, in place of the task's steps",
-}
-"""What a grid can vary."""
+
+def axes() -> dict[str, str]:
+    """What a grid can vary."""
+    return {
+        "attention": "number of full-attention layers",
+        "place": f"where they stand: {', '.join(get_args(Place))}",
+        "operator": f"operator of the other layers: {', '.join(forms())}",
+        "pattern": "the whole layer pattern, in place of the three above",
+        "taps": "W of the short convolution",
+        "gates": f"gates of the short convolution: {', '.join(get_args(ConvGates))}",
+        "ffn_ratio": "F / D; the width D is then what is matched",
+        "kv_heads": "key/value heads",
+        "hidden_size": "D; heads and F go with it in proportion",
+        "train_flops": "training FLOPs of a run, in place of the task's steps",
+    }
+
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,25 +59,25 @@ class Grid:
         """
         if not isinstance(plain, Mapping) or not plain:
             raise ValueError(f"{plain!r} must be a mapping of axes to values, as {{attention: [0, 2], taps: 4}}")
-        unknown = [name for name in plain if name not in AXES]
+        unknown = [name for name in plain if name not in axes()]
         if unknown:
-            known = "".join(f"\n  {name}: {what}" for name, what in AXES.items())
+            known = "".join(f"\n  {name}: {what}" for name, what in axes().items())
             raise ValueError(f"{', '.join(map(str, unknown))} cannot be varied; the axes are:{known}")
-        axes = tuple((name, tuple(values) if isinstance(values, list) else (values,)) for name, values in plain.items())
-        problems = [problem for name, values in axes for value in values if (problem := _axis_problem(name, value))]
-        problems += [f"{name} has no values" for name, values in axes if not values]
+        grid = tuple((name, tuple(values) if isinstance(values, list) else (values,)) for name, values in plain.items())
+        problems = [problem for name, values in grid for value in values if (problem := _axis_problem(name, value))]
+        problems += [f"{name} has no values" for name, values in grid if not values]
         if "pattern" in plain and {"attention", "place", "operator"} & set(plain):
             problems.append("pattern takes the place of attention, place and operator; give it in a grid of its own")
         if problems:
             raise ValueError("; ".join(problems))
-        return cls(axes)
+        return cls(grid)
 
     def plain(self) -> dict[str, list[Any]]:
         return {name: list(values) for name, values in self.axes}
 
 
 def _axis_problem(name: str, value: Any) -> str | None:
-    choices = {"place": get_args(Place), "operator": get_args(Operator), "gates": get_args(ConvGates)}
+    choices = {"place": get_args(Place), "operator": tuple(forms()), "gates": get_args(ConvGates)}
     if name in choices:
         return None if value in choices[name] else f"{name} is {value!r}; choose of {', '.join(choices[name])}"
     if name == "pattern":

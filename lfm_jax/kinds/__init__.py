@@ -2,9 +2,9 @@
 
 from lfm_jax.kinds.feed_forwards import FEED_FORWARDS
 from lfm_jax.kinds.kind import ITEMSIZE, FeedForwardKind, Kept, OperatorKind, Share, Table
-from lfm_jax.kinds.operators import GATES, OPERATORS, RECURRENCE_VECTORS
+from lfm_jax.kinds.operators import GATES, OPERATORS
 
 __all__ = [
-    "FEED_FORWARDS", "GATES", "ITEMSIZE", "OPERATORS", "RECURRENCE_VECTORS", "FeedForwardKind", "Kept", "OperatorKind",
+    "FEED_FORWARDS", "GATES", "ITEMSIZE", "OPERATORS", "FeedForwardKind", "Kept", "OperatorKind",
     "Share", "Table",
 ]
