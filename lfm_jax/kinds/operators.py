@@ -90,6 +90,11 @@ def _scores(c: ModelConfig, share: Share) -> float:
     return 0.0 if blockwise else held * (_float32(c) + 1)
 
 
+def _attention_traded(c: ModelConfig) -> float:
+    """Queries, keys, values and results trade time for heads."""
+    return 2 * c.head_dim * (c.num_heads + c.num_kv_heads)
+
+
 def _kv_bytes(c: ModelConfig, slots: int, item: int) -> int:
     return 2 * slots * c.num_kv_heads * c.head_dim * item + 2 * 4  # And two counts.
 
@@ -102,8 +107,7 @@ OPERATORS.register(OperatorKind(
     products=_attention_matrices,
     kept=lambda c, share: _attention_kept(c, share, _scores(c, share)),
     mixing=lambda c, T: _attention_mixing(c, T, T),
-    # Queries, keys, values and results trade time for heads.
-    traded=lambda c: 2 * c.head_dim * (c.num_heads + c.num_kv_heads),
+    traded=_attention_traded,
     state="lfm_jax.operators.attention:KV",
     state_bytes=_kv_bytes,
     rolls_back=True,
@@ -118,7 +122,7 @@ OPERATORS.register(OperatorKind(
     products=_attention_matrices,
     kept=lambda c, share: _attention_kept(c, share, 0.0),
     mixing=lambda c, T: _attention_mixing(c, T, min(T, c.sliding_window)),
-    traded=lambda c: 0.0,
+    traded=_attention_traded,
     state="lfm_jax.operators.attention:RollingKV",
     state_bytes=lambda c, T, item: _kv_bytes(c, min(T, c.sliding_window), item),
     rolls_back=True,

@@ -8,7 +8,7 @@ from recipes import recipe
 from lfm_jax.chips import CHIPS
 from lfm_jax.config import ModelConfig
 from lfm_jax.plan import budget, plan
-from lfm_jax.plan.program import lower_step, read_program
+from lfm_jax.plan.program import expected_collectives, lower_step, read_program
 from lfm_jax.plan.topology import Topology
 from lfm_jax.train.budget import recomputed_flops_per_token
 from lfm_jax.units import si, size
@@ -107,6 +107,17 @@ def test_scores_that_attention_holds_are_counted():
     rows = 8 * 2**30 // (4 * 8 * 512 * 512)  # On each of eight devices a gigabyte, and then more.
     just, more = (budget_on(recipe("gpu:8xH200", rows=n, seq_len=512)).activations / n for n in (rows, rows + 8))
     assert more < just / 2
+
+
+def test_attention_of_either_kind_trades_time_for_heads():
+    moved = {}
+    for kind in ("conv", "full_attention", "sliding_attention"):
+        config = recipe(model=dict(layer_types=(kind,)), mesh=dict(context=2))
+        rows = expected_collectives(config, budget_on(config))
+        moved[kind] = sum(row.bytes for row in rows if (row.kind, row.axes) == ("all-to-all", ("context",)))
+    assert moved["conv"] == 0
+    # Forward and back: results and queries of 8 heads, keys and values of 4, for the tokens of a device, in bfloat16.
+    assert moved["full_attention"] == moved["sliding_attention"] == 2 * 2 * (8 + 4) * 16 * 16 * 64 / 8 * 2
 
 
 def test_units():
