@@ -16,7 +16,7 @@ FIND_PYTHON = for p in python3.12 python3 python3.13 python3.14; do \
 	$$python -m venv .venv || { rm -rf .venv; exit 1; }; }
 	@echo "installing the core into .venv (about a minute)"
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[grammar]'
 	@touch $@
 
 .venv/test: .venv/core
