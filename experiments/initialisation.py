@@ -22,7 +22,7 @@ from demo import EXCLUDE, RECIPE
 from tokenizers import Tokenizer
 
 from lfm_jax.config import ModelConfig
-from lfm_jax.data import DataConfig, heldout_batches, make_tokenizer, train_iterator
+from lfm_jax.data import DataConfig, make_tokenizer, open_corpus
 from lfm_jax.pretrain.config import TrainConfig
 from lfm_jax.pretrain.objective import next_token_training
 from lfm_jax.recipe import load_recipe
@@ -77,13 +77,13 @@ def run(
     model: ModelConfig, data: DataConfig, tokenizer: Tokenizer, peak_lr: float, seed: int, steps: int
 ) -> dict[str, Any]:
     """Held-out loss after a run, its first step's activation norms and how many updates were skipped."""
-    ids = dict(bos_id=model.bos_id, eos_id=model.eos_ids[0])
+    corpus = open_corpus(data, tokenizer, bos_id=model.bos_id, eos_id=model.eos_ids[0])
     config = OptimizerConfig(peak_lr=peak_lr, warmup_steps=steps // 20, final_lr_fraction=0.0)
     optimizer = make_optimizer(config, steps)
     training = next_token_training(model, optimizer)
     state = training.random_state(seed)
     step, evaluate = training.compiled_step(), training.compiled_evaluate()
-    batches = train_iterator(data, tokenizer, **ids)
+    batches = corpus.train_batches()
     norms: dict[str, float] = {}
     skipped = 0.0
     for i in range(steps):
@@ -91,7 +91,7 @@ def run(
         skipped += float(metrics["skipped"])
         if i == 0:
             norms = {name: float(x) for name, x in metrics.items() if name.startswith("act_norm/")}
-    heldout = itertools.islice(heldout_batches(data, tokenizer, **ids), HELDOUT_BATCHES)
+    heldout = itertools.islice(corpus.heldout_batches(), HELDOUT_BATCHES)
     parts = [evaluate((state.params, state.frozen), batch) for batch in heldout]
     nats = sum(float(sums["loss"]) for sums, _ in parts) / sum(float(weight) for _, weight in parts)
     return dict(heldout_nats=nats, skipped=skipped) | norms

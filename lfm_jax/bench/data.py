@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from lfm_jax.bench.timing import conditions
-from lfm_jax.data import BuildConfig, DataConfig, MixturePart, build, train_bpe, train_iterator
+from lfm_jax.data import BuildConfig, DataConfig, MixturePart, build, open_corpus, train_bpe
 
 B = 16
 BATCHES = 60
@@ -38,11 +38,12 @@ def bench_data(T: int = 4096, repeats: int = 5, documents: int = 12_000) -> str:
 
         def shards(prefetch: int) -> Iterator[Any]:
             mixture = (MixturePart(path=str(root / "set")),)
-            return train_iterator(DataConfig(mixture=mixture, seq_len=T, batch_size=B, prefetch=prefetch), tokenizer)
+            config = DataConfig(mixture=mixture, seq_len=T, batch_size=B, prefetch=prefetch)
+            return open_corpus(config, tokenizer).train_batches()
 
         text = DataConfig(sources=(str(root / "text.jsonl"),), heldout_fraction=0.0, seq_len=T, batch_size=B)
         start = time.perf_counter(), time.process_time()
-        on_the_fly = train_iterator(text, tokenizer)
+        on_the_fly = open_corpus(text, tokenizer).train_batches()
         next(on_the_fly)
         setup = time.perf_counter() - start[0], time.process_time() - start[1]
         figures = _measure({

@@ -4,7 +4,7 @@ There are two packers, since they see other things and their rows must not chang
 without end, rows are filled as they come, PACKING_ROWS of them open at a time, and its place among them can be saved.
 The one of a build (`filling.py`) sees all pieces of a block at once, and so leaves next to nothing empty.
 
-Importing this loads Grain, which is slow; `pipeline` does so only when data is asked for.
+Importing this loads Grain, which is slow; `corpora/text.py` does so only when batches are asked for.
 
 Dimensions: T time (tokens of a row).
 """

@@ -9,7 +9,6 @@ import dataclasses
 import math
 import shutil
 from collections.abc import Iterable, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,7 @@ from tokenizers import Tokenizer
 
 from lfm_jax import recipe
 from lfm_jax.convert import sidecars
-from lfm_jax.data import check_lasts, heldout_batches, heldout_bytes, load_tokenizer, make_tokenizer, train_iterator
-from lfm_jax.data.batch import Batch
+from lfm_jax.data import check_lasts, load_tokenizer, make_tokenizer, open_corpus
 from lfm_jax.files import write_whole
 from lfm_jax.pretrain.config import TrainConfig
 from lfm_jax.text.codec import check_tokenizer
@@ -60,35 +58,29 @@ class Pretraining:
 
     def __init__(self, config: TrainConfig):
         self._config = config
-        self._heldout_text: list[Batch] | None = None
 
     def prepare(self, run_dir: Path, *, resuming: bool) -> None:
         config = self._config
         if resuming:
-            self._tokenizer = _kept_tokenizer(config, run_dir)
+            tokenizer = _kept_tokenizer(config, run_dir)
         else:
             made = _new_tokenizer(config, run_dir) if processes.is_main() else None
             processes.barrier("tokenizer")
-            self._tokenizer = made or load_tokenizer(run_dir)
-        check_tokenizer(self._tokenizer, config.model)
+            tokenizer = made or load_tokenizer(run_dir)
+        check_tokenizer(tokenizer, config.model)
+        model = config.model
+        self._corpus = open_corpus(config.data, tokenizer, bos_id=model.bos_id, eos_id=model.eos_ids[0])
 
     def weights(self) -> Any | None:
         return None if self._config.init_from is None else _weights_of(self._config)
 
     def train_data(self, rows: np.ndarray | None) -> Data:
-        data = train_iterator(self._config.data, self._tokenizer, rows=rows, **self._document_ids())
-        check_lasts(self._config.data, self._config.steps)
+        data = self._corpus.train_batches(rows)
+        check_lasts(self._corpus, self._config.steps)
         return data
 
     def heldout(self) -> Iterable[Mapping[str, np.ndarray]]:
-        """Built datasets are read anew each time, text is tokenised once."""
-        if self._heldout_text is not None:
-            return self._heldout_text
-        whole = heldout_batches(self._config.data, self._tokenizer, **self._document_ids())
-        if self._config.data.mixture:
-            return whole
-        self._heldout_text = list(whole)
-        return self._heldout_text
+        return self._corpus.heldout_batches()
 
     def measured(self, sums: Mapping[str, float], weight: float, *, all_batches: bool) -> tuple[dict[str, float], str]:
         """Held-out loss in nats per token and, of all batches, in bits per byte of text."""
@@ -96,18 +88,9 @@ class Pretraining:
         record = {"heldout_loss": nats / weight}
         text = f"held-out loss {nats / weight:.4f} nats/token"
         if all_batches:
-            record["heldout_bits_per_byte"] = nats / math.log(2) / self._heldout_bytes
+            record["heldout_bits_per_byte"] = nats / math.log(2) / self._corpus.heldout_bytes
             text += f", {record['heldout_bits_per_byte']:.4f} bits/byte"
         return record, text
-
-    @cached_property
-    def _heldout_bytes(self) -> int:
-        return heldout_bytes(self._config.data)
-
-    def _document_ids(self) -> dict[str, int]:
-        """What documents begin and end with."""
-        model = self._config.model
-        return {"bos_id": model.bos_id, "eos_id": model.eos_ids[0]}
 
 
 def _weights_of(config: TrainConfig) -> Any:

@@ -13,11 +13,9 @@ from rich.console import Console
 from lfm_jax.data import (
     DataConfig,
     MixturePart,
-    heldout_batches,
-    heldout_bytes,
     load_manifest,
+    open_corpus,
     train_bpe,
-    train_iterator,
 )
 from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.data.encoding import Tokens
@@ -104,14 +102,14 @@ def row_of(values, fill=0):
 def test_a_dataset_of_format_1_reads_to_the_bit(sets):
     root, prints = sets
     assert load_manifest(root / "text").fingerprint() == prints["text"]
-    (batch,) = heldout_batches(config(root, "text"), BYTES)
+    (batch,) = open_corpus(config(root, "text"), BYTES).heldout_batches()
     expected = {"tokens": [40, 41], "targets": [41, 42], "segment_ids": [1, 1], "positions": [0, 1]}
     for key, values in expected.items():
         fill = LOSS_IGNORE if key == "targets" else 0
         assert batch[key].tolist() == [row_of(values, fill), *[row_of([], fill)] * (B - 1)]
         assert batch[key].dtype == np.int32
-    assert heldout_bytes(config(root, "text")) == 10
-    batches = take(train_iterator(config(root, "text"), BYTES), 3)
+    assert open_corpus(config(root, "text"), BYTES).heldout_bytes == 10
+    batches = take(open_corpus(config(root, "text"), BYTES).train_batches(), 3)
     rows = {key: sorted(np.concatenate([batch[key] for batch in batches]).tolist()) for key in batches[0]}
     assert rows["tokens"] == [row_of([1, 20 + i, 1, 21, 22, 23]) for i in range(12)]
     assert rows["targets"] == [row_of([20 + i, 7, 21, 22, 23, 7], LOSS_IGNORE) for i in range(12)]
@@ -123,7 +121,7 @@ def test_a_position_saved_in_a_dataset_of_format_1_is_still_known(sets):
     root, prints = sets
     known = hashlib.blake2b(f"0 {prints['text']} 1.000000000".encode(), digest_size=16).hexdigest()
     saved = {"fingerprint": known, "iterator": {"global_next_index": 2 * B}}
-    whole, resumed = (train_iterator(config(root, "text"), BYTES) for _ in range(2))
+    whole, resumed = (open_corpus(config(root, "text"), BYTES).train_batches() for _ in range(2))
     resumed.set_state(saved)
     assert resumed.get_state() == saved
     assert_same(take(resumed, 5), take(whole, 7)[2:])
@@ -131,8 +129,8 @@ def test_a_position_saved_in_a_dataset_of_format_1_is_still_known(sets):
 
 def test_only_what_the_assistant_wrote_is_a_target(sets):
     root, _ = sets
-    held = heldout_batches(config(root, "chats"), BYTES)
-    trained = take(train_iterator(config(root, "chats"), BYTES), 5)
+    held = open_corpus(config(root, "chats"), BYTES).heldout_batches()
+    trained = take(open_corpus(config(root, "chats"), BYTES).train_batches(), 5)
     for batches, chats, times in ((held, [10, 11], 1), (trained, range(10), 2)):
         rows = [row[row != LOSS_IGNORE].tolist() for batch in batches for row in batch["targets"]]
         learnt = [BYTES.decode(row, skip_special_tokens=False) for row in rows if row]
@@ -142,11 +140,11 @@ def test_only_what_the_assistant_wrote_is_a_target(sets):
 @pytest.mark.parametrize("names", [("chats",), ("text", "chats")])
 def test_resuming_goes_on_with_the_batches_to_come_in_either_format(sets, names):
     root, _ = sets
-    iterator = train_iterator(config(root, *names), BYTES)
+    iterator = open_corpus(config(root, *names), BYTES).train_batches()
     take(iterator, 3)
     state = json.loads(json.dumps(iterator.get_state()))
     expected = take(iterator, 6)
-    again = train_iterator(config(root, *names), BYTES)
+    again = open_corpus(config(root, *names), BYTES).train_batches()
     again.set_state(state)
     assert_same(take(again, 6), expected)
     rows = np.concatenate([batch["targets"] for batch in expected])
@@ -154,7 +152,7 @@ def test_resuming_goes_on_with_the_batches_to_come_in_either_format(sets, names)
     assert any(spans)
     assert all(spans) == (names == ("chats",))
     with pytest.raises(ValueError, match="belongs to other data"):
-        train_iterator(config(root, "text"), BYTES).set_state(state)
+        open_corpus(config(root, "text"), BYTES).train_batches().set_state(state)
 
 
 def test_what_is_learnt_is_shown_in_colour_and_the_rest_is_not(sets):

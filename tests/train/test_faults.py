@@ -10,8 +10,8 @@ import pytest
 from tiny_runs import STEPS, load, losses, recipe, steps_in_order
 
 import lfm_jax as lfm
+from lfm_jax.data.corpora.text import TextCorpus
 from lfm_jax.pretrain import objective
-from lfm_jax.pretrain import run as pretraining
 from lfm_jax.pretrain.run import train
 from lfm_jax.train.checkpoint import CheckpointManager
 from lfm_jax.train.metrics import read_metrics
@@ -53,7 +53,7 @@ class Poisoned:
 @pytest.fixture
 def poison(monkeypatch):
     """A function that makes the batches of these numbers bad."""
-    real, real_loss = pretraining.train_iterator, objective.cross_entropy
+    real, real_loss = TextCorpus.train_batches, objective.cross_entropy
 
     def loss(hidden_BTD, table_VD, targets_BT, **options):
         factor = jnp.where(jnp.any(targets_BT == BAD), jnp.nan, 1.0)
@@ -63,7 +63,7 @@ def poison(monkeypatch):
 
     def make_bad(bad):
         monkeypatch.setattr(
-            pretraining, "train_iterator", lambda *args, **kwargs: Poisoned(real(*args, **kwargs), bad)
+            TextCorpus, "train_batches", lambda *args, **kwargs: Poisoned(real(*args, **kwargs), bad)
         )
 
     return make_bad

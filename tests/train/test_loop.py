@@ -15,8 +15,8 @@ from tiny_runs import STEPS, finish, load, losses, recipe, start, steps_in_order
 
 import lfm_jax as lfm
 from lfm_jax.convert.hf import chat_template
+from lfm_jax.data.corpora.text import TextCorpus
 from lfm_jax.files import locked
-from lfm_jax.pretrain import run as pretraining
 from lfm_jax.pretrain.run import train
 from lfm_jax.recipe import to_plain
 from lfm_jax.testing import tiny_tokenizer
@@ -348,8 +348,8 @@ def test_data_used_up_saves_before_it_says_so(corpus, tmp_path, monkeypatch):
         def __getattr__(self, name):
             return getattr(self.whole, name)
 
-    real = pretraining.train_iterator
-    monkeypatch.setattr(pretraining, "train_iterator", lambda *args, **kwargs: Short(real(*args, **kwargs)))
+    real = TextCorpus.train_batches
+    monkeypatch.setattr(TextCorpus, "train_batches", lambda *args, **kwargs: Short(real(*args, **kwargs)))
     with pytest.raises(DataUsedUp):
         train(load(recipe(corpus, tmp_path / "run", eval_every=0)))
     assert {"4", "6"} <= set(os.listdir(tmp_path / "run" / "checkpoints"))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from lfm_jax.data import DataConfig, load_tokenizer, train_bpe, train_iterator
+from lfm_jax.data import DataConfig, load_tokenizer, open_corpus, train_bpe
 from lfm_jax.data.batch import Batch, batches_of
 from lfm_jax.data.build import BuildConfig, build
 from lfm_jax.data.config import MixturePart
@@ -171,7 +171,7 @@ class PreparedText:
             mixture=(MixturePart(path=str(self.manifest.directory)),), seq_len=self.text.seq_len,
             batch_size=self.text.batch_size, seed=seed, prefetch=1,
         )
-        return train_iterator(data, self._tokenizer, bos_id=BOS, eos_id=EOS)
+        return open_corpus(data, self._tokenizer, bos_id=BOS, eos_id=EOS).train_batches()
 
     def heldout_batches(self) -> Iterator[Batch]:
         """The same held-out rows for every run; the last batch is filled up with padding."""

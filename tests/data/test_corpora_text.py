@@ -8,13 +8,11 @@ import pytest
 
 from lfm_jax.data import (
     DataConfig,
-    heldout_batches,
-    heldout_bytes,
     heldout_documents,
     make_tokenizer,
+    open_corpus,
     train_bpe,
     train_documents,
-    train_iterator,
 )
 from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.data.packing import PACKING_ROWS
@@ -38,6 +36,10 @@ def config(corpus, **changes):
     return DataConfig(**(fields | changes))
 
 
+def opened(conf):
+    return open_corpus(conf, BYTES)
+
+
 def take(iterator, n):
     return list(itertools.islice(iterator, n))
 
@@ -50,22 +52,22 @@ def assert_same(batches, others):
 
 
 def test_batches_have_one_shape_and_repeat_with_the_seed(corpus):
-    batches = take(train_iterator(config(corpus), BYTES), 60)
+    batches = take(opened(config(corpus)).train_batches(), 60)
     assert all(x.shape == (4, 32) and x.dtype == np.int32 for batch in batches for x in batch.values())
-    assert_same(batches, take(train_iterator(config(corpus), BYTES), 60))
-    other = take(train_iterator(config(corpus, seed=1), BYTES), 60)
+    assert_same(batches, take(opened(config(corpus)).train_batches(), 60))
+    other = take(opened(config(corpus, seed=1)).train_batches(), 60)
     assert not all(np.array_equal(a["tokens"], b["tokens"]) for a, b in zip(batches, other, strict=True))
 
 
 @pytest.mark.parametrize("consumed", [0, 1, 5, 31, 32, 33, 90])
 def test_resuming_gives_exactly_the_batches_that_were_to_come(corpus, consumed):
     # 128 rows are packed at a time, 32 batches: the numbers lie before, on and after such borders, and epochs.
-    iterator = train_iterator(config(corpus), BYTES)
+    iterator = opened(config(corpus)).train_batches()
     take(iterator, consumed)
     state = json.loads(json.dumps(iterator.get_state()))
     expected = take(iterator, 25)
 
-    fresh = train_iterator(config(corpus), BYTES)
+    fresh = opened(config(corpus)).train_batches()
     fresh.set_state(state)
     assert fresh.get_state() == state
     assert_same(take(fresh, 25), expected)
@@ -76,13 +78,13 @@ def test_resuming_gives_exactly_the_batches_that_were_to_come(corpus, consumed):
 
 def test_state_of_other_data_is_refused(corpus, tmp_path):
     (tmp_path / "other.txt").write_text("something else")
-    state = train_iterator(config(corpus), BYTES).get_state()
+    state = opened(config(corpus)).train_batches().get_state()
     for changes in (dict(seed=1), dict(batch_size=2), dict(seq_len=16), dict(exclude=("0.txt",)),
                     dict(sources=(str(corpus), str(tmp_path)))):
         with pytest.raises(ValueError, match="belongs to other data"):
-            train_iterator(config(corpus, **changes), BYTES).set_state(state)
+            opened(config(corpus, **changes)).train_batches().set_state(state)
     with pytest.raises(ValueError, match="belongs to other data"):
-        train_iterator(config(corpus), train_bpe(["aaaa bbbb" * 9], vocab_size=272)).set_state(state)
+        open_corpus(config(corpus), train_bpe(["aaaa bbbb" * 9], vocab_size=272)).train_batches().set_state(state)
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +94,8 @@ def half_epochs(tmp_path_factory):
     for i in range(2 * PACKING_ROWS):  # Each fills a row of 4, and PACKING_ROWS are packed at a time.
         (root / f"{i}.txt").write_text(f"{i:03}")
     return [
-        [sorted(batch["tokens"].tolist()) for batch in take(train_iterator(
-            config(root, seq_len=4, batch_size=PACKING_ROWS, heldout_fraction=0.0, seed=seed), BYTES), 6)]
+        [sorted(batch["tokens"].tolist()) for batch in take(opened(
+            config(root, seq_len=4, batch_size=PACKING_ROWS, heldout_fraction=0.0, seed=seed)).train_batches(), 6)]
         for seed in (0, 1)
     ]
 
@@ -112,12 +114,12 @@ def test_neighbouring_seeds_do_not_share_the_order_of_their_epochs(half_epochs):
 
 def test_a_corpus_smaller_than_a_batch_still_fills_batches(tmp_path):
     (tmp_path / "only.txt").write_text("abc")
-    iterator = train_iterator(config(tmp_path, heldout_fraction=0.0), BYTES)
+    iterator = opened(config(tmp_path, heldout_fraction=0.0)).train_batches()
     assert all((batch["segment_ids"].max(axis=1) > 0).all() for batch in take(iterator, 3))
 
 
 def test_documents_begin_with_bos_and_end_with_eos(corpus):
-    batches = take(train_iterator(config(corpus), BYTES, bos_id=5, eos_id=6), 40)
+    batches = take(open_corpus(config(corpus), BYTES, bos_id=5, eos_id=6).train_batches(), 40)
     tokens, targets = (np.stack([batch[key] for batch in batches]) for key in ("tokens", "targets"))
     assert 5 in tokens
     assert 6 in targets
@@ -128,16 +130,16 @@ def test_documents_begin_with_bos_and_end_with_eos(corpus):
 @pytest.mark.parametrize("batch_size", [1, 4, 7])
 def test_heldout_pass_counts_every_token_once_in_batches_of_one_shape(corpus, batch_size):
     conf = config(corpus, batch_size=batch_size)
-    batches = list(heldout_batches(conf, BYTES))
+    batches = list(opened(conf).heldout_batches())
     assert all(x.shape == (batch_size, 32) and x.dtype == np.int32 for batch in batches for x in batch.values())
     documents = list(heldout_documents(conf))
     # One token a byte, and one eos a document.
     counted = sum((batch["targets"] != LOSS_IGNORE).sum() for batch in batches)
-    assert counted == heldout_bytes(conf) + len(documents)
-    assert heldout_bytes(conf) == sum(len(text.encode()) for text in documents)
+    assert counted == opened(conf).heldout_bytes + len(documents)
+    assert opened(conf).heldout_bytes == sum(len(text.encode()) for text in documents)
     for batch in batches:
         np.testing.assert_array_equal(batch["targets"] == LOSS_IGNORE, batch["segment_ids"] == 0)
-    assert_same(batches, heldout_batches(config(corpus, batch_size=batch_size, seed=9), BYTES))
+    assert_same(batches, opened(config(corpus, batch_size=batch_size, seed=9)).heldout_batches())
 
 
 def test_heldout_documents_are_not_trained_on(corpus):
@@ -161,15 +163,15 @@ def test_heldout_files_can_be_named(corpus):
 
 def test_nothing_held_out_gives_no_batches(corpus):
     conf = config(corpus, heldout_fraction=0.0)
-    assert heldout_bytes(conf) == 0
-    assert list(heldout_batches(conf, BYTES)) == []
+    assert opened(conf).heldout_bytes == 0
+    assert list(opened(conf).heldout_batches()) == []
 
 
 def test_a_corpus_without_text_is_refused(tmp_path):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("")
     with pytest.raises(ValueError, match="every training document is empty"):
-        train_iterator(config(tmp_path, heldout_fraction=0.0), BYTES)
+        opened(config(tmp_path, heldout_fraction=0.0)).train_batches()
     with pytest.raises(ValueError, match="every held-out document is empty"):
         heldout_documents(config(tmp_path, heldout=(str(tmp_path / "a.txt"),)))
 

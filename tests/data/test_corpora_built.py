@@ -15,13 +15,10 @@ from lfm_jax.data import (
     MixturePart,
     build,
     check_lasts,
-    heldout_batches,
-    heldout_bytes,
     load_manifest,
     make_tokenizer,
-    rows_available,
+    open_corpus,
     train_bpe,
-    train_iterator,
 )
 from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.pretrain.config import TrainConfig
@@ -58,8 +55,12 @@ def config(root, *parts, **changes):
     return DataConfig(**(dict(mixture=mixture, seq_len=T, batch_size=B) | changes))
 
 
+def opened(conf):
+    return open_corpus(conf, BYTES)
+
+
 def iterator(conf, rows=None):
-    return train_iterator(conf, BYTES, rows=rows)
+    return opened(conf).train_batches(rows)
 
 
 def take(it, n):
@@ -173,14 +174,14 @@ def test_each_epoch_has_every_row_once_in_a_new_order(root):
 
 def test_epoch_limits_are_known_before_and_kept(root):
     a, b = (load_manifest(root / name).train.rows for name in "ab")
-    assert rows_available(config(root)) is None
-    assert rows_available(config(root, MixturePart(path="a", epochs=3))) == 3 * a
+    assert opened(config(root)).rows_available is None
+    assert opened(config(root, MixturePart(path="a", epochs=3))).rows_available == 3 * a
     one = config(root, MixturePart(path="a", weight=1), MixturePart(path="b", weight=1, epochs=2))
-    assert rows_available(one) == 4 * b
-    check_lasts(one, steps=4 * b // B)
+    assert opened(one).rows_available == 4 * b
+    check_lasts(opened(one), steps=4 * b // B)
     with pytest.raises(ValueError, match=f"allow {4 * b} rows, which is {4 * b // B} steps of batch_size 8"):
-        check_lasts(one, steps=4 * b // B + 1)
-    check_lasts(config(root), steps=10**9)
+        check_lasts(opened(one), steps=4 * b // B + 1)
+    check_lasts(opened(config(root)), steps=10**9)
     it = iterator(one)
     rows = [row.tobytes() for row in tokens(take(it, 4 * b // B))]
     only_b = {row.tobytes() for row in tokens(take(iterator(config(root, MixturePart(path="b"))), b // B + 1))}
@@ -189,13 +190,13 @@ def test_epoch_limits_are_known_before_and_kept(root):
     assert sum(counts) in range(2 * b - B, 2 * b + 1)
     with pytest.raises(ValueError, match=r"epoch limits of data\.mixture are met"):
         next(it)
-    assert rows_available(DataConfig(sources=(str(root),), seq_len=T, batch_size=B)) is None
+    assert opened(DataConfig(sources=(str(root),), seq_len=T, batch_size=B)).rows_available is None
 
 
 def test_a_limit_may_be_raised_on_the_way(root):
     short, longer = (config(root, MixturePart(path="b", epochs=n)) for n in (1, 2))
     it = iterator(short)
-    rows = rows_available(short) // B
+    rows = opened(short).rows_available // B
     expected = take(iterator(longer), rows + 3)
     assert_same(take(it, rows), expected[:rows])
     more = iterator(longer)
@@ -218,22 +219,22 @@ def test_state_of_other_data_is_refused(root):
 
 @pytest.mark.parametrize("batch_size", [3, 8])
 def test_heldout_rows_are_counted_once_and_never_trained_on(root, batch_size):
-    conf = config(root, batch_size=batch_size)
-    batches = list(heldout_batches(conf, BYTES))
+    corpus = opened(config(root, batch_size=batch_size))
+    batches = list(corpus.heldout_batches())
     assert all(x.shape == (batch_size, T) and x.dtype == np.int32 for batch in batches for x in batch.values())
     held = [load_manifest(root / name).heldout for name in "ab"]
     counted = sum((batch["targets"] != LOSS_IGNORE).sum() for batch in batches)
     assert counted == sum(counts.tokens for counts in held)
-    assert heldout_bytes(conf) == sum(counts.text_bytes for counts in held)
-    assert counted == heldout_bytes(conf) + sum(counts.documents for counts in held)  # One token a byte, and eos.
+    assert corpus.heldout_bytes == sum(counts.text_bytes for counts in held)
+    assert counted == corpus.heldout_bytes + sum(counts.documents for counts in held)  # One token a byte, and eos.
     for batch in batches:
         np.testing.assert_array_equal(batch["targets"] == LOSS_IGNORE, batch["segment_ids"] == 0)
-    trained = {row.tobytes() for row in tokens(take(iterator(conf), 100))}
+    trained = {row.tobytes() for row in tokens(take(corpus.train_batches(), 100))}
     assert not trained & {row.tobytes() for row in tokens(batches) if row.any()}
 
 
 def test_a_long_context_stage_is_the_same_text_in_longer_rows(root):
-    batch = next(train_iterator(config(root, MixturePart(path="long"), seq_len=256), BYTES))
+    batch = next(iterator(config(root, MixturePart(path="long"), seq_len=256)))
     assert batch["tokens"].shape == (B, 256)
     a, long = load_manifest(root / "a"), load_manifest(root / "long")
     assert (a.train.documents, a.train.tokens, a.heldout.text_bytes) == (
@@ -254,11 +255,11 @@ def test_datasets_that_do_not_belong_to_the_run_are_named_together(root, tmp_pat
     assert f"{root / 'nowhere'} is not a built dataset: it has no manifest.json" in message
     assert len(message.splitlines()) == 4
     with pytest.raises(ValueError, match="another tokenizer than that of the run"):
-        train_iterator(config(root), other)
+        open_corpus(config(root), other)
     with pytest.raises(ValueError, match="another tokenizer than that of the run"):
         make_tokenizer(config(root, tokenizer=str(tmp_path / "other.json")), vocab_size=270)
     with pytest.raises(ValueError, match="built with bos_id 1 and eos_id 7, but the model has bos_id 1 and eos_id 2"):
-        train_iterator(config(root), BYTES, eos_id=2)
+        open_corpus(config(root), BYTES, eos_id=2)
     assert make_tokenizer(config(root), vocab_size=999).to_str() == BYTES.to_str()
 
 
