@@ -18,7 +18,7 @@ from lfm_jax.kernels.linear import linear, lookup
 from lfm_jax.kinds import FEED_FORWARDS, OPERATORS
 from lfm_jax.layers import RMSNorm, normal_param
 from lfm_jax.sharding import parts, reshard, spec_of
-from lfm_jax.stacking import Run, runs, stack_layers, unit_layers
+from lfm_jax.stacking import RepeatedUnit, runs, stack_layers, unit_layers
 from lfm_jax.state import LayerState, State
 from lfm_jax.weight_kinds import WeightKind
 
@@ -145,7 +145,7 @@ class LFM(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stacked: bool = False):
         self.config = config
-        self.runs = tuple(runs(config)) if stacked else (Run(0, config.num_layers, 1),)
+        self.runs = tuple(runs(config)) if stacked else (RepeatedUnit(0, config.num_layers, 1),)
         layers = unit_layers(config) if stacked else config.layers
         table, axes = (config.vocab_size, config.hidden_size), ("vocab", "width")
         self.embed = normal_param(rngs, table, axes, config)

@@ -75,7 +75,7 @@ PUBLISHED = Sampling(temperature=0.1, top_k=50, repetition_penalty=1.05)
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Params:
+class SamplingArrays:
     """The fields of `Sampling` as arrays, one entry a row."""
 
     temperature_B: jax.Array
@@ -86,7 +86,7 @@ class Params:
     seed_B: jax.Array
 
 
-class Plan(NamedTuple):
+class Features(NamedTuple):
     """What at least one row of a batch asks for; static under jit, so that nothing else is computed.
 
     A row's token does not depend on it: a filter that a row has switched off leaves its logits untouched.
@@ -100,20 +100,20 @@ class Plan(NamedTuple):
     repetition_penalty: bool
 
 
-ANYTHING = Plan(*[True] * len(Plan._fields))
+ANYTHING = Features(*[True] * len(Features._fields))
 """For batches whose rows change: one program for them all, in which a filter that no row wants costs little."""
 FEW = 64
 """Largest top_k that is found by `lax.top_k`; beyond it all of the vocabulary is looked at again and again."""
 
 
-def to_arrays(samplings: Sequence[Sampling], vocab_size: int) -> tuple[Params, Plan]:
+def to_arrays(samplings: Sequence[Sampling], vocab_size: int) -> tuple[SamplingArrays, Features]:
     """The parameters of a batch as NumPy arrays of float32, int32 (top_k) and uint32 (seed), and what they need."""
 
     def column(name: str, dtype: type) -> Any:
         return np.array([getattr(s, name) for s in samplings], dtype)
 
     top_k_B: Any = np.array([min(s.top_k, vocab_size) for s in samplings], np.int32)
-    params = Params(
+    params = SamplingArrays(
         temperature_B=column("temperature", np.float32),
         top_k_B=top_k_B,
         top_p_B=column("top_p", np.float32),
@@ -122,7 +122,7 @@ def to_arrays(samplings: Sequence[Sampling], vocab_size: int) -> tuple[Params, P
         seed_B=column("seed", np.uint32),
     )
     drawn = [s for s in samplings if s.temperature > 0]
-    return params, Plan(
+    return params, Features(
         sampled=bool(drawn),
         top_k=any(s.top_k for s in drawn),
         top_p=any(s.top_p < 1 for s in drawn),
@@ -132,26 +132,27 @@ def to_arrays(samplings: Sequence[Sampling], vocab_size: int) -> tuple[Params, P
 
 
 def sample(
-    logits_BV: jax.Array, params: Params, plan: Plan, position_B: jax.Array, seen_BV: jax.Array | None = None
+    logits_BV: jax.Array, params: SamplingArrays, features: Features, position_B: jax.Array,
+    seen_BV: jax.Array | None = None,
 ) -> jax.Array:
     """The next token of each row.
 
     Args:
       logits_BV: of the next token.
       params: per row.
-      plan: of the batch, from `to_arrays`.
+      features: of the batch, from `to_arrays`.
       position_B: position that the token will have in its row; with the seed it fixes the random numbers.
-      seen_BV: bool, tokens of the prompt and of the text so far; needed when `plan.repetition_penalty`.
+      seen_BV: bool, tokens of the prompt and of the text so far; needed when `features.repetition_penalty`.
 
     Returns:
       token_B, int32. Of equally likely tokens greedy takes the first.
 
     Raises:
-      ValueError: the plan needs `seen_BV` and it is None.
+      ValueError: the features need `seen_BV` and it is None.
     """
-    logits_BV = _penalised(logits_BV.astype(jnp.float32), params, plan, seen_BV)
+    logits_BV = _penalised(logits_BV.astype(jnp.float32), params, features, seen_BV)
     greedy_B = _argmax(logits_BV)
-    if not plan.sampled:
+    if not features.sampled:
         return greedy_B
 
     def gumbel(seed: jax.Array, position: jax.Array) -> jax.Array:
@@ -160,19 +161,21 @@ def sample(
         return jax.random.gumbel(key, logits_BV.shape[1:], jnp.float32)
 
     noise_BV = jax.vmap(gumbel)(params.seed_B, position_B)
-    drawn_B = _argmax(_filtered(logits_BV, params, plan) + noise_BV)
+    drawn_B = _argmax(_filtered(logits_BV, params, features) + noise_BV)
     return jnp.where(params.temperature_B > 0, drawn_B, greedy_B)
 
 
 def filter_logits(
-    logits_BV: jax.Array, params: Params, plan: Plan, seen_BV: jax.Array | None = None
+    logits_BV: jax.Array, params: SamplingArrays, features: Features, seen_BV: jax.Array | None = None
 ) -> jax.Array:
     """The float32 logits whose softmax `sample` draws from, -inf at tokens filtered out; arguments as there."""
-    return _filtered(_penalised(logits_BV.astype(jnp.float32), params, plan, seen_BV), params, plan)
+    return _filtered(_penalised(logits_BV.astype(jnp.float32), params, features, seen_BV), params, features)
 
 
-def _penalised(logits_BV: jax.Array, params: Params, plan: Plan, seen_BV: jax.Array | None) -> jax.Array:
-    if not plan.repetition_penalty:
+def _penalised(
+    logits_BV: jax.Array, params: SamplingArrays, features: Features, seen_BV: jax.Array | None
+) -> jax.Array:
+    if not features.repetition_penalty:
         return logits_BV
     if seen_BV is None:
         raise ValueError("a repetition penalty needs seen_BV, the tokens that each row holds already")
@@ -185,18 +188,18 @@ def _penalised(logits_BV: jax.Array, params: Params, plan: Plan, seen_BV: jax.Ar
     return _when(penalty_B1 != 1, penalise, logits_BV)
 
 
-def _filtered(logits_BV: jax.Array, params: Params, plan: Plan) -> jax.Array:
+def _filtered(logits_BV: jax.Array, params: SamplingArrays, features: Features) -> jax.Array:
     temperature_B1 = params.temperature_B[:, None]
     # Below that the likeliest token has all, and quotients would overflow.
     logits_BV = logits_BV / jnp.where(temperature_B1 > 0, jnp.maximum(temperature_B1, 1e-6), 1)
     drawn_B = params.temperature_B > 0
-    if plan.top_k:
+    if features.top_k:
         top_k_B = jnp.where(drawn_B, params.top_k_B, 0)
         logits_BV = _when(top_k_B > 0, lambda x_BV: jnp.where(_in_top_k(x_BV, top_k_B), x_BV, -jnp.inf), logits_BV)
-    if plan.top_p:
+    if features.top_p:
         top_p_B = jnp.where(drawn_B, params.top_p_B, 1)
         logits_BV = _when(top_p_B < 1, lambda x_BV: jnp.where(_in_top_p(x_BV, top_p_B), x_BV, -jnp.inf), logits_BV)
-    if plan.min_p:
+    if features.min_p:
         border_B1 = jnp.max(logits_BV, axis=1, keepdims=True) + jnp.log(params.min_p_B)[:, None]
         logits_BV = jnp.where(logits_BV >= border_B1, logits_BV, -jnp.inf)
     return logits_BV

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from lfm_jax.config import Layer, ModelConfig, repeated_units
 
 
-class Run(NamedTuple):
+class RepeatedUnit(NamedTuple):
     """A run of repeated layers, by its entries in the stacked `blocks`."""
 
     first: int
@@ -26,11 +26,11 @@ class Run(NamedTuple):
     repeats: int
 
 
-def runs(config: ModelConfig) -> list[Run]:
+def runs(config: ModelConfig) -> list[RepeatedUnit]:
     """The runs of a model's stacked form, first to last."""
     found, first = [], 0
     for unit, repeats in repeated_units(config.layers):
-        found.append(Run(first, len(unit), repeats))
+        found.append(RepeatedUnit(first, len(unit), repeats))
         first += len(unit)
     return found
 

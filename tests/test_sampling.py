@@ -46,8 +46,8 @@ def hf_filtered(s, logits_V, seen_T):
 
 
 def assert_filtered_as_hf(samplings, logits_BV, seen_BT, seen_BV):
-    params, plan = to_arrays(samplings, V)
-    ours_BV = np.asarray(filtered(logits_BV, params, plan, seen_BV))
+    params, features = to_arrays(samplings, V)
+    ours_BV = np.asarray(filtered(logits_BV, params, features, seen_BV))
     for s, ours_V, logits_V, seen_T in zip(samplings, ours_BV, logits_BV, seen_BT, strict=True):
         theirs_V = hf_filtered(s, logits_V, seen_T)
         np.testing.assert_array_equal(np.isfinite(ours_V), np.isfinite(theirs_V), err_msg=str(s))
@@ -81,32 +81,32 @@ def test_filters_together_row_by_row():
 
 def test_equal_logits_at_the_border_stay_together():
     logits_BV = np.array([[3, 2, 2, 2, 1, 0, -1]], np.float32)
-    params, plan = to_arrays([Sampling(temperature=1.0, top_k=2)], 7)
-    assert np.isfinite(filter_logits(logits_BV, params, plan)).sum() == 4
+    params, features = to_arrays([Sampling(temperature=1.0, top_k=2)], 7)
+    assert np.isfinite(filter_logits(logits_BV, params, features)).sum() == 4
 
 
 def test_a_filter_that_is_off_changes_no_bit():
     logits_BV, _, seen_BV = problem(2)
     busy = Sampling(temperature=1.0, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=1.5)
-    params, plan = to_arrays([Sampling(temperature=1.0), busy], V)
-    np.testing.assert_array_equal(filtered(logits_BV, params, plan, seen_BV)[0], logits_BV[0])
+    params, features = to_arrays([Sampling(temperature=1.0), busy], V)
+    np.testing.assert_array_equal(filtered(logits_BV, params, features, seen_BV)[0], logits_BV[0])
 
 
 def test_greedy_takes_the_first_of_the_best_and_ignores_the_rest():
     logits_BV = np.array([[0, 5, 5, 1], [-3, -2, -9, -2], [-np.inf, -np.inf, -np.inf, 0]], np.float32)
-    params, plan = to_arrays([GREEDY, Sampling(top_k=1, seed=4), Sampling(top_p=0.1, seed=5)], 4)
-    assert not plan.sampled
-    np.testing.assert_array_equal(sampled(logits_BV, params, plan, np.arange(3)), [1, 1, 3])
+    params, features = to_arrays([GREEDY, Sampling(top_k=1, seed=4), Sampling(top_p=0.1, seed=5)], 4)
+    assert not features.sampled
+    np.testing.assert_array_equal(sampled(logits_BV, params, features, np.arange(3)), [1, 1, 3])
 
 
 def test_draws_follow_the_filtered_distribution():
     logits_BV, _, _ = problem(1)
     count = 20_000
     s = Sampling(temperature=1.5, top_k=12, top_p=0.95)
-    params, plan = to_arrays([s], V)
-    probability_V = np.asarray(jax.nn.softmax(filtered(logits_BV, params, plan)[0]))
+    params, features = to_arrays([s], V)
+    probability_V = np.asarray(jax.nn.softmax(filtered(logits_BV, params, features)[0]))
     rows = jax.tree.map(lambda x: np.repeat(x, count), params)
-    drawn_B = np.asarray(sampled(np.repeat(logits_BV, count, axis=0), rows, plan, np.arange(count)))
+    drawn_B = np.asarray(sampled(np.repeat(logits_BV, count, axis=0), rows, features, np.arange(count)))
     frequency_V = np.bincount(drawn_B, minlength=V) / count
     assert frequency_V[probability_V == 0].sum() == 0
     # Five standard deviations of a binomial.
@@ -120,9 +120,9 @@ def test_a_draw_depends_on_seed_and_position_only():
 
     def draw(rows, others=()):
         samplings = [Sampling(temperature=5.0, seed=seed) for seed, _ in rows] + list(others)
-        params, plan = to_arrays(samplings, V)
+        params, features = to_arrays(samplings, V)
         positions = np.array([position for _, position in rows] + [7] * len(others), np.int32)
-        tokens = sampled(np.repeat(logits_BV, len(samplings), axis=0), params, plan, positions)
+        tokens = sampled(np.repeat(logits_BV, len(samplings), axis=0), params, features, positions)
         return np.asarray(tokens)[: len(rows)].tolist()
 
     first = draw(rows)
@@ -135,9 +135,9 @@ def test_a_draw_depends_on_seed_and_position_only():
 
 def test_a_greedy_row_beside_a_drawn_one():
     logits_BV, _, _ = problem(2)
-    params, plan = to_arrays([GREEDY, Sampling(temperature=9.0)], V)
+    params, features = to_arrays([GREEDY, Sampling(temperature=9.0)], V)
     assert all(
-        sampled(logits_BV, params, plan, np.array([p, p]))[0] == logits_BV[0].argmax() for p in range(5)
+        sampled(logits_BV, params, features, np.array([p, p]))[0] == logits_BV[0].argmax() for p in range(5)
     )
 
 
@@ -145,35 +145,35 @@ def test_nothing_sorts_the_vocabulary():
     logits_BV, _, seen_BV = problem(2)
     everything = Sampling(temperature=1.0, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.1)
     for samplings, top_k in (([GREEDY] * 2, False), ([everything] * 2, True)):
-        params, plan = to_arrays(samplings, V)
-        jaxpr = str(jax.make_jaxpr(sample, static_argnums=2)(logits_BV, params, plan, np.arange(2), seen_BV))
+        params, features = to_arrays(samplings, V)
+        jaxpr = str(jax.make_jaxpr(sample, static_argnums=2)(logits_BV, params, features, np.arange(2), seen_BV))
         assert "sort[" not in jaxpr
         assert ("top_k[" in jaxpr) == top_k
         assert ("random" in jaxpr) == top_k
 
 
-def test_plan_holds_only_what_some_row_needs():
-    _, plan = to_arrays([Sampling(top_k=5, top_p=0.5, min_p=0.5), Sampling(temperature=1.0, top_k=70)], 65_536)
-    assert plan == (True, True, False, False, False)
+def test_features_hold_only_what_some_row_needs():
+    _, features = to_arrays([Sampling(top_k=5, top_p=0.5, min_p=0.5), Sampling(temperature=1.0, top_k=70)], 65_536)
+    assert features == (True, True, False, False, False)
     assert to_arrays([Sampling(repetition_penalty=1.1)], V)[1] == (False, False, False, False, True)
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_one_plan_for_any_batch_changes_no_bit(name):
+def test_one_set_of_features_for_any_batch_changes_no_bit(name):
     samplings = [Sampling(**{"temperature": 1.0, name: value}) for value in EACH[name]]
     logits_BV, _, seen_BV = problem(len(samplings))
     params, _ = to_arrays(samplings, V)
     together_BV = np.asarray(filter_logits(logits_BV, params, ANYTHING, seen_BV))
     for i, sampling in enumerate(samplings):  # Alone, so that the few and the many of top_k are both gone through.
-        params, plan = to_arrays([sampling], V)
-        alone_BV = filter_logits(logits_BV[i : i + 1], params, plan, seen_BV[i : i + 1])
+        params, features = to_arrays([sampling], V)
+        alone_BV = filter_logits(logits_BV[i : i + 1], params, features, seen_BV[i : i + 1])
         np.testing.assert_array_equal(together_BV[i], np.asarray(alone_BV)[0])
 
 
 def test_penalty_without_seen_tokens_is_refused():
-    params, plan = to_arrays([Sampling(repetition_penalty=1.1)], V)
+    params, features = to_arrays([Sampling(repetition_penalty=1.1)], V)
     with pytest.raises(ValueError, match="seen_BV"):
-        sample(problem(1)[0], params, plan, np.zeros(1, np.int32))
+        sample(problem(1)[0], params, features, np.zeros(1, np.int32))
 
 
 def test_bad_fields_are_listed_together():
@@ -186,6 +186,6 @@ def test_bad_fields_are_listed_together():
 
 def test_a_temperature_next_to_nothing_takes_the_likeliest():
     logits_BV = np.random.default_rng(8).normal(size=(3, V)).astype(np.float32) * 50
-    params, plan = to_arrays([Sampling(temperature=t, seed=1) for t in (2e-38, 1e-9, 1e-7)], V)
-    drawn_B = sample(logits_BV, params, plan, np.array([0, 1, 2], np.int32), None)
+    params, features = to_arrays([Sampling(temperature=t, seed=1) for t in (2e-38, 1e-9, 1e-7)], V)
+    drawn_B = sample(logits_BV, params, features, np.array([0, 1, 2], np.int32), None)
     np.testing.assert_array_equal(drawn_B, logits_BV.argmax(axis=1))

@@ -39,7 +39,7 @@ STILL_LR = 1e-6
 """Peak learning rate of the timed training steps. An update that is skipped is cheaper than one that is made, so the
 parameters must not run away on random tokens."""
 
-Task = Callable[[], object]
+Timed = Callable[[], object]
 
 
 class _Model(NamedTuple):
@@ -230,7 +230,7 @@ def _train(
     return interleave([_train_task(model, shape, optimizer, loss_chunk) for model in models], repeats)
 
 
-def _train_task(model: _Model, shape: tuple[int, int], optimizer: OptimizerConfig, loss_chunk: int) -> Task:
+def _train_task(model: _Model, shape: tuple[int, int], optimizer: OptimizerConfig, loss_chunk: int) -> Timed:
     training, step = _train_program(model.config, optimizer, loss_chunk)
     state = training.new_state(jax.tree.map(jnp.copy, model.params))  # A step takes over the arrays of its state.
     tokens_BT = _tokens(model.config, *shape)
@@ -252,7 +252,7 @@ def _prefill(models: Sequence[_Model], length: int, repeats: int) -> list[float]
     return interleave([_prefill_task(model, length) for model in models], repeats)
 
 
-def _prefill_task(model: _Model, length: int) -> Task:
+def _prefill_task(model: _Model, length: int) -> Timed:
     prefill, state = _prefill_program(model.config), init_state(model.config, 1, length)
     tokens_BT = jnp.asarray(_tokens(model.config, 1, length))
     return lambda: jax.block_until_ready(prefill(model.params, tokens_BT, state))
@@ -271,7 +271,7 @@ def _decode_steps(config: ModelConfig, context: int) -> int:
     return max(least, min(most, DECODE_SLOTS // context)) if grows else most
 
 
-def _decode_task(model: _Model, context: int, steps: int) -> Task:
+def _decode_task(model: _Model, context: int, steps: int) -> Timed:
     decode, state = _decode_program(model.config), full_state(model.config, context, DECODE_STEPS[1])
     token_B = jnp.zeros((1,), jnp.int32)
 

@@ -14,7 +14,7 @@ from typing import Any
 from lfm_jax.train.launch import STOPPED
 
 
-class StopRequest:
+class StopOrDeadline:
     """SIGINT, SIGTERM or the end of the time granted (`time.monotonic()`); a second signal acts as usual."""
 
     def __init__(self, until: float):
@@ -23,7 +23,7 @@ class StopRequest:
         self._signals = processes.StopRequest()
         self._until = until
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> StopOrDeadline:
         self._signals.__enter__()
         return self
 

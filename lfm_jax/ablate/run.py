@@ -86,7 +86,7 @@ class Trainer:
                 Parts(
                     step=lambda state, batch: self._step(seeds)(state, batch, rate), data=progress, place=self._stack,
                     fresh=lambda: self._begin(seeds), abstract=lambda: jax.eval_shape(lambda: self._begin(seeds)),
-                    manager=manager, config={"key": key}, guard=self._study.guard,
+                    manager=manager, config={"key": key}, guard=dataclasses.replace(self._study.guard, max_rollbacks=0),
                 ),
                 Pace(steps=self._trial.steps, checkpoint_seconds=60 * self._study.checkpoint_minutes, save_last=False),
             )

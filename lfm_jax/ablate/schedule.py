@@ -26,7 +26,7 @@ import tyro
 import yaml
 
 from lfm_jax import recipe
-from lfm_jax.ablate.crew import StopRequest, run_crew
+from lfm_jax.ablate.crew import StopOrDeadline, run_crew
 from lfm_jax.ablate.points import BASE, Trial, all_settings, make_trial, points
 from lfm_jax.ablate.results import (
     cost_file,
@@ -134,7 +134,7 @@ def ablate(config: AblateConfig, args: Sequence[str] = ()) -> int:
         status = run_crew(config.processes, args)
     else:
         share = (0, 1) if config.index is None else tuple(int(x) for x in config.index.split("/"))
-        with StopRequest(until) as stop:
+        with StopOrDeadline(until) as stop:
             status = work.run(share, stop, config.retry_failed, help_others=config.processes > 1)
     if config.index is not None or status == STOPPED:
         return status
@@ -142,7 +142,7 @@ def ablate(config: AblateConfig, args: Sequence[str] = ()) -> int:
         say(f"{work.missing()} runs are left to other processes that are at them; the same command goes on once they "
              "have ended")
         return STOPPED
-    with StopRequest(until) as stop:
+    with StopOrDeadline(until) as stop:
         status = work.costs(stop)
     return STOPPED if status == STOPPED else max(status, work.report())
 
@@ -403,7 +403,7 @@ class Work:
 
     # ---------------------------------------------------------------- costs, results, report
 
-    def costs(self, stop: StopRequest) -> int:
+    def costs(self, stop: StopOrDeadline) -> int:
         """Measures the costs of each point that has none yet, beside the base in the same process; see `ablate`.
 
         They are those of the first task's shapes. Points of one model share them.

@@ -34,7 +34,7 @@ def bench_model(config: ModelConfig, *, repeats: int = 5, seed: int = 0) -> str:
     model = LFM(config, rngs=nnx.Rngs(seed))
     graphdef, state = nnx.split(model, nnx.Param)
     params = nnx.to_pure_dict(state)
-    peer = _Peer.build(model)
+    peer = Peer.build(model)
     rng = np.random.default_rng(seed)
 
     def tokens(batch: int, length: int) -> np.ndarray:
@@ -49,7 +49,7 @@ def bench_model(config: ModelConfig, *, repeats: int = 5, seed: int = 0) -> str:
 
 
 def _prefill_row(
-    graphdef: nnx.GraphDef, params: dict, peer: _Peer | None, tokens_BT: np.ndarray, repeats: int
+    graphdef: nnx.GraphDef, params: dict, peer: Peer | None, tokens_BT: np.ndarray, repeats: int
 ) -> Row:
     @jax.jit
     def prefill(params: dict, tokens_BT: jax.Array) -> jax.Array:
@@ -62,7 +62,7 @@ def _prefill_row(
     return _row(f"prefill, {tokens_BT.shape[1]} tokens", interleave(tasks, repeats), 1.4)
 
 
-def _decode_row(model: LFM, peer: _Peer | None, tokens_BT: np.ndarray, repeats: int) -> Row:
+def _decode_row(model: LFM, peer: Peer | None, tokens_BT: np.ndarray, repeats: int) -> Row:
     from lfm_jax.infer.generate import generate_tokens
     from lfm_jax.sampling import Sampling
 
@@ -83,7 +83,7 @@ def _decode_row(model: LFM, peer: _Peer | None, tokens_BT: np.ndarray, repeats: 
 
 
 def _train_row(
-    config: ModelConfig, params: dict, peer: _Peer | None, tokens_BT: np.ndarray, repeats: int
+    config: ModelConfig, params: dict, peer: Peer | None, tokens_BT: np.ndarray, repeats: int
 ) -> Row:
     from lfm_jax.pretrain.objective import next_token_training
 
@@ -114,7 +114,7 @@ def _row(name: str, times: list[float], target: float) -> Row:
     return Row(name, times[0], times[1] if len(times) > 1 else None, target)
 
 
-class _Peer:
+class Peer:
     """`Lfm2ForCausalLM` of transformers with our weights, eager PyTorch, all cores."""
 
     def __init__(self, model: LFM):
@@ -134,7 +134,7 @@ class _Peer:
         gc.collect()
 
     @classmethod
-    def build(cls, model: LFM) -> _Peer | None:
+    def build(cls, model: LFM) -> Peer | None:
         try:
             return cls(model)
         except ImportError:

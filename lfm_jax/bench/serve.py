@@ -134,9 +134,9 @@ def _engine(model: LFM, slots: int, length: int, **changes: Any) -> Engine:
 
 def _beside_transformers(model: LFM, repeats: int, toy: bool) -> str:
     """Rows beside `transformers` with the same weights, in turn in one process."""
-    from lfm_jax.bench.model import _Peer
+    from lfm_jax.bench.model import Peer
 
-    config, peer, slots = model.config, _Peer.build(model), 16
+    config, peer, slots = model.config, Peer.build(model), 16
     equal = 6 if toy else EQUAL
     low, high = (2, 12) if toy else SPREAD
     rng = np.random.default_rng(1)

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 
 from lfm_jax.engine.config import DEFAULT, EngineConfig
 from lfm_jax.engine.placement import check_memory, device_memory, memory_needed, place_replicas
-from lfm_jax.engine.pool import Pool, Run, Sent, Ticket, logprobs
+from lfm_jax.engine.pool import Pool, Running, Sent, Ticket, logprobs
 from lfm_jax.engine.prefix_cache import PrefixCache
 from lfm_jax.engine.request import Continuation, EngineFullError, Event, Finish, Listener, Request
 from lfm_jax.engine.slots import Told, slot_shapes
@@ -330,7 +330,7 @@ class Engine:
                     run.pool.promise(run, len(tokens) - steps_B[row])
                 self._hand_out(run, tokens, told, row)
 
-    def _hand_out(self, run: Run, tokens: list[int], told: Told, row: int) -> None:
+    def _hand_out(self, run: Running, tokens: list[int], told: Told, row: int) -> None:
         request, first = run.request, run.made == 0
         run.made += len(tokens)
         finish: Finish | None = None

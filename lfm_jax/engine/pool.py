@@ -36,7 +36,7 @@ class Ticket:
 
     def __init__(self, request: Request, listener: Listener, expires: float | None):
         self.request, self.listener, self.expires = request, listener, expires
-        self.runs: list[Run] = []
+        self.runs: list[Running] = []
         """One for each continuation, in order, once there are slots for them."""
         self.ended: set[int] = set()
         """Continuations that have had their last event."""
@@ -56,7 +56,7 @@ class Ticket:
             traceback.print_exc()
 
 
-class Run:
+class Running:
     """One continuation in its slot; `over` from the start where it was cancelled before."""
 
     def __init__(self, ticket: Ticket, choice: int, pool: Pool, row: int | None):
@@ -84,7 +84,7 @@ class Sent:
     """Tokens under way from the device."""
 
     told: Told
-    runs: list[tuple[int, Run]]
+    runs: list[tuple[int, Running]]
     """(row of `told`, its run), at least one."""
 
     @property
@@ -105,12 +105,12 @@ class Pool:
         self._programs = programs(graphdef, shape)
         with jax.set_mesh(mesh):
             self._slots: Slots = shape.init()
-        self.rows: list[Run | None] = [None] * shape.slots
+        self.rows: list[Running | None] = [None] * shape.slots
         self._free = list(range(shape.slots))
         """Slots without a run, as a heap: low ones first, since a dispatch takes all up to the highest in use."""
-        self.prefilling: list[Run] = []
+        self.prefilling: list[Running] = []
         """Runs whose prompts are being taken in, oldest first."""
-        self.live: set[Run] = set()
+        self.live: set[Running] = set()
         """Runs that generate."""
         self._batch = self._rows_taken_in(config.chunk)[0]
         """Rows of a dispatch that copies or stops some; one that takes in prompts has at least as many."""
@@ -134,7 +134,7 @@ class Pool:
     def admit(self, ticket: Ticket) -> None:
         """Gives slots to a ticket, which must be there."""
         for i in range(ticket.request.n):
-            run = Run(ticket, i, self, None if i in ticket.ended else heapq.heappop(self._free))
+            run = Running(ticket, i, self, None if i in ticket.ended else heapq.heappop(self._free))
             if not run.over:
                 self.rows[run.row] = run
             ticket.runs.append(run)
@@ -142,7 +142,7 @@ class Pool:
         self.prefilling.append(first)
         self._restore(first)
 
-    def release(self, run: Run, *, stop: bool) -> None:
+    def release(self, run: Running, *, stop: bool) -> None:
         """Ends a run; the device need not be told (`stop`) where the row came to its end there."""
         run.over = True
         if stop and run in self.live:
@@ -164,7 +164,7 @@ class Pool:
         self.prefilling.clear()
         self.live.clear()
 
-    def _vacate(self, run: Run) -> None:
+    def _vacate(self, run: Running) -> None:
         """Frees a run's slot, if it still has it."""
         self.live.discard(run)
         if run.row != NOWHERE and self.rows[run.row] is run:
@@ -173,7 +173,7 @@ class Pool:
 
     # ---------------------------------------------------------------- prompts
 
-    def _restore(self, run: Run) -> None:
+    def _restore(self, run: Running) -> None:
         """Puts what the cache has of the rest of the prompt into the slot."""
         C, prompt = self._config.chunk, run.request.prompt
         if run.request.prompt_logprobs:  # They must be computed.
@@ -208,7 +208,7 @@ class Pool:
         """How many prompts of so many tokens a dispatch may take in, rising."""
         return self._config.prompts_at_once((self.shape.slots, self.shape.length), width)
 
-    def _beside(self, chosen: Run) -> tuple[list[Run], int]:
+    def _beside(self, chosen: Running) -> tuple[list[Running], int]:
         """A prompt and others of which the next chunk has the same shape; how many rows the dispatch is to have."""
         shape = self._chunk_shape(chosen)
         counts, runs = self._rows_taken_in(shape[0]), [chosen]
@@ -222,7 +222,7 @@ class Pool:
         R = counts[-1] if 2 * len(runs) > counts[-1] else counts[0]
         return runs[:R], R
 
-    def _take_in(self, runs: Sequence[Run], R: int) -> list[Sent]:
+    def _take_in(self, runs: Sequence[Running], R: int) -> list[Sent]:
         """One chunk of each of these prompts, which must have one shape, in a dispatch of R rows."""
         C, (width, scored) = self._config.chunk, self._chunk_shape(runs[0])
         rows_R, length_R, fresh_R = np.full(R, NOWHERE, np.int32), np.zeros(R, np.int32), np.zeros(R, bool)
@@ -248,12 +248,12 @@ class Pool:
         finished = [(r, run) for r, run in enumerate(runs) if run.taken_in == len(run.request.prompt)]
         return self._begin(logits_RV, finished)
 
-    def _chunk_shape(self, run: Run) -> tuple[int, bool]:
+    def _chunk_shape(self, run: Running) -> tuple[int, bool]:
         """(tokens, whether they are scored) of the dispatch that takes in the next chunk of a prompt."""
         left = len(run.request.prompt) - run.taken_in
         return chunk_width(left, self._config.chunk), run.request.prompt_logprobs
 
-    def _is_coming(self, run: Run, runs: Sequence[Run]) -> bool:
+    def _is_coming(self, run: Running, runs: Sequence[Running]) -> bool:
         """The next block of a prompt is one that the cache is about to get from another of `runs`."""
         after, prompt = run.taken_in + self._config.chunk, run.request.prompt
         return (
@@ -262,17 +262,17 @@ class Pool:
             and any(other.taken_in == run.taken_in and other.request.prompt[:after] == prompt[:after] for other in runs)
         )
 
-    def _keep(self, run: Run) -> None:
+    def _keep(self, run: Running) -> None:
         """Gives the block that has just been taken in to the cache, if it is whole."""
         C, prompt = self._config.chunk, run.request.prompt
         if run.taken_in % C == 0 and self.cache.wants(prompt, run.taken_in // C):
             part = self._programs.snapshot(self._slots, np.int32(run.row), np.int32(run.taken_in - C), length=C)
             self.cache.add(prompt, run.taken_in // C, part)
 
-    def _begin(self, logits_RV: jax.Array, finished: Sequence[tuple[int, Run]]) -> list[Sent]:
+    def _begin(self, logits_RV: jax.Array, finished: Sequence[tuple[int, Running]]) -> list[Sent]:
         """Chooses the first tokens of continuations whose prompts have been taken in."""
         R, n = len(logits_RV), self._batch
-        starts: list[tuple[int, Run]] = []
+        starts: list[tuple[int, Running]] = []
         for r, first in finished:
             self.prefilling.remove(first)
             runs = [run for run in first.ticket.runs if not run.over]
@@ -332,7 +332,7 @@ class Pool:
 
     def _close_up(self) -> None:
         """Moves what generates to lower slots where its steps then take fewer rows."""
-        high: list[Run] = []
+        high: list[Running] = []
         for rows in (n for n in self.shape.row_counts if n >= len(self.live)):
             high = sorted((run for run in self.live if run.row >= rows), key=lambda run: run.row)
             if len(high) <= sum(row < rows for row in self._free):
@@ -352,7 +352,7 @@ class Pool:
         wanted = self.shape.fixed_rows or any(_may_draft(run.request) for run in self.live)
         return self.shape.draft if wanted else 0
 
-    def promise(self, run: Run, tokens: int) -> None:
+    def promise(self, run: Running, tokens: int) -> None:
         """Notes that so many more tokens are made, or sure to be, and frees the slot if they are the last."""
         run.promised += tokens
         if run.promised >= run.request.max_new_tokens:
@@ -403,7 +403,7 @@ class Pool:
         return count
 
 
-def _send(told: Told, runs: list[tuple[int, Run]]) -> Sent:
+def _send(told: Told, runs: list[tuple[int, Running]]) -> Sent:
     for leaf in jax.tree.leaves(told):
         leaf.copy_to_host_async()
     return Sent(told, runs)
@@ -429,7 +429,7 @@ def chunk_widths(most: int, chunk: int) -> list[int]:
     return sorted({chunk_width(n, chunk) for n in (*(1 << i for i in range(most.bit_length())), most)})
 
 
-def _asked(runs: Sequence[Run], R: int, shape: SlotShape) -> Asked:
+def _asked(runs: Sequence[Running], R: int, shape: SlotShape) -> Asked:
     """What requests ask for, as arrays of R rows."""
     requests = [run.request for run in runs]
     V, M, P = shape.config.vocab_size, shape.max_stop_ids, shape.max_biases

@@ -24,13 +24,13 @@ from lfm_jax import state as state_lib
 from lfm_jax.config import ModelConfig
 from lfm_jax.engine.config import SHORT, STEPS, EngineConfig
 from lfm_jax.model import LFM, Logits
-from lfm_jax.sampling import ANYTHING, Params, Plan, sample
+from lfm_jax.sampling import ANYTHING, Features, SamplingArrays, sample
 from lfm_jax.sharding import reshard, spec
 from lfm_jax.state import State
 
 NGRAM = 2
 """Tokens that must have occurred before for what followed them to be drafted."""
-GREEDY_PLAN = Plan(*[False] * len(Plan._fields))
+GREEDY_FEATURES = Features(*[False] * len(Features._fields))
 NOWHERE = 2**30
 """A row that no array has: what is written there is dropped."""
 
@@ -40,7 +40,7 @@ NOWHERE = 2**30
 class Asked:
     """What requests ask for, one row each."""
 
-    sampling: Params
+    sampling: SamplingArrays
     budget_B: jax.Array
     """Tokens to generate at most; int32 like all that follows but for the bias."""
     least_B: jax.Array
@@ -127,7 +127,7 @@ class SlotShape:
         def full(value: Any, *shape: int, dtype: Any = jnp.int32) -> jax.Array:
             return jnp.full((rows, *shape), value, dtype)
 
-        sampling = Params(
+        sampling = SamplingArrays(
             temperature_B=full(0, dtype=jnp.float32), top_k_B=full(0), top_p_B=full(1, dtype=jnp.float32),
             min_p_B=full(0, dtype=jnp.float32), repetition_penalty_B=full(1, dtype=jnp.float32),
             seed_B=full(0, dtype=jnp.uint32),
@@ -250,7 +250,7 @@ class Programs:
           draft: tokens drafted a step for the rows that want them; the shape's number, or 0 where none does.
         """
         shape = self._shape
-        plan, most = (GREEDY_PLAN, 0) if plain else (ANYTHING, shape.max_logprobs)
+        features, most = (GREEDY_FEATURES, 0) if plain else (ANYTHING, shape.max_logprobs)
 
         def unfinished(loop: tuple[jax.Array, Slots, Told]) -> jax.Array:
             n, part, _ = loop
@@ -265,7 +265,7 @@ class Programs:
             logits_bTV, state = self._run(
                 params, tokens_bT, jnp.where(live_b, length_b, 0), part.state, "all" if draft else "last"
             )
-            part, new = _next_tokens(dataclasses.replace(part, state=state), logits_bTV, drafts, plan, most)
+            part, new = _next_tokens(dataclasses.replace(part, state=state), logits_bTV, drafts, features, most)
             return n + 1, part, jax.tree.map(lambda all_, x: all_.at[n].set(x), told, new)
 
         part = jax.tree.map(lambda x: x[:rows], slots)
@@ -375,7 +375,7 @@ def _remember(
 
 
 def _next_tokens(
-    slots: Slots, logits_BTV: jax.Array, drafts: tuple[jax.Array, jax.Array] | None, plan: Plan, most: int,
+    slots: Slots, logits_BTV: jax.Array, drafts: tuple[jax.Array, jax.Array] | None, features: Features, most: int,
     mask_BW: jax.Array | None = None,
 ) -> tuple[Slots, Told]:
     """The next tokens of every live row, and the slots after them.
@@ -392,7 +392,7 @@ def _next_tokens(
     first_B = slots.state.position_B - drafted_B
     position_BT = first_B[:, None] + jnp.arange(T, dtype=jnp.int32)
     allowed_BTV = logits_BTV.astype(jnp.float32)
-    if plan == ANYTHING:
+    if features == ANYTHING:
         made_BT = (asked.budget_B - slots.left_B)[:, None] + jnp.arange(T, dtype=jnp.int32)
         allowed_BTV = _biased(allowed_BTV, asked)
         allowed_BTV = _without_stop_ids(allowed_BTV, asked, live_B[:, None] & (made_BT < asked.least_B[:, None]))
@@ -401,11 +401,11 @@ def _next_tokens(
         free_BTV, allowed_BTV = (jnp.where(may_B1V, x, -jnp.inf) for x in (logits_BTV.astype(jnp.float32), allowed_BTV))
         allowed_BTV = jnp.where(jnp.any(allowed_BTV > -jnp.inf, axis=2, keepdims=True), allowed_BTV, free_BTV)
     if T == 1:
-        token_BT = sample(allowed_BTV[:, 0], asked.sampling, plan, position_BT[:, 0], slots.seen_BV)[:, None]
+        token_BT = sample(allowed_BTV[:, 0], asked.sampling, features, position_BT[:, 0], slots.seen_BV)[:, None]
     else:
         repeated = jax.tree.map(lambda x: jnp.repeat(x, T, axis=0), asked.sampling)
-        seen_XV = jnp.repeat(slots.seen_BV, T, axis=0) if plan.repetition_penalty else None
-        token_X = sample(allowed_BTV.reshape(B * T, V), repeated, plan, position_BT.reshape(-1), seen_XV)
+        seen_XV = jnp.repeat(slots.seen_BV, T, axis=0) if features.repetition_penalty else None
+        token_X = sample(allowed_BTV.reshape(B * T, V), repeated, features, position_BT.reshape(-1), seen_XV)
         token_BT = token_X.reshape(B, T)
     stops_BT = jnp.any(token_BT[:, :, None] == asked.stop_ids_BM[:, None], axis=2)
     right_BK = (token_BT[:, :-1] == drafts_BK) & ~stops_BT[:, :-1]

@@ -17,7 +17,7 @@ from flax import nnx
 
 from lfm_jax.config import ModelConfig
 from lfm_jax.model import LFM
-from lfm_jax.sampling import Params, Plan, Sampling, sample, to_arrays
+from lfm_jax.sampling import Features, Sampling, SamplingArrays, sample, to_arrays
 from lfm_jax.state import State
 
 PREFILL_CHUNK = 512
@@ -69,7 +69,7 @@ class Decoding:
         self._first_B: jax.Array | None
         """First token of each row, until it is handed out."""
         self._carry, self._first_B = self._programs.first(
-            self._carry, logits_BV, self._params, self._stop_ids, plan=self._plan
+            self._carry, logits_BV, self._params, self._stop_ids, features=self._plan
         )
 
     @property
@@ -84,7 +84,7 @@ class Decoding:
             self._first_B = None
             return [[token] for token in first_B.tolist()]
         self._carry, tokens_NB = self._programs.decode(
-            self._model_params, self._carry, self._params, self._stop_ids, min(steps, DISPATCH), plan=self._plan
+            self._model_params, self._carry, self._params, self._stop_ids, min(steps, DISPATCH), features=self._plan
         )
         return [column[column >= 0].tolist() for column in np.asarray(tokens_NB).T]
 
@@ -130,16 +130,17 @@ def _programs(graphdef: nnx.GraphDef[LFM]) -> _Programs:
         new_BV, state = _run(model, tokens_BC, segment_ids_BC, state)
         return state, jnp.where(segment_ids_BC[:, :1] != 0, new_BV, logits_BV)
 
-    @functools.partial(jax.jit, static_argnames="plan", donate_argnames="carry")
+    @functools.partial(jax.jit, static_argnames="features", donate_argnames="carry")
     def first(
-        carry: _Carry, logits_BV: jax.Array, params: Params, stop_ids: jax.Array, *, plan: Plan
+        carry: _Carry, logits_BV: jax.Array, params: SamplingArrays, stop_ids: jax.Array, *, features: Features
     ) -> tuple[_Carry, jax.Array]:
         """Samples the first token of each row."""
-        return _choose(carry, logits_BV, params, stop_ids, plan)
+        return _choose(carry, logits_BV, params, stop_ids, features)
 
-    @functools.partial(jax.jit, static_argnames="plan", donate_argnames="carry")
+    @functools.partial(jax.jit, static_argnames="features", donate_argnames="carry")
     def decode(
-        model_params: Any, carry: _Carry, params: Params, stop_ids: jax.Array, steps: jax.Array, *, plan: Plan
+        model_params: Any, carry: _Carry, params: SamplingArrays, stop_ids: jax.Array, steps: jax.Array, *,
+        features: Features,
     ) -> tuple[_Carry, jax.Array]:
         """Up to `steps` tokens a row, tokens_NB, -1 where there is none; ends early when all rows are finished."""
         model = nnx.merge(graphdef, model_params)
@@ -152,7 +153,7 @@ def _programs(graphdef: nnx.GraphDef[LFM]) -> _Programs:
             n, carry, tokens_NB = loop
             live_B1 = (carry.left_B > 0).astype(jnp.int32)[:, None]  # A finished row is fed padding.
             logits_BV, state = _run(model, carry.token_B[:, None], live_B1, carry.state)
-            carry, token_B = _choose(dataclasses.replace(carry, state=state), logits_BV, params, stop_ids, plan)
+            carry, token_B = _choose(dataclasses.replace(carry, state=state), logits_BV, params, stop_ids, features)
             return n + 1, carry, tokens_NB.at[n].set(token_B)
 
         tokens_NB = jnp.full((DISPATCH, carry.token_B.shape[0]), -1, jnp.int32)
@@ -170,12 +171,12 @@ def _run(model: LFM, tokens_BC: jax.Array, segment_ids_BC: jax.Array, state: Sta
 
 
 def _choose(
-    carry: _Carry, logits_BV: jax.Array, params: Params, stop_ids: jax.Array, plan: Plan
+    carry: _Carry, logits_BV: jax.Array, params: SamplingArrays, stop_ids: jax.Array, features: Features
 ) -> tuple[_Carry, jax.Array]:
     """Samples the next token of every unfinished row; returns it (-1 for the others) and the carry after it."""
     live_B = carry.left_B > 0
     # The token will follow all that the state holds.
-    token_B = sample(logits_BV, params, plan, carry.state.position_B, carry.seen_BV)
+    token_B = sample(logits_BV, params, features, carry.state.position_B, carry.seen_BV)
     stopped_B = jnp.any(token_B[:, None] == stop_ids, axis=1)
     seen_BV = carry.seen_BV
     if seen_BV is not None:

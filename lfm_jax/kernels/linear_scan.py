@@ -146,7 +146,7 @@ class Token(NamedTuple):
         return 1 - self.a
 
 
-class Run(NamedTuple):
+class Composed(NamedTuple):
     """What runs of tokens amount to: h -> a h + b = h - loss h + b.
 
     Near a = 1, where memory is long, loss = 1 - a keeps the digits that a rounds away: products of a would add up their
@@ -249,7 +249,7 @@ def _adjoint(e: jax.Array, token: Token) -> tuple[jax.Array, jax.Array]:
     return _times(token.a, dh), dh if token.padding is None else jnp.where(token.padding, 0, dh)
 
 
-def _across(h: jax.Array, run: Run) -> tuple[jax.Array, jax.Array]:
+def _across(h: jax.Array, run: Composed) -> tuple[jax.Array, jax.Array]:
     """Past a run of tokens: gives the state before it."""
     return jnp.where(run.loss > 0.5, _times(run.a, h) + run.b, h + (run.b - run.loss * h)), h
 
@@ -328,16 +328,16 @@ def _kept(product: jax.Array, loss: jax.Array) -> jax.Array:
     return jnp.where(loss > 0.5, product, 1 - loss)
 
 
-def _joined(first: Run, then: Run) -> Run:
+def _joined(first: Composed, then: Composed) -> Composed:
     loss = _lost(first.loss, then.loss)
-    return Run(_kept(_times(then.a, first.a), loss), loss, _across(first.b, then)[0])
+    return Composed(_kept(_times(then.a, first.a), loss), loss, _across(first.b, then)[0])
 
 
 def _summary_reader(summaries_BN3D: jax.Array) -> Read:
-    def read(pick: Pick) -> Run:
+    def read(pick: Pick) -> Composed:
         picked = pick(summaries_BN3D)
         product, loss, b = (picked[..., i, :] for i in range(3))
-        return Run(_kept(product, loss), loss, b)
+        return Composed(_kept(product, loss), loss, b)
 
     return read
 
@@ -366,7 +366,7 @@ def _associative(a_BTD: jax.Array, b_BTD: jax.Array, h0_BD: jax.Array, *, revers
     del interpret
 
     a_BTD = a_BTD.astype(jnp.float32)
-    tokens = Run(a_BTD, 1 - a_BTD, b_BTD.astype(jnp.float32))
+    tokens = Composed(a_BTD, 1 - a_BTD, b_BTD.astype(jnp.float32))
     h_BTD, _ = _across(h0_BD[:, None], lax.associative_scan(_joined, tokens, reverse=reverse, axis=1))
     return h_BTD.astype(b_BTD.dtype), h_BTD[:, 0 if reverse else -1]
 
@@ -394,13 +394,13 @@ def _arriving(step: Step, read: Read, shape: Shape, first_BD: jax.Array, axis: s
     shards = lax.axis_size(axis)
     way = -1 if reverse else 1
 
-    def from_behind(run: Run, distance: int) -> Run:
+    def from_behind(run: Composed, distance: int) -> Composed:
         return lax.ppermute(run, axis, _towards(axis, way * distance))
 
     behind = from_behind(_total(step, read, shape, reverse), 1)
     begins = lax.axis_index(axis) == (shards - 1 if reverse else 0)
     zero = jnp.zeros_like(behind.a)
-    behind = jax.tree.map(partial(jnp.where, begins), Run(zero, zero + 1, first_BD), behind)
+    behind = jax.tree.map(partial(jnp.where, begins), Composed(zero, zero + 1, first_BD), behind)
     distance = 1
     while distance < shards:
         behind = _joined(from_behind(behind, distance), behind)
@@ -413,16 +413,16 @@ def _towards(axis: str, distance: int) -> list[tuple[int, int]]:
     return [(i, i + distance) for i in range(shards) if 0 <= i + distance < shards]
 
 
-def _total(step: Step, read: Read, shape: Shape, reverse: bool) -> Run:
+def _total(step: Step, read: Read, shape: Shape, reverse: bool) -> Composed:
     """All tokens as one run. Only summaries are written; XLA finds those that `chunked` makes to be the same."""
     B, T, D = shape
     N = T // CHUNK
     nothing = jnp.zeros((B, D), jnp.float32)
-    total = Run(nothing + 1, nothing, nothing)
+    total = Composed(nothing + 1, nothing, nothing)
     if N > 0:
         total = _total(_across, _summary_reader(_summaries(step, read, shape, reverse)), (B, N, D), reverse)
     for t in _left_over(T, reverse):
         token_BD = read(lambda x, t=t: x[:, t])
         loss = _lost(total.loss, token_BD.loss)
-        total = Run(_kept(_times(token_BD.a, total.a), loss), loss, step(total.b, token_BD)[0])
+        total = Composed(_kept(_times(token_BD.a, total.a), loss), loss, step(total.b, token_BD)[0])
     return total

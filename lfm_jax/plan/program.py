@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from lfm_jax.chips import Chip
 from lfm_jax.config import ITEMSIZE
 from lfm_jax.kinds import OPERATORS
-from lfm_jax.plan import cost, hlo
+from lfm_jax.plan import hlo, hlo_cost
 from lfm_jax.train.budget import Budget, Share, kept_bytes, too_large
 from lfm_jax.train.config import RunConfig
 
@@ -105,8 +105,8 @@ def read_program(
     flops = bytes_ = 0.0
     bound = [0.0, 0.0]
     for computation, instruction, times in module.executed:
-        products = times * cost.flops(module, computation, instruction)
-        moved = times * cost.hbm_bytes(module, computation, instruction)
+        products = times * hlo_cost.flops(module, computation, instruction)
+        moved = times * hlo_cost.hbm_bytes(module, computation, instruction)
         flops, bytes_ = flops + products, bytes_ + moved
         needs = products / rates[0], moved / rates[1]
         bound[needs[1] > needs[0]] += max(needs)

@@ -54,7 +54,7 @@ def train(config: TrainConfig) -> TrainResult:
 
 
 class Pretraining:
-    """What pre-training brings to a run (`runner.Work`)."""
+    """What pre-training brings to a run (`runner.Method`)."""
 
     def __init__(self, config: TrainConfig):
         self._config = config

@@ -27,7 +27,7 @@ from lfm_jax.engine.service import Answers, Piece, Service
 from lfm_jax.sampling import GREEDY, Sampling
 from lfm_jax.serve.errors import KINDS, RefusalError
 from lfm_jax.serve.formats import ChatFormat, TextFormat, streamed_answer, whole_answer
-from lfm_jax.serve.guard import Guard
+from lfm_jax.serve.gate import Gate
 from lfm_jax.serve.limits import LIMITS, Limits
 from lfm_jax.serve.metrics import Metrics
 from lfm_jax.serve.protocol import ChatBody, CompletionBody, plain_messages
@@ -55,7 +55,7 @@ def make_app(
         await asyncio.to_thread(service.engine.close)
 
     app = FastAPI(title="lfm_jax", version="1", lifespan=life, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(Guard, api_key=api_key, limits=limits, metrics=metrics)
+    app.add_middleware(Gate, api_key=api_key, limits=limits, metrics=metrics)
     app.add_exception_handler(RefusalError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)

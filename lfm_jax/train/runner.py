@@ -39,7 +39,7 @@ from lfm_jax.train.record import Recorder
 from lfm_jax.train.step import Training
 
 
-class Work(Protocol):
+class Method(Protocol):
     """What a method brings to a run."""
 
     def prepare(self, run_dir: Path, *, resuming: bool) -> None:
@@ -80,7 +80,7 @@ class RunResult:
     """What was measured at the end; empty when the run was interrupted or nothing is held out."""
 
 
-def run_training(config: RunConfig, work: Work) -> RunResult:
+def run_training(config: RunConfig, method: Method) -> RunResult:
     """Runs or resumes a training run to its end, or to an interrupt.
 
     SIGINT or SIGTERM finishes the step under way, saves a checkpoint and returns; a second one kills.
@@ -98,9 +98,9 @@ def run_training(config: RunConfig, work: Work) -> RunResult:
         manager = CheckpointManager(run_dir, keep=config.keep_checkpoints)
         try:
             # Before the mesh is in use: loading is each process's own.
-            weights = None if manager.steps() else work.weights()
+            weights = None if manager.steps() else method.weights()
             with nullcontext() if mesh is None else jax.set_mesh(mesh):
-                result = _train(config, work, run_dir, manager, mesh, weights)
+                result = _train(config, method, run_dir, manager, mesh, weights)
             manager.wait()
             return result
         finally:
@@ -115,7 +115,7 @@ def _mesh(config: RunConfig) -> Mesh | None:
 
 
 def _train(
-    config: RunConfig, work: Work, run_dir: Path, manager: CheckpointManager, mesh: Mesh | None, weights: Any
+    config: RunConfig, method: Method, run_dir: Path, manager: CheckpointManager, mesh: Mesh | None, weights: Any
 ) -> RunResult:
     main, resuming = processes.is_main(), bool(manager.steps())
     if config.train_minutes is not None and resuming:
@@ -126,12 +126,12 @@ def _train(
     _show_budget(config, mesh, console)
     if resuming:
         _check_resumable(config, manager, console)
-    work.prepare(run_dir, resuming=resuming)
-    data = work.train_data(place.rows)
+    method.prepare(run_dir, resuming=resuming)
+    data = method.train_data(place.rows)
     if config.train_minutes is not None and not resuming:
         config = _with_timed_steps(config, data, place, console)
         training = config.training()
-    measure = _Evaluation(config, training, work, place, console)
+    measure = _Evaluation(config, training, method, place, console)
     driver = Driver(
         Parts(
             step=training.compiled_step(), data=data, place=place,
@@ -246,16 +246,16 @@ class _Evaluation:
     """The objective over the held-out batches."""
 
     def __init__(
-        self, config: RunConfig, training: Training, work: Work, place: processes.BatchPlacer, console: Console
+        self, config: RunConfig, training: Training, method: Method, place: processes.BatchPlacer, console: Console
     ):
-        self._config, self._work, self._place, self._console = config, work, place, console
+        self._config, self._method, self._place, self._console = config, method, place, console
         self._evaluate: Callable[..., Any] = training.compiled_evaluate()
 
     def __call__(self, state: states.TrainState) -> dict[str, float] | None:
-        """What `Work.measured` says; None where nothing is held out."""
+        """What `Method.measured` says; None where nothing is held out."""
         sums: dict[str, float] = {}
         weight, limit = 0.0, self._config.eval_batches
-        for batch in islice(self._work.heldout(), limit or None):
+        for batch in islice(self._method.heldout(), limit or None):
             if not sums:
                 self._console.note("held-out loss ...")
             part, count = self._evaluate((state.params, state.frozen), self._place(self._place.local(batch)))
@@ -263,7 +263,7 @@ class _Evaluation:
             weight += float(count)
         if not weight:
             return None
-        record, text = self._work.measured(sums, weight, all_batches=not limit)
+        record, text = self._method.measured(sums, weight, all_batches=not limit)
         self._console.note(f"step {int(state.step)}: {text}")
         self._console.restart_clock()
         return record

@@ -11,7 +11,7 @@ import tpu_aot
 from lfm_jax.config import ModelConfig
 from lfm_jax.data import DataConfig
 from lfm_jax.model import abstract_model
-from lfm_jax.plan import PlanConfig, cost, plan
+from lfm_jax.plan import PlanConfig, hlo_cost, plan
 from lfm_jax.plan import program as program_module
 from lfm_jax.plan.hlo import Module, collectives
 from lfm_jax.plan.program import expected_collectives, expected_program, read_program
@@ -87,7 +87,7 @@ def test_its_products_are_those_of_the_formulas(compiled):
     assert program.unknown_loops == 0
     assert program.flops * 16 == pytest.approx(found.model_flops + found.remat_flops, rel=0.01)
     module = Module(text)
-    seen = 16 * sum(times * cost.flops(module, c, i) for c, i, times in module.executed)
+    seen = 16 * sum(times * hlo_cost.flops(module, c, i) for c, i, times in module.executed)
     attention = 6 * 2 * 2 * 16 * 64 * 4097 / 2 * found.tokens * 4  # Forward, again, and twice for the gradient.
     assert seen == pytest.approx(found.model_flops + found.remat_flops - attention, rel=0.01)  # Splash shows none.
 

@@ -7,7 +7,7 @@ import tpu_aot
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lfm_jax.plan import cost
+from lfm_jax.plan import hlo_cost
 from lfm_jax.plan.hlo import Module, axes_of, collectives, replica_groups
 
 MESH = {"data": 2, "fsdp": 4, "tensor": 2}
@@ -40,7 +40,7 @@ def test_groups_of_an_unknown_form_are_refused():
 
 def counted(text):
     module = Module(text)
-    return module, sum(times * cost.flops(module, c, i) for c, i, times in module.executed)
+    return module, sum(times * hlo_cost.flops(module, c, i) for c, i, times in module.executed)
 
 
 def test_products_in_nested_loops_count_as_often_as_they_run():
@@ -76,7 +76,7 @@ def test_bytes_of_what_is_sliced_are_those_of_the_slices():
 
     compiled = jax.jit(lambda xs: jax.lax.scan(add, jnp.zeros((256, 256)), xs)[0]).lower(stack).compile()
     module = Module(compiled.as_text())
-    moved = sum(times * cost.hbm_bytes(module, c, i) for c, i, times in module.executed)
+    moved = sum(times * hlo_cost.hbm_bytes(module, c, i) for c, i, times in module.executed)
     # Ten times: one slice and the sum read, the sum written; and the start. Never the stack ten times.
     assert 10 * 3 * 256**2 * 4 <= moved <= 1.3 * 10 * 3 * 256**2 * 4
 
@@ -179,7 +179,7 @@ ENTRY %main (x: f32[4]) -> (s32[], f32[4]) {
 
 def test_a_window_counts_where_it_meets_data():
     taps = {"pad": "2_0"}
-    assert cost._hits(16, 16, 3, taps) == 16 * 3 - 3
-    assert cost._hits(16, 14, 3, {}) == 14 * 3
+    assert hlo_cost._hits(16, 16, 3, taps) == 16 * 3 - 3
+    assert hlo_cost._hits(16, 14, 3, {}) == 14 * 3
     # How TPU's compiler writes a product with batch dimensions: each place of the window meets one element.
-    assert cost._hits(4, 4, 4, {"pad": "3_3", "stride": "3", "lhs_dilate": "4"}) == 4
+    assert hlo_cost._hits(4, 4, 4, {"pad": "3_3", "stride": "3", "lhs_dilate": "4"}) == 4

@@ -21,7 +21,7 @@ OPEN = ("/", "/health")
 """Paths that need no key."""
 
 
-class Guard:
+class Gate:
     """ASGI middleware.
 
     Args:
