@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from lfm_jax.kinds import FEED_FORWARDS, ITEMSIZE, OPERATORS
+from lfm_jax.problems import raise_problems
 
 LayerType = Annotated[str, OPERATORS]
 """A name of the table; flags read their choices from it (`recipe.py`)."""
@@ -139,9 +140,7 @@ class ModelConfig:
     and optimizer state are stacked (`stacking.py`), checkpoints never."""
 
     def __post_init__(self) -> None:
-        problems = _problems(self)
-        if problems:
-            raise ValueError("ModelConfig is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise_problems("ModelConfig is not valid", _problems(self))
 
     @property
     def num_layers(self) -> int:

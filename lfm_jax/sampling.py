@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lfm_jax.problems import raise_problems
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -45,9 +47,7 @@ class Sampling:
     """Seed of the random numbers."""
 
     def __post_init__(self) -> None:
-        problems = _problems(self)
-        if problems:
-            raise ValueError("Sampling is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise_problems("Sampling is not valid", _problems(self))
 
 
 def _problems(s: Sampling) -> list[str]:

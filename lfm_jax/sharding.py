@@ -16,6 +16,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lfm_jax.problems import raise_problems
 from lfm_jax.weight_kinds import WeightKind
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
@@ -84,8 +85,7 @@ class MeshConfig:
         least = {name: 0 if name == "data" else 1 for name in MESH_AXES}
         problems = [f"mesh.{name} is {getattr(self, name)}; it must be at least {low}"
                     for name, low in least.items() if getattr(self, name) < low]
-        if problems:
-            raise ValueError("MeshConfig is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise_problems("MeshConfig is not valid", problems)
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """Devices along each axis, `data` filled in.

@@ -18,6 +18,7 @@ from lfm_jax.ablate.tasks.needle import Needle
 from lfm_jax.ablate.tasks.recall import Mqar
 from lfm_jax.ablate.tasks.text import BOS, EOS, Text
 from lfm_jax.config import ConvGates, ModelConfig
+from lfm_jax.problems import raise_problems
 from lfm_jax.train.optimizer import OptimizerConfig
 from lfm_jax.train.step import GuardConfig
 
@@ -207,8 +208,7 @@ class Study:
             parse_pattern(self.pattern)
         except ValueError as error:
             problems.append(str(error))
-        if problems:
-            raise ValueError("Study is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise_problems("Study is not valid", problems)
 
     def task(self, name: str) -> Any:
         """The settings of a task."""

@@ -25,8 +25,9 @@ from lfm_jax.data.filling import fill_rows
 from lfm_jax.data.heldout import is_heldout
 from lfm_jax.data.manifest import BUILD_DIR, SPLITS, Counts, Shard, Split, counts_from_plain, file_digest
 from lfm_jax.data.records import TEXT_FORMAT, RowCodec
-from lfm_jax.data.sources import Stretch, raise_problems, read_stretch
+from lfm_jax.data.sources import Stretch, read_stretch
 from lfm_jax.files import write_whole
+from lfm_jax.problems import raise_problems
 from lfm_jax.text.tokenizer import load_tokenizer
 
 BATCH_BYTES = 2**20

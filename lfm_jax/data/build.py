@@ -27,6 +27,7 @@ from lfm_jax.data.manifest import BUILD_DIR, MANIFEST_FILE, Counts, Manifest, lo
 from lfm_jax.data.records import TEXT_FORMAT
 from lfm_jax.data.sources import SourceFile, Stretch, find_files, stretches
 from lfm_jax.files import locked, write_whole
+from lfm_jax.problems import raise_problems
 from lfm_jax.text.tokenizer import TOKENIZER_FILE, load_tokenizer
 
 STRETCHES = 16
@@ -69,9 +70,7 @@ class BuildConfig:
     """Processes that build blocks. 0: one a core."""
 
     def __post_init__(self) -> None:
-        problems = _problems(self)
-        if problems:
-            raise ValueError("BuildConfig is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise_problems("BuildConfig is not valid", _problems(self))
 
 
 def build(config: BuildConfig, *, show_progress: bool = True) -> Manifest:

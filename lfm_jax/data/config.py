@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
+from lfm_jax.problems import raise_problems
 from lfm_jax.text.tokenizer import TOKENIZER_FILE
 
 
@@ -87,9 +88,7 @@ class DataConfig:
     """Batches of a mixture to read ahead, each on a thread of its own. 0: each is read when it is needed."""
 
     def __post_init__(self) -> None:
-        problems = _problems(self)
-        if problems:
-            raise ValueError("DataConfig is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise_problems("DataConfig is not valid", _problems(self))
 
 
 def field_problems(c: Any, *, names: Sequence[str], counts: Sequence[tuple[str, int]]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lfm_jax.data.records import FORMATS, RowCodec
-from lfm_jax.data.sources import raise_problems
+from lfm_jax.problems import raise_problems
 
 MANIFEST_FILE = "manifest.json"
 BUILD_DIR = ".build"

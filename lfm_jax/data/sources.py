@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lfm_jax.problems import raise_problems
+
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 """Files that are one document each."""
 JSONL_SUFFIX = ".jsonl"
 """Files with one document per line: a JSON object with the text under one of its keys."""
 SUFFIXES = (*TEXT_SUFFIXES, JSONL_SUFFIX)
 
-MAX_PROBLEMS = 20
-"""How many problems one error spells out."""
 
 
 class SourceFile(NamedTuple):
@@ -244,12 +244,3 @@ def _explain(path: Path, offset: int, raw: bytes, error: ValueError, text_field:
     else:
         reason = f"{error}; mend the line or set text_field"
     return f"{path}, line {line}: {reason}"
-
-
-def raise_problems(what: str, problems: Sequence[str]) -> None:
-    """Raises a ValueError of one line a problem, MAX_PROBLEMS at most, if there are any."""
-    if problems:
-        shown = [f"  - {problem}" for problem in problems[:MAX_PROBLEMS]]
-        if len(problems) > MAX_PROBLEMS:
-            shown.append(f"  ... and {len(problems) - MAX_PROBLEMS} more")
-        raise ValueError(f"{what}:\n" + "\n".join(shown))

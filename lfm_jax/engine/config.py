@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from lfm_jax.problems import raise_problems
+
 STEPS = 32
 """Most steps of one dispatch."""
 SHORT = 2048
@@ -68,8 +70,7 @@ class EngineConfig:
             problems.append(f"slots is {self.slots!r}; it must list (number, tokens), both above 0")
         elif len({length for _, length in self.slots}) < len(self.slots):
             problems.append(f"slots {self.slots!r} names a length twice")
-        if problems:
-            raise ValueError("EngineConfig is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise_problems("EngineConfig is not valid", problems)
 
     def prompts_at_once(self, kind: tuple[int, int], width: int) -> list[int]:
         """How many prompts of `width` tokens a dispatch may take in, rising, for slots of a kind (number, tokens):

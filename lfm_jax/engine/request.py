@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from lfm_jax.config import ModelConfig
+from lfm_jax.problems import raise_problems
 from lfm_jax.sampling import GREEDY, Sampling
 
 if TYPE_CHECKING:
@@ -72,8 +73,7 @@ class Request:
             problems.append("prompt_logprobs needs logprobs, the number of likeliest tokens to tell")
         if self.deadline is not None and not (isinstance(self.deadline, (int, float)) and self.deadline > 0):
             problems.append(f"deadline is {self.deadline!r}; it must be above 0 seconds")
-        if problems:
-            raise ValueError("Request is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise_problems("Request is not valid", problems)
 
     @property
     def size(self) -> int:

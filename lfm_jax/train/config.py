@@ -7,6 +7,7 @@ import dataclasses
 from typing import ClassVar
 
 from lfm_jax.config import ModelConfig
+from lfm_jax.problems import raise_problems
 from lfm_jax.sharding import MeshConfig
 from lfm_jax.train.objective import Objective
 from lfm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
@@ -62,10 +63,7 @@ class RunConfig(abc.ABC):
     """Steps of which to write an xprof trace into the run directory, for example 10-12."""
 
     def __post_init__(self) -> None:
-        problems = self.problems()
-        if problems:
-            name = type(self).__name__
-            raise ValueError(f"{name} is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise_problems(f"{type(self).__name__} is not valid", self.problems())
 
     @property
     @abc.abstractmethod

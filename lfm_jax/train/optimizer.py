@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
+from lfm_jax.problems import raise_problems
 from lfm_jax.sharding import is_sharded, spec_of
 
 Schedule = Literal["wsd", "cosine", "constant"]
@@ -81,8 +82,7 @@ class OptimizerConfig:
         for name, kind in (("schedule", Schedule), ("algorithm", Algorithm)):
             if getattr(self, name) not in get_args(kind):
                 problems.append(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(get_args(kind))}")
-        if problems:
-            raise ValueError("OptimizerConfig is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise_problems("OptimizerConfig is not valid", problems)
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from lfm_jax.config import ModelConfig
 from lfm_jax.model import abstract_model
+from lfm_jax.problems import raise_problems
 from lfm_jax.sharding import is_sharded, spec, spec_of
 from lfm_jax.stacking import unit_layers
 from lfm_jax.train import state as states
@@ -57,8 +58,7 @@ class GuardConfig:
         ]
         if self.spike != 0 and not self.spike > 1:
             problems.append(f"guard.spike is {self.spike}; it must be above 1, or 0 for never")
-        if problems:
-            raise ValueError("GuardConfig is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise_problems("GuardConfig is not valid", problems)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

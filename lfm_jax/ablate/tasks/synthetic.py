@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from lfm_jax.data.batch import LOSS_IGNORE, Batch
-from lfm_jax.data.sources import raise_problems
+from lfm_jax.problems import raise_problems
 
 if TYPE_CHECKING:
     import grain

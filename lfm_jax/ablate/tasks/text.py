@@ -25,6 +25,7 @@ from lfm_jax.data.config import MixturePart
 from lfm_jax.data.manifest import MANIFEST_FILE, Manifest, load_manifest
 from lfm_jax.data.sources import Documents, find_files
 from lfm_jax.files import locked, say, write_whole
+from lfm_jax.problems import raise_problems
 from lfm_jax.text.tokenizer import TOKENIZER_FILE
 
 if TYPE_CHECKING:
@@ -80,8 +81,7 @@ class Text:
         ]
         if not 0 < self.heldout_fraction < 1:
             problems.append(f"text.heldout_fraction is {self.heldout_fraction}; it must lie between 0 and 1")
-        if problems:
-            raise ValueError("Text is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise_problems("Text is not valid", problems)
 
     def found(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """(sources, exclude) with the default filled in."""

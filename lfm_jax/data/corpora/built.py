@@ -16,7 +16,7 @@ from lfm_jax.data.config import DataConfig
 from lfm_jax.data.corpora.corpus import check_rows
 from lfm_jax.data.encoding import tokenizer_digest
 from lfm_jax.data.manifest import Manifest, load_manifest
-from lfm_jax.data.sources import raise_problems
+from lfm_jax.problems import raise_problems
 from lfm_jax.text.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
