@@ -167,7 +167,8 @@ def expected_collectives(config: RunConfig, budget: Budget) -> list[Traffic]:
     """The collectives of a step on paper, for each micro-batch.
 
     fsdp: every matrix is gathered in `dtype` for the forward pass and again for the backward pass, the table of the
-    loss once; embeddings are traded for rows and back. Gradients are summed over all devices that share rows or time.
+    loss once; embeddings are traded for rows and back. Gradients of what is trained are summed over all devices that
+    share rows or time.
     tensor: two sums of the residual stream for each layer and pass. context: what operators trade (`OperatorKind`), as
     attention trades time for heads, forward and back.
     """
@@ -179,10 +180,11 @@ def expected_collectives(config: RunConfig, budget: Budget) -> list[Traffic]:
     layers = model.num_params() / tensor * item - table * (1 if model.tie_embedding else 2)
     stream = local * D * item
     passes = 2 + (model.remat == "full")
+    trained = budget.trained_params / budget.num_params
     rows = [
         ("all-gather", ("fsdp",), micro * (2 * layers + table)),
         ("all-to-all", ("fsdp",), 2 * stream),
-        ("all-reduce", ("data", "fsdp", "context"), micro * (layers + table)),
+        ("all-reduce", ("data", "fsdp", "context"), micro * (layers + table) * trained),
         ("all-reduce", ("tensor",), passes * 2 * model.num_layers * stream),
         ("all-to-all", ("context",), passes * sum(OPERATORS[kind].traded(model) for kind in model.layer_types) * local
          / tensor * item),

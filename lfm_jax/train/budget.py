@@ -43,6 +43,8 @@ class Budget:
     mesh: dict[str, int]
     """Devices along each mesh axis."""
     num_params: int
+    trained_params: int
+    """Those that are not frozen."""
     tokens: int
     """Of one optimizer step, over all devices."""
     micro_batches: int
@@ -115,7 +117,8 @@ def budget_of(config: RunConfig, state: TrainState, sizes: dict[str, int], chip:
         gradients += trainable * 4 / ITEMSIZE[config.model.param_dtype]
     batch = sum(math.prod(array.shape(B, T)) * np.dtype(array.dtype).itemsize for array in objective.arrays.values())
     return Budget(
-        chip=chip, mesh=sizes, num_params=config.model.num_params(), tokens=tokens, micro_batches=config.micro_batches,
+        chip=chip, mesh=sizes, num_params=config.model.num_params(), tokens=tokens,
+        trained_params=sum(x.size for x in jax.tree.leaves(state.params)), micro_batches=config.micro_batches,
         parameters=trainable + tree_bytes(state.frozen, share.lanes),
         optimizer=tree_bytes(state.opt_state, share.lanes), gradients=gradients,
         batch=batch / shards,

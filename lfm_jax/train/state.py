@@ -63,7 +63,7 @@ def merged(params: Any, frozen: Any) -> Any:
 
 
 def divided(weights: Any, mask: Any) -> tuple[Any, Any]:
-    """(trainable, frozen) of a tree of weights; `mask` has True at frozen weights."""
+    """(trainable, frozen) of a tree of weights; `mask` has True at frozen weights and False at others."""
     if mask is True or mask is False:
         return ({}, weights) if mask else (weights, {})
     return _sorted_out({name: divided(weights[name], mask[name]) for name in weights})
@@ -86,7 +86,7 @@ def _sorted_out(parts: dict[Any, tuple[Any, Any]]) -> tuple[Any, Any]:
 
 
 def frozen_mask(config: ModelConfig, freeze: Sequence[str]) -> Any:
-    """True at each weight that is frozen: a tree like the weights that a training step holds.
+    """True at each weight that is frozen: a tree like the weights that a training step holds, or False for none.
 
     Args:
       freeze: shell patterns over the dotted names of weights, such as `embed` or `blocks.*.operator.*`.
@@ -94,6 +94,8 @@ def frozen_mask(config: ModelConfig, freeze: Sequence[str]) -> Any:
     Raises:
       ValueError: a pattern names no weight, every weight is frozen, or layers that `scan_layers` stacks differ.
     """
+    if not freeze:
+        return False
     _, weights = abstract_model(config)
     names = [name for name, _ in named(weights)]
     unknown = [pattern for pattern in freeze if not any(fnmatchcase(name, pattern) for name in names)]
