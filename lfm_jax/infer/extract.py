@@ -1,6 +1,6 @@
 """Two things that a small model is for: data out of text, by a schema; and which of some labels fits a text.
 
-Dimensions: B texts of a batch, L labels, T tokens, V vocabulary.
+Dimensions: B texts of a batch, L labels, T tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.engine import Engine
 from lfm_jax.engine.request import Request
 from lfm_jax.infer.decoding import bucket
-from lfm_jax.model import LFM, Logits
+from lfm_jax.kernels.logprobs import token_logprobs
+from lfm_jax.model import LFM
 from lfm_jax.sampling import GREEDY, Sampling
 from lfm_jax.state import State
 from lfm_jax.text.chat import encode_chat, turn_stop_ids
@@ -163,21 +164,20 @@ def classify(
     shared = min(_common(prompts), min(map(len, prompts)) - 1)  # Every text keeps a token to run.
 
     graphdef, params = nnx.split(model, nnx.Param)
-    run, score = (functools.partial(_run(graphdef, logits), nnx.to_pure_dict(params)) for logits in ("last", "all"))
+    run, score = (functools.partial(program, nnx.to_pure_dict(params)) for program in _programs(graphdef))
+    nothing_1D = jnp.zeros((1, model.config.hidden_size), model.config.dtype)
     beginning = model.init_state(1, length)
     for tokens_1T in _chunks([prompts[0][:shared]]):
-        _, beginning = run(beginning, *tokens_1T)
+        _, beginning = run(nothing_1D, beginning, *tokens_1T)
     size = max(1, ROWS // len(labels))
     found: list[np.ndarray] = []
     for start in range(0, len(prompts), size):
         group = [prompt[shared:] for prompt in prompts[start : start + size]]
         group += [group[-1]] * (size - len(group) if len(prompts) > size else 0)
-        state = _repeat(beginning, len(group))
-        first_BV = jnp.zeros((len(group), model.config.vocab_size))
+        last_BD, state = _repeat((nothing_1D, beginning), len(group))
         for tokens_BT, real_BT in _chunks(group):
-            newest_B1V, state = run(state, tokens_BT, real_BT)
-            first_BV = jnp.where(jnp.asarray(real_BT.any(axis=1))[:, None], newest_B1V[:, 0], first_BV)
-        found += list(_score(score, state, first_BV, answers))
+            last_BD, state = run(last_BD, state, tokens_BT, real_BT)
+        found += list(_label_probabilities(score, last_BD, state, answers))
     return [dict(zip(labels, row.tolist(), strict=True)) for row in found[: len(texts)]]
 
 
@@ -202,32 +202,46 @@ def _chunks(rows: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]
     return chunks
 
 
-def _repeat(state: State, times: int) -> State:
-    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), state)
+def _repeat(tree: Any, times: int) -> Any:
+    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), tree)
 
 
 @functools.lru_cache(maxsize=8)
-def _run(graphdef: Any, logits: Logits) -> Any:
+def _programs(graphdef: Any) -> tuple[Any, Any]:
+    def hidden(params: Any, state: State, tokens_BT: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, Any]:
+        return nnx.merge(graphdef, params)(
+            tokens_BT, None, real_BT.astype(jnp.int32), state, None, padding="right"
+        )
+
     @jax.jit
-    def run(params: Any, state: State, tokens_BT: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, State]:
-        """Logits after every token, or the last, float32 [B, T or 1, V], and the state after the last."""
-        model = nnx.merge(graphdef, params)
-        logits_BTV, new_state = model(tokens_BT, None, real_BT.astype(jnp.int32), state, logits, padding="right")
-        return logits_BTV.astype(jnp.float32), new_state
+    def run(
+        params: Any, last_BD: jax.Array, state: State, tokens_BT: jax.Array, real_BT: jax.Array
+    ) -> tuple[jax.Array, State]:
+        """Takes in a chunk: the hidden state of each row's last token, `last_BD` where it has none, and the state."""
+        hidden_BTD, state = hidden(params, state, tokens_BT, real_BT)
+        index_B11 = jnp.maximum(jnp.sum(real_BT, axis=1) - 1, 0)[:, None, None]
+        newest_BD = jnp.take_along_axis(hidden_BTD, index_B11, axis=1)[:, 0]
+        return jnp.where(jnp.any(real_BT, axis=1)[:, None], newest_BD, last_BD), state
 
-    return run
+    @jax.jit
+    def score(params: Any, last_BD: jax.Array, state: State, tokens_BT: jax.Array, real_BT: jax.Array) -> jax.Array:
+        """Log-probability of all real tokens of each row together, [B], after a token of hidden state `last_BD`."""
+        hidden_BTD, _ = hidden(params, state, tokens_BT, real_BT)
+        before_BTD = jnp.concatenate([last_BD[:, None], hidden_BTD[:, :-1]], axis=1)
+        head_VD = nnx.merge(graphdef, params).head_VD
+        return jnp.sum(token_logprobs(before_BTD, head_VD, jnp.where(real_BT, tokens_BT, -1)), axis=1)
+
+    return run, score
 
 
-def _score(run: Any, state: State, first_BV: jax.Array, answers: Sequence[Sequence[int]]) -> np.ndarray:
+def _label_probabilities(
+    score: Any, last_BD: jax.Array, state: State, answers: Sequence[Sequence[int]]
+) -> np.ndarray:
     """Probability of each answer, [B, L], among them all."""
-    B, L = len(first_BV), len(answers)
+    B, L = len(last_BD), len(answers)
     width = bucket(max(map(len, answers)))
     real_LT = np.arange(width) < np.array([len(answer) for answer in answers])[:, None]
     tokens_LT = np.zeros((L, width), np.int32)
     tokens_LT[real_LT] = np.concatenate([np.asarray(answer, np.int32) for answer in answers])
-    tokens_XT, real_XT = np.tile(tokens_LT, (B, 1)), np.tile(real_LT, (B, 1))
-    logits_XTV, _ = run(_repeat(state, L), tokens_XT, real_XT)
-    before_XTV = jnp.concatenate([jnp.repeat(first_BV, L, axis=0)[:, None], logits_XTV[:, :-1]], axis=1)
-    log_p_XT = jnp.take_along_axis(jax.nn.log_softmax(before_XTV), jnp.asarray(tokens_XT)[:, :, None], axis=2)[:, :, 0]
-    total_BL = jnp.sum(jnp.where(jnp.asarray(real_XT), log_p_XT, 0), axis=1).reshape(B, L)
-    return np.asarray(jax.nn.softmax(total_BL, axis=1))
+    total_X = score(*_repeat((last_BD, state), L), np.tile(tokens_LT, (B, 1)), np.tile(real_LT, (B, 1)))
+    return np.asarray(jax.nn.softmax(total_X.reshape(B, L), axis=1))

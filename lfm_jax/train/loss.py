@@ -1,7 +1,6 @@
 """Next-token cross-entropy that never holds the logits of a whole batch.
 
-Dimensions: B batch, T time, D width, V vocabulary (of one device where it is split), M = B * T tokens, C tokens of one
-chunk.
+Dimensions: B batch, T time, D width, V vocabulary (of one device where it is split), X chunks of C tokens each.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from lfm_jax.data.batch import LOSS_IGNORE
-from lfm_jax.sharding import FSDP, axis_names, is_sharded, over_mesh, spec_of, whole
+from lfm_jax.kernels.logprobs import CHUNK, as_used, chunk_gradients, on_mesh, pull_back, score_chunk, split
+from lfm_jax.sharding import axis_names, is_sharded, over_mesh
 from lfm_jax.weight_kinds import WeightKind
 
 
@@ -30,7 +30,7 @@ class Loss(NamedTuple):
 
 
 def cross_entropy(
-    hidden_BTD: jax.Array, table_VD: jax.Array | WeightKind, targets_BT: jax.Array, *, chunk: int = 512,
+    hidden_BTD: jax.Array, table_VD: jax.Array | WeightKind, targets_BT: jax.Array, *, chunk: int = CHUNK,
     z_loss: float = 0.0,
 ) -> Loss:
     """Summed negative log-likelihood in nats and the number of targets that count.
@@ -53,31 +53,29 @@ def cross_entropy(
     Raises:
       ValueError: chunk below 1, or a negative z_loss.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}; it must be at least 1 token")
     if z_loss < 0:
         raise ValueError(f"z_loss is {z_loss}; it must not be negative")
-    if isinstance(table_VD, WeightKind):
-        table_VD = table_VD.astype(hidden_BTD.dtype)
-    if is_sharded(hidden_BTD):
-        table_VD = whole(table_VD.astype(hidden_BTD.dtype), FSDP)
-        (b, t, _), v = spec_of(hidden_BTD), spec_of(table_VD)[0]
-        tokens, vocab = axis_names((b, t)), axis_names(v)
 
-        def shard(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, ...]:
-            sums = _sums(hidden_BTD, table_VD, targets_BT, _How(chunk, z_loss, vocab[0] if vocab else None))
-            return *jax.lax.psum(sums, tokens + vocab), jax.lax.psum(_count(targets_BT), tokens)
+    def sums(
+        hidden_BTD: jax.Array, table_VD: jax.Array | WeightKind, targets_BT: jax.Array, vocab: str | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        hidden_XCD, targets_XC = split(hidden_BTD, targets_BT, chunk)
+        return _summed_loss(hidden_XCD, table_VD, targets_XC, _How(z_loss, vocab))
 
-        args = dict(hidden_BTD=hidden_BTD, table_VD=table_VD, targets_BT=targets_BT)
-        specs = dict(hidden_BTD=P(b, t, None), table_VD=P(v, None), targets_BT=P(b, t))
-        return Loss(*over_mesh(shard, args, specs, (P(), P(), P())))
-    return Loss(*_sums(hidden_BTD, table_VD, targets_BT, _How(chunk, z_loss, None)), _count(targets_BT))
+    if not is_sharded(hidden_BTD):
+        return Loss(*sums(hidden_BTD, table_VD, targets_BT), _count(targets_BT))
+    args, specs, (tokens, vocab) = on_mesh(hidden_BTD, table_VD, targets_BT)
+
+    def shard(**args: jax.Array) -> tuple[jax.Array, ...]:
+        found = jax.lax.psum(sums(**args, vocab=vocab), tokens + axis_names(vocab))
+        return *found, jax.lax.psum(_count(args["targets_BT"]), tokens)
+
+    return Loss(*over_mesh(shard, args, specs, (P(), P(), P())))
 
 
 class _How(NamedTuple):
     """What of the arguments is not an array."""
 
-    chunk: int
     z_loss: float
     vocab: str | None
     """The mesh axis that the vocabulary is split over."""
@@ -85,17 +83,6 @@ class _How(NamedTuple):
 
 def _count(targets_BT: jax.Array) -> jax.Array:
     return jnp.sum(targets_BT != LOSS_IGNORE, dtype=jnp.int32)
-
-
-def _sums(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, how: _How) -> tuple[jax.Array, jax.Array]:
-    """(total, nll) of this device; with the vocabulary split, of this device's part of it."""
-    D = hidden_BTD.shape[-1]
-    hidden_MD, targets_M = hidden_BTD.reshape(-1, D), targets_BT.reshape(-1)
-    chunk = min(how.chunk, targets_M.shape[0])
-    short = -targets_M.shape[0] % chunk
-    hidden_MD = jnp.pad(hidden_MD, ((0, short), (0, 0)))
-    targets_M = jnp.pad(targets_M, (0, short), constant_values=LOSS_IGNORE)
-    return _summed_loss(hidden_MD, table_VD, targets_M, how._replace(chunk=chunk))
 
 
 def reference_cross_entropy(
@@ -113,74 +100,66 @@ def reference_cross_entropy(
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _summed_loss(
-    hidden_MD: jax.Array, table_VD: jax.Array, targets_M: jax.Array, how: _How
+    hidden_XCD: jax.Array, table_VD: jax.Array | WeightKind, targets_XC: jax.Array, how: _How
 ) -> tuple[jax.Array, jax.Array]:
+    """(total, nll) of this device; with the vocabulary split, of this device's part of it."""
+
     def step(sums: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         hidden_CD, targets_C = inputs
         return sums + _chunk_loss(hidden_CD, table, targets_C, how)[0], None
 
-    table = table_VD.astype(hidden_MD.dtype)
-    sums, _ = jax.lax.scan(step, jnp.zeros((2,), jnp.float32), _split(hidden_MD, targets_M, how.chunk))
+    table = as_used(table_VD, hidden_XCD.dtype)
+    sums, _ = jax.lax.scan(step, jnp.zeros((2,), jnp.float32), (hidden_XCD, targets_XC))
     return sums[0], sums[1]
 
 
-def _summed_loss_fwd(hidden_MD: jax.Array, table_VD: jax.Array, targets_M: jax.Array, how: _How) -> tuple[Any, Any]:
-    table = table_VD.astype(hidden_MD.dtype)
+def _summed_loss_fwd(
+    hidden_XCD: jax.Array, table_VD: jax.Array | WeightKind, targets_XC: jax.Array, how: _How
+) -> tuple[Any, Any]:
+    table, array_VD = as_used(table_VD, hidden_XCD.dtype), table_VD.astype(hidden_XCD.dtype)
 
     def step(carry: tuple, inputs: tuple[jax.Array, jax.Array]) -> tuple[tuple, jax.Array]:
         sums, d_table_VD = carry
         hidden_CD, targets_C = inputs
         chunk_sums, d_logits_CV = _chunk_loss(hidden_CD, table, targets_C, how)
-        d_logits_CV = d_logits_CV.astype(hidden_CD.dtype)
-        d_hidden_CD = d_logits_CV @ table
-        d_table_VD += jnp.einsum("CV,CD->VD", d_logits_CV, hidden_CD, preferred_element_type=jnp.float32)
-        return (sums + chunk_sums, d_table_VD), d_hidden_CD
+        d_hidden_CD, more_VD = chunk_gradients(d_logits_CV, hidden_CD, array_VD)
+        return (sums + chunk_sums, d_table_VD + more_VD), d_hidden_CD
 
     start = (jnp.zeros((2,), jnp.float32), jnp.zeros(table_VD.shape, jnp.float32))
-    (sums, d_table_VD), d_hidden = jax.lax.scan(step, start, _split(hidden_MD, targets_M, how.chunk))
-    return (sums[0], sums[1]), (d_hidden.reshape(hidden_MD.shape), d_table_VD.astype(table_VD.dtype))
+    (sums, d_table_VD), d_hidden_XCD = jax.lax.scan(step, start, (hidden_XCD, targets_XC))
+    return (sums[0], sums[1]), (d_hidden_XCD, d_table_VD.astype(table_VD.dtype), table_VD)
 
 
 def _summed_loss_bwd(
-    how: _How, gradients: tuple[jax.Array, jax.Array], g: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array, None]:
+    how: _How, kept: tuple[jax.Array, jax.Array, Any], g: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, Any, None]:
     del how
-    d_hidden_MD, d_table_VD = gradients
+    d_hidden_XCD, d_table_VD, table_VD = kept
     g_total, _ = g
-    return (g_total * d_hidden_MD).astype(d_hidden_MD.dtype), (g_total * d_table_VD).astype(d_table_VD.dtype), None
+    d_hidden_XCD, d_table_VD = ((g_total * x).astype(x.dtype) for x in (d_hidden_XCD, d_table_VD))
+    return d_hidden_XCD, pull_back(table_VD, d_table_VD), None
 
 
 _summed_loss.defvjp(_summed_loss_fwd, _summed_loss_bwd)
 
 
-def _split(hidden_MD: jax.Array, targets_M: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
-    return hidden_MD.reshape(-1, chunk, hidden_MD.shape[-1]), targets_M.reshape(-1, chunk)
-
-
 def _chunk_loss(
-    hidden_CD: jax.Array, table_VD: jax.Array, targets_C: jax.Array, how: _How
+    hidden_CD: jax.Array, table_VD: jax.Array | WeightKind, targets_C: jax.Array, how: _How
 ) -> tuple[jax.Array, jax.Array]:
     """[total, nll] of a chunk and the gradient of the total by this device's logits.
 
     With the vocabulary split, the devices' sums add up to those of the chunk: each counts its own targets, the first
     one the normaliser.
     """
-    logits_CV = jnp.einsum("CD,VD->CV", hidden_CD, table_VD, preferred_element_type=jnp.float32)
-    log_z_C1 = jax.nn.logsumexp(logits_CV, axis=-1, keepdims=True)
-    ids_V, first = jnp.arange(logits_CV.shape[-1]), 1.0
-    if how.vocab is not None:
-        largest_C1 = jax.lax.pmax(log_z_C1, how.vocab)
-        log_z_C1 = largest_C1 + jnp.log(jax.lax.psum(jnp.exp(log_z_C1 - largest_C1), how.vocab))
-        ids_V += jax.lax.axis_index(how.vocab) * ids_V.shape[0]
-        first = jnp.where(jax.lax.axis_index(how.vocab) == 0, 1.0, 0.0)
-    # An iota comparison instead of a gather: it fuses, and it works with the vocabulary split.
-    hit_CV = ids_V == targets_C[:, None]
-    picked_C = jnp.sum(jnp.where(hit_CV, logits_CV, 0.0), axis=-1)
-    kept_C, log_z_C = targets_C != LOSS_IGNORE, log_z_C1[:, 0]
-    nll = jnp.sum(jnp.where(kept_C, first * log_z_C - picked_C, 0.0))
+    found = score_chunk(hidden_CD, table_VD, targets_C, how.vocab)
+    log_z_C1 = found.base_C1 + found.log_sum_C1
+    picked_C = jnp.sum(jnp.where(found.hit_CV, found.logits_CV, 0.0), axis=-1)
+    log_z_C = log_z_C1[:, 0]
+    nll = jnp.sum(jnp.where(found.kept_C, found.first * log_z_C - picked_C, 0.0))
     total, slope_C1 = nll, 1.0
     if how.z_loss:
-        total = nll + how.z_loss * first * jnp.sum(jnp.where(kept_C, log_z_C**2, 0.0))
+        total = nll + how.z_loss * found.first * jnp.sum(jnp.where(found.kept_C, log_z_C**2, 0.0))
         slope_C1 = 1.0 + 2 * how.z_loss * log_z_C1
-    d_logits_CV = jnp.where(kept_C[:, None], slope_C1 * jnp.exp(logits_CV - log_z_C1) - hit_CV, 0.0)
+    p_CV = jnp.exp(found.logits_CV - log_z_C1)
+    d_logits_CV = jnp.where(found.kept_C[:, None], slope_C1 * p_CV - found.hit_CV, 0.0)
     return jnp.stack([total, nll]), d_logits_CV

@@ -14,6 +14,7 @@ from lfm_jax.engine.engine import Engine
 from lfm_jax.engine.prefix_cache import PrefixCache
 from lfm_jax.engine.request import Request
 from lfm_jax.infer.generate import generate_tokens
+from lfm_jax.kernels.logprobs import token_logprobs
 from lfm_jax.sampling import Sampling
 from lfm_jax.structured.grammar import Grammar, grammar_tokenizer
 from lfm_jax.testing import tiny_model, tiny_tokenizer
@@ -295,20 +296,24 @@ def test_drafts_are_refused_with_recurrences():
 
 
 def log_probabilities(tokens):
-    logits_TV = model()(jnp.asarray([tokens]))[0][0]
-    return np.asarray(jax.nn.log_softmax(logits_TV))
+    """Of every token at every place, and of those that follow as training scores them."""
+    inputs, targets = jnp.asarray([tokens[:-1]]), jnp.asarray([tokens[1:]])
+    hidden, _ = model().hidden(inputs, None, None)
+    scored = token_logprobs(hidden, model().head_VD, targets)[0]
+    return np.asarray(jax.nn.log_softmax(model()(inputs)[0][0])), np.asarray(scored)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.5, top_k=3, repetition_penalty=1.3)])
-def test_log_probabilities_are_the_models(sampling):
+def test_log_probabilities_are_the_models_and_those_of_training(sampling):
     request = a_request(np.random.default_rng(8), prompt=list(range(20, 60)), sampling=sampling, max_new_tokens=10,
                         logprobs=4, prompt_logprobs=True, stop_ids=())
     [heard] = run(engine(), request)
     tokens = [*request.prompt, *heard.tokens[0]]
-    expected_TV = log_probabilities(tokens)
+    expected_TV, scored_T = log_probabilities(tokens)
     told = [*heard.prompt_logprobs[0], *heard.logprobs[0]]
     assert [t.token for t in told] == tokens[1:]
-    for t, expected_V in zip(told, expected_TV, strict=False):
+    np.testing.assert_allclose([t.logprob for t in told], scored_T, rtol=0, atol=1e-5)
+    for t, expected_V in zip(told, expected_TV, strict=True):
         assert t.logprob == pytest.approx(expected_V[t.token], abs=1e-4)
         best = np.argsort(-expected_V)[:4]
         np.testing.assert_allclose([p for _, p in t.best], expected_V[best], atol=1e-4)
