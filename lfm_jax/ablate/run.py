@@ -25,7 +25,7 @@ from flax import nnx
 from lfm_jax.ablate.points import Trial
 from lfm_jax.ablate.study import Study
 from lfm_jax.ablate.tasks.task import Task
-from lfm_jax.data.batch import LOSS_IGNORE
+from lfm_jax.kernels.logprobs import token_scores
 from lfm_jax.model import LFM
 from lfm_jax.pretrain.objective import next_token_training
 from lfm_jax.train.checkpoint import CheckpointManager
@@ -180,21 +180,13 @@ class Trainer:
     @cached_property
     def _evaluate(self) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
         """(negative log-likelihood in nats [B, T], whether the likeliest token is the target [B, T])."""
-        graphdef = self._training.graphdef
+        graphdef, chunk = self._training.graphdef, self._study.loss_chunk
 
         def evaluate(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
             model = nnx.merge(graphdef, params)
             hidden_BTD, _ = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
-            targets_BT = jnp.where(batch["targets"] == LOSS_IGNORE, 0, batch["targets"])
-
-            def row(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-                hidden_TD, targets_T = inputs  # The logits of one row at a time are in memory.
-                logits_TV = model.project(hidden_TD[None])[0]
-                log_p_TV = jax.nn.log_softmax(logits_TV)
-                nll_T = -jnp.take_along_axis(log_p_TV, targets_T[:, None], axis=-1)[:, 0]
-                return nll_T, jnp.argmax(logits_TV, axis=-1) == targets_T
-
-            return jax.lax.map(row, (hidden_BTD, targets_BT))
+            scores = token_scores(hidden_BTD, model.head_VD, batch["targets"], chunk=chunk)
+            return -scores.logprob_BT, scores.likeliest_BT == batch["targets"]
 
         return jax.jit(evaluate)
 

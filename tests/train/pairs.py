@@ -2,7 +2,7 @@
 
 Run as a program it is a training run of its own: `python pairs.py RUN_DIR [mesh sizes as JSON] [step at which to die]`.
 
-Dimensions: B rows, T time, V vocabulary.
+Dimensions: B rows, T time.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lfm_jax.config import ModelConfig
+from lfm_jax.kernels.logprobs import token_logprobs
 from lfm_jax.sharding import MeshConfig
 from lfm_jax.train.config import RunConfig
 from lfm_jax.train.objective import BatchArray, Terms
@@ -30,7 +31,7 @@ class Preferred:
     """`-weight log sigmoid(log p(first) - log p(second))`, and as much of `-log p(first) / T` as `likely` says."""
 
     likely: float = 0.1
-    loss_chunk: int = T
+    loss_chunk: int = 5
 
     arrays = {  # noqa: RUF012 (never changed)
         "tokens": BatchArray(("batch", 2, "time")), "targets": BatchArray(("batch", 2, "time")),
@@ -49,9 +50,8 @@ class Preferred:
     def __call__(self, model, batch):
         def log_p(i):
             hidden_BTD, aux = model.hidden(batch["tokens"][:, i], None, None)
-            log_p_BTV = jax.nn.log_softmax(model.project(hidden_BTD))
-            hit_BTV = jnp.arange(V) == batch["targets"][:, i, :, None]
-            return jnp.sum(jnp.where(hit_BTV, log_p_BTV, 0.0), axis=(1, 2)), aux
+            log_p_BT = token_logprobs(hidden_BTD, model.head_VD, batch["targets"][:, i], chunk=self.loss_chunk)
+            return jnp.sum(log_p_BT, axis=1), aux
 
         (first_B, aux), (second_B, aux2) = log_p(0), log_p(1)
         loss_B = -jax.nn.log_sigmoid(first_B - second_B) - self.likely * first_B / T
