@@ -88,7 +88,7 @@ class Service:
         """Queues requests, all or none, from a running event loop.
 
         Args:
-          stop: texts before which a continuation ends.
+          stop: texts before which a continuation ends; special tokens may be among them.
           skip_special_tokens: leave special tokens out of texts.
 
         Raises:

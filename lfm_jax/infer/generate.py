@@ -48,7 +48,7 @@ def generate(
       sampling: for all prompts, or one for each. One prompt with one seed always gives one text: for several
         different ones give each its own seed.
       max_new_tokens: most tokens to generate for each prompt.
-      stop: a text ends before the first of these strings.
+      stop: a text ends before the first of these strings, which may be special tokens or hold some.
       stop_ids: tokens that end a text and are not part of it. None means `model.config.eos_ids`.
       skip_special_tokens: leave special tokens out of the texts.
 

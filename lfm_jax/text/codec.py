@@ -102,31 +102,48 @@ class StopStrings:
 
     Of several stop strings the one that is complete first ends the text, the longest of those that are complete
     at once. How the text is cut into pieces makes no difference.
+
+    Args:
+      stop: texts that end the text, looked for in what is passed on, where hidden text takes no room.
+      through_hidden: those of them that are looked for in all of the text too.
     """
 
-    def __init__(self, stop: Sequence[str]):
-        self._stop = tuple(stop)
+    def __init__(self, stop: Sequence[str], through_hidden: Sequence[str] = ()):
+        self._stop, self._through_hidden = tuple(stop), tuple(through_hidden)
         self._held = ""
+        self._is_shown: list[bool] = []
+        """Of each character that is held."""
         self.stopped = False
         """A stop string was met; what follows it is dropped."""
 
-    def push(self, text: str) -> str:
-        """The text that can be shown now."""
+    def push(self, text: str, *, hidden: bool = False) -> str:
+        """The text that can be shown now; hidden text is never among it."""
         if self.stopped:
             return ""
-        text = self._held + text
-        found = [(at + len(s), at) for s in self._stop if (at := text.find(s)) >= 0]
+        self._held += text
+        self._is_shown += [not hidden] * len(text)
+        places = [i for i, is_shown in enumerate(self._is_shown) if is_shown]
+        shown = "".join(self._held[i] for i in places)
+        found = [(places[at + len(s) - 1], places[at]) for s in self._stop if (at := shown.find(s)) >= 0]
+        found += [(at + len(s) - 1, at) for s in self._through_hidden if (at := self._held.find(s)) >= 0]
         if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
-        keep = max((_overlap(text, s) for s in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+            self.stopped = True
+            text = self._take(min(found)[1])
+            self._take(len(self._held))
+            return text
+        begun = [places[-n] for s in self._stop if (n := _overlap(shown, s))]
+        begun += [len(self._held) - _overlap(self._held, s) for s in self._through_hidden]
+        return self._take(min(begun, default=len(self._held)))
+
+    def _take(self, end: int) -> str:
+        """What is shown of the held text up to `end`, which is held no longer."""
+        text = "".join(c for c, is_shown in zip(self._held[:end], self._is_shown, strict=False) if is_shown)
+        self._held, self._is_shown = self._held[end:], self._is_shown[end:]
+        return text
 
     def finish(self) -> str:
         """What was kept back and did not become a stop string after all."""
-        text, self._held = self._held, ""
-        return text
+        return self._take(len(self._held))
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -135,14 +152,24 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Reply:
-    """The text of one row of tokens: stop ids left out, stop strings obeyed, never half a character."""
+    """The text of one row of tokens: stop ids left out, stop strings obeyed, never half a character.
+
+    A stop string may be a special token, or hold some, whether special tokens are left out of the text or not: it is
+    looked for in the text with special tokens shown. Those that are named in stop strings end a character.
+    """
 
     def __init__(
         self, tokenizer: Tokenizer, stop: Sequence[str], stop_ids: Collection[int], *, skip_special_tokens: bool
     ):
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
         self._stop_ids = frozenset(stop_ids)
-        self._strings = StopStrings(stop)
+        self._hidden = {
+            i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()
+            if token.special and (skip_special_tokens or i in self._stop_ids)
+        }
+        through_hidden = [s for s in stop if any(name in s for name in self._hidden.values())]
+        self._named = frozenset(i for i, name in self._hidden.items() if any(name in s for s in through_hidden))
+        self._strings = StopStrings(stop, through_hidden)
 
     @property
     def stopped(self) -> bool:
@@ -151,7 +178,15 @@ class Reply:
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that can be shown after these tokens."""
-        return self._strings.push(self._detokenizer.push(i for i in ids if i not in self._stop_ids))
+        text = ""
+        for i in ids:
+            if i in self._named:
+                text += self._strings.push(self._detokenizer.finish())
+            if i in self._hidden:
+                text += self._strings.push(self._hidden[i], hidden=True)
+            elif i not in self._stop_ids:
+                text += self._strings.push(self._detokenizer.push([i]))
+        return text
 
     def finish(self) -> str:
         """The text that was still kept back when the tokens ended."""

@@ -194,6 +194,19 @@ def test_special_tokens_are_left_out_unless_wanted():
         assert out == [tokenizer().decode(drawn_tokens(seed), skip_special_tokens=skip)]
 
 
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_special_token_may_be_the_stop_string_or_part_of_it(skip):
+    seeds = [s for s in range(50) if min(drawn_tokens(s)[:2]) >= 14 > min(drawn_tokens(s)[2:])]
+    for seed in seeds[:3]:
+        at, special = next((n, i) for n, i in enumerate(drawn_tokens(seed)) if i < 14)
+        name, before = tokenizer().id_to_token(special), tokenizer().decode(drawn_tokens(seed)[:at])
+        options = dict(sampling=drawn(seed), max_new_tokens=NEW, stop_ids=(), skip_special_tokens=skip)
+        for stop, expected in ((name, before), (["never", before[-1] + name], before[:-1])):
+            assert generate(model(), tokenizer(), "the fox", stop=stop, **options) == [expected]
+            assert "".join(stream(model(), tokenizer(), "the fox", stop=stop, **options)) == expected
+    assert len(seeds) > 3
+
+
 # -------------------------------------------------------------------- the machine
 
 

@@ -95,6 +95,50 @@ def test_stop_texts(client):
     assert "".join(choice.text for chunk in pieces for choice in chunk.choices) == whole[: whole.index(stop)]
 
 
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_stop_texts_may_be_special_tokens(client, kind):
+    """Alone or after text, whole and in a stream, shown or not; tokens after them do not count."""
+    name, likely = "<|im_start|>", {str(i): 60 for i in (6, *range(40, 48))}  # It, and letters.
+    asked = dict(model="tiny", max_tokens=30, seed=0, temperature=5.0, top_p=1.0, logit_bias=likely)
+    if kind == "text":
+        create, asked = client.completions.create, asked | dict(prompt="the", logprobs=0)
+    else:
+        create, asked = client.chat.completions.create, asked | dict(messages=HELLO, logprobs=True)
+
+    def answer(skip, stream=False, **more):
+        extra = dict(top_k=0, min_p=0, repetition_penalty=1.0, skip_special_tokens=skip)
+        got = create(**asked, **more, extra_body=extra, stream=stream)
+        text, made, finish = "", 0, None
+        for choice in (choice for chunk in (got if stream else [got]) for choice in chunk.choices):
+            said = choice if kind == "text" else choice.delta if stream else choice.message
+            text += (said.text if kind == "text" else said.content) or ""
+            finish = choice.finish_reason or finish
+            if choice.logprobs is not None:
+                made += len(choice.logprobs.tokens if kind == "text" else choice.logprobs.content)
+        assert stream or made == got.usage.completion_tokens
+        return text, made, finish
+
+    whole, most, _ = answer(skip=False)
+    assert answer(skip=True)[0] == whole.replace(name, "")
+    before = whole[: whole.index(name, 1)]
+    assert before[-1:].strip()
+    for stop, expected in ((name, before), ([before[-1] + name, "never"], before[:-1])):
+        for skip in (True, False):
+            for stream in (False, True):
+                text, made, finish = answer(skip, stream, stop=stop)
+                assert (text, finish) == (expected, "stop")
+                assert made < most
+
+
+def test_a_stop_text_may_be_what_begins_a_call(client):
+    for stop, made in (("<|tool_call_start|>", 1), ("<|tool_call_start|>[", 2)):
+        answer = client.chat.completions.create(model="tiny", messages=HELLO, tools=TOOLS, tool_choice="required",
+                                                stop=stop)
+        choice = answer.choices[0]
+        assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == ("", None, "stop")
+        assert answer.usage.completion_tokens == made
+
+
 def test_log_probabilities(client):
     chat = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=5, logprobs=True, top_logprobs=3,
                                           temperature=0, extra_body=dict(repetition_penalty=1.0))

@@ -89,6 +89,65 @@ def test_reply_leaves_stop_ids_out_and_joins_characters_before_it_looks_for_stop
     assert not reply.stopped
 
 
+LETTERS = [tokenizer().encode(c, add_special_tokens=False).ids[0] for c in "abx"]
+
+
+def reference_reply(tokens, stop, hidden):
+    """The text before the stop string that is complete first, tried token by token; letters and special tokens only."""
+    names = [tokenizer().id_to_token(i) for i in hidden]
+    for end in range(len(tokens) + 1):
+        shown = tokenizer().decode(tokens[:end], skip_special_tokens=False)
+        text = "".join(tokenizer().id_to_token(i) for i in tokens[:end] if i not in hidden)
+        starts = [len(text) - len(s) for s in stop if text.endswith(s)]
+        for s in stop:
+            if any(name in s for name in names) and shown.endswith(s):
+                before = next(n for n in range(end + 1)
+                              if len(tokenizer().decode(tokens[:n], skip_special_tokens=False)) >= len(shown) - len(s))
+                starts.append(sum(len(tokenizer().id_to_token(i)) for i in tokens[:before] if i not in hidden))
+        if starts:
+            return text[: min(starts)], True
+    return text, False
+
+
+@settings(max_examples=300)
+@given(st.lists(st.sampled_from([*LETTERS, 6, 7, 8]), max_size=14), st.booleans(), st.booleans(), st.data())
+def test_a_stop_string_may_be_or_hold_special_tokens(tokens, skip, ends, data):
+    """In any mixture with letters, however tokens come, whether special tokens are shown, and if one is a stop id."""
+    if ends:
+        tokens = [*(i for i in tokens if i != 7), 7]  # A stop id comes last.
+    cuts = st.tuples(st.integers(0, 14), st.integers(1, 3)).map(lambda cut: tokens[cut[0] : sum(cut)])
+    rows = st.one_of(cuts, st.lists(st.sampled_from([*LETTERS, 6, 7, 8]), max_size=3))
+    stop = [tokenizer().decode(row, skip_special_tokens=False) for row in data.draw(st.lists(rows, max_size=3)) if row]
+    expected, stopped = reference_reply(tokens, stop, {6, 7, 8} if skip else {7} if ends else set())
+    reply, text, at = Reply(tokenizer(), stop, [7] * ends, skip_special_tokens=skip), "", 0
+    while at < len(tokens):
+        size = data.draw(st.integers(1, 4))
+        text += reply.push(tokens[at : at + size])
+        at += size
+        assert expected.startswith(text)
+    assert text + reply.finish() == expected
+    assert reply.stopped == stopped
+
+
+def test_letters_of_hidden_tokens_are_no_text_and_spelled_out_tokens_are():
+    spelled = [i for c in "a<|im_end|>b" for i in tokenizer().encode(c, add_special_tokens=False).ids]
+    assert 7 not in spelled
+    for tokens, stop, expected in (
+        ([LETTERS[0], 7, LETTERS[1]], ["im_", "<"], "ab"), ([LETTERS[0], 7, LETTERS[1]], ["ab"], ""),
+        (spelled, ["<|im_end|>"], "a"), (spelled, ["n", "<|im_end|>b"], "a<|im_e"),
+    ):
+        reply = Reply(tokenizer(), stop, (), skip_special_tokens=True)
+        assert reply.push(tokens) + reply.finish() == expected
+
+
+def test_a_special_token_that_is_a_stop_string_ends_a_character():
+    [first, _] = tokenizer().encode("é", add_special_tokens=False).ids
+    reply = Reply(tokenizer(), ["<|im_end|>x"], (), skip_special_tokens=True)
+    assert reply.push([LETTERS[0], first, 7]) == "a\ufffd"
+    assert reply.push([LETTERS[2]]) + reply.finish() == ""
+    assert reply.stopped
+
+
 def test_a_stop_string_in_the_last_bytes_still_counts():
     reply = Reply(tokenizer(), ["\ufffd"], (), skip_special_tokens=True)
     half = tokenizer().encode("é", add_special_tokens=False).ids[:1]
