@@ -24,8 +24,27 @@ from lfm_jax.weight_kinds import WeightKind
 
 Logits = Literal["all", "last"]
 Padding = Literal["any", "right"]
-Squares = dict[str, jax.Array]
-"""Mean squares of the outputs of each kind of operator and of the feed-forwards, summed over layers, float32 [B, T]."""
+Named = dict[str, jax.Array]
+
+
+class Aux(NamedTuple):
+    """What layers report beside their output, float32, so that those of parts of a batch add up.
+
+    Over the number of real tokens they are means of a token.
+    """
+
+    squares: Named
+    """Mean squares of what each kind of operator, and `feed_forward`, adds to the residual stream, before any post
+    norm: over width and layers, summed over real tokens; scalars without a gradient."""
+    reports: Named
+    """`KIND/NAME` of what feed-forwards report (`feed_forward.FeedForward`), summed over real tokens, [n, ...] with a
+    row for each of the n layers of that kind, first to last. Only those named `loss` have a gradient."""
+
+    @property
+    def loss(self) -> jax.Array | None:
+        """What the layers add to what is minimised, summed over layers; None where none has a loss."""
+        losses = [jnp.sum(x) for name, x in self.reports.items() if name.endswith("/loss")]
+        return sum(losses[1:], losses[0]) if losses else None
 
 
 class Block(nnx.Module):
@@ -37,40 +56,89 @@ class Block(nnx.Module):
         self.operator = OPERATORS[layer.operator].find_module()(config, rngs=rngs)
         self.ffn_norm = RMSNorm(D, config)
         self.feed_forward = FEED_FORWARDS[layer.feed_forward].find_module()(config, rngs=rngs)
-        self.kind, self.remat, self.post_norm = layer.operator, config.remat, config.post_norm
+        self.kind, self.ffn_kind = layer
+        self.remat, self.post_norm = config.remat, config.post_norm
         if config.post_norm:
             self.post_operator_norm = RMSNorm(D, config)
             self.post_ffn_norm = RMSNorm(D, config)
 
     def __call__(
-        self, x_BTD: jax.Array, squares: Squares | None = None, *, positions_BT: jax.Array,
+        self, x_BTD: jax.Array, squares: Named | None = None, *, positions_BT: jax.Array,
         segment_ids_BT: jax.Array | None, state: LayerState | None, only_B1: jax.Array | None = None,
-    ) -> tuple[jax.Array, Squares | None, LayerState | None]:
-        """`only_B1` drops all but one token a row once the operator has seen them all: [B, 1, D] comes out."""
+    ) -> tuple[jax.Array, Aux | None, LayerState | None]:
+        """One layer.
+
+        Args:
+          squares: mean squares of the layers before, summed over them, [B, T] each; None where none are asked for.
+          only_B1: drops all but one token a row once the operator has seen them all: [B, 1, D] comes out.
+
+        Returns:
+          (x, aux, state). In aux `squares` have those of this layer added, `reports` are of this layer alone; None
+          where no squares came in.
+        """
         with jax.named_scope("operator"), jax.named_scope(self.kind):
-            y_BTD, state = self.operator(
+            out = self.operator(
                 self.operator_norm(x_BTD), positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, state=state
             )
+            y_BTD, new_state = _pair(out, x_BTD, f"operator {self.kind!r}", "state")
+            if type(new_state) is not type(state):
+                raise TypeError(f"operator {self.kind!r} returns {type(new_state).__name__} as its state; "
+                                f"{type(state).__name__} came in")
             squares = _add_squares(squares, self.kind, y_BTD)
             x_BTD += self.post_operator_norm(y_BTD) if self.post_norm else y_BTD
             if only_B1 is not None:
                 x_BTD = jnp.take_along_axis(x_BTD, only_B1[:, :, None], axis=1)
+                if segment_ids_BT is not None:
+                    segment_ids_BT = jnp.take_along_axis(segment_ids_BT, only_B1, axis=1)
         with jax.named_scope("feed_forward"):
 
-            def feed_forward(x_BTD: jax.Array) -> jax.Array:
-                return self.feed_forward(self.ffn_norm(x_BTD))
+            def feed_forward(x_BTD: jax.Array) -> tuple[jax.Array, Named]:
+                out = self.feed_forward(self.ffn_norm(x_BTD), segment_ids_BT=segment_ids_BT)
+                y_BTD, reports = _pair(out, x_BTD, f"feed-forward {self.ffn_kind!r}", "reports")
+                return y_BTD, {} if squares is None else _summed(reports, self.ffn_kind, x_BTD, segment_ids_BT)
 
-            y_BTD = (jax.checkpoint(feed_forward) if self.remat == "ffn" else feed_forward)(x_BTD)
+            y_BTD, reports = (jax.checkpoint(feed_forward) if self.remat == "ffn" else feed_forward)(x_BTD)
             squares = _add_squares(squares, "feed_forward", y_BTD)
             x_BTD += self.post_ffn_norm(y_BTD) if self.post_norm else y_BTD
-        return x_BTD, squares, state
+        return x_BTD, None if squares is None else Aux(squares, reports), new_state
 
 
-def _add_squares(squares: Squares | None, name: str, y_BTD: jax.Array) -> Squares | None:
+def _pair(out: Any, x_BTD: jax.Array, what: str, second: str) -> tuple[jax.Array, Any]:
+    """What an operator or a feed-forward has returned, if it is a pair; an array of two rows would unpack too.
+
+    Raises:
+      TypeError: it is none, or the first is not of the shape of what went in.
+    """
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise TypeError(f"{what} returns {type(out).__name__}; expected a tuple (y_BTD, {second})")
+    if out[0].shape != x_BTD.shape:
+        raise TypeError(f"{what} returns y_BTD of shape {out[0].shape}; expected {x_BTD.shape}")
+    return out
+
+
+def _add_squares(squares: Named | None, name: str, y_BTD: jax.Array) -> Named | None:
     if squares is None:
         return None
     y32_BTD = jax.lax.stop_gradient(y_BTD).astype(jnp.float32)
     return squares | {name: squares[name] + jnp.mean(y32_BTD * y32_BTD, axis=-1)}
+
+
+def _summed(reports: Named, kind: str, x_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> Named:
+    """A feed-forward's reports summed over real tokens.
+
+    Raises:
+      TypeError: one is not float32, or has no value for each token.
+    """
+    found = {}
+    for name, value in reports.items():
+        if value.dtype != jnp.float32 or value.shape[:2] != x_BTD.shape[:2]:
+            raise TypeError(f"feed-forward {kind!r} reports {name} as {value.dtype}{list(value.shape)}; expected "
+                            f"float32 with a value for each token, {[*x_BTD.shape[:2], '...']}")
+        if segment_ids_BT is not None:
+            value = jnp.where((segment_ids_BT != 0).reshape(*x_BTD.shape[:2], *(1,) * (value.ndim - 2)), value, 0.0)
+        total = jnp.sum(value, axis=(0, 1))
+        found[f"{kind}/{name}"] = total if name == "loss" else jax.lax.stop_gradient(total)
+    return found
 
 
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
@@ -94,6 +162,13 @@ def param_axes(config: ModelConfig, *, stacked: bool = False) -> Any:
     _, params = nnx.split(nnx.eval_shape(lambda: LFM(config, rngs=nnx.Rngs(0))), nnx.Param)
     axes = nnx.to_pure_dict(params, extract_fn=lambda param: param.get_metadata()["axes"])
     return stack_layers(axes, config, lambda first, *_: (None, *first)) if stacked else axes
+
+
+def _by_layer(of_run: list[Named]) -> Named:
+    """What the blocks of a repeated unit report, [repeats, ...] each, with the layers of the run in their order."""
+    names = dict.fromkeys(name for block in of_run for name in block)
+    stacks = {name: jnp.stack([block[name] for block in of_run if name in block], axis=1) for name in names}
+    return {name: x.reshape(-1, *x.shape[2:]) for name, x in stacks.items()}
 
 
 class _Aligned(NamedTuple):
@@ -207,7 +282,7 @@ class LFM(nnx.Module):
         x_BTD = self._embed(tokens_BT)
         last_B1 = jnp.maximum(length_B - 1, 0)[:, None]
         only_B1 = last_B1 if logits == "last" else None
-        layer_states: list[LayerState] = []
+        layer_states: list[Any] = []
         if state is None:
             x_BTD, _ = self._run_layers(x_BTD, None, positions_BT, segment_ids_BT, only_B1)
         else:
@@ -217,7 +292,6 @@ class LFM(nnx.Module):
                         x_BTD, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, state=state.layers[i],
                         only_B1=only_B1 if i == self.config.num_layers - 1 else None,
                     )
-                assert layer_state is not None  # One came in.
                 layer_states.append(layer_state)
         if gather_BT is not None and logits != "last":
             x_BTD = jnp.take_along_axis(x_BTD, jnp.argsort(gather_BT, axis=1)[:, :, None], axis=1)
@@ -231,13 +305,11 @@ class LFM(nnx.Module):
 
     def hidden(
         self, tokens_BT: jax.Array, positions_BT: jax.Array | None, segment_ids_BT: jax.Array | None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    ) -> tuple[jax.Array, Aux]:
         """What a training step needs: as a call without logits and state, with padding at the right.
 
         Returns:
-          (normed hidden states [B, T, D], squares). Squares by kind of operator, and `feed_forward`, of what it adds to
-          the residual stream (before any post norm): the mean over width and layers, summed over real tokens, float32
-          scalars without a gradient. Over the number of real tokens they are mean squares.
+          (normed hidden states [B, T, D], what the layers report).
         """
         self._check(tokens_BT, positions_BT, segment_ids_BT, None, None, "right")
         first_B = jnp.zeros((tokens_BT.shape[0],), jnp.int32)
@@ -247,13 +319,13 @@ class LFM(nnx.Module):
         kinds = self.config.layer_types
         counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)} | {"feed_forward": len(kinds)}
         zeros_BT = jnp.zeros_like(tokens_BT, jnp.float32)
-        x_BTD, sums = self._run_layers(
+        x_BTD, aux = self._run_layers(
             self._embed(tokens_BT), dict.fromkeys(counts, zeros_BT), positions_BT, segment_ids_BT, None
         )
-        assert sums is not None  # They went in.
+        assert aux is not None  # Squares went in.
         real_BT = True if segment_ids_BT is None else segment_ids_BT != 0
-        squares = {kind: jnp.sum(jnp.where(real_BT, sums[kind], 0.0)) / n for kind, n in counts.items()}
-        return self.norm(x_BTD), squares
+        squares = {kind: jnp.sum(jnp.where(real_BT, aux.squares[kind], 0.0)) / n for kind, n in counts.items()}
+        return self.norm(x_BTD), Aux(squares, aux.reports)
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Rows of the table, in `config.dtype`."""
@@ -261,40 +333,49 @@ class LFM(nnx.Module):
             return lookup(tokens_BT, self.embed[...], self.config.dtype)
 
     def _run_layers(
-        self, x_BTD: jax.Array, squares: Squares | None, positions_BT: jax.Array, segment_ids_BT: jax.Array | None,
+        self, x_BTD: jax.Array, squares: Named | None, positions_BT: jax.Array, segment_ids_BT: jax.Array | None,
         only_B1: jax.Array | None,
-    ) -> tuple[jax.Array, Squares | None]:
+    ) -> tuple[jax.Array, Aux | None]:
         """All layers without a state, with `config.remat`; runs of stacked layers as one scan each."""
 
-        def run_block(block: Block, carry: Any, only_B1: jax.Array | None = None) -> Any:
-            def layer(carry: Any) -> Any:
+        def run_block(block: Block, carry: Any, only_B1: jax.Array | None = None) -> tuple[Any, Named]:
+            def layer(carry: Any) -> tuple[Any, Named]:
                 x_BTD, squares = carry
-                return block(x_BTD, squares, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, state=None,
-                             only_B1=only_B1)[:2]
+                x_BTD, aux, _ = block(x_BTD, squares, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT,
+                                      state=None, only_B1=only_B1)
+                return ((x_BTD, None), {}) if aux is None else ((x_BTD, aux.squares), aux.reports)
 
             remat = self.config.remat
             return (jax.checkpoint(layer, policy=REMAT_POLICIES[remat]) if remat in REMAT_POLICIES else layer)(carry)
 
         carry, first = (x_BTD, squares), 0
+        reports: list[Named] = []
         for run in self.runs:
             blocks = self.blocks[run.first : run.first + run.length]
             stop = first + run.length * run.repeats
             if run.repeats == 1:
                 for i, block in enumerate(blocks, first):
                     with jax.named_scope(f"layer_{i}"):
-                        carry = run_block(block, carry, only_B1 if i == self.config.num_layers - 1 else None)
+                        carry, of_one = run_block(block, carry, only_B1 if i == self.config.num_layers - 1 else None)
+                    reports.append({name: x[None] for name, x in of_one.items()})
             else:
                 with jax.named_scope(f"layers_{first}_to_{stop - 1}"):
                     split = [nnx.split(block, nnx.Param) for block in blocks]
 
-                    def unit(carry: Any, params: list[Any], split: list[Any] = split) -> tuple[Any, None]:
+                    def unit(carry: Any, params: list[Any], split: list[Any] = split) -> tuple[Any, list[Named]]:
+                        reports = []
                         for (graphdef, _), layer_params in zip(split, params, strict=True):
-                            carry = run_block(nnx.merge(graphdef, layer_params), carry)
-                        return carry, None
+                            carry, of_one = run_block(nnx.merge(graphdef, layer_params), carry)
+                            reports.append(of_one)
+                        return carry, reports
 
-                    carry, _ = jax.lax.scan(unit, carry, [params for _, params in split])
+                    carry, of_run = jax.lax.scan(unit, carry, [params for _, params in split])
+                reports.append(_by_layer(of_run))
             first = stop
-        return carry
+        x_BTD, squares = carry
+        names = dict.fromkeys(name for found in reports for name in found)
+        together = {name: jnp.concatenate([found[name] for found in reports if name in found]) for name in names}
+        return x_BTD, None if squares is None else Aux(squares, together)
 
     def project(self, x_BTD: jax.Array) -> jax.Array:
         """Logits of normed hidden states, accumulated and returned in `config.logits_dtype`."""

@@ -22,6 +22,9 @@ class SwiGLU(nnx.Module):
         self.w3 = normal_param(rngs, (F, D), ("ffn", "width"), config, fan_in=D)
         self.w2 = normal_param(rngs, (D, F), ("width", "ffn"), config, fan_in=F, residual=True)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(
+        self, x_BTD: jax.Array, *, segment_ids_BT: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        del segment_ids_BT  # Padding costs no more than finding it.
         gate_BTF, up_BTF = linear(x_BTD, self.w1[...]), linear(x_BTD, self.w3[...])
-        return linear(jax.nn.silu(gate_BTF) * up_BTF, self.w2[...])
+        return linear(jax.nn.silu(gate_BTF) * up_BTF, self.w2[...]), {}

@@ -14,6 +14,8 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lfm_jax.problems import raise_problems
+
 if TYPE_CHECKING:
     from lfm_jax.chips import Chip
     from lfm_jax.config import ModelConfig
@@ -139,10 +141,7 @@ class Table[K: Kind]:
         Raises:
           ValueError: a field is missing, or the name, the letter or a form is taken; all problems in one message.
         """
-        problems = kind.problems(self.kinds())
-        if problems:
-            raise ValueError(f"{self.what} {kind.name!r} cannot be registered:\n"
-                             + "\n".join(f"  - {p}" for p in problems))
+        raise_problems(f"{self.what} {kind.name!r} cannot be registered", kind.problems(self.kinds()))
         self._kinds[kind.name] = kind
 
     def remove(self, name: str) -> None:

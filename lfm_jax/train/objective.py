@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from lfm_jax.model import LFM
+from lfm_jax.model import LFM, Aux
 
 Batch = Mapping[str, Any]
 """Arrays by name, B rows first (`Objective.arrays`)."""
@@ -45,8 +45,8 @@ class Terms(NamedTuple):
     """What is differentiated; float32 scalar."""
     sums: Metrics
     """What is reported, each divided by the weight of the whole batch; float32 scalars, `loss` among them."""
-    aux: Metrics
-    """What the layers report (`LFM.hidden`)."""
+    aux: Aux
+    """What the layers report (`LFM.hidden`); the step adds their losses."""
 
 
 class Objective(Protocol):

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lfm_jax.config import ModelConfig
-from lfm_jax.model import abstract_model
+from lfm_jax.model import Aux, abstract_model
 from lfm_jax.problems import raise_problems
 from lfm_jax.sharding import is_sharded, spec, spec_of
 from lfm_jax.stacking import unit_layers
@@ -149,16 +149,22 @@ def train_step(training: Training, state: TrainState, batch: Batch) -> tuple[Tra
     Returns:
       The new state, and float32 scalars: the means that the objective reports (`loss` among them), grad_norm (before
       clipping), weight, tokens (that are no padding), skipped (1 if the update was not made), skipped_in_row,
-      `grad_norm/KIND` by kind of operator, feed_forward, norm and table, and `act_norm/KIND`, the root mean square of
-      what each kind adds to the residual stream (`LFM.hidden`).
+      `grad_norm/KIND` by kind of operator, feed_forward, norm and table, `act_norm/KIND`, the root mean square of what
+      each kind adds to the residual stream, and `KIND/NAME` of what feed-forwards report as one number a token, its
+      mean over tokens and layers (`model.Aux`).
     """
     objective, guard, micro_batches = training.objective, training.guard, training.micro_batches
     weight = objective.weight(batch)
     scale = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
 
-    def scaled(params: Any, part: Batch) -> tuple[jax.Array, tuple[Metrics, Metrics]]:
+    tokens = jnp.asarray(objective.real_tokens(batch), jnp.float32)
+
+    def scaled(params: Any, part: Batch) -> tuple[jax.Array, tuple[Metrics, Aux]]:
         terms = objective(nnx.merge(training.graphdef, states.merged(params, state.frozen)), part)
-        return scale * terms.total, ({name: scale * x for name, x in terms.sums.items()}, terms.aux)
+        total, of_layers = scale * terms.total, terms.aux.loss
+        if of_layers is not None:
+            total += of_layers / jnp.maximum(tokens, 1.0)
+        return total, ({name: scale * x for name, x in terms.sums.items()}, terms.aux)
 
     grad_fn = jax.grad(scaled, has_aux=True)
     if micro_batches == 1:
@@ -184,13 +190,13 @@ def train_step(training: Training, state: TrainState, batch: Batch) -> tuple[Tra
     # The mean of the first updates is a plain one.
     memory = jnp.minimum(GUARD_MEMORY, 1 - 1 / jnp.maximum(made, 1).astype(jnp.float32))
     mean_norm = jnp.where(ok, memory * state.guard.mean_norm + (1 - memory) * norm, state.guard.mean_norm)
-    tokens = jnp.asarray(objective.real_tokens(batch), jnp.float32)
     metrics = means | {
         "grad_norm": norm, "weight": weight, "tokens": tokens, "skipped": 1.0 - ok,
         "skipped_in_row": in_row.astype(jnp.float32),
     }
     metrics |= {f"grad_norm/{kind}": jnp.sqrt(square) for kind, square in squares.items()}
-    metrics |= {f"act_norm/{kind}": jnp.sqrt(square / jnp.maximum(tokens, 1.0)) for kind, square in aux.items()}
+    metrics |= {f"act_norm/{kind}": jnp.sqrt(square / jnp.maximum(tokens, 1.0)) for kind, square in aux.squares.items()}
+    metrics |= {name: jnp.mean(x) / jnp.maximum(tokens, 1.0) for name, x in aux.reports.items() if x.ndim == 1}
     new = dataclasses.replace(
         state, params=params, opt_state=opt_state, step=state.step + 1, guard=Guard(mean_norm, made, in_row)
     )

@@ -15,5 +15,7 @@ def test_swiglu():
     x = np.random.default_rng(0).standard_normal((1, 3, 5)).astype(np.float32)
     w1, w3, w2 = (np.asarray(w[...], np.float64) for w in (ffn.w1, ffn.w3, ffn.w2))
     expected = (reference.silu(x @ w1.T) * (x @ w3.T)) @ w2.T
-    assert rel_err(ffn(jnp.asarray(x)), expected) < 1e-6
-    assert ffn(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
+    y, reports = ffn(jnp.asarray(x), segment_ids_BT=None)
+    assert reports == {}
+    assert rel_err(y, expected) < 1e-6
+    assert ffn(jnp.asarray(x, jnp.bfloat16), segment_ids_BT=None)[0].dtype == jnp.bfloat16

@@ -180,7 +180,7 @@ def test_norms_by_kind_are_those_of_the_parts():
         y, _ = block.operator(block.operator_norm(x), **how)
         squares.setdefault(kind, []).append(np.mean(np.square(y), axis=-1)[real].mean())
         x += y
-        y = block.feed_forward(block.ffn_norm(x))
+        y, _ = block.feed_forward(block.ffn_norm(x), segment_ids_BT=None)
         squares.setdefault("feed_forward", []).append(np.mean(np.square(y), axis=-1)[real].mean())
         x += y
     for kind, values in squares.items():
