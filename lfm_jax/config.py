@@ -114,7 +114,7 @@ class ModelConfig:
     init: Init = "normal"
     """How random weights begin. normal: every matrix from N(0, init_std), as in `transformers`. scaled: each matrix
     keeps the size of its input, N(0, 1 / inputs), those that write to the residual stream divided by sqrt(2 L);
-    embedding tables from N(0, init_std). docs/training.md compares them."""
+    embedding tables from N(0, init_std). docs/measurements/initialisation.md compares them."""
     init_std: float = 0.02
     """Standard deviation of the normal initialisation."""
     pad_id: int = 0

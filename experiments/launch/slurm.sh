@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One process a GPU, on Slurm:  sbatch experiments/launch/slurm.sh RECIPE.yaml [--flag value ...]
-# Name a run_dir on a filesystem that all nodes share. The exit codes are those of docs/training.md.
+# Name a run_dir on a filesystem that all nodes share. The exit codes are those of docs/how_to/resume.md.
 #SBATCH --job-name=lfm-train
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

@@ -105,7 +105,7 @@ STEPS_A_TURN = 2
 def bench_cpu(preset: str, *, repeats: int, shapes: Sequence[tuple[int, int]] = CPU_SHAPES) -> str:
     """Both sides in turn, in float32: medians of tokens/s, and peak memory of each process."""
     lines = ["| float32, AdamW, clipping | lfm_jax | transformers | ratio | target |", "|---|---|---|---|---|"]
-    # glibc asks for huge pages: half a million page faults a step otherwise (docs/benchmarks.md). The same for both.
+    # glibc asks for huge pages: half a million page faults a step otherwise (docs/measurements/model.md). For both.
     environment = {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")}
     for rows, T in shapes:
         model = {"preset": preset, "param_dtype": "float32", "dtype": "float32"}

@@ -19,7 +19,7 @@ IMPLS = ("xla", "direct", "blockwise", "splash", "cudnn")
 SCORE_BYTES = 2**30
 """Bytes of float32 scores, 4 * B * N * T * S, above which `auto` never takes `xla`, which holds two or three such."""
 CPU_QUERIES, CPU_SCORES = 32, 2**16
-"""T and T * S from which `blockwise` is the faster one on a CPU (docs/benchmarks.md)."""
+"""T and T * S from which `blockwise` is the faster one on a CPU (docs/measurements/kernels.md)."""
 
 AMPERE = 8.0
 """Compute capability from which on cuDNN and Triton have what is asked of them."""
@@ -57,19 +57,19 @@ def attention(
       segment_ids_BT: document of each query, or None when every row is one document.
       key_segment_ids_BS: document of each key; None exactly when `segment_ids_BT` is.
       window: how many tokens back a query sees, its own included; None for no limit.
-      impl:
-        `xla`: `jax.nn.dot_product_attention`, the reference, with all scores in memory.
-        `direct`: keys and values are read once where they lie, while the products of `xla` need them with heads first,
-          copied on a CPU at each call. For one query a row, as in decoding. Goes by blocks of DIRECT_KEYS slots and
-          stops at the last one that is seen. A key that is not finite in one head spoils all heads of the rows that see
-          it.
-        `blockwise`: online softmax over blocks (`blockwise_attention`); memory of the order of q, k and v.
-        `splash`: JAX's Pallas kernel for TPU; whole rows only: T = S, both orders None.
-        `cudnn`: cuDNN's flash attention for NVIDIA GPUs; whole rows only, one document each, in
+      impl: the implementation.
+        - `xla`: `jax.nn.dot_product_attention`, the reference, with all scores in memory.
+        - `direct`: for one query per row, as in decoding. Keys and values are read once where they lie, while the
+          products of `xla` need them with heads first, copied on a CPU at each call. It goes by blocks of DIRECT_KEYS
+          slots and stops at the last one that is seen. A key that is not finite in one head spoils all heads of the
+          rows that see it.
+        - `blockwise`: online softmax over blocks (`blockwise_attention`); memory of the order of q, k and v.
+        - `splash`: JAX's Pallas kernel for TPU; whole rows only: T = S, both orders None.
+        - `cudnn`: cuDNN's flash attention for NVIDIA GPUs; whole rows only, one document each, in
           half precision.
-        `auto`: by docs/benchmarks.md `cudnn` wherever it can, but for windows. Elsewhere `blockwise` where the scores
-          would exceed SCORE_BYTES, and below that `xla`, but on CPU `direct` for one query and `blockwise` for long
-          rows. Never `splash` before a benchmark on a TPU is committed.
+        - `auto`: `cudnn` wherever it applies, except for windows. Elsewhere `blockwise` where the scores would exceed
+          SCORE_BYTES, and below that `xla`, but on CPU `direct` for one query and `blockwise` for long rows
+          (docs/measurements/kernels.md). Never `splash` before a benchmark on a TPU is committed.
       interpret: run `splash` without a TPU, slowly.
 
     Returns:
@@ -120,12 +120,12 @@ def decode_attention(
       q_BTNH, k_BSKH, v_BSKH: as in `attention`.
       first_B: int32.
       stop_B: int32; a row that idles costs least where it is `first` and nothing is seen.
-      impl:
-        `xla`, `direct`: as in `attention`.
-        `pallas_gpu`: keys and values in use are read once where they lie, by a kernel for NVIDIA GPUs from Ampere on;
+      impl: the implementation.
+        - `xla`, `direct`: as in `attention`.
+        - `pallas_gpu`: keys and values in use are read once where they lie, by a kernel for NVIDIA GPUs from Ampere on;
           half precision, head widths 16, 32, 64 and 128. Its derivative goes through sums in plain JAX.
-        `auto`: `pallas_gpu` where it can, `direct` on a CPU (docs/benchmarks.md has their times), else `xla`, or
-          `blockwise` where the scores would exceed SCORE_BYTES.
+        - `auto`: `pallas_gpu` where it applies, `direct` on a CPU, else `xla`, or `blockwise` where the scores would
+          exceed SCORE_BYTES. docs/measurements/kernels.md has the times.
       interpret: run `pallas_gpu` without a GPU, slowly.
 
     Returns:
@@ -242,7 +242,7 @@ def _direct_by_blocks(
     What lies behind costs nothing, and how far other rows reach changes no bit of a row: a block that a row does not
     see leaves its sums as they are. A query stands at its own head's place in a row of zeros as wide as all heads of a
     key (block diagonal), so that a block is one product of matrices a row: K times the arithmetic, and on a CPU still
-    up to 1.8 times as fast as sums, which are far from what it can multiply (docs/benchmarks.md).
+    up to 1.8 times as fast as sums, which are far from what it can multiply (docs/measurements/kernels.md).
 
     C = K * H numbers of a key or value; J = K, the head that a query belongs to; Y slots of a block.
     """

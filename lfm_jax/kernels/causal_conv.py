@@ -48,8 +48,8 @@ def causal_conv(
       bias_D: added to the convolution, before `gate_out`; None leaves it out.
       impl: `lax` (`lax.conv_general_dilated`, the reference), `shifted` (W multiply-adds that XLA fuses),
         `associative` (the shift register as an associative scan), `pallas_tpu`, `pallas_gpu` (fused kernels), or
-        `auto`: `shifted`. docs/benchmarks.md has the times, and for TPU the bytes that its compiler counts; on a Hopper
-        GPU `pallas_gpu` is faster, and no default before `lfm selfcheck` has passed on one.
+        `auto`: `shifted`. docs/measurements/kernels.md has the times, and for TPU the bytes that its compiler counts.
+        On a Hopper GPU `pallas_gpu` is faster; it becomes the default once `lfm selfcheck` has passed on one.
       interpret: runs a Pallas implementation in interpret mode, on any platform, for tests.
 
     Returns:

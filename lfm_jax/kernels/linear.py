@@ -35,8 +35,8 @@ def linear(
       inputs: how many trailing axes are contracted.
       dtype: of accumulation and result; None means x's.
       impl: `dot` (`lax.dot_general`, the reference), `left`: the same product as w @ x^T, which a CPU streams
-        through memory up to twice as fast when there are few rows (docs/benchmarks.md), or `auto`: `left` on CPU up
-        to FEW_ROWS rows, `dot` elsewhere and over a mesh, where rows split in two axes cannot become one.
+        through memory up to twice as fast when there are few rows (docs/measurements/kernels.md), or `auto`: `left` on
+        CPU up to FEW_ROWS rows, `dot` elsewhere and over a mesh, where rows split in two axes cannot become one.
 
     Returns:
       [..., *out].

@@ -57,8 +57,8 @@ def linear_scan(
         document per row.
       impl: `sequential` (a loop over tokens, the reference), `associative` (`jax.lax.associative_scan`), `chunked` (a
         loop over the tokens of a chunk, for all chunks side by side), `pallas_tpu`, `pallas_gpu` (kernels), or `auto`:
-        on CPU `sequential` for small arrays, `chunked` for the others. docs/benchmarks.md has the times; on a Hopper
-        GPU `pallas_gpu` is faster, and no default before `lfm selfcheck` has passed on one.
+        on CPU `sequential` for small arrays, `chunked` for the others. docs/measurements/kernels.md has the times. On a
+        Hopper GPU `pallas_gpu` is faster; it becomes the default once `lfm selfcheck` has passed on one.
       interpret: runs a Pallas implementation in interpret mode, on any platform, for tests.
       axis: the mesh axis over which time is split into contiguous shards of equal length; the arguments are one
         shard, h0 and the last state those of whole rows. For use inside `jax.shard_map(..., check_vma=False)`.

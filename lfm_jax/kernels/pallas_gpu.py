@@ -1,7 +1,7 @@
 """Linear recurrence and gated convolution for Hopper GPUs (sm_90a), in Pallas' Mosaic GPU dialect.
 
-Values and gradients are tested in interpret mode on CPU, which also looks for races; docs/benchmarks.md has times on
-an H100. Nothing chooses them by default: `lfm selfcheck` has not been run there.
+Values and gradients are tested in interpret mode on CPU, which also looks for races. docs/measurements/kernels.md has
+times on an H100. No `auto` chooses these kernels: `lfm selfcheck` has not been run there.
 
 The frame is `pallas_gpu_stream`, the convolution `pallas_gpu_conv`, the scan is here. How fast it should be on an H200
 (132 SMs, 4.3 TB/s for a copy) at B = 8, T = 4096, D = 1024 in bfloat16:

@@ -1,4 +1,6 @@
-"""Gated causal convolution for Hopper GPUs, forward and backward in one kernel each (times: docs/benchmarks.md).
+"""Gated causal convolution for Hopper GPUs, forward and backward in one kernel each.
+
+docs/measurements/kernels.md has its times.
 
 No step waits for another one, so time is cut over programs as well as batch and channels, CHUNKS chunks to a program.
 Each long operand crosses device memory once: the V rows that a chunk reads beyond its own come from L2, where its

@@ -132,7 +132,7 @@ def summed(collectives: list[hlo.Collective]) -> list[Traffic]:
 
 NOT_HIDDEN = 0.4
 """Share of the shorter of products and HBM traffic that falls into operations of its own; fitted to the compiled steps
-of docs/plan.md, whose times it gives within 10 %."""
+of docs/measurements/plans.md, whose times it gives within 10 %."""
 
 
 def expected_program(config: RunConfig, budget: Budget, chip: Chip, efficiency: float) -> Program:

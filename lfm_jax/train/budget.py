@@ -29,7 +29,7 @@ from lfm_jax.units import si, size
 
 LAYER_FACTOR = 2.5
 """Bytes alive while a layer is computed again and differentiated, over those that it keeps without remat: its values,
-their gradients and XLA's copies. Fitted to the compiled programs of docs/plan.md."""
+their gradients and XLA's copies. Fitted to the compiled programs of docs/measurements/plans.md."""
 
 DOTS_FACTOR = 1.25
 """The same for what `remat: dots` keeps: XLA holds some of it in two layouts."""

@@ -19,6 +19,7 @@ import pytest
 import lfm_jax as lfm
 from lfm_jax.sampling import Sampling
 
+PAGE = "docs/tutorials/serve.md"
 KEY = "secret-key"
 HELLO = [{"role": "user", "content": "hello"}]
 SCHEMA = {
@@ -197,13 +198,13 @@ def test_tools_are_called_as_they_must_be(client, choice):
 
 
 def test_the_client_of_the_docs(server):
-    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    page = (Path(__file__).parents[2] / PAGE).read_text()
     [block] = [block for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "OpenAI" in block]
     namespace = {}
     for old, new in (("http://127.0.0.1:8000", server), ('"none"', repr(KEY)), ("LFM2.5-350M", "tiny")):
         assert old in block
         block = block.replace(old, new)
-    exec(compile(block, "docs/serving.md", "exec"), namespace)
+    exec(compile(block, PAGE, "exec"), namespace)
     assert namespace["call"].name == "get_weather"
     assert isinstance(json.loads(namespace["call"].arguments)["city"], str)
 
