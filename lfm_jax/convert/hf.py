@@ -111,7 +111,8 @@ def _build(config: ModelConfig, read: Callable[[str], np.ndarray]) -> LFM:
         made = group.to_leaves(cast(name, read(name), config.param_dtype) for name in group.names)
         for path, array in zip(group.paths, made, strict=True):
             *parents, last = path
-            functools.reduce(operator.getitem, parents, params)[last] = jnp.array(np.ascontiguousarray(array))
+            # A copy of our own, which the device may use as it is; nothing is compiled for it.
+            functools.reduce(operator.getitem, parents, params)[last] = jax.device_put(np.array(array, order="C"))
     return nnx.merge(graphdef, params)
 
 
