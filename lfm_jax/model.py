@@ -5,6 +5,7 @@ Dimensions: B batch, T time, D width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -139,6 +140,19 @@ def _summed(reports: Named, kind: str, x_BTD: jax.Array, segment_ids_BT: jax.Arr
         total = jnp.sum(value, axis=(0, 1))
         found[f"{kind}/{name}"] = total if name == "loss" else jax.lax.stop_gradient(total)
     return found
+
+
+def _with_state(block: Block, x_BTD: jax.Array, **inputs: Any) -> tuple[jax.Array, Aux | None, LayerState | None]:
+    """`block(x_BTD, **inputs)`; of equal blocks in one program only the first is traced."""
+    if not isinstance(x_BTD, jax.core.Tracer):
+        return block(x_BTD, **inputs)
+    graphdef, params = nnx.split(block, nnx.Param)
+    return _traced(graphdef, nnx.to_pure_dict(params), x_BTD, inputs)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef", inline=True)
+def _traced(graphdef: nnx.GraphDef[Block], params: Any, x_BTD: jax.Array, inputs: dict[str, Any]) -> Any:
+    return nnx.merge(graphdef, params)(x_BTD, **inputs)
 
 
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
@@ -288,8 +302,8 @@ class LFM(nnx.Module):
         else:
             for i, block in enumerate(self.blocks):
                 with jax.named_scope(f"layer_{i}"):
-                    x_BTD, _, layer_state = block(
-                        x_BTD, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, state=state.layers[i],
+                    x_BTD, _, layer_state = _with_state(
+                        block, x_BTD, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, state=state.layers[i],
                         only_B1=only_B1 if i == self.config.num_layers - 1 else None,
                     )
                 layer_states.append(layer_state)
