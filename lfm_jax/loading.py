@@ -38,7 +38,7 @@ def load(path: str | Path, dtype: Any = None) -> Loaded:
       dtype: of parameters and computation, for example jnp.bfloat16. None keeps what is stored.
 
     Returns:
-      (model, tokenizer), the tokenizer None where the directory has none.
+      (model, tokenizer), the tokenizer without truncation and padding, None where the directory has none.
 
     Raises:
       ValueError: none of these, or a checkpoint that is not whole and sound; the message lists everything that is
@@ -73,7 +73,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _load_run(run_dir: Path, dtype: Any) -> Loaded:
-    from lfm_jax.text.tokenizer import load_tokenizer
+    from lfm_jax.text.tokenizer import TOKENIZER_FILE, inference_tokenizer
     from lfm_jax.train.checkpoint import CheckpointManager
 
     manager = CheckpointManager(run_dir, keep=None)
@@ -92,7 +92,7 @@ def _load_run(run_dir: Path, dtype: Any) -> Loaded:
         config = config.replace(param_dtype=name, dtype=name)
         graphdef, _ = abstract_model(config)
         params = jax.tree.map(lambda x: x.astype(name), params)
-    tokenizer = load_tokenizer(run_dir) if (run_dir / "tokenizer.json").exists() else None
+    tokenizer = inference_tokenizer(run_dir) if (run_dir / TOKENIZER_FILE).exists() else None
     return nnx.merge(graphdef, params), tokenizer
 
 

@@ -1,11 +1,16 @@
 """What a path is: decided by one table, which a new kind joins by one row."""
 
+import dataclasses
+
 import pytest
+from flax import nnx
+from limits import LIMITS, limited
 
 import lfm_jax as lfm
 from lfm_jax import loading
 from lfm_jax.loading import HUGGING_FACE, RUN, Kind, recognise
-from lfm_jax.testing import tiny_model
+from lfm_jax.testing import tiny_config, tiny_model, tiny_tokenizer
+from lfm_jax.train import checkpoint
 
 
 def test_a_directory_is_known_by_what_is_in_it(tmp_path):
@@ -33,6 +38,32 @@ def test_a_run_without_a_finished_checkpoint_says_so(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match="holds no finished checkpoint yet"):
         lfm.load(tmp_path)
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+def test_limits_in_the_tokenizer_of_a_run_are_not_loaded(tmp_path, monkeypatch, limits):
+    class Manager:
+        """Of a run whose checkpoint is the tiny model."""
+
+        def __init__(self, run_dir, keep):
+            assert (run_dir / "checkpoints").is_dir()
+
+        def latest_step(self):
+            return 1
+
+        def metadata(self):
+            return {"config": {"model": dataclasses.asdict(tiny_config())}}
+
+        def restore_params(self, abstract_params):
+            return nnx.to_pure_dict(nnx.split(tiny_model(), nnx.Param)[1])
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(checkpoint, "CheckpointManager", Manager)
+    (tmp_path / "checkpoints").mkdir()
+    limited(tiny_tokenizer(), **limits).save(str(tmp_path / "tokenizer.json"))
+    assert lfm.load(tmp_path)[1].to_str() == tiny_tokenizer().to_str()
 
 
 def test_another_kind_is_one_row(tmp_path, monkeypatch):

@@ -25,16 +25,16 @@ OTHER_FILES = (GENERATION_CONFIG, CHAT_TEMPLATE, "LICENSE")
 
 
 def read_tokenizer(directory: Path) -> tuple[Tokenizer | None, list[str]]:
-    """The tokenizer of tokenizer.json, None where there is no such file, and problems."""
+    """The tokenizer of tokenizer.json for inference, None where there is no such file, and problems."""
     if not os.path.lexists(directory / TOKENIZER):
         return None, []
     problem = file_problem(directory, TOKENIZER)
     if problem is not None:
         return None, [problem]
-    from lfm_jax.text.tokenizer import load_tokenizer
+    from lfm_jax.text.tokenizer import inference_tokenizer
 
     try:
-        return load_tokenizer(directory), []
+        return inference_tokenizer(directory), []
     except ValueError as e:
         return None, [str(e)]
 
@@ -101,8 +101,7 @@ def write(directory: Path, hf: Mapping[str, Any], tokenizer: Tokenizer | None, s
     copies = {} if source is None else carried(source)[0]
     template = None
     if tokenizer is not None:
-        original = None if source is None else read_tokenizer(source)[0]
-        if original is None or original.to_str() != tokenizer.to_str():
+        if source is None or not _is_that_of(tokenizer, source):
             template = None if source is None or CHAT_TEMPLATE in copies else chat_template(source)
             copies = {name: path for name, path in copies.items() if name not in TOKENIZER_FILES}
             tokenizer.save(str(directory / TOKENIZER))
@@ -116,6 +115,14 @@ def write(directory: Path, hf: Mapping[str, Any], tokenizer: Tokenizer | None, s
     if GENERATION_CONFIG not in copies:
         ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         _write_json(directory / GENERATION_CONFIG, {"_from_model_config": True} | ids)
+
+
+def _is_that_of(tokenizer: Tokenizer, directory: Path) -> bool:
+    """Whether a tokenizer is that of a directory, as its file has it or as it is loaded for inference."""
+    from lfm_jax.text.tokenizer import load_tokenizer
+
+    loaded = read_tokenizer(directory)[0]
+    return loaded is not None and tokenizer.to_str() in (loaded.to_str(), load_tokenizer(directory).to_str())
 
 
 def _tokenizer_config(hf: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from lfm_jax.model import LFM
 from lfm_jax.sampling import GREEDY, Sampling
 from lfm_jax.state import State
 from lfm_jax.text.chat import encode_chat, turn_stop_ids
-from lfm_jax.text.codec import check_tokenizer
+from lfm_jax.text.codec import check_tokenizer, encoded
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -157,7 +157,7 @@ def classify(
     system = instruction.replace("{labels}", ", ".join(labels))
     prompts = [_prompt(model, tokenizer, template, system, text) for text in texts]
     end = _stop_ids(model, tokenizer)[-1]
-    answers = [[*tokenizer.encode(label, add_special_tokens=False).ids, end] for label in labels]
+    answers = [[*encoded(tokenizer, label, add_special_tokens=False).ids, end] for label in labels]
     longest = max(map(len, answers))
     _check_lengths(model, prompts, longest)
     length = min(bucket(max(map(len, prompts)) + longest), model.config.max_position)

@@ -19,6 +19,7 @@ import numpy as np
 
 from lfm_jax.structured.call_grammar import CallRules
 from lfm_jax.structured.json_schema import MALFORMED, Bounds, GrammarError, accepted, compiled, llguidance, one_line
+from lfm_jax.text.tokenizer import without_limits
 from lfm_jax.text.tool_schemas import Tool, tool_schemas
 from lfm_jax.text.tools import END, START
 
@@ -150,7 +151,8 @@ class GrammarTokenizer:
         if not eos_ids or not 0 <= min(eos_ids) <= max(eos_ids) < vocab_size:
             raise ValueError(f"eos_ids is {tuple(eos_ids)}; a grammar needs at least one, within 0..{vocab_size - 1}")
         self.vocab_size, self.eos_ids = vocab_size, tuple(eos_ids)
-        self.handle = llguidance().LLTokenizer(tokenizer.to_str(), vocab_size, list(eos_ids), _SLICES)
+        text = without_limits(tokenizer).to_str()
+        self.handle = llguidance().LLTokenizer(text, vocab_size, list(eos_ids), _SLICES)
         self.known_W = _packed([*ids, *eos_ids], vocab_size)
         self.eos_W = _packed(eos_ids, vocab_size)
 

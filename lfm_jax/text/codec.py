@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from lfm_jax.config import ModelConfig
+from lfm_jax.text.tokenizer import without_limits
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -31,25 +32,20 @@ def encode(tokenizer: Tokenizer, text: str, bos_id: int) -> list[int]:
     """Ids of `text` with the tokenizer's own special tokens, but never bos twice.
 
     A text rendered by a chat template begins with the text of bos, to which the tokenizer would add another.
-
-    Raises:
-      ValueError: the tokenizer is set to cut texts.
     """
-    encoding = encoded(tokenizer, text, add_special_tokens=True)
-    if encoding.overflowing:
-        raise ValueError(
-            f"the tokenizer cuts texts at {len(encoding.ids)} tokens; call tokenizer.no_truncation() first"
-        )
-    ids = encoding.ids
+    ids = encoded(tokenizer, text, add_special_tokens=True).ids
     return ids[1:] if ids[:2] == [bos_id, bos_id] else ids
 
 
 def encoded(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> Encoding:
-    """`tokenizer.encode`, but other threads may run meanwhile.
+    """`tokenizer.encode`, but all of the text and no more, and other threads may run meanwhile.
+
+    Truncation and padding that the tokenizer is set to do not count: see `without_limits`.
 
     Raises:
       ValueError: half of a surrogate pair, which is no character.
     """
+    tokenizer = without_limits(tokenizer)
     try:
         # Of a batch the library lets go of the interpreter's lock, of a single text it does not.
         return tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]

@@ -1,7 +1,12 @@
-"""Byte-level BPE with LFM2's special tokens: training one, loading one."""
+"""Byte-level BPE with LFM2's special tokens: training one, loading one.
+
+A tokenizer file may hold the truncation and padding of a training run. They are part of the file (its copies and its
+digest), and never of a prompt: `inference_tokenizer` loads without them, `without_limits` takes them off.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -69,7 +74,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, min_frequency: int = 2) 
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Loads a tokenizer.json, given as the file or as the directory that holds it.
+    """Loads a tokenizer.json as it is, given as the file or as the directory that holds it.
 
     Raises:
       ValueError: no such file, or a file that `tokenizers` cannot read.
@@ -87,3 +92,27 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(
             f"tokenizer {file} cannot be read ({error}); expected a file written by `tokenizers`"
         ) from None
+
+
+def inference_tokenizer(path: str | Path) -> Tokenizer:
+    """Loads the tokenizer of a model for its prompts: without truncation and padding, else as `load_tokenizer`."""
+    tokenizer = load_tokenizer(path)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def without_limits(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer where it neither truncates nor pads, else a copy that does not.
+
+    A copy is made once for each object, which must not change otherwise.
+    """
+    return tokenizer if tokenizer.truncation is tokenizer.padding is None else _unlimited_copy(tokenizer)
+
+
+@functools.lru_cache(maxsize=4)
+def _unlimited_copy(tokenizer: Tokenizer) -> Tokenizer:
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy

@@ -1,14 +1,17 @@
 """Directories both ways: bit-equal, loaded by `transformers`, everything beside the weights carried along."""
 
 import json
+import shutil
 
 import hf_dirs
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from limits import LIMITS, limited
 from oracle import CASES
 from test_state_dict import bits
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
 from lfm_jax.convert.families import config_from_hf
@@ -191,6 +194,21 @@ def test_everything_beside_the_weights_is_carried_verbatim(tmp_path, source, tok
                  for file in (tmp_path / name).rglob("*") if file.is_file()}
         assert files.keys() == kept.keys() | {"config.json", "model.safetensors"}
         assert {key: files[key] for key in kept} == kept
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+def test_limits_in_a_tokenizer_file_are_carried_and_not_loaded(tmp_path, source, tokenizer, limits):
+    shutil.copytree(source, tmp_path / "source")
+    file = tmp_path / "source" / "tokenizer.json"
+    limited(tokenizer, **limits).save(str(file), pretty=False)
+    model, loaded = load_hf(tmp_path / "source")
+    assert loaded.to_str() == tokenizer.to_str()
+    convert(tmp_path / "source", tmp_path / "converted")
+    for name, given in (("loaded", loaded), ("file", Tokenizer.from_file(str(file))), ("none", None)):
+        save_hf(model, tmp_path / name, given, source=tmp_path / "source")
+    for name in ("converted", "loaded", "file", "none"):
+        for carried in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
+            assert (tmp_path / name / carried).read_bytes() == (tmp_path / "source" / carried).read_bytes()
 
 
 def test_tokenizer_of_ours_loads_in_transformers(tmp_path, tokenizer):

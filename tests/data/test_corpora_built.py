@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from limits import LIMITS, limited
 
 from lfm_jax import recipe
 from lfm_jax.data import (
@@ -16,12 +17,15 @@ from lfm_jax.data import (
     build,
     check_lasts,
     load_manifest,
+    load_tokenizer,
     make_tokenizer,
     open_corpus,
     train_bpe,
 )
 from lfm_jax.data.batch import LOSS_IGNORE
+from lfm_jax.data.encoding import tokenizer_digest
 from lfm_jax.pretrain.config import TrainConfig
+from lfm_jax.text.tokenizer import inference_tokenizer
 
 BYTES = train_bpe([], vocab_size=270)
 T, B = 32, 8
@@ -261,6 +265,24 @@ def test_datasets_that_do_not_belong_to_the_run_are_named_together(root, tmp_pat
     with pytest.raises(ValueError, match="built with bos_id 1 and eos_id 7, but the model has bos_id 1 and eos_id 2"):
         open_corpus(config(root), BYTES, eos_id=2)
     assert make_tokenizer(config(root), vocab_size=999).to_str() == BYTES.to_str()
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+def test_what_a_tokenizer_is_set_to_cut_and_pad_does_not_make_it_another(root, tmp_path, limits):
+    """Datasets hold whole documents; the digest of the file is in their manifest, as it always was."""
+    file = limited(BYTES, **limits)
+    file.save(str(tmp_path / "limited.json"))
+    manifest = make(root, "a", tokenizer=str(tmp_path / "limited.json"), out=str(tmp_path / "a"))
+    assert manifest.tokenizer == tokenizer_digest(file) != tokenizer_digest(BYTES)
+    assert make(root, "a", tokenizer=str(tmp_path / "limited.json"), out=str(tmp_path / "a")) == manifest
+    conf = config(root, MixturePart(path=str(tmp_path / "a")))
+    plain = take(iterator(config(root, MixturePart(path="a"))), 2)
+    for tokenizer in (file, BYTES, load_tokenizer(tmp_path / "a"), inference_tokenizer(tmp_path / "a")):
+        batches = take(open_corpus(conf, tokenizer).train_batches(), 2)
+        assert all(np.array_equal(one[key], two[key]) for one, two in zip(batches, plain, strict=True) for key in two)
+    assert make_tokenizer(conf, vocab_size=999).to_str() == file.to_str()
+    with pytest.raises(ValueError, match="another tokenizer than that of the run"):
+        open_corpus(conf, train_bpe(["aaa bbb " * 20], vocab_size=272))
 
 
 def damaged(root, tmp_path, how):

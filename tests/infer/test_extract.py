@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import jsonschema
 import numpy as np
 import pytest
+from limits import LIMITS, limited
 
 import lfm_jax as lfm
 from lfm_jax.infer import extract as module
@@ -85,6 +86,15 @@ def test_probabilities_are_those_of_whole_passes(monkeypatch):
     same = classify(model(), tokenizer(), [TEXTS[0], TEXTS[0]], LABELS)
     np.testing.assert_allclose([list(one.values()) for one in same], [theirs[0]] * 2, rtol=2e-4)
     assert classify(model(), tokenizer(), [], LABELS) == []
+
+
+@pytest.mark.parametrize("limits", LIMITS[-2:], ids=str)
+def test_what_a_tokenizer_is_set_to_cut_and_pad_changes_nothing(limits):
+    theirs = limited(tokenizer(), **limits)
+    assert classify(model(), theirs, TEXTS, LABELS) == classify(model(), tokenizer(), TEXTS, LABELS)
+    assert extract(model(), theirs, TEXTS[:3], SCHEMA) == extract(model(), tokenizer(), TEXTS[:3], SCHEMA)
+    assert lfm.generate(model(), theirs, TEXTS, max_new_tokens=8) == (
+        lfm.generate(model(), tokenizer(), TEXTS, max_new_tokens=8))
 
 
 @pytest.mark.parametrize("labels", [["a"], "ab", ["a", "a"], ["a", ""]])

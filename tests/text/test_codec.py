@@ -162,14 +162,6 @@ def test_encode_has_bos_once():
     assert encode(tokenizer(), "<|startoftext|>fox", 1) == encode(tokenizer(), "fox", 1)
 
 
-def test_a_tokenizer_that_cuts_is_refused():
-    cutting = tiny_tokenizer()
-    cutting.enable_truncation(4)
-    assert len(encode(cutting, "a", 1)) == 2
-    with pytest.raises(ValueError, match="no_truncation"):
-        encode(cutting, "a b c d e f g", 1)
-
-
 def test_a_tokenizer_larger_than_the_model_is_refused():
     size = tokenizer().get_vocab_size()
     check_tokenizer(tokenizer(), tiny_config(vocab_size=size))

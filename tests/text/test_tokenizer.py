@@ -3,10 +3,13 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from limits import LIMITS, limited
 
 from lfm_jax.data import SPECIAL_TOKENS, load_tokenizer, train_bpe
-from lfm_jax.testing import tiny_tokenizer
-from lfm_jax.text.tokenizer import MIN_VOCAB_SIZE
+from lfm_jax.testing import tiny_config, tiny_tokenizer
+from lfm_jax.text.chat import encode_chat
+from lfm_jax.text.codec import encode
+from lfm_jax.text.tokenizer import MIN_VOCAB_SIZE, inference_tokenizer, without_limits
 
 CODE = "def half(number):\n    if number > 12345678:\n        return number / 2\n\n\n" * 20
 TOKENIZER = train_bpe([CODE], vocab_size=400)
@@ -66,3 +69,27 @@ def test_load_says_what_is_wrong(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{not json")
     with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+def test_truncation_and_padding_of_a_file_stay_in_the_file(tmp_path, limits):
+    file = limited(TOKENIZER, **limits)
+    file.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).to_str() == file.to_str() != TOKENIZER.to_str()
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        assert inference_tokenizer(path).to_str() == TOKENIZER.to_str()
+    assert without_limits(TOKENIZER) is TOKENIZER
+    assert without_limits(file) is without_limits(file)
+    assert without_limits(file).to_str() == TOKENIZER.to_str()
+    assert file.to_str() != TOKENIZER.to_str()  # It is left as it was.
+
+
+LIMITED = [limited(TOKENIZER, **limits) for limits in LIMITS]
+
+
+@given(st.text() | AWKWARD, st.sampled_from(LIMITED))
+def test_prompts_are_encoded_whole_and_no_longer(text, tokenizer):
+    assert encode(tokenizer, text, 1) == encode(TOKENIZER, text, 1)
+    config = tiny_config(vocab_size=400)
+    messages = [{"role": "user", "content": text}]
+    assert encode_chat(tokenizer, config, None, messages) == encode_chat(TOKENIZER, config, None, messages)

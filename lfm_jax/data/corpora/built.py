@@ -17,7 +17,7 @@ from lfm_jax.data.corpora.corpus import check_rows
 from lfm_jax.data.encoding import tokenizer_digest
 from lfm_jax.data.manifest import Manifest, load_manifest
 from lfm_jax.problems import raise_problems
-from lfm_jax.text.tokenizer import load_tokenizer
+from lfm_jax.text.tokenizer import load_tokenizer, without_limits
 
 if TYPE_CHECKING:
     import grain
@@ -128,9 +128,18 @@ def _check_made_for(manifests: list[Manifest], tokenizer: Tokenizer, *, bos_id: 
 
 
 def _check_tokenizer(manifests: list[Manifest], tokenizer: Tokenizer) -> None:
-    digest = tokenizer_digest(tokenizer)
     raise_problems("mixture cannot be used", [
         f"{manifest.directory} was built with another tokenizer than that of the run (data.tokenizer or init_from); "
         f"name {manifest.directory} in data.tokenizer, or build it again with the run's"
-        for manifest in manifests if manifest.tokenizer != digest
+        for manifest in manifests if not _is_of(manifest, tokenizer)
     ])
+
+
+def _is_of(manifest: Manifest, tokenizer: Tokenizer) -> bool:
+    """Whether a dataset was built with a tokenizer, whatever it is set to cut or pad: documents are encoded whole."""
+    if manifest.tokenizer == tokenizer_digest(tokenizer):
+        return True
+    kept = load_tokenizer(manifest.directory)
+    return manifest.tokenizer == tokenizer_digest(kept) and (
+        without_limits(kept).to_str() == without_limits(tokenizer).to_str()
+    )
