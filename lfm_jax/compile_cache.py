@@ -1,4 +1,4 @@
-"""Compiled programs on disk, so that the second start of a verb need not compile.
+"""Compiled programs on disk, so that the second start of a verb does not compile.
 
 The `lfm` verbs keep what they compile in one directory: `compiled` below `$LFM_CACHE_DIR`, or else below
 `$XDG_CACHE_HOME/lfm_jax`, or else `~/.cache/lfm_jax`. `LFM_CACHE_DIR=` (empty) switches this off. Whoever has set JAX's
@@ -26,13 +26,13 @@ _LOCK_SECONDS = 10
 
 
 def directory() -> Path | None:
-    """Where the verbs keep compiled programs; None where that is switched off."""
-    root = os.environ.get(VARIABLE)
-    if root == "":
+    """Where the verbs keep compiled programs; None where that is switched off, or the user has no home directory."""
+    if (root := os.environ.get(VARIABLE)) is not None:
+        return Path(root) / "compiled" if root else None
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lfm_jax" / "compiled"
+    except RuntimeError:
         return None
-    if root is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lfm_jax"
-    return Path(root) / "compiled"
 
 
 def enable() -> None:

@@ -58,7 +58,7 @@ def _call(verb: Verb, args: list[str]) -> int:
 
 
 def _keep_compiled(verb: Verb, args: Sequence[str]) -> None:
-    if verb.compiles and not set(HELP) & set(args):
+    if verb.keeps and not set(HELP) & set(args):
         from lfm_jax import compile_cache
 
         compile_cache.enable()

@@ -79,10 +79,10 @@ def bench(
 def cache(clear: bool = False) -> int:
     """Report where compiled programs are kept between starts, how many they are and how large, or remove them.
 
-    Every verb that compiles looks there first, so that its second start is fast. The place is `compiled` below
-    LFM_CACHE_DIR, or else XDG_CACHE_HOME/lfm_jax, or else ~/.cache/lfm_jax; it holds at most 1 GiB, and what was not
-    used for longest goes first. An empty LFM_CACHE_DIR switches it off; JAX_COMPILATION_CACHE_DIR, where it is set, is
-    used instead and left to its owner.
+    Every verb that compiles, except plan, looks there first, so that its second start is fast. The place is `compiled`
+    below LFM_CACHE_DIR, or else XDG_CACHE_HOME/lfm_jax, or else ~/.cache/lfm_jax; it holds at most 1 GiB, and the
+    program that was not used for longest goes first. An empty LFM_CACHE_DIR switches it off. Where
+    JAX_COMPILATION_CACHE_DIR is set, JAX keeps programs there instead, and this verb leaves them alone.
 
     Args:
       clear: remove them all.
@@ -96,7 +96,7 @@ def cache(clear: bool = False) -> int:
     if other is not None:
         print(f"JAX_COMPILATION_CACHE_DIR is set: JAX keeps compiled programs in {other!r}")
     elif path is None:
-        print(f"{compile_cache.VARIABLE} is set to nothing: compiled programs are not kept")
+        print(f"compiled programs are not kept: {compile_cache.VARIABLE} is empty, or there is no home directory")
     else:
         if clear:
             compile_cache.clear(path)

@@ -23,8 +23,9 @@ class Verb:
     config: str | None = None
     """`module:class` in `lfm_jax`: the verb takes recipes (YAML files, later ones win), then every key as a flag; its
     function is given the config and the arguments that it was read from."""
-    compiles: bool = True
-    """Whether the verb compiles programs, which the compilation cache then keeps."""
+    keeps: bool = True
+    """Whether the programs that the verb compiles are kept on disk (`compile_cache`). Those of `plan` are for machines
+    that are not here, and could not be loaded again."""
 
     def resolve(self) -> tuple[Any, Any]:
         """(function, config class or None)."""
@@ -41,15 +42,16 @@ VERBS = (
     Verb("serve", USE, "serve a model over HTTP with OpenAI's API", "serving:serve"),
     Verb("batch", USE, "answer a file of requests in OpenAI's batch format", "serving:batch"),
     Verb("data build", TRAIN, "build a dataset of packed rows from text", "datasets:build", "data.build:BuildConfig",
-         compiles=False),
-    Verb("data show", TRAIN, "look into a built dataset", "datasets:show", compiles=False),
-    Verb("plan", TRAIN, "report what a run needs and costs, before it runs", "training:plan", "plan:PlanConfig"),
+         keeps=False),
+    Verb("data show", TRAIN, "look into a built dataset", "datasets:show", keeps=False),
+    Verb("plan", TRAIN, "report what a run needs and costs, before it runs", "training:plan", "plan:PlanConfig",
+         keeps=False),
     Verb("train", TRAIN, "train a model, or resume a run", "training:train", "pretrain.config:TrainCommand"),
     Verb("ablate", TRAIN, "run, resume or report an ablation study", "training:ablate", "ablate.schedule:AblateConfig"),
     Verb("convert", CONVERT, "write a Hugging Face directory that transformers loads", "checkpoints:convert"),
     Verb("bench", MACHINE, "measure speed beside a peer in the same process", "machine:bench"),
     Verb("selfcheck", MACHINE, "check every kernel and collective against its reference", "machine:selfcheck"),
-    Verb("cache", MACHINE, "report or clear the cache of compiled programs", "machine:cache", compiles=False),
+    Verb("cache", MACHINE, "report or clear the cache of compiled programs", "machine:cache", keeps=False),
 )
 EXAMPLES = """\
 examples:

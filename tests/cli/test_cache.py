@@ -10,6 +10,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from running import run
 
+import lfm_jax as lfm
 from lfm_jax import compile_cache
 
 SETTINGS = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size", "jax_persistent_cache_min_compile_time_secs")
@@ -46,6 +47,21 @@ def test_the_place(monkeypatch, tmp_path):
     assert compile_cache.directory() is None
 
 
+def test_without_a_home_there_is_no_place(monkeypatch):
+    monkeypatch.delenv("LFM_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 5)
+    assert compile_cache.directory() is None
+
+
+def test_loading_compiles_nothing(place, checkpoint):
+    jax.clear_caches()
+    compile_cache.enable()
+    lfm.load(checkpoint)
+    assert names(place) == set()
+
+
 @pytest.mark.slow
 def test_a_second_start_compiles_nothing(place, checkpoint, capsys):
     jax.clear_caches()  # What this process has compiled already would not be written.
@@ -53,10 +69,13 @@ def test_a_second_start_compiles_nothing(place, checkpoint, capsys):
     assert run(*command) == 0
     text, first = capsys.readouterr().out, names(place)
     assert len(first) >= 3
-    precision = {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "PYTHONHASHSEED": "7"}  # As in conftest.py.
-    done = subprocess.run([sys.executable, "-m", "lfm_jax.cli", *command], env=os.environ | precision,
-                          capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == (text, "")
+    precision = {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "PYTHONHASHSEED": "7"}  # The former as in conftest.py.
+    code = ("import sys; from lfm_jax.cli import main\n"
+            "try: main(sys.argv[1:])\n"
+            "finally: print(sorted({'orbax', 'grain', 'torch', 'transformers'} & set(sys.modules)), file=sys.stderr)")
+    done = subprocess.run([sys.executable, "-c", code, *command], env=os.environ | precision, capture_output=True,
+                          text=True)
+    assert (done.stdout, done.stderr) == (text, "[]\n")
     assert names(place) == first
 
 
