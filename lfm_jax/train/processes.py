@@ -44,6 +44,7 @@ def join(launch: Launch) -> None:
                 cluster_detection_method="deactivate" if launch.coordinator else None,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,
             )
+            barrier("joined")  # All devices connect while all processes are here; see `compiled_together`.
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"this process cannot join its run: {error}") from error
 
@@ -73,6 +74,28 @@ def barrier(name: str) -> None:
     """Waits until all processes are here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def compiled_together(program: Any) -> Any:
+    """A jitted function that runs, the first time, when every process has compiled it.
+
+    CPU devices that exchange something for the first time connect through Gloo, where a process gives up when another
+    one comes more than 30 seconds after it. On a crowded machine compiling can take that much longer in one of them.
+    The barrier itself waits on: all devices have been connected since `join`.
+    """
+    if jax.process_count() == 1:
+        return program
+    ready = False
+
+    def call(*args: Any) -> Any:
+        nonlocal ready
+        if not ready:
+            program.lower(*args).compile()  # Kept: the call below does not compile again.
+            barrier("compiled")
+            ready = True
+        return program(*args)
+
+    return call
 
 
 def all_agree(ok: bool) -> bool:

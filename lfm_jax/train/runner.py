@@ -134,7 +134,7 @@ def _train(
     measure = _Evaluation(config, training, method, place, console)
     driver = Driver(
         Parts(
-            step=training.compiled_step(), data=data, place=place,
+            step=processes.compiled_together(training.compiled_step()), data=data, place=place,
             fresh=lambda: training.random_state(config.seed) if weights is None else training.placed_state(weights),
             abstract=lambda: states.unstacked(training.abstract_state(), config.model),
             pack=lambda state: states.unstacked(state, config.model),
@@ -190,7 +190,8 @@ def _with_timed_steps(
       ValueError: they do not hold the schedule's warm-up and decay.
     """
     training = config.training()
-    step, state, first = training.compiled_step(), training.random_state(config.seed), data.get_state()
+    step = processes.compiled_together(training.compiled_step())
+    state, first = training.random_state(config.seed), data.get_state()
     seconds = []
     for _ in range(WARM_STEPS + TIMED_STEPS):
         batch = place(next(data))
