@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import batches, documents, every_kind, net, rel_err, tokens_like
+from helpers import KINDS, Net, batches, documents, every_kind, net, rel_err, tokens_like
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -148,3 +148,12 @@ def test_gradients_of_a_packed_row_are_the_sum_over_its_documents():
     alone = sum(model.embed_grad(tokens, np.where(segment_ids == i, 1, 0), weight * (segment_ids == i)[:, :, None])
                 for i in (1, 2, 3))
     assert rel_err(packed, alone) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["ffn", "dots", "full"])
+def test_activations_made_again_change_no_gradient(remat):
+    tokens, weight = tokens_like((B, T), 4), np.random.default_rng(4).standard_normal((B, T, D)).astype(np.float32)
+    plain, again = (model.embed_grad(tokens, np.ones((B, T), np.int32), weight)
+                    for model in (net("every-operator"), Net(**KINDS["every-operator"], remat=remat)))
+    assert rel_err(again, plain) < 1e-5

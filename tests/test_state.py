@@ -1,6 +1,7 @@
 """Decode state: any way of cutting a stream into calls is the stream, and padding is the identity."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 import lfm_jax as lfm
 from lfm_jax import state as state_lib
 from lfm_jax.operators.attention import KV
-from lfm_jax.testing import tiny_config, tiny_model
+from lfm_jax.testing import tiny_config
 
 B, C, CALLS = 3, 8, 4
 SLOTS = C * CALLS
@@ -99,10 +100,11 @@ def test_state_is_that_of_the_last_document_alone(kind, calls, seed):
         _, state = model(token, segment_ids=segment_ids, state=state)
         for row in range(B):
             streams[row].feed(token[row], segment_ids[row])
-    once, where = np.zeros((B, SLOTS), np.int32), np.zeros((B, SLOTS), np.int32)
+    rows, where, alone = np.zeros((B, SLOTS), np.int32), np.zeros((B, SLOTS), np.int32), model.init_state(B, SLOTS)
     for row, stream in enumerate(streams):
-        once[row, : len(stream.tokens)], where[row, : len(stream.tokens)] = stream.tokens, 1
-    _, alone = model(once, segment_ids=where, state=model.init_state(B, SLOTS))
+        rows[row, : len(stream.tokens)], where[row, : len(stream.tokens)] = stream.tokens, 1
+    for start in range(0, SLOTS, C):
+        _, alone = model(rows[:, start : start + C], segment_ids=where[:, start : start + C], state=alone)
     assert_close(state, alone)
 
 
@@ -225,7 +227,7 @@ def test_right_padding_promised_leaves_the_same_state():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_state_bytes_is_what_init_state_takes(kind, dtype):
-    config = net(kind).config
+    config = tiny_config(**KINDS[kind])
     state = state_lib.init_state(config, 3, 17, dtype)
     assert 3 * config.state_bytes(17, dtype) == sum(x.nbytes for x in jax.tree.leaves(state))
     assert config.state_bytes(17) == config.state_bytes(17, config.dtype)
@@ -298,28 +300,37 @@ GOING_BACK = {
 }
 
 
+@functools.cache
+def going_back(name):
+    return Net(**GOING_BACK[name])
+
+
+
+
+rollback, restore = jax.jit(state_lib.rollback), jax.jit(state_lib.restore)
+snapshot = jax.jit(state_lib.snapshot, static_argnames="length")
+
+
 @pytest.mark.parametrize("name", GOING_BACK)
 @settings(max_examples=6)
-@given(data=st.data())
-def test_rolled_back_tokens_were_never_there(name, data):
-    model, back = tiny_model(**GOING_BACK[name]), 3
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    rows = jnp.asarray(rng.integers(8, 97, (2, 24)), jnp.int32)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_rolled_back_tokens_were_never_there(name, seed):
+    model, back = going_back(name), 3
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(8, 97, (2, 24))
     state, twin = state_lib.init_state(model.config, 2, 32, rollback=back), model.init_state(2, 32)
     at_B = np.zeros(2, np.int32)
     for _ in range(4):
         # Each row takes in some tokens that stay, then some that go back; padding fills up.
         stay_B, go_B = rng.integers(1, 4, 2), rng.integers(0, back + 1, 2)
-        index_BT = at_B[:, None] + np.arange(6)
-        tokens_BT = jnp.take_along_axis(rows, jnp.asarray(index_BT), axis=1)
-        together_BT = jnp.asarray(np.arange(6) < (stay_B + go_B)[:, None], jnp.int32)
-        alone_BT = jnp.asarray(np.arange(6) < stay_B[:, None], jnp.int32)
-        _, state = model(tokens_BT, None, together_BT, state, None, padding="right")
-        state = state_lib.rollback(state, jnp.asarray(go_B, jnp.int32))
-        _, twin = model(tokens_BT, None, alone_BT, twin, None, padding="right")
+        tokens_BT = np.take_along_axis(rows, at_B[:, None] + np.arange(6), axis=1)
+        together_BT, alone_BT = (np.arange(6) < n_B[:, None] for n_B in (stay_B + go_B, stay_B))
+        _, state = model(tokens_BT, segment_ids=together_BT, state=state, padding="right")
+        state = rollback(state, go_B.astype(np.int32))
+        _, twin = model(tokens_BT, segment_ids=alone_BT, state=twin, padding="right")
         at_B += stay_B.astype(np.int32)
         np.testing.assert_array_equal(state.position_B, at_B)
-        token_B1 = jnp.take_along_axis(rows, jnp.asarray(at_B)[:, None], axis=1)
+        token_B1 = np.take_along_axis(rows, at_B[:, None], axis=1)
         ours, _ = model(token_B1, state=state, logits="last")
         theirs, _ = model(token_B1, state=twin, logits="last")
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -335,17 +346,18 @@ def test_rollback_needs_layers_that_can_go_back():
     ("conv", "full_attention", "conv"), ("sliding_attention", "recurrence", "full_attention"),
 ], ids=str)
 def test_snapshots_of_all_parts_make_a_row_anew(kinds):
-    model = tiny_model(layer_types=kinds, sliding_window=5)
-    rng = np.random.default_rng(0)
-    rows = jnp.asarray(rng.integers(8, 97, (3, 13)), jnp.int32)
+    model = Net(layer_types=kinds, sliding_window=5)
+    rows = np.random.default_rng(0).integers(8, 97, (3, 13))
     state, parts = model.init_state(3, 16), []
     for start in (0, 4, 8):
-        _, state = model(rows[:, start : start + 4], state=state, logits=None)
-        parts.append(state_lib.snapshot(state, jnp.int32(1), jnp.int32(start), 4))
-    _, other = model(rows[:, ::-1], state=model.init_state(3, 16), logits=None)  # Rows that hold something else.
+        _, state = model(rows[:, start : start + 4], state=state)
+        parts.append(snapshot(state, 1, start, length=4))
+    other = model.init_state(3, 16)
+    for start in (9, 5, 1):  # Rows that hold something else.
+        _, other = model(rows[:, start : start + 4], state=other)
     other = state_lib.reset(other, jnp.array([True, False, False]))
     for start, part in zip((0, 4, 8), parts, strict=True):
-        other = state_lib.restore(other, jnp.int32(0), jnp.int32(start), part)
+        other = restore(other, 0, start, part)
     ours, _ = model(rows[1:2, 12:].repeat(3, 0), state=other, logits="last")
     theirs, _ = model(rows[:, 12:], state=state, logits="last")
     np.testing.assert_allclose(ours[0], theirs[1], rtol=1e-5, atol=1e-5)

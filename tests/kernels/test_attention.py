@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference as plain
-from helpers import batches, documents, rel_err
+from helpers import batches, documents, long, rel_err
 from hypothesis import given
 from hypothesis import strategies as st
 from tpu_aot import TOPOLOGIES, compile_for, requires_libtpu
@@ -161,9 +161,12 @@ def test_blockwise_never_meets_a_block_that_no_query_sees():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["causal", "window", "documents"])
+@pytest.mark.parametrize("case", ["window", long("causal"), long("documents")])
 def test_blockwise_at_32768_tokens(case):
-    """Queries are sampled: the cotangent is zero elsewhere, so that these few decide all of the gradients."""
+    """Queries are sampled: the cotangent is zero elsewhere, so that these few decide all of the gradients.
+
+    In `make test-long` rows in which a query sees most of the keys.
+    """
     T, window = 32768, 1000 if case == "window" else None
     q, k, v, cotangent = make(1, T, T, 2, 1)
     ids = np.ones((1, T), np.int32)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference as network_reference
-from helpers import documents, rel_err
+from helpers import documents, long, rel_err
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -144,8 +144,9 @@ def test_sums_over_blocks_of_time_leave_out_no_row(T, W):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("impl", ["shifted", "lax"])
+@pytest.mark.parametrize("impl", ["shifted", long("lax")])
 def test_accuracy_holds_at_32768_tokens(impl):
+    """In `make test-long` that of XLA's own convolution too."""
     T = 32768
     arrays, dz = make(1, T, 3, D=3)
     segment_ids = np.sort(np.random.default_rng(2).integers(1, 40, (1, T)), axis=1).astype(np.int32)
@@ -238,7 +239,7 @@ def test_pallas_kernels_get_what_the_others_get():
     """The kernels themselves are tested in test_pallas_*.py."""
     arrays, _ = make(2, 9, 3)
     for impl in ("pallas_tpu", "pallas_gpu"):
-        z = causal_conv(**arrays, segment_ids_BT=segments(2, 9), impl=impl, interpret=True)
+        z = jax.jit(functools.partial(causal_conv, segment_ids_BT=segments(2, 9), impl=impl, interpret=True))(**arrays)
         assert rel_err(z, causal_conv(**arrays, segment_ids_BT=segments(2, 9), impl="shifted")) < BOUND
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import rel_err
+from helpers import long, rel_err
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +16,7 @@ from lfm_jax.kernels.linear_scan import linear_scan
 
 IMPLS = ("sequential", "associative", "chunked")
 NAMES = ("a_BTD", "b_BTD", "h0_BD")
-SHAPES = [(2, 1, 5), (3, 7, 3), (2, 16, 4), (3, 83, 5)]
+SHAPES = [(2, 1, 5), (3, 83, 5), long((3, 7, 3)), long((2, 16, 4))]
 each_impl = pytest.mark.parametrize("impl", IMPLS)
 
 
@@ -63,13 +63,17 @@ def assert_is_reference(args, ids, impl):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients_equal_numpy(shape, packed, impl):
+    """One token, and chunks with a rest; in `make test-long` less than a chunk, and whole chunks."""
     assert_is_reference(arrays(*shape), documents(*shape[:2]) if packed else None, impl)
 
 
 @pytest.mark.slow
-@each_impl
+@pytest.mark.parametrize("impl", ["chunked", long("sequential"), long("associative")])
 def test_32768_tokens(impl):
-    """Two levels of chunks. Products of a underflow, or their rounding adds up if the same 0.9999 is in all of them."""
+    """Two levels of chunks. Products of a underflow, or their rounding adds up if the same 0.9999 is in all of them.
+
+    In `make test-long` what only short rows or other devices take.
+    """
     B, T, D = 2, 32768, 3
     a, *rest = arrays(B, T, D)
     a[:, :, 0], a[:, :, 1] = 0.9999, 0.5
@@ -114,10 +118,11 @@ def test_right_after_a_far_larger_past_is_forgotten(impl, reverse):
 def test_raw_scans_run_backwards_and_keep_the_dtype_of_b(impl):
     a, b, h0, _, _ = arrays(2, 21, 3)
     (expected, expected_last), _ = reference.linear_scan(a[:, ::-1], b[:, ::-1], h0)
-    h, last = module.IMPLS[impl](a, b, h0, reverse=True, interpret=False)
+    scan = jax.jit(functools.partial(module.IMPLS[impl], reverse=True, interpret=False))
+    h, last = scan(a, b, h0)
     assert rel_err(h[:, ::-1], expected) < 2e-5
     assert rel_err(last, expected_last) < 2e-5
-    h, last = module.IMPLS[impl](a, b.astype(jnp.bfloat16), h0, reverse=True, interpret=False)
+    h, last = scan(a, b.astype(jnp.bfloat16), h0)
     assert (h.dtype, last.dtype) == (jnp.bfloat16, jnp.float32)
 
 

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from helpers import long
 from meshes import mesh_of
 
 from lfm_jax.engine.config import EngineConfig
@@ -26,8 +27,9 @@ def requests():
     ]
 
 
-@pytest.mark.parametrize("sizes", [dict(data=2, tensor=2), dict(tensor=2), dict(data=4)], ids=str)
+@pytest.mark.parametrize("sizes", [dict(data=2, tensor=2), long(dict(tensor=2)), long(dict(data=4))], ids=str)
 def test_as_on_one_device(sizes):
+    """In `make test-long` each of the two axes alone."""
     model = tiny_model(vocab_size=V, layer_types=("conv", "full_attention", "conv", "sliding_attention"),
                        sliding_window=8)
     expected = Engine(model, CONFIG).complete(requests())

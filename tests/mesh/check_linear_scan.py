@@ -6,7 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from helpers import rel_err
+from helpers import long, rel_err
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import collectives
@@ -14,7 +14,6 @@ from meshes import collectives
 from lfm_jax.kernels.linear_scan import linear_scan
 
 B, T, D = 3, 72, 5
-SHARDS = (2, 4, 8)
 ROW, TIME = P(), P(None, "context")
 
 
@@ -75,11 +74,14 @@ def on_one_device(packed):
     return values_and_gradients("sequential", layouts() if packed else None, 1, arrays())
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(
-    ("impl", "shards"), [*(("chunked", n) for n in SHARDS), *(("sequential", n) for n in SHARDS), ("associative", 4)]
-)
-def test_values_and_gradients_equal_one_device(impl, packed, shards):
+@pytest.mark.parametrize(("impl", "shards", "packed"), [
+    ("chunked", 8, True), ("chunked", 2, False), ("sequential", 8, True), ("associative", 4, True),
+    *(long("chunked", *rest) for rest in ((2, True), (4, True), (4, False), (8, False))),
+    *(long("sequential", *rest) for rest in ((2, True), (2, False), (4, True), (4, False), (8, False))),
+    long("associative", 4, False),
+])
+def test_values_and_gradients_equal_one_device(impl, shards, packed):
+    """In `make test-long` every number of shards, with documents and without."""
     ids = layouts() if packed else None
     split = values_and_gradients(impl, ids, shards, arrays())
     real = np.ones((B, T), bool) if ids is None else ids != 0
@@ -88,9 +90,12 @@ def test_values_and_gradients_equal_one_device(impl, packed, shards):
         assert rel_err(mine, expected) < 1e-5, ("h", "last", "da", "db", "dh0")[i]
 
 
-@pytest.mark.parametrize("impl", ["sequential", "chunked"])
+@pytest.mark.parametrize("impl", ["chunked", long("sequential")])
 def test_nan_stays_in_its_document_and_its_shards(impl):
-    """Row 0: the document 3 is NaN, its successors are as they were. Row 2 is padding: NaN everywhere means nothing."""
+    """Row 0: the document 3 is NaN, its successors are as they were. Row 2 is padding: NaN everywhere means nothing.
+
+    In `make test-long` the plain loop over tokens too.
+    """
     ids, (a, b, h0, dh, dlast) = layouts(), arrays()
     bad = ids == 3
     bad[2] = True
@@ -106,8 +111,9 @@ def test_nan_stays_in_its_document_and_its_shards(impl):
     np.testing.assert_array_equal(mine[4], good[4])
 
 
-@pytest.mark.parametrize("shards", SHARDS)
+@pytest.mark.parametrize("shards", [4, long(2), long(8)])
 def test_what_moves_is_a_logarithmic_number_of_states_never_the_sequence(shards):
+    """In `make test-long` fewer and more shards: the number of steps follows."""
     args = [place(x, shards) for x in arrays()]
     steps = 1 + math.ceil(math.log2(shards))  # To the neighbour, then 1, 2, 4, ... shards on.
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import KINDS, Net, rel_err, tokens_like
+from helpers import KINDS, Net, long, rel_err, tokens_like
 from jax.sharding import PartitionSpec as P
 from meshes import collectives, mesh_of
 
@@ -18,7 +18,6 @@ from lfm_jax.pretrain.objective import NextToken, next_token_training
 B, T = 2, 32
 KIND = KINDS["every-operator"] | dict(conv_gates="both", num_kv_heads=4)
 TOKENS = P(("data", "fsdp"), "context")
-MESHES = [dict(context=2), dict(context=4), dict(context=8), dict(data=2, context=4)]
 
 
 def batch():
@@ -48,9 +47,12 @@ def on_one_device(kind):
 
 @pytest.mark.parametrize(
     ("kind", "sizes"),
-    [("every-operator", sizes) for sizes in MESHES] + [("liquid", dict(context=4)), ("lti", dict(context=8))],
+    [("every-operator", dict(context=8)), ("every-operator", dict(data=2, context=4)),
+     *(long("every-operator", dict(context=n)) for n in (2, 4)), ("liquid", dict(context=4)),
+     long("lti", dict(context=8))],
 )
 def test_loss_and_the_gradient_of_every_parameter(kind, sizes):
+    """In `make test-long` other lengths of shards, and the recurrence whose forgetting is constant."""
     expected, grads = on_one_device(kind)
     with jax.set_mesh(mesh_of(**sizes)):
         placed = {name: jax.device_put(x, TOKENS) for name, x in batch().items()}
@@ -61,7 +63,9 @@ def test_loss_and_the_gradient_of_every_parameter(kind, sizes):
         assert rel_err(mine, theirs) < 1e-5, jax.tree_util.keystr(path)
 
 
+@pytest.mark.long
 def test_a_training_step_along_time():
+    """Adds rows and time split and nothing else to the steps of check_train.py."""
     model, data = Net(**KIND), batch()
     optimizer = optax.adamw(1e-2)
     training = next_token_training(model.config, optimizer, loss_chunk=16)
@@ -109,10 +113,14 @@ def test_a_mesh_of_automatic_axes_is_left_to_the_compiler():
     assert rel_err(split, expected) < 1e-5
 
 
-@pytest.mark.parametrize("sizes", [dict(data=1), dict(data=2)], ids=str)
-@pytest.mark.parametrize("padding", ["any", "right"])
+@pytest.mark.parametrize(("sizes", "padding"), [
+    (dict(data=2), "any"), (dict(data=1), "right"), long(dict(data=1), "any"), long(dict(data=2), "right"),
+], ids=str)
 def test_rows_over_devices_and_a_mesh_of_one(sizes, padding):
-    """The same specs as for time over devices, on meshes whose `context` is one device."""
+    """The same specs as for time over devices, on meshes whose `context` is one device.
+
+    In `make test-long` each mesh with each promise about padding.
+    """
     model, data = Net(layer_types=("conv", "recurrence", "full_attention")), batch()
     expected, _ = model(data["tokens"], segment_ids=data["segment_ids"])
     with jax.set_mesh(mesh_of(**sizes)):

@@ -19,17 +19,20 @@ def pytest_pycollect_makemodule(module_path, parent):
 
 class Check(pytest.File):
     def collect(self):
-        yield OnEightDevices.from_parent(self, name="on_eight_devices")
+        yield OnEightDevices.from_parent(self, name="on_eight_devices", mark="slow", tests="not long")
+        if "mark.long" in self.path.read_text():
+            yield OnEightDevices.from_parent(self, name="long_on_eight_devices", mark="long", tests="long")
 
 
 class OnEightDevices(pytest.Item):
-    def __init__(self, **kwargs):
+    def __init__(self, mark, tests, **kwargs):
         super().__init__(**kwargs)
-        self.add_marker("slow")
+        self.add_marker(mark)
+        self.tests = tests
 
     def runtest(self):
         env = os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, "-m", "pytest", str(self.path)]
+        command = [sys.executable, "-m", "pytest", "-m", self.tests, str(self.path)]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode != 0:
             raise pytest.fail.Exception(done.stdout[-8000:] + done.stderr[-2000:], pytrace=False)
