@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 
 from lfm_jax.config import ModelConfig
 from lfm_jax.data import DataConfig, make_tokenizer, open_corpus
+from lfm_jax.model import param_traits
 from lfm_jax.pretrain.config import TrainConfig
 from lfm_jax.pretrain.objective import next_token_training
 from lfm_jax.recipe import load_recipe
@@ -79,7 +80,7 @@ def run(
     """Held-out loss after a run, its first step's activation norms and how many updates were skipped."""
     corpus = open_corpus(data, tokenizer, bos_id=model.bos_id, eos_id=model.eos_ids[0])
     config = OptimizerConfig(peak_lr=peak_lr, warmup_steps=steps // 20, final_lr_fraction=0.0)
-    optimizer = make_optimizer(config, steps)
+    optimizer = make_optimizer(config, steps, param_traits(model, stacked=model.scan_layers))
     training = next_token_training(model, optimizer)
     state = training.random_state(seed)
     step, evaluate = training.compiled_step(), training.compiled_evaluate()

@@ -5,6 +5,9 @@ Dimensions: B batch, T time, D model width, N heads, H head width.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,36 +18,58 @@ Axes = tuple[str | None, ...]
 """Logical axes of a parameter, one a dimension (`sharding.LOGICAL_AXES`)."""
 
 
-def param(w: jax.Array, axes: Axes, config: ModelConfig) -> nnx.Param:
-    """A parameter in `param_dtype`, with its logical axes as metadata (read by `model.param_axes`)."""
-    return nnx.Param(w.astype(config.param_dtype), axes=axes)
+class Matrix(NamedTuple):
+    """Axes of a parameter as a matrix, counted from its last: those before them count matrices, as the streams of an
+    in_proj and stacked layers do."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+OUT_IN = Matrix(inputs=(-1,), outputs=(-2,))
+HEADS_IN = Matrix(inputs=(-1,), outputs=(-3, -2))
+OUT_HEADS = Matrix(inputs=(-2, -1), outputs=(-3,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Traits:
+    """What the rest of the package must know of a parameter beside its values: `traits` in its metadata."""
+
+    axes: Axes
+    decay: bool
+    """Whether weight decay applies to it by default: to matrices and tables, not to norms, taps, biases and vectors."""
+    matrix: Matrix | None
+    """What Muon orthogonalises it as, a matrix between activations; None leaves it to AdamW."""
+
+
+def param(w: jax.Array, axes: Axes, config: ModelConfig, *, decay: bool, matrix: Matrix | None) -> nnx.Param:
+    """A parameter in `param_dtype`, with its `Traits` as metadata (read by `model.param_traits`)."""
+    return nnx.Param(w.astype(config.param_dtype), traits=Traits(axes, decay, matrix))
 
 
 def normal_param(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, config: ModelConfig, *, fan_in: int | None = None,
-    residual: bool = False,
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, config: ModelConfig, *, decay: bool, matrix: Matrix | None,
+    fan_in: int | None = None, residual: bool = False,
 ) -> nnx.Param:
-    """A matrix drawn from a normal distribution (`ModelConfig.init`).
+    """A parameter drawn from a normal distribution (`ModelConfig.init`).
 
     Args:
+      decay: see `Traits`, as of `matrix`.
       fan_in: terms in the sum that makes one output; None where there is no sum (an embedding table).
       residual: the matrix writes to the residual stream, one of 2 L that do.
     """
     std = config.init_std
     if config.init == "scaled" and fan_in is not None:
         std = fan_in**-0.5 / ((2 * config.num_layers) ** 0.5 if residual else 1.0)
-    return param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes, config)
-
-
-def zeros_param(shape: tuple[int, ...], axes: Axes, config: ModelConfig) -> nnx.Param:
-    return param(jnp.zeros(shape), axes, config)
+    w = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return param(w, axes, config, decay=decay, matrix=matrix)
 
 
 class RMSNorm(nnx.Module):
     """`w * x / rms(x)` over the last axis; the variance in float32, the product in x's dtype (`Lfm2RMSNorm`)."""
 
     def __init__(self, size: int, config: ModelConfig):
-        self.weight = param(jnp.ones((size,)), (None,), config)
+        self.weight = param(jnp.ones((size,)), (None,), config, decay=False, matrix=None)
         self.eps = config.norm_eps
 
     def __call__(self, x: jax.Array) -> jax.Array:

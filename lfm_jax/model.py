@@ -5,6 +5,7 @@ Dimensions: B batch, T time, D width, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +18,7 @@ from lfm_jax import state as state_lib
 from lfm_jax.config import Layer, ModelConfig
 from lfm_jax.kernels.linear import linear, lookup
 from lfm_jax.kinds import FEED_FORWARDS, OPERATORS
-from lfm_jax.layers import RMSNorm, normal_param
+from lfm_jax.layers import RMSNorm, Traits, normal_param
 from lfm_jax.sharding import parts, reshard, spec_of
 from lfm_jax.stacking import RepeatedUnit, runs, stack_layers, unit_layers
 from lfm_jax.state import LayerState, State
@@ -171,11 +172,29 @@ def abstract_model(config: ModelConfig, *, stacked: bool = False) -> tuple[nnx.G
     return graphdef, nnx.to_pure_dict(params)
 
 
+@functools.lru_cache(maxsize=8)
+def param_traits(config: ModelConfig, *, stacked: bool = False) -> Any:
+    """The `layers.Traits` of every parameter: the dict of parameters, read only.
+
+    Raises:
+      TypeError: parameters that were made without them.
+    """
+    _, params = nnx.split(nnx.eval_shape(lambda: LFM(config, rngs=nnx.Rngs(0))), nnx.Param)
+    traits = nnx.to_pure_dict(params, extract_fn=lambda param: param.get_metadata().get("traits"))
+    missing = [jax.tree_util.keystr(path, simple=True, separator=".")
+               for path, leaf in jax.tree.leaves_with_path(traits, is_leaf=lambda x: x is None) if leaf is None]
+    if missing:
+        raise TypeError(f"{', '.join(missing)} have no traits; make parameters with layers.param or normal_param")
+
+    def stack(first: Traits, *_: Traits) -> Traits:
+        return dataclasses.replace(first, axes=(None, *first.axes))
+
+    return stack_layers(traits, config, stack) if stacked else traits
+
+
 def param_axes(config: ModelConfig, *, stacked: bool = False) -> Any:
     """The logical axes of every parameter (`sharding.LOGICAL_AXES`): the dict of parameters, tuples for weights."""
-    _, params = nnx.split(nnx.eval_shape(lambda: LFM(config, rngs=nnx.Rngs(0))), nnx.Param)
-    axes = nnx.to_pure_dict(params, extract_fn=lambda param: param.get_metadata()["axes"])
-    return stack_layers(axes, config, lambda first, *_: (None, *first)) if stacked else axes
+    return jax.tree.map(lambda traits: traits.axes, param_traits(config, stacked=stacked))
 
 
 def _by_layer(of_run: list[Named]) -> Named:
@@ -237,11 +256,11 @@ class LFM(nnx.Module):
         self.runs = tuple(runs(config)) if stacked else (RepeatedUnit(0, config.num_layers, 1),)
         layers = unit_layers(config) if stacked else config.layers
         table, axes = (config.vocab_size, config.hidden_size), ("vocab", "width")
-        self.embed = normal_param(rngs, table, axes, config)
+        self.embed = normal_param(rngs, table, axes, config, decay=True, matrix=None)
         self.blocks = nnx.List([Block(layer, config, rngs=rngs) for layer in layers])
         self.norm = RMSNorm(config.hidden_size, config)
         if not config.tie_embedding:
-            self.head = normal_param(rngs, table, axes, config)
+            self.head = normal_param(rngs, table, axes, config, decay=True, matrix=None)
 
     @property
     def head_VD(self) -> jax.Array | WeightKind:

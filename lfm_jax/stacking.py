@@ -53,7 +53,7 @@ def stack_layers(tree: Any, config: ModelConfig, stack: Callable[..., Any] = lam
         for run in runs(config):
             for i in range(run.length):
                 same = [node["blocks"][layer + i + run.length * r] for r in range(run.repeats)]
-                blocks[run.first + i] = same[0] if run.repeats == 1 else _map(stack, same)
+                blocks[run.first + i] = same[0] if run.repeats == 1 else jax.tree.map(stack, *same)
             layer += run.length * run.repeats
         return node | {"blocks": blocks}
 
@@ -69,7 +69,7 @@ def unstack_layers(tree: Any, config: ModelConfig, pick: Callable[[Any, int], An
             for i in range(run.length):
                 entry = node["blocks"][run.first + i]
                 for r in range(run.repeats):
-                    one = entry if run.repeats == 1 else _map(lambda x, r=r: pick(x, r), [entry])
+                    one = entry if run.repeats == 1 else jax.tree.map(lambda x, r=r: pick(x, r), entry)
                     blocks[layer + i + run.length * r] = one
             layer += run.length * run.repeats
         return node | {"blocks": dict(sorted(blocks.items()))}
@@ -82,8 +82,3 @@ def _map_params(f: Callable[[dict[str, Any]], dict[str, Any]], tree: Any) -> Any
         return isinstance(node, dict) and "blocks" in node
 
     return jax.tree.map(lambda node: f(node) if is_params(node) else node, tree, is_leaf=is_params)
-
-
-def _map(f: Callable[..., Any], trees: list[Any]) -> Any:
-    """`f` over the leaves of dicts; a tuple (logical axes) is a leaf."""
-    return jax.tree.map(f, *trees, is_leaf=lambda x: type(x) is tuple)

@@ -11,7 +11,9 @@ from flax import nnx
 from hypothesis import strategies as st
 
 from lfm_jax import LFM
+from lfm_jax.model import param_traits
 from lfm_jax.testing import tiny_config
+from lfm_jax.train.optimizer import make_optimizer
 
 KINDS = {
     "hybrid": {},
@@ -112,6 +114,11 @@ class Net:
     def reference(self, tokens_T, positions_T=None):
         """Normed hidden states of one document in float64 numpy."""
         return reference.hidden(self.config, self.params64, np.asarray(tokens_T), positions_T)
+
+
+def optimizer_for(model, optimizer, steps=10):
+    """The optimizer of a run of so many steps, of a ModelConfig and an OptimizerConfig."""
+    return make_optimizer(optimizer, steps, param_traits(model, stacked=model.scan_layers))
 
 
 @functools.cache

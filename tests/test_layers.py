@@ -63,7 +63,8 @@ def test_rotary_keeps_angles_in_float32():
 
 
 def test_init_has_the_configured_width_and_dtype():
-    w = normal_param(nnx.Rngs(0), (200, 300), (None, None), tiny_config(init_std=0.05, param_dtype="bfloat16"))[...]
+    config = tiny_config(init_std=0.05, param_dtype="bfloat16")
+    w = normal_param(nnx.Rngs(0), (200, 300), (None, None), config, decay=True, matrix=None)[...]
     assert w.dtype == jnp.bfloat16
     w32 = np.asarray(w, np.float32)
     assert abs(w32.std() / 0.05 - 1) < 0.02

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import Net, rel_err, tokens_like
+from helpers import Net, optimizer_for, rel_err, tokens_like
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +15,7 @@ from lfm_jax.model import abstract_model
 from lfm_jax.pretrain.objective import next_token_training
 from lfm_jax.stacking import runs, stack_layers, unit_layers, unstack_layers
 from lfm_jax.testing import tiny_config
-from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from lfm_jax.train.optimizer import OptimizerConfig
 from lfm_jax.train.state import restacked, unstacked
 
 C, A, R = "conv", "full_attention", "recurrence"
@@ -50,11 +50,10 @@ SCANNED = dict(layer_types=(C, A) * 2 + (R,) * 2)
 def test_a_step_on_stacked_layers_is_a_step():
     batch = dict(tokens=tokens_like((2, 12), 0), targets=tokens_like((2, 12), 1),
                  segment_ids=np.ones((2, 12), np.int32), positions=np.tile(np.arange(12, dtype=np.int32), (2, 1)))
-    optimizer = make_optimizer(OPTIMIZER, 10)
     results = []
     for scan in (False, True):
         net = Net(**SCANNED, scan_layers=scan)
-        training = next_token_training(net.config, optimizer, loss_chunk=8)
+        training = next_token_training(net.config, optimizer_for(net.config, OPTIMIZER), loss_chunk=8)
         state = training.placed_state(jax.tree.map(np.asarray, net.params))
         assert len(state.params["blocks"]) == (3 if scan else 6)
         state, metrics = training.compiled_step()(state, batch)
@@ -79,10 +78,9 @@ def test_three_times_the_layers_are_no_larger_a_program():
     sizes = []
     for repeats in (3, 9):
         config = tiny_config(layer_types=(C, C, A) * repeats + (C,), scan_layers=True, remat="full")
-        optimizer = make_optimizer(OPTIMIZER, 10)
         batch = {name: jax.ShapeDtypeStruct((2, 8), jnp.int32) for name in
                  ("tokens", "targets", "segment_ids", "positions")}
-        training = next_token_training(config, optimizer)
+        training = next_token_training(config, optimizer_for(config, OPTIMIZER))
         lowered = training.compiled_step().lower(training.abstract_state(), batch)
         sizes.append(len(lowered.as_text().splitlines()))
     assert sizes[1] < 1.01 * sizes[0]

@@ -21,7 +21,7 @@ from flax import nnx
 from lfm_jax.bench.passes import on_accelerator
 from lfm_jax.bench.timing import conditions, interleave
 from lfm_jax.config import ModelConfig
-from lfm_jax.model import LFM, abstract_model
+from lfm_jax.model import LFM, abstract_model, param_traits
 from lfm_jax.pretrain.objective import next_token_training
 from lfm_jax.state import State, at_context, init_state
 from lfm_jax.train.objective import Batch
@@ -156,7 +156,8 @@ def _train_program(
 ) -> tuple[Training, Callable[[TrainState, Batch], tuple[TrainState, Any]]]:
     """(what is trained, its jitted step)."""
     still = dataclasses.replace(optimizer, peak_lr=STILL_LR)
-    made = make_optimizer(still, 2 * (still.warmup_steps + still.decay_steps) + 1000)
+    steps = 2 * (still.warmup_steps + still.decay_steps) + 1000
+    made = make_optimizer(still, steps, param_traits(config, stacked=config.scan_layers))
     training = next_token_training(config, made, loss_chunk=loss_chunk)
     return training, training.compiled_step()
 

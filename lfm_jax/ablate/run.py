@@ -26,7 +26,7 @@ from lfm_jax.ablate.points import Trial
 from lfm_jax.ablate.study import Study
 from lfm_jax.ablate.tasks.task import Task
 from lfm_jax.kernels.logprobs import token_scores
-from lfm_jax.model import LFM
+from lfm_jax.model import LFM, param_traits
 from lfm_jax.pretrain.objective import next_token_training
 from lfm_jax.train.checkpoint import CheckpointManager
 from lfm_jax.train.driver import DivergedError, Driver, Metrics, Pace, Parts, Stop, Watch
@@ -56,7 +56,8 @@ class Trainer:
     def __init__(self, study: Study, trial: Trial, task: Task):
         self._study, self._trial, self._task = study, trial, task
         # Made for a learning rate of 1 and scaled in the step: an update is linear in it, and one program serves all.
-        optimizer = make_optimizer(study.optimizer_for(trial.steps, 1.0), trial.steps)
+        config = study.optimizer_for(trial.steps, 1.0)
+        optimizer = make_optimizer(config, trial.steps, param_traits(trial.model))
         self._training = next_token_training(trial.model, optimizer, loss_chunk=study.loss_chunk, guard=study.guard)
         self._compiled: set[int] = set()
 

@@ -66,11 +66,13 @@ def ours(job: Job) -> Side:
     """The training step of `lfm train`: AdamW, clipping, the guard, norms by kind."""
     import jax
 
+    from lfm_jax.model import param_traits
     from lfm_jax.pretrain.objective import next_token_training
     from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
 
     config = job.config
-    optimizer = make_optimizer(OptimizerConfig(schedule="constant", warmup_steps=0), 1_000_000)
+    traits = param_traits(config, stacked=config.scan_layers)
+    optimizer = make_optimizer(OptimizerConfig(schedule="constant", warmup_steps=0), 1_000_000, traits)
     training = next_token_training(config, optimizer, micro_batches=job.micro_batches)
     with jax.default_prng_impl("rbg"):  # Any numbers will do, and the default takes a GPU's compiler a minute.
         state = training.random_state(0)

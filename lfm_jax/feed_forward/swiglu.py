@@ -10,7 +10,7 @@ from flax import nnx
 
 from lfm_jax.config import ModelConfig
 from lfm_jax.kernels.linear import linear
-from lfm_jax.layers import normal_param
+from lfm_jax.layers import OUT_IN, normal_param
 
 
 class SwiGLU(nnx.Module):
@@ -18,9 +18,11 @@ class SwiGLU(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.ffn_size
-        self.w1 = normal_param(rngs, (F, D), ("ffn", "width"), config, fan_in=D)
-        self.w3 = normal_param(rngs, (F, D), ("ffn", "width"), config, fan_in=D)
-        self.w2 = normal_param(rngs, (D, F), ("width", "ffn"), config, fan_in=F, residual=True)
+        self.w1 = normal_param(rngs, (F, D), ("ffn", "width"), config, decay=True, matrix=OUT_IN, fan_in=D)
+        self.w3 = normal_param(rngs, (F, D), ("ffn", "width"), config, decay=True, matrix=OUT_IN, fan_in=D)
+        self.w2 = normal_param(
+            rngs, (D, F), ("width", "ffn"), config, decay=True, matrix=OUT_IN, fan_in=F, residual=True
+        )
 
     def __call__(
         self, x_BTD: jax.Array, *, segment_ids_BT: jax.Array | None

@@ -16,7 +16,7 @@ from lfm_jax import state as state_lib
 from lfm_jax.config import ModelConfig
 from lfm_jax.kernels.linear import linear
 from lfm_jax.kernels.sharded import attention, decode_attention
-from lfm_jax.layers import RMSNorm, normal_param, rotary
+from lfm_jax.layers import HEADS_IN, OUT_HEADS, RMSNorm, normal_param, rotary
 from lfm_jax.state import LayerState
 
 
@@ -93,11 +93,17 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, window: int | None = None):
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        self.q_proj = normal_param(rngs, (N, H, D), ("heads", None, "width"), config, fan_in=D)
-        self.k_proj = normal_param(rngs, (K, H, D), ("kv_heads", None, "width"), config, fan_in=D)
-        self.v_proj = normal_param(rngs, (K, H, D), ("kv_heads", None, "width"), config, fan_in=D)
+        self.q_proj = normal_param(
+            rngs, (N, H, D), ("heads", None, "width"), config, decay=True, matrix=HEADS_IN, fan_in=D
+        )
+        self.k_proj = normal_param(
+            rngs, (K, H, D), ("kv_heads", None, "width"), config, decay=True, matrix=HEADS_IN, fan_in=D
+        )
+        self.v_proj = normal_param(
+            rngs, (K, H, D), ("kv_heads", None, "width"), config, decay=True, matrix=HEADS_IN, fan_in=D
+        )
         self.out_proj = normal_param(
-            rngs, (D, N, H), ("width", "heads", None), config, fan_in=N * H, residual=True
+            rngs, (D, N, H), ("width", "heads", None), config, decay=True, matrix=OUT_HEADS, fan_in=N * H, residual=True
         )
         self.qk_norm = config.qk_norm
         if config.qk_norm:

@@ -24,7 +24,7 @@ from lfm_jax import state as state_lib
 from lfm_jax.config import ModelConfig
 from lfm_jax.kernels.linear import linear
 from lfm_jax.kernels.sharded import linear_scan
-from lfm_jax.layers import normal_param, param, zeros_param
+from lfm_jax.layers import OUT_IN, normal_param, param
 from lfm_jax.state import LayerState
 
 SLOWEST, FASTEST = 0.999, 0.9
@@ -53,9 +53,10 @@ class RGLRU(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D = config.hidden_size
         decay_D = _initial_decay(rngs, D)
-        self.rate = param(_inverse_softplus(-jnp.log(decay_D) / RGLRU_SHARPNESS), CHANNELS, config)
-        self.gate_scale = param(jax.random.normal(rngs.params(), (D,)), CHANNELS, config)
-        self.gate_bias = zeros_param((D,), CHANNELS, config)
+        rate_D = _inverse_softplus(-jnp.log(decay_D) / RGLRU_SHARPNESS)
+        self.rate = param(rate_D, CHANNELS, config, decay=False, matrix=None)
+        self.gate_scale = param(jax.random.normal(rngs.params(), (D,)), CHANNELS, config, decay=False, matrix=None)
+        self.gate_bias = param(jnp.zeros((D,)), CHANNELS, config, decay=False, matrix=None)
 
     def __call__(self, gate_BTD: jax.Array, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         r_BTD = jax.nn.sigmoid(_float32(self.gate_scale) * x_BTD + _float32(self.gate_bias))
@@ -77,9 +78,9 @@ class Liquid(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         decay_D = _initial_decay(rngs, config.hidden_size)
         share_D = -jnp.log(decay_D) / 2  # Leak and conductance begin equal.
-        self.rate = param(jnp.log(share_D), CHANNELS, config)
-        self.gate_bias = param(_inverse_softplus(share_D), CHANNELS, config)
-        self.gain = param(2 * jnp.sqrt((1 + decay_D) / (1 - decay_D)), CHANNELS, config)
+        self.rate = param(jnp.log(share_D), CHANNELS, config, decay=False, matrix=None)
+        self.gate_bias = param(_inverse_softplus(share_D), CHANNELS, config, decay=False, matrix=None)
+        self.gain = param(2 * jnp.sqrt((1 + decay_D) / (1 - decay_D)), CHANNELS, config, decay=False, matrix=None)
 
     def __call__(self, gate_BTD: jax.Array, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         f_BTD = jax.nn.softplus(gate_BTD + _float32(self.gate_bias))
@@ -97,7 +98,7 @@ class LTI(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         decay_D = _initial_decay(rngs, config.hidden_size)
-        self.rate = param(jnp.log(-jnp.log(decay_D)), CHANNELS, config)
+        self.rate = param(jnp.log(-jnp.log(decay_D)), CHANNELS, config, decay=False, matrix=None)
 
     def __call__(self, gate_BTD: jax.Array, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         log_a_D = -jnp.exp(_float32(self.rate))
@@ -137,9 +138,13 @@ class LinearRecurrence(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D = config.hidden_size
-        self.in_proj = normal_param(rngs, (3, D, D), (None, "channels", "width"), config, fan_in=D)
+        self.in_proj = normal_param(
+            rngs, (3, D, D), (None, "channels", "width"), config, decay=True, matrix=OUT_IN, fan_in=D
+        )
         self.cell = CELLS[config.recurrence](config, rngs=rngs)
-        self.out_proj = normal_param(rngs, (D, D), ("width", "channels"), config, fan_in=D, residual=True)
+        self.out_proj = normal_param(
+            rngs, (D, D), ("width", "channels"), config, decay=True, matrix=OUT_IN, fan_in=D, residual=True
+        )
         self.impl = config.scan_impl
 
     def __call__(

@@ -19,7 +19,7 @@ from lfm_jax.config import ModelConfig
 from lfm_jax.kernels.linear import linear
 from lfm_jax.kernels.sharded import causal_conv
 from lfm_jax.kinds import GATES
-from lfm_jax.layers import normal_param, zeros_param
+from lfm_jax.layers import OUT_IN, normal_param, param
 from lfm_jax.state import LayerState
 
 
@@ -64,13 +64,17 @@ class ShortConv(nnx.Module):
         self.gates = config.conv_gates
         streams = 1 + GATES[self.gates]
         # [3, D, D], not [3 D, D]: a tensor-parallel split of the output channels then needs no collective.
-        self.in_proj = normal_param(rngs, (streams, D, D), (None, "channels", "width"), config, fan_in=D)
-        self.conv = normal_param(rngs, (W, D), (None, "channels"), config, fan_in=W)
-        self.out_proj = normal_param(rngs, (D, D), ("width", "channels"), config, fan_in=D, residual=True)
+        self.in_proj = normal_param(
+            rngs, (streams, D, D), (None, "channels", "width"), config, decay=True, matrix=OUT_IN, fan_in=D
+        )
+        self.conv = normal_param(rngs, (W, D), (None, "channels"), config, decay=False, matrix=None, fan_in=W)
+        self.out_proj = normal_param(
+            rngs, (D, D), ("width", "channels"), config, decay=True, matrix=OUT_IN, fan_in=D, residual=True
+        )
         if config.conv_bias:
-            self.in_bias = zeros_param((streams, D), (None, "channels"), config)
-            self.conv_bias = zeros_param((D,), ("channels",), config)
-            self.out_bias = zeros_param((D,), (None,), config)
+            self.in_bias = param(jnp.zeros((streams, D)), (None, "channels"), config, decay=False, matrix=None)
+            self.conv_bias = param(jnp.zeros((D,)), ("channels",), config, decay=False, matrix=None)
+            self.out_bias = param(jnp.zeros((D,)), (None,), config, decay=False, matrix=None)
         self.bias = config.conv_bias
         self.impl = config.conv_impl
 

@@ -7,6 +7,7 @@ import dataclasses
 from typing import ClassVar
 
 from lfm_jax.config import ModelConfig
+from lfm_jax.model import param_traits
 from lfm_jax.problems import raise_problems
 from lfm_jax.sharding import MeshConfig
 from lfm_jax.train.objective import Objective
@@ -81,8 +82,9 @@ class RunConfig(abc.ABC):
 
     def training(self) -> Training:
         """What is trained."""
+        traits = param_traits(self.model, stacked=self.model.scan_layers)
         return Training(
-            model=self.model, objective=self.objective(), optimizer=make_optimizer(self.optimizer, self.steps),
+            model=self.model, objective=self.objective(), optimizer=make_optimizer(self.optimizer, self.steps, traits),
             micro_batches=self.micro_batches, guard=self.guard, freeze=self.freeze,
         )
 

@@ -1,8 +1,9 @@
-"""AdamW and Muon, their learning-rate schedule and which parameters decay."""
+"""AdamW and Muon, and their learning-rate schedule."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -11,25 +12,13 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
+from lfm_jax.layers import Traits
 from lfm_jax.problems import raise_problems
 from lfm_jax.sharding import is_sharded, spec_of
 
 Schedule = Literal["wsd", "cosine", "constant"]
 Algorithm = Literal["adamw", "muon"]
 
-NO_DECAY = frozenset({"weight", "conv", "in_bias", "conv_bias", "out_bias", "rate", "gate_scale", "gate_bias", "gain"})
-"""Last names of norm weights, conv taps, biases and a recurrence's vectors: not decayed by default."""
-
-
-_OUT_IN = MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
-_HEADS_IN = MuonDimensionNumbers(reduction_axis=-1, output_axis=(-3, -2))
-_OUT_HEADS = MuonDimensionNumbers(reduction_axis=(-2, -1), output_axis=-3)
-MATRICES = {
-    "in_proj": _OUT_IN, "w1": _OUT_IN, "w2": _OUT_IN, "w3": _OUT_IN,
-    "q_proj": _HEADS_IN, "k_proj": _HEADS_IN, "v_proj": _HEADS_IN,
-}
-"""Last names of the matrices that Muon orthogonalises, each with its input and output axes; out_proj depends on what it
-projects. Axes before these (streams of an in_proj, stacked layers) count matrices."""
 MUON_RMS = 0.2
 """Muon's updates are scaled to the size of AdamW's (arXiv 2502.16982, section 2.2), so that one peak_lr serves both."""
 
@@ -62,7 +51,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     decay_all: bool = False
-    """Decay norms, biases, conv taps and a recurrence's vectors too."""
+    """Decay norms, biases, conv taps and vectors too."""
     clip_norm: float = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it."""
 
@@ -109,27 +98,32 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, stable, fall], [warmup, steps - decay])
 
 
-def decay_mask(params: Any) -> Any:
-    """True for each leaf that weight decay applies to: matrices and embedding tables."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NO_DECAY, params)
+def decay_mask(params: Any, traits: Any) -> Any:
+    """True for each leaf of parameters that weight decay applies to by default."""
+    return _map_weights(lambda known, weight: jax.tree.map(lambda _: known.decay, weight), params, traits)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW or Muon on the schedule, as one optax transformation."""
+def make_optimizer(config: OptimizerConfig, steps: int, traits: Any) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW or Muon on the schedule, as one optax transformation.
+
+    Args:
+      traits: the `layers.Traits` of each parameter (`model.param_traits`, stacked where the parameters are); names that
+        the parameters lack do no harm.
+    """
     rate = learning_rate(config, steps)
     adamw = optax.adamw(
         rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay,
-        mask=None if config.decay_all else decay_mask,
+        mask=None if config.decay_all else partial(decay_mask, traits=traits),
     )
     if config.algorithm == "adamw":
         return optax.chain(clip_by_global_norm(config.clip_norm), adamw)
     muon = optax.contrib.muon(
         rate, beta=config.momentum, weight_decay=config.weight_decay, consistent_rms=MUON_RMS,
-        muon_weight_dimension_numbers=muon_dimensions,
+        muon_weight_dimension_numbers=partial(muon_dimensions, traits=traits),
     )
     labels = partial(jax.tree.map, lambda dims: "adamw" if dims is None else "muon", is_leaf=_is_dimensions)
     by_kind = optax.partition(
-        {"muon": _over_auto_axes(muon), "adamw": adamw}, lambda params: labels(muon_dimensions(params))
+        {"muon": _over_auto_axes(muon), "adamw": adamw}, lambda params: labels(muon_dimensions(params, traits))
     )
     return optax.chain(clip_by_global_norm(config.clip_norm), by_kind)
 
@@ -150,14 +144,25 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-def muon_dimensions(params: Any) -> Any:
-    """Input and output axes of each matrix that Muon orthogonalises, None for every other leaf."""
-    if not isinstance(params, dict):
-        return None
-    out_proj = _OUT_HEADS if "q_proj" in params else _OUT_IN
-    named = MATRICES | {"out_proj": out_proj}
-    return {name: named.get(name) if not isinstance(value, dict) else muon_dimensions(value)
-            for name, value in params.items()}
+def muon_dimensions(params: Any, traits: Any) -> Any:
+    """Input and output axes of each array that Muon orthogonalises, None for every other leaf.
+
+    Leaves of a weight that is a pytree (`weight_kinds`) are no matrices between activations.
+    """
+
+    def dimensions(known: Traits, weight: Any) -> Any:
+        if known.matrix is None or not jax.tree_util.all_leaves([weight]):
+            return jax.tree.map(lambda _: None, weight)
+        return MuonDimensionNumbers(reduction_axis=known.matrix.inputs, output_axis=known.matrix.outputs)
+
+    return _map_weights(dimensions, params, traits)
+
+
+def _map_weights(f: Callable[[Traits, Any], Any], params: Any, traits: Any) -> Any:
+    """`f` of what is known of each weight and the weight, in nested dicts that may lack some of those of `traits`."""
+    if isinstance(traits, Traits):
+        return f(traits, params)
+    return {name: _map_weights(f, weight, traits[name]) for name, weight in params.items()}
 
 
 def _is_dimensions(x: Any) -> bool:

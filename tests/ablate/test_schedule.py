@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from helpers import optimizer_for
 from studies import SHALLOW, tiny_study, with_steps
 
 from lfm_jax.ablate import cost
@@ -213,12 +214,11 @@ def test_seeds_side_by_side_are_the_same_runs(finished, tmp_path):
 
 def test_the_learning_rate_scales_the_update(finished):
     """One program for all learning rates gives what an optimizer made for each would."""
-    from lfm_jax.train.optimizer import make_optimizer
-
     work = Work(finished)
     trial, task = work.trials[0], work.tasks["mqar"]
     trainer = runs.Trainer(finished, trial, task)
-    optimizer = make_optimizer(dataclasses.replace(finished.optimizer, peak_lr=3e-3, warmup_steps=0), trial.steps)
+    exact = dataclasses.replace(finished.optimizer, peak_lr=3e-3, warmup_steps=0)
+    optimizer = optimizer_for(trial.model, exact, trial.steps)
     state, same = trainer._init(0), trainer._init(0)
     training = next_token_training(trial.model, optimizer, loss_chunk=finished.loss_chunk, guard=finished.guard)
     step = training.compiled_step()

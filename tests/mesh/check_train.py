@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import KINDS, Net, long, rel_err, tokens_like
+from helpers import KINDS, Net, long, optimizer_for, rel_err, tokens_like
 from jax.sharding import PartitionSpec as P
 from meshes import collectives, mesh_of
 
@@ -17,7 +17,7 @@ from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.model import param_axes
 from lfm_jax.pretrain.objective import next_token_training
 from lfm_jax.sharding import shardings, spec
-from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from lfm_jax.train.optimizer import OptimizerConfig
 from lfm_jax.train.state import unstacked
 from lfm_jax.train.step import GuardConfig
 
@@ -57,7 +57,7 @@ def place(data):
 
 def one_step(model, config, data, *, micro_batches=1, evaluate=False):
     """The state after a step, its metrics, and with `evaluate` the loss without the z-loss afterwards."""
-    optimizer = make_optimizer(config, 10)
+    optimizer = optimizer_for(model.config, config)
     training = next_token_training(
         model.config, optimizer, micro_batches=micro_batches, loss_chunk=16, z_loss=1e-3, guard=GuardConfig()
     )
@@ -129,7 +129,7 @@ def test_scanned_and_rematerialised_layers(remat):
 def test_random_states_are_the_same_numbers_on_any_mesh_and_lie_where_they_should(tie):
     """In `make test-long` with a head of its own too."""
     config = net(tie_embedding=tie).config
-    training = next_token_training(config, make_optimizer(MUON, 10))
+    training = next_token_training(config, optimizer_for(config, MUON))
     alone = training.random_state(3)
     with jax.set_mesh(mesh_of(fsdp=2, tensor=2, context=2)):
         split, layout = training.random_state(3), training.abstract_state()
@@ -146,14 +146,15 @@ def test_random_states_are_the_same_numbers_on_any_mesh_and_lie_where_they_shoul
 def test_what_does_not_divide_is_named():
     config = net().config.replace(num_kv_heads=2, vocab_size=101)
     with jax.set_mesh(mesh_of(tensor=4, fsdp=2)), pytest.raises(ValueError, match="does not fit the model") as error:
-        next_token_training(config, make_optimizer(ADAMW, 10)).abstract_state()
+        next_token_training(config, optimizer_for(config, ADAMW)).abstract_state()
     assert "kv_heads (2) does not divide over tensor=4" in str(error.value)
     assert "vocab (101) does not divide over tensor=4" in str(error.value)
 
 
 def compiled_step(config, sizes):
     """The optimised program of a step, and the parameters' shapes and layouts."""
-    model, optimizer = Net(**config), make_optimizer(ADAMW, 10)
+    model = Net(**config)
+    optimizer = optimizer_for(model.config, ADAMW)
     with jax.set_mesh(mesh_of(**sizes)):
         training = next_token_training(model.config, optimizer, loss_chunk=64)
         state = training.abstract_state()

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import optax
@@ -6,7 +8,11 @@ from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
 from lfm_jax import LFM
-from lfm_jax.testing import tiny_model
+from lfm_jax.feed_forward.swiglu import SwiGLU
+from lfm_jax.kinds import FEED_FORWARDS
+from lfm_jax.layers import OUT_IN, Traits
+from lfm_jax.model import param_traits
+from lfm_jax.testing import tiny_config
 from lfm_jax.train.optimizer import (
     OptimizerConfig,
     clip_by_global_norm,
@@ -15,6 +21,9 @@ from lfm_jax.train.optimizer import (
     make_optimizer,
     muon_dimensions,
 )
+
+MUON = OptimizerConfig(algorithm="muon", peak_lr=1.0, warmup_steps=0, schedule="constant", weight_decay=0.0,
+                       clip_norm=1e9)
 
 
 def lr(config, steps):
@@ -56,34 +65,51 @@ def test_bad_fields_are_listed_together():
         assert name in str(error.value)
 
 
+def weights_of(**changes):
+    config = tiny_config(**changes)
+    weights = nnx.to_pure_dict(nnx.split(LFM(config, rngs=nnx.Rngs(0)), nnx.Param)[1])
+    return weights, param_traits(config)
+
+
+def paths_of(tree):
+    """The dotted names of the leaves that are true; dimension numbers are leaves."""
+
+    def is_leaf(x):
+        return x is None or isinstance(x, MuonDimensionNumbers)
+
+    return {jax.tree_util.keystr(path, simple=True, separator=".")
+            for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_leaf) if leaf}
+
+
+EVERY = dict(layer_types=("conv", "full_attention", "recurrence"), conv_bias=True, tie_embedding=False)
+
+
 def test_only_matrices_and_tables_decay():
-    params = nnx.to_pure_dict(nnx.split(tiny_model(conv_bias=True), nnx.Param)[1])
-    decayed = {
-        jax.tree_util.keystr(path, simple=True, separator=".")
-        for path, keep in jax.tree_util.tree_flatten_with_path(decay_mask(params))[0] if keep
-    }
+    decayed = paths_of(decay_mask(*weights_of(**EVERY)))
     assert {"embed", "blocks.0.operator.in_proj", "blocks.1.operator.q_proj", "blocks.0.feed_forward.w1"} <= decayed
     names = {path.split(".")[-1] for path in decayed}
-    assert names == {"embed", "in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "w1", "w2", "w3"}
+    assert names == {"embed", "head", "in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "w1", "w2", "w3"}
 
 
 @pytest.mark.parametrize("decay_all", [False, True])
 def test_decay_moves_exactly_the_masked_leaves(decay_all):
-    params = nnx.to_pure_dict(nnx.split(tiny_model(conv_bias=True), nnx.Param)[1])
+    params, traits = weights_of(conv_bias=True)
     params = jax.tree.map(lambda x: x + 1.0, params)
     optimizer = make_optimizer(
-        OptimizerConfig(peak_lr=0.1, schedule="constant", warmup_steps=0, weight_decay=0.5, decay_all=decay_all), 10
+        OptimizerConfig(peak_lr=0.1, schedule="constant", warmup_steps=0, weight_decay=0.5, decay_all=decay_all), 10,
+        traits,
     )
     zeros = jax.tree.map(lambda x: 0.0 * x, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     moved = jax.tree.map(lambda u, p: bool(np.allclose(u, -0.05 * p)) and bool(np.any(u)), updates, params)
-    want = jax.tree.map(lambda _: True, params) if decay_all else decay_mask(params)
+    want = jax.tree.map(lambda _: True, params) if decay_all else decay_mask(params, traits)
     assert moved == want
 
 
 def test_gradients_above_the_clip_norm_are_scaled_down():
     params = {"w1": np.ones(4, np.float32)}
-    optimizer = make_optimizer(OptimizerConfig(clip_norm=1.0, schedule="constant", warmup_steps=0), 10)
+    traits = {"w1": Traits((None,), decay=False, matrix=None)}
+    optimizer = make_optimizer(OptimizerConfig(clip_norm=1.0, schedule="constant", warmup_steps=0), 10, traits)
     big = {"w1": np.full(4, 100.0, np.float32)}
     unit = {"w1": np.full(4, 0.5, np.float32)}
     moments = [
@@ -103,18 +129,12 @@ def test_clipping_is_that_of_optax(limit):
 
 
 def test_muon_orthogonalises_matrices_between_activations_and_nothing_else():
-    config = tiny_model(layer_types=("conv", "full_attention", "recurrence"), hidden_size=16, num_heads=4).config
-    params = nnx.to_pure_dict(nnx.split(LFM(config, rngs=nnx.Rngs(0)), nnx.Param)[1])
-    paths = {
-        jax.tree_util.keystr(path, simple=True, separator=".")
-        for path, dims in jax.tree_util.tree_flatten_with_path(
-            muon_dimensions(params), is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers))[0] if dims
-    }
+    params, traits = weights_of(**EVERY, hidden_size=16, num_heads=4)
+    paths = paths_of(muon_dimensions(params, traits))
     assert {path.split(".")[-1] for path in paths} == {
         "in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "w1", "w2", "w3"
     }
-    optimizer = make_optimizer(OptimizerConfig(algorithm="muon", peak_lr=1.0, warmup_steps=0, schedule="constant",
-                                               weight_decay=0.0, clip_norm=1e9), 10)
+    optimizer = make_optimizer(MUON, 10, traits)
     rng = np.random.default_rng(0)
     grads = jax.tree.map(lambda w: rng.standard_normal(w.shape).astype(np.float32), params)
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
@@ -126,3 +146,42 @@ def test_muon_orthogonalises_matrices_between_activations_and_nothing_else():
         assert values.max() / values.min() < 2
         assert 0.1 < np.sqrt(np.mean(np.square(update))) < 0.3
     np.testing.assert_allclose(np.abs(updates["embed"]), 1.0, rtol=1e-3)  # Adam's first step.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Halves:
+    """A weight of two arrays."""
+
+    first: jax.Array
+    second: jax.Array
+
+
+def test_weights_that_are_pytrees_and_trees_that_lack_some():
+    """Each leaf of a weight follows its traits, but is no matrix of Muon's; names that are gone are not missed."""
+    rng = np.random.default_rng(0)
+    w1, w2, w3 = (rng.standard_normal((3, 4)).astype(np.float32) for _ in range(3))
+    traits = {name: Traits((None, None), decay=name != "w3", matrix=OUT_IN) for name in ("w1", "w2", "w3", "gone")}
+    params = {"w1": w1, "w2": Halves(w2[:1], w2[1:]), "w3": Halves(w3, w3)}
+    assert paths_of(decay_mask(params, traits)) == {"w1", "w2.first", "w2.second"}
+    assert paths_of(muon_dimensions(params, traits)) == {"w1"}
+    optimizer = make_optimizer(MUON, 10, traits)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    np.testing.assert_allclose(np.abs(updates["w2"].second), 1.0, rtol=1e-3)  # Adam's first step.
+    values = np.linalg.svd(updates["w1"], compute_uv=False)
+    assert values.max() / values.min() < 2
+
+
+def test_a_parameter_without_traits_is_named():
+    class Bare(SwiGLU):
+        def __init__(self, config, *, rngs):
+            super().__init__(config, rngs=rngs)
+            self.w1 = nnx.Param(self.w1[...])
+
+    FEED_FORWARDS.register(dataclasses.replace(FEED_FORWARDS["swiglu"], name="bare", module=Bare))
+    try:
+        with pytest.raises(TypeError, match=r"blocks\.1\.feed_forward\.w1 have no traits; make parameters with"):
+            param_traits(tiny_config(layer_types=("conv", "conv"), ffn_types=("swiglu", "bare")))
+    finally:
+        FEED_FORWARDS.remove("bare")

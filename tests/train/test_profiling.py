@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import optimizer_for
 
 from lfm_jax.pretrain.objective import next_token_training
 from lfm_jax.train.profiling import Profiler, parse_profile
@@ -87,10 +88,10 @@ def test_without_steps_nothing_is_traced(tmp_path):
 def test_the_trace_of_a_training_step_names_its_parts(tmp_path):
 
     from lfm_jax.testing import tiny_config
-    from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
+    from lfm_jax.train.optimizer import OptimizerConfig
 
     config = tiny_config(layer_types=("conv", "full_attention"))
-    optimizer = make_optimizer(OptimizerConfig(warmup_steps=1), 10)
+    optimizer = optimizer_for(config, OptimizerConfig(warmup_steps=1))
     training = next_token_training(config, optimizer)
     step, state = training.compiled_step(), training.random_state(0)
     ones = jnp.ones((2, 8), jnp.int32)

@@ -9,13 +9,14 @@ import oracle
 import pytest
 import torch
 from flax import nnx
+from helpers import optimizer_for
 
 from lfm_jax.convert.hf import to_state_dict
 from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.pretrain.objective import next_token_training
 from lfm_jax.testing import tiny_config, tiny_model
 from lfm_jax.train.loss import reference_cross_entropy
-from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from lfm_jax.train.optimizer import OptimizerConfig
 from lfm_jax.train.state import Guard
 from lfm_jax.train.step import GuardConfig
 
@@ -47,7 +48,7 @@ def test_loss_of_a_packed_batch_equals_that_of_its_documents_alone():
     model = tiny_model()
     batch = packed_batch()
     config, params = split(model)
-    training = next_token_training(config, make_optimizer(OPTIMIZER, 10), loss_chunk=7)
+    training = next_token_training(config, optimizer_for(config, OPTIMIZER), loss_chunk=7)
     sums, count = training.compiled_evaluate()((params, {}), batch)
     loss = sums["loss"]
     total, targets = 0.0, 0
@@ -64,7 +65,7 @@ def test_loss_of_a_packed_batch_equals_that_of_its_documents_alone():
 @pytest.mark.slow
 def test_micro_batches_change_nothing_but_rounding():
     config, params = split(tiny_model())
-    optimizer = make_optimizer(OPTIMIZER, 10)
+    optimizer = optimizer_for(config, OPTIMIZER)
     results = []
     for micro_batches in (1, 2, 4):
         training = next_token_training(config, optimizer, micro_batches=micro_batches, loss_chunk=8)
@@ -81,7 +82,7 @@ def test_micro_batches_change_nothing_but_rounding():
 
 def test_training_learns_and_counts_steps():
     config, params = split(tiny_model(init_std=0.02))
-    optimizer = make_optimizer(OPTIMIZER, 30)
+    optimizer = optimizer_for(config, OPTIMIZER, 30)
     training = next_token_training(config, optimizer)
     step = training.compiled_step()
     state, batch, losses = training.new_state(params), packed_batch(), []
@@ -97,7 +98,7 @@ def test_training_learns_and_counts_steps():
 
 def test_an_update_that_is_not_finite_is_skipped_to_the_bit_and_the_next_is_made():
     config, params = split(tiny_model())
-    optimizer = make_optimizer(OPTIMIZER, 10)
+    optimizer = optimizer_for(config, OPTIMIZER)
     training = next_token_training(config, optimizer)
     step = training.compiled_step()
     state, metrics = step(training.new_state(params), packed_batch())
@@ -121,7 +122,7 @@ def test_an_update_that_is_not_finite_is_skipped_to_the_bit_and_the_next_is_made
 
 def test_a_spike_is_skipped_once_the_mean_is_trusted():
     config, params = split(tiny_model())
-    optimizer = make_optimizer(OPTIMIZER, 10)
+    optimizer = optimizer_for(config, OPTIMIZER)
     fresh = next_token_training(config, optimizer).new_state(params)
     steps = {
         spike: next_token_training(config, optimizer, guard=GuardConfig(spike=spike)).compiled_step()
@@ -137,7 +138,7 @@ def test_a_spike_is_skipped_once_the_mean_is_trusted():
 def test_without_segment_ids_a_row_is_one_document():
     config, params = split(tiny_model())
     batch = packed_batch() | {"segment_ids": jnp.ones((4, 16), jnp.int32)}
-    optimizer = make_optimizer(OPTIMIZER, 10)
+    optimizer = optimizer_for(config, OPTIMIZER)
     results = []
     for ids, micro_batches in ((batch["segment_ids"], 1), (None, 1), (None, 2)):
         training = next_token_training(config, optimizer, micro_batches=micro_batches)
@@ -152,7 +153,7 @@ def test_without_segment_ids_a_row_is_one_document():
 def test_a_step_holds_one_gradient_beside_the_state():
     """With few tokens, temporaries are a gradient and little more; the new state takes the place of the old one."""
     config = tiny_config(hidden_size=128, ffn_size=512, vocab_size=2048)
-    optimizer = make_optimizer(OPTIMIZER, 10)
+    optimizer = optimizer_for(config, OPTIMIZER)
     training = next_token_training(config, optimizer)
     state = training.abstract_state()
     batch = {name: jax.ShapeDtypeStruct((1, 8), jnp.int32) for name in packed_batch()}
@@ -166,7 +167,7 @@ def test_norms_by_kind_are_those_of_the_parts():
     model = tiny_model()
     config, params = split(model)
     batch = packed_batch()
-    training = next_token_training(config, make_optimizer(OPTIMIZER, 10))
+    training = next_token_training(config, optimizer_for(config, OPTIMIZER))
     _, metrics = training.compiled_step()(training.new_state(jax.tree.map(jnp.copy, params)), batch)
     by_kind = {name: float(x) for name, x in metrics.items() if name.startswith("grad_norm/")}
     assert set(by_kind) == {f"grad_norm/{k}" for k in ("conv", "full_attention", "feed_forward", "norm", "table")}
@@ -190,7 +191,7 @@ def test_norms_by_kind_are_those_of_the_parts():
 @pytest.mark.slow
 def test_bf16_parameters_with_micro_batches():
     config, params = split(tiny_model(dtype="bfloat16", param_dtype="bfloat16"))
-    optimizer = make_optimizer(OPTIMIZER, 10)
+    optimizer = optimizer_for(config, OPTIMIZER)
     training = next_token_training(config, optimizer, micro_batches=2)
     fresh = training.new_state(params)
     step = training.compiled_step()
@@ -201,7 +202,7 @@ def test_bf16_parameters_with_micro_batches():
 
 def test_bf16_compute_keeps_float32_parameters_and_moments():
     config, params = split(tiny_model(dtype="bfloat16"))
-    optimizer = make_optimizer(OPTIMIZER, 10)
+    optimizer = optimizer_for(config, OPTIMIZER)
     training = next_token_training(config, optimizer)
     state, metrics = training.compiled_step()(training.new_state(params), packed_batch())
     floats = [x.dtype for x in jax.tree.leaves((state, metrics)) if jnp.issubdtype(x.dtype, jnp.floating)]
@@ -216,8 +217,8 @@ def test_equals_transformers_and_torch_adamw():
     graphdef, params = oracle.ours(hf)
     config = nnx.merge(graphdef, params).config
     lr, decay, clip = 1e-3, 0.1, 1.0
-    optimizer = make_optimizer(OptimizerConfig(peak_lr=lr, warmup_steps=0, schedule="constant", weight_decay=decay,
-                                               decay_all=True, clip_norm=clip), 10)
+    optimizer = optimizer_for(config, OptimizerConfig(peak_lr=lr, warmup_steps=0, schedule="constant",
+                                                      weight_decay=decay, decay_all=True, clip_norm=clip))
     training = next_token_training(config, optimizer, loss_chunk=16)
     step, state = training.compiled_step(), training.new_state(params)
     theirs = torch.optim.AdamW(hf.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay)
