@@ -65,7 +65,8 @@ def softplus(x):
     return np.log1p(np.exp(x))
 
 
-def short_conv_operator(p, x_TD, gates="both"):
+def short_conv_operator(p, x_TD, positions_T, config):
+    gates = config.conv_gates
     bias_CE = p.get("in_bias", np.zeros(p["in_proj"].shape[:2]))
     streams = list(np.einsum("TD,CED->CTE", x_TD, p["in_proj"]) + bias_CE[:, None])
     h_TD = streams.pop()
@@ -76,7 +77,8 @@ def short_conv_operator(p, x_TD, gates="both"):
     return (c_TD * z_TD) @ p["out_proj"].T + p.get("out_bias", 0)
 
 
-def recurrence_operator(p, x_TD, form):
+def recurrence_operator(p, x_TD, positions_T, config):
+    form = config.recurrence
     gate_TD, c_TD, x_TD = np.einsum("TD,CED->CTE", x_TD, p["in_proj"])
     cell = p["cell"]
     if form == "rglru":
@@ -101,14 +103,20 @@ def attention_operator(p, x_TD, positions_T, config, window=None):
     return np.einsum("TNH,DNH->TD", attention(q_TNH, k_TKH, v_TKH, window), p["out_proj"])
 
 
-def operator(kind, p, x_TD, positions_T, config):
-    """The operator of a layer of this kind on one document."""
-    if kind == "conv":
-        return short_conv_operator(p, x_TD, config.conv_gates)
-    if kind == "recurrence":
-        return recurrence_operator(p, x_TD, config.recurrence)
-    window = config.sliding_window if kind == "sliding_attention" else None
-    return attention_operator(p, x_TD, positions_T, config, window)
+def sliding_attention_operator(p, x_TD, positions_T, config):
+    return attention_operator(p, x_TD, positions_T, config, config.sliding_window)
+
+
+def swiglu(p, x_TD, config):
+    return (silu(x_TD @ p["w1"].T) * (x_TD @ p["w3"].T)) @ p["w2"].T
+
+
+OPERATORS = {
+    "conv": short_conv_operator, "recurrence": recurrence_operator, "full_attention": attention_operator,
+    "sliding_attention": sliding_attention_operator,
+}
+FEED_FORWARDS = {"swiglu": swiglu}
+"""By kind, on one document."""
 
 
 def hidden(config, params, tokens_T, positions_T=None):
@@ -116,13 +124,12 @@ def hidden(config, params, tokens_T, positions_T=None):
     positions_T = np.arange(len(tokens_T)) if positions_T is None else positions_T
     eps = config.norm_eps
     x_TD = params["embed"][tokens_T]
-    for i, kind in enumerate(config.layer_types):
+    for i, layer in enumerate(config.layers):
         p = params["blocks"][i]
         h_TD = rms_norm(x_TD, p["operator_norm"]["weight"], eps)
-        y_TD = operator(kind, p["operator"], h_TD, positions_T, config)
+        y_TD = OPERATORS[layer.operator](p["operator"], h_TD, positions_T, config)
         x_TD = x_TD + (rms_norm(y_TD, p["post_operator_norm"]["weight"], eps) if config.post_norm else y_TD)
         h_TD = rms_norm(x_TD, p["ffn_norm"]["weight"], eps)
-        ffn = p["feed_forward"]
-        y_TD = (silu(h_TD @ ffn["w1"].T) * (h_TD @ ffn["w3"].T)) @ ffn["w2"].T
+        y_TD = FEED_FORWARDS[layer.feed_forward](p["feed_forward"], h_TD, config)
         x_TD = x_TD + (rms_norm(y_TD, p["post_ffn_norm"]["weight"], eps) if config.post_norm else y_TD)
     return rms_norm(x_TD, params["norm"]["weight"], eps)

@@ -54,7 +54,7 @@ class Kept(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Kind:
+class LayerKind:
     """What operators and feed-forwards have in common. Functions take the model's config."""
 
     name: str
@@ -84,7 +84,7 @@ class Kind:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OperatorKind(Kind):
+class OperatorKind(LayerKind):
     """An operator: what mixes tokens."""
 
     mixing: Callable[[ModelConfig, int], float]
@@ -121,14 +121,14 @@ class OperatorKind(Kind):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FeedForwardKind(Kind):
+class FeedForwardKind(LayerKind):
     """A feed-forward: what works on each token by itself."""
 
     last_product: Callable[[ModelConfig], float]
     """Those of `products` that make the output, which no backward pass makes again."""
 
 
-class Table[K: Kind]:
+class Table[K: LayerKind]:
     """Kinds by name."""
 
     def __init__(self, what: str):

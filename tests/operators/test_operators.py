@@ -43,7 +43,7 @@ def make(name):
 
     def expected(x_TD, positions_T):
         p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
-        return reference.operator(kind, p, x_TD.astype(np.float64), positions_T, config)
+        return reference.OPERATORS[kind](p, x_TD.astype(np.float64), positions_T, config)
 
     empty = state_lib.init_state(config.replace(layer_types=(kind,)), B, T).layers[0]
     return params, run, expected, empty
