@@ -31,7 +31,7 @@ class Preferred:
     """`-weight log sigmoid(log p(first) - log p(second))`, and as much of `-log p(first) / T` as `likely` says."""
 
     likely: float = 0.1
-    loss_chunk: int = 5
+    loss_chunk: int = B * T
 
     arrays = {  # noqa: RUF012 (never changed)
         "tokens": BatchArray(("batch", 2, "time")), "targets": BatchArray(("batch", 2, "time")),
