@@ -137,7 +137,7 @@ def _summed(reports: Named, kind: str, x_BTD: jax.Array, segment_ids_BT: jax.Arr
             raise TypeError(f"feed-forward {kind!r} reports {name} as {value.dtype}{list(value.shape)}; expected "
                             f"float32 with a value for each token, {[*x_BTD.shape[:2], '...']}")
         if segment_ids_BT is not None:
-            value = jnp.where((segment_ids_BT != 0).reshape(*x_BTD.shape[:2], *(1,) * (value.ndim - 2)), value, 0.0)
+            value = jnp.where(jnp.expand_dims(segment_ids_BT != 0, tuple(range(2, value.ndim))), value, 0.0)
         total = jnp.sum(value, axis=(0, 1))
         found[f"{kind}/{name}"] = total if name == "loss" else jax.lax.stop_gradient(total)
     return found

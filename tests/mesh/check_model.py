@@ -1,5 +1,6 @@
 """A whole model with time split over devices equals one device: hidden states, loss, gradients, an optimizer step."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,7 +14,11 @@ from jax.sharding import PartitionSpec as P
 from meshes import collectives, mesh_of
 
 from lfm_jax.data.batch import LOSS_IGNORE
+from lfm_jax.feed_forward.swiglu import SwiGLU
+from lfm_jax.kinds import FEED_FORWARDS
+from lfm_jax.model import abstract_model
 from lfm_jax.pretrain.objective import NextToken, next_token_training
+from lfm_jax.stacking import stack_layers
 
 B, T = 2, 32
 KIND = KINDS["every-operator"] | dict(conv_gates="both", num_kv_heads=4)
@@ -61,6 +66,41 @@ def test_loss_and_the_gradient_of_every_parameter(kind, sizes):
     expected_grads = jax.tree_util.tree_leaves_with_path(grads)
     for (path, theirs), mine in zip(expected_grads, jax.tree.leaves(split_grads), strict=True):
         assert rel_err(mine, theirs) < 1e-5, jax.tree_util.keystr(path)
+
+
+class Reporting(SwiGLU):
+    def __call__(self, x_BTD, *, segment_ids_BT):
+        y_BTD, _ = super().__call__(x_BTD, segment_ids_BT=segment_ids_BT)
+        y32_BTD = y_BTD.astype(jnp.float32)
+        size_BT = jnp.mean(y32_BTD**2, axis=-1)
+        return y_BTD, {"loss": size_BT, "two": jnp.stack([size_BT, jnp.sum(y32_BTD, axis=-1)], axis=-1)}
+
+
+def test_reports_of_layers_and_the_gradient_of_their_loss():
+    FEED_FORWARDS.register(dataclasses.replace(FEED_FORWARDS["swiglu"], name="reporting", module=Reporting))
+    try:
+        model = Net(layer_types=("conv",) * 3, ffn_types=("reporting",), scan_layers=True, remat="full")
+        graphdef, _ = abstract_model(model.config, stacked=True)
+        params = stack_layers(model.params, model.config)
+
+        @jax.jit
+        def run(params, data):
+            def loss(params):
+                _, aux = nnx.merge(graphdef, params).hidden(data["tokens"], data["positions"], data["segment_ids"])
+                return aux.loss, aux.reports
+
+            return jax.grad(loss, has_aux=True)(params)
+
+        expected = run(params, batch())
+        with jax.set_mesh(mesh_of(data=2, context=4)):
+            placed = {name: jax.device_put(x, TOKENS) for name, x in batch().items()}
+            found = run(jax.device_put(params, P()), placed)
+    finally:
+        FEED_FORWARDS.remove("reporting")
+    assert expected[1]["reporting/two"].shape == (3, 2)
+    for (path, theirs), mine in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True):
+        if np.any(theirs):  # The last norm has no part in it.
+            assert rel_err(mine, theirs) < 1e-5, jax.tree_util.keystr(path)
 
 
 @pytest.mark.long
