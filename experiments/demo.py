@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 import lfm_jax as lfm
 from lfm_jax import compile_cache
-from lfm_jax.data import heldout_documents
+from lfm_jax.data.corpora.text import heldout_documents
 from lfm_jax.pretrain.config import TrainConfig
 from lfm_jax.pretrain.run import train
 from lfm_jax.recipe import load_recipe

@@ -22,7 +22,8 @@ from demo import EXCLUDE, RECIPE
 from tokenizers import Tokenizer
 
 from lfm_jax.config import ModelConfig
-from lfm_jax.data import DataConfig, make_tokenizer, open_corpus
+from lfm_jax.data.config import DataConfig
+from lfm_jax.data.corpora import make_tokenizer, open_corpus
 from lfm_jax.model import param_traits
 from lfm_jax.pretrain.config import TrainConfig
 from lfm_jax.pretrain.objective import next_token_training

@@ -32,7 +32,7 @@ def test_model_suite_measures_both_sides():
 
 @pytest.mark.slow
 def test_model_suite_says_when_the_peer_is_absent(monkeypatch):
-    monkeypatch.setattr(model._Peer, "build", classmethod(lambda cls, _: None))
+    monkeypatch.setattr(model.Peer, "build", classmethod(lambda cls, _: None))
     assert model.bench_model(tiny_config(), repeats=1).count("absent") >= 4
 
 

@@ -23,7 +23,7 @@ from lfm_jax.ablate.study import Grid, Study
 from lfm_jax.ablate.tasks.recall import Mqar
 from lfm_jax.config import ModelConfig
 from lfm_jax.convert.families import config_to_hf
-from lfm_jax.data import DataConfig
+from lfm_jax.data.config import DataConfig
 from lfm_jax.feed_forward.swiglu import SwiGLU
 from lfm_jax.infer.generate import generate_tokens
 from lfm_jax.kernels.linear import linear

@@ -18,7 +18,10 @@ from typing import Any
 import numpy as np
 
 from lfm_jax.bench.timing import conditions
-from lfm_jax.data import BuildConfig, DataConfig, MixturePart, build, open_corpus, train_bpe
+from lfm_jax.data.build import BuildConfig, build
+from lfm_jax.data.config import DataConfig, MixturePart
+from lfm_jax.data.corpora import open_corpus
+from lfm_jax.text.tokenizer import train_bpe
 
 B = 16
 BATCHES = 60

@@ -51,7 +51,7 @@ class Decoding:
         graphdef, params = nnx.split(model, nnx.Param)
         self._programs = _programs(graphdef)
         self._model_params = nnx.to_pure_dict(params)
-        self._params, self._plan = to_arrays(samplings, config.vocab_size)
+        self._params, self._features = to_arrays(samplings, config.vocab_size)
         # Filled up with an id that no token has, so that few different shapes occur.
         self._stop_ids = jnp.asarray([*stop_ids] + [-1] * (8 - len(stop_ids) % 8), jnp.int32)
 
@@ -64,12 +64,12 @@ class Decoding:
             state=state,
             token_B=jnp.zeros((len(prompts),), jnp.int32),
             left_B=jnp.full((len(prompts),), max_new_tokens, jnp.int32),
-            seen_BV=_seen(prompts, config.vocab_size) if self._plan.repetition_penalty else None,
+            seen_BV=_seen(prompts, config.vocab_size) if self._features.repetition_penalty else None,
         )
         self._first_B: jax.Array | None
         """First token of each row, until it is handed out."""
         self._carry, self._first_B = self._programs.first(
-            self._carry, logits_BV, self._params, self._stop_ids, features=self._plan
+            self._carry, logits_BV, self._params, self._stop_ids, features=self._features
         )
 
     @property
@@ -84,7 +84,7 @@ class Decoding:
             self._first_B = None
             return [[token] for token in first_B.tolist()]
         self._carry, tokens_NB = self._programs.decode(
-            self._model_params, self._carry, self._params, self._stop_ids, min(steps, DISPATCH), features=self._plan
+            self._model_params, self._carry, self._params, self._stop_ids, min(steps, DISPATCH), features=self._features
         )
         return [column[column >= 0].tolist() for column in np.asarray(tokens_NB).T]
 

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 import tyro
 
-from lfm_jax.data import DataConfig
+from lfm_jax.data.config import DataConfig
 from lfm_jax.data.sources import contains
 from lfm_jax.pretrain.objective import NextToken
 from lfm_jax.train.config import RunConfig

@@ -19,11 +19,12 @@ from tokenizers import Tokenizer
 
 from lfm_jax import recipe
 from lfm_jax.convert import sidecars
-from lfm_jax.data import check_lasts, load_tokenizer, make_tokenizer, open_corpus
+from lfm_jax.data.corpora import make_tokenizer, open_corpus
+from lfm_jax.data.corpora.corpus import check_lasts
 from lfm_jax.files import write_whole
 from lfm_jax.pretrain.config import TrainConfig
 from lfm_jax.text.codec import check_tokenizer
-from lfm_jax.text.tokenizer import TOKENIZER_FILE
+from lfm_jax.text.tokenizer import TOKENIZER_FILE, load_tokenizer
 from lfm_jax.train import processes
 from lfm_jax.train.driver import Data
 from lfm_jax.train.run_dir import NUMERICS, differences

@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from lfm_jax.config import ModelConfig
-from lfm_jax.text.tokenizer import without_limits
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -45,6 +44,8 @@ def encoded(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> Enc
     Raises:
       ValueError: half of a surrogate pair, which is no character.
     """
+    from lfm_jax.text.tokenizer import without_limits  # Generating on token ids must do without `tokenizers`.
+
     tokenizer = without_limits(tokenizer)
     try:
         # Of a batch the library lets go of the interpreter's lock, of a single text it does not.

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lfm_jax.data import BuildConfig, build, load_manifest, train_bpe
-from lfm_jax.data.build import plan_blocks
+from lfm_jax.data.build import BuildConfig, build, plan_blocks
 from lfm_jax.data.heldout import is_heldout
-from lfm_jax.data.manifest import BUILD_DIR, SPLITS
+from lfm_jax.data.manifest import BUILD_DIR, SPLITS, load_manifest
 from lfm_jax.data.shards import Records
 from lfm_jax.data.sources import SourceFile, Stretch, read_stretch
 from lfm_jax.files import locked, write_whole
+from lfm_jax.text.tokenizer import train_bpe
 
 BYTES = train_bpe([], vocab_size=270)
 T = 64
@@ -187,7 +187,7 @@ def test_sigkill_at_random_moments_and_going_on_gives_the_same_bytes(tmp_path, w
                   tokenizer=str(tmp_path / "bytes.json"))
     whole = config(tmp_path, tmp_path / "whole", sources=conf.sources, block_bytes=8000, tokenizer=conf.tokenizer)
     quiet(whole)
-    code = f"import lfm_jax.data as d\nif __name__ == '__main__': d.build(d.{conf!r}, show_progress=False)"
+    code = f"from lfm_jax.data import build as d\nif __name__ == '__main__': d.build(d.{conf!r}, show_progress=False)"
     (tmp_path / "run.py").write_text(code)
     kills = 0
     for attempt in range(40):

@@ -10,22 +10,15 @@ import pytest
 from limits import LIMITS, limited
 
 from lfm_jax import recipe
-from lfm_jax.data import (
-    BuildConfig,
-    DataConfig,
-    MixturePart,
-    build,
-    check_lasts,
-    load_manifest,
-    load_tokenizer,
-    make_tokenizer,
-    open_corpus,
-    train_bpe,
-)
 from lfm_jax.data.batch import LOSS_IGNORE
+from lfm_jax.data.build import BuildConfig, build
+from lfm_jax.data.config import DataConfig, MixturePart
+from lfm_jax.data.corpora import make_tokenizer, open_corpus
+from lfm_jax.data.corpora.corpus import check_lasts
 from lfm_jax.data.encoding import tokenizer_digest
+from lfm_jax.data.manifest import load_manifest
 from lfm_jax.pretrain.config import TrainConfig
-from lfm_jax.text.tokenizer import inference_tokenizer
+from lfm_jax.text.tokenizer import inference_tokenizer, load_tokenizer, train_bpe
 
 BYTES = train_bpe([], vocab_size=270)
 T, B = 32, 8

@@ -6,16 +6,12 @@ import json
 import numpy as np
 import pytest
 
-from lfm_jax.data import (
-    DataConfig,
-    heldout_documents,
-    make_tokenizer,
-    open_corpus,
-    train_bpe,
-    train_documents,
-)
 from lfm_jax.data.batch import LOSS_IGNORE
+from lfm_jax.data.config import DataConfig
+from lfm_jax.data.corpora import make_tokenizer, open_corpus
+from lfm_jax.data.corpora.text import heldout_documents, train_documents
 from lfm_jax.data.packing import PACKING_ROWS
+from lfm_jax.text.tokenizer import train_bpe
 
 BYTES = train_bpe([], vocab_size=270)
 

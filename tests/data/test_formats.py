@@ -10,19 +10,16 @@ import pytest
 from array_record.python import array_record_module
 from rich.console import Console
 
-from lfm_jax.data import (
-    DataConfig,
-    MixturePart,
-    load_manifest,
-    open_corpus,
-    train_bpe,
-)
 from lfm_jax.data.batch import LOSS_IGNORE
+from lfm_jax.data.config import DataConfig, MixturePart
+from lfm_jax.data.corpora import open_corpus
 from lfm_jax.data.encoding import Tokens
+from lfm_jax.data.manifest import load_manifest
 from lfm_jax.data.records import SPANS_FORMAT, RowCodec
 from lfm_jax.data.show import sample
 from lfm_jax.testing import tiny_config
 from lfm_jax.text.conversation import encode_conversation
+from lfm_jax.text.tokenizer import train_bpe
 
 BYTES = train_bpe([], vocab_size=270)
 T, B = 128, 4

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lfm_jax.data import train_bpe
 from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.data.packing import PACKING_ROWS, Pieces, pack
+from lfm_jax.text.tokenizer import train_bpe
 
 BOS, EOS = 1, 2
 BYTES = train_bpe([], vocab_size=270)

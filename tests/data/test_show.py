@@ -5,7 +5,8 @@ import json
 import pytest
 
 from lfm_jax.cli import main
-from lfm_jax.data import load_manifest, train_bpe
+from lfm_jax.data.manifest import load_manifest
+from lfm_jax.text.tokenizer import train_bpe
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from grain.sources import RandomAccessDataSource
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lfm_jax.data import Documents, SourceFile, find_files, split_files
+from lfm_jax.data.heldout import split_files
+from lfm_jax.data.sources import Documents, SourceFile, find_files
 
 
 def write(root, files):

@@ -235,7 +235,7 @@ def test_the_loop_copies_no_cache():
     rows = Decoding(model(), PROMPTS, GREEDY, NEW, ())
     kv = rows._carry.state.layers[1].k_BSKH
     compiled = rows._programs.decode.lower(
-        rows._model_params, rows._carry, rows._params, rows._stop_ids, 32, plan=rows._plan
+        rows._model_params, rows._carry, rows._params, rows._stop_ids, 32, features=rows._features
     ).compile().as_text()
     shape = re.escape(f"f32[{','.join(map(str, kv.shape))}]")
     assert re.search(rf"= {shape}\S* \w+", compiled)

@@ -1,7 +1,7 @@
 """Recipes of tiny runs for the planner's tests."""
 
 from lfm_jax.config import ModelConfig
-from lfm_jax.data import DataConfig
+from lfm_jax.data.config import DataConfig
 from lfm_jax.plan import PlanConfig
 from lfm_jax.sharding import MeshConfig
 

@@ -9,7 +9,7 @@ import pytest
 import tpu_aot
 
 from lfm_jax.config import ModelConfig
-from lfm_jax.data import DataConfig
+from lfm_jax.data.config import DataConfig
 from lfm_jax.model import abstract_model
 from lfm_jax.plan import PlanConfig, hlo_cost, plan
 from lfm_jax.plan import program as program_module

@@ -5,11 +5,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from limits import LIMITS, limited
 
-from lfm_jax.data import SPECIAL_TOKENS, load_tokenizer, train_bpe
 from lfm_jax.testing import tiny_config, tiny_tokenizer
 from lfm_jax.text.chat import encode_chat
 from lfm_jax.text.codec import encode
-from lfm_jax.text.tokenizer import MIN_VOCAB_SIZE, inference_tokenizer, without_limits
+from lfm_jax.text.tokenizer import (
+    MIN_VOCAB_SIZE,
+    SPECIAL_TOKENS,
+    inference_tokenizer,
+    load_tokenizer,
+    train_bpe,
+    without_limits,
+)
 
 CODE = "def half(number):\n    if number > 12345678:\n        return number / 2\n\n\n" * 20
 TOKENIZER = train_bpe([CODE], vocab_size=400)

@@ -5,7 +5,7 @@ import pytest
 from tiny_runs import finish, load, losses, recipe, start, steps_in_order
 
 import lfm_jax as lfm
-from lfm_jax.data import BuildConfig, build
+from lfm_jax.data.build import BuildConfig, build
 from lfm_jax.pretrain.run import train
 
 

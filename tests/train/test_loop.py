@@ -334,7 +334,7 @@ def test_a_held_out_loss_of_some_batches_claims_no_bits_per_byte(corpus, tmp_pat
 
 def test_data_used_up_saves_before_it_says_so(corpus, tmp_path, monkeypatch):
     """As when rollbacks have passed over data that the epochs of a mixture were counted on."""
-    from lfm_jax.data import DataUsedUp
+    from lfm_jax.data.config import DataUsedUp
     class Short:
         def __init__(self, whole):
             self.whole, self.left = whole, 6

@@ -17,7 +17,7 @@ import pytest
 from tiny_runs import children, finish, load, losses, reach_step, recipe, start, steps_in_order
 
 import lfm_jax as lfm
-from lfm_jax.data import BuildConfig, build
+from lfm_jax.data.build import BuildConfig, build
 from lfm_jax.pretrain.run import train
 from lfm_jax.sharding import MeshConfig
 from lfm_jax.train import launch

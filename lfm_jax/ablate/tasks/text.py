@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from lfm_jax.data import DataConfig, load_tokenizer, open_corpus, train_bpe
 from lfm_jax.data.batch import Batch, batches_of
 from lfm_jax.data.build import BuildConfig, build
-from lfm_jax.data.config import MixturePart
+from lfm_jax.data.config import DataConfig, MixturePart
+from lfm_jax.data.corpora import open_corpus
 from lfm_jax.data.manifest import MANIFEST_FILE, Manifest, load_manifest
 from lfm_jax.data.sources import Documents, find_files
 from lfm_jax.files import locked, say, write_whole
 from lfm_jax.problems import raise_problems
-from lfm_jax.text.tokenizer import TOKENIZER_FILE
+from lfm_jax.text.tokenizer import TOKENIZER_FILE, load_tokenizer, train_bpe
 
 if TYPE_CHECKING:
     import grain
