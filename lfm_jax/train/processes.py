@@ -44,7 +44,7 @@ def join(launch: Launch) -> None:
                 cluster_detection_method="deactivate" if launch.coordinator else None,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,
             )
-            barrier("joined")  # All devices connect while all processes are here; see `compiled_together`.
+            barrier("joined")  # Connects what the barriers to come use, while all are here; see `compiled_together`.
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"this process cannot join its run: {error}") from error
 
@@ -81,7 +81,7 @@ def compiled_together(program: Any) -> Any:
 
     CPU devices that exchange something for the first time connect through Gloo, where a process gives up when another
     one comes more than 30 seconds after it. On a crowded machine compiling can take that much longer in one of them.
-    The barrier itself waits on: all devices have been connected since `join`.
+    The barrier goes over connections made in `join` and has no such limit.
     """
     if jax.process_count() == 1:
         return program

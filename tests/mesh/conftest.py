@@ -1,6 +1,7 @@
 """Runs each check_*.py in a process of its own with eight CPU devices; there, pytest collects it as any other file."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -20,7 +21,7 @@ def pytest_pycollect_makemodule(module_path, parent):
 class Check(pytest.File):
     def collect(self):
         yield OnEightDevices.from_parent(self, name="on_eight_devices", mark="slow", tests="not long")
-        if "mark.long" in self.path.read_text():
+        if re.search(r"\bmark\.long\b|\blong\(", self.path.read_text()):
             yield OnEightDevices.from_parent(self, name="long_on_eight_devices", mark="long", tests="long")
 
 

@@ -9,18 +9,17 @@ import socket
 import subprocess
 import sys
 import time
-import warnings
 
 import jax
 import numpy as np
 import pytest
-from tiny_runs import children, finish, load, losses, reach_step, recipe, start, steps_in_order
+from tiny_runs import children, finish, load, losses, recipe, start, steps_in_order, wait_for_step
 
 import lfm_jax as lfm
 from lfm_jax.data.build import BuildConfig, build
 from lfm_jax.pretrain.run import train
 from lfm_jax.sharding import MeshConfig
-from lfm_jax.train import launch
+from lfm_jax.train import launch, processes
 from lfm_jax.train.launch import FAILED, LOST, STOPPED, Launch
 from lfm_jax.train.objective import BatchArray
 from lfm_jax.train.processes import HEARTBEAT_SECONDS, BatchPlacer
@@ -37,43 +36,23 @@ def path_of(corpus, run_dir, **changes):
 def two(corpus, tmp_path_factory, cache):
     """An uninterrupted run of two processes: (run directory, what it printed)."""
     run_dir = tmp_path_factory.mktemp("two") / "run"
-    out, err = complete(path_of(corpus, run_dir), cache, *TWO, anew=run_dir)
+    out, err = complete(path_of(corpus, run_dir), cache, *TWO)
     assert out == ""  # Gloo prints to standard output.
     return run_dir, err
 
 
-def lost_by_itself(status, err):
-    """Whether a run of two was lost though nobody meant it (seen once: Gloo, connection reset, on a crowded machine).
-
-    The same command goes on, as it must after any loss; what was said is kept as a warning.
-    """
-    if status == LOST:
-        warnings.warn(f"a run of two processes was lost by itself:\n{err}", stacklevel=2)
-    return status == LOST
-
-
-def complete(path, cache, *flags, anew=None):
-    """(standard output, standard error) of the run that ends well; `anew`: its directory, if it must not be resumed."""
-    for _ in range(3):
-        status, out, err = finish(start(path, cache, *flags))
-        if not lost_by_itself(status, err):
-            break
-        if anew is not None:
-            shutil.rmtree(anew)
+def complete(path, cache, *flags):
+    """(standard output, standard error) of a run that ends well."""
+    status, out, err = finish(start(path, cache, *flags))
     assert status == 0, err[-3000:]
     return out, err
 
 
 def start_until(path, cache, run_dir, step):
     """A run of two processes that has `step` on record."""
-    for _ in range(3):
-        process = start(path, cache, *TWO)
-        if reach_step(process, run_dir, step):
-            return process
-        err = process.communicate()[1]
-        if not lost_by_itself(process.returncode, err):
-            break
-    raise AssertionError(f"the run ended before step {step}: {err}")
+    process = start(path, cache, *TWO)
+    wait_for_step(process, run_dir, step)
+    return process
 
 
 def signal_child(process, which, number):
@@ -144,7 +123,7 @@ def test_a_process_that_falls_silent_is_noticed_by_its_heartbeat(corpus, tmp_pat
 def test_ten_times_one_of_two_is_killed_at_a_random_moment(corpus, tmp_path, cache):
     steps, kills, rng = 120, 10, random.Random(3)
     undisturbed = tmp_path / "undisturbed"
-    complete(path_of(corpus, undisturbed, steps=steps), cache, *TWO, anew=undisturbed)
+    complete(path_of(corpus, undisturbed, steps=steps), cache, *TWO)
     run_dir = tmp_path / "killed"
     path = path_of(corpus, run_dir, steps=steps)
     for kill in range(1, kills + 1):
@@ -203,6 +182,64 @@ def test_a_process_that_cannot_write_its_part_stops_the_run(corpus, tmp_path, ca
     kept = max(int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit())
     assert f"the checkpoint of step {kept} is intact" in err
     held(run_dir)
+
+
+def test_a_program_first_runs_when_all_have_compiled_it(monkeypatch):
+    order = []
+
+    class Program:
+        def lower(self, x):
+            order.append(f"lower {x}")
+            return self
+
+        def compile(self):
+            order.append("compile")
+
+        def __call__(self, x):
+            order.append(f"run {x}")
+            return -x
+
+    program = Program()
+    assert processes.compiled_together(program) is program  # Of one process.
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "barrier", order.append)
+    together = processes.compiled_together(program)
+    assert (together(1), together(2)) == (-1, -2)
+    assert order == ["lower 1", "compile", "compiled", "run 1", "run 2"]
+
+
+LATE = """
+import sys, time
+import jax
+from jax.sharding import NamedSharding, PartitionSpec as P
+from lfm_jax.train import processes
+from lfm_jax.train.launch import Launch
+
+late, port = int(sys.argv[1]), sys.argv[2]
+processes.join(Launch(coordinator=f"127.0.0.1:{port}", num_processes=2, process_id=late, devices_per_process=2))
+mesh = jax.make_mesh((4,), ("data",))
+
+def total(x):
+    time.sleep(40 * late)  # While it is traced, as a compiler that takes long.
+    return x.sum()
+
+program = processes.compiled_together(jax.jit(total))
+x = jax.make_array_from_callback((4,), NamedSharding(mesh, P("data")), lambda index: jax.numpy.arange(4.0)[index])
+print(float(program(x)))
+processes.barrier("end")
+"""
+
+
+@pytest.mark.long
+def test_a_process_that_compiles_long_is_waited_for():
+    """Adds the wait itself: 40 seconds, where Gloo by itself gives up after 30."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    crew = [subprocess.Popen([sys.executable, "-c", LATE, str(i), str(port)], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True) for i in range(2)]
+    ended = [finish(process) for process in crew]
+    assert [(status, out.strip()) for status, out, _ in ended] == [(0, "6.0"), (0, "6.0")], ended
 
 
 def test_one_process_needs_all_rows_over_its_mesh():

@@ -64,25 +64,18 @@ def start(path, cache, *flags):
     )
 
 
-def finish(process, seconds=240):
+def finish(process, seconds=600):
     """(exit code, standard output, standard error)."""
     out, err = process.communicate(timeout=seconds)
     return process.returncode, out, err
 
 
-def reach_step(process, run_dir, step):
-    """Waits until a step is on record; False if the run ends before."""
-    while max(losses(run_dir), default=0) < step:
-        if process.poll() is not None:
-            return False
-        time.sleep(0.005)
-    return True
-
-
 def wait_for_step(process, run_dir, step):
     """Until a step is on record; fails if the run ends before."""
-    # All of it: what ended the run may be said long before the last line.
-    assert reach_step(process, run_dir, step), f"the run ended before step {step}: {process.communicate()[1]}"
+    while max(losses(run_dir), default=0) < step:
+        # All of its messages: why the run ended may stand long before the last line.
+        assert process.poll() is None, f"the run ended before step {step}: {process.communicate()[1]}"
+        time.sleep(0.005)
 
 
 def children(process):
