@@ -8,7 +8,7 @@ FIND_PYTHON = for p in python3.12 python3 python3.13 python3.14; do \
 	echo "no Python >= 3.12 found (tried python3.12, python3, python3.13, python3.14): install one, run make again" >&2; \
 	exit 1
 
-.PHONY: demo test check test-long test-times lint clean
+.PHONY: demo test check test-long test-times lint docs clean
 .DELETE_ON_ERROR:
 
 .venv/core: requirements.txt pyproject.toml
@@ -54,6 +54,15 @@ lint: .venv/test
 	@$(PY) -m ruff check .
 	@$(PY) -m pyrefly check
 	@.venv/bin/lint-imports --no-cache
+
+.venv/docs: .venv/core
+	@echo "installing the [docs] extra into .venv"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	@touch $@
+
+docs: .venv/docs
+	@JAX_PLATFORMS=cpu $(PY) -m sphinx -W --keep-going --quiet -b html docs build/docs
+	@echo "the site: build/docs/index.html"
 
 clean:
 	rm -rf .venv
