@@ -11,21 +11,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lfm_jax.structured.json_schema import (
-    ANY_VALUE,
-    IN_PLACE,
-    KEYWORDS,
-    OF_TYPE,
-    OPTIONS,
-    Bounds,
-    GrammarError,
-    Schema,
-    bounded,
-    compiled,
-    refusal,
-    resolved,
-    types,
-)
+from lfm_jax.structured.json_schema import ANY_VALUE, OPTIONS, Bounds, bounded, compiled, refusal
+from lfm_jax.structured.schema import IN_PLACE, KEYWORDS, OF_TYPE, GrammarError, Schema, resolved, types
 from lfm_jax.text.tools import is_pythonic
 
 _PYTHON = {None: "None", True: "True", False: "False"}
@@ -46,8 +33,9 @@ class CallRules:
         """Right-hand sides by name."""
         self._bounds = bounds
         self._names: dict[str, str] = {}
-        self._root: Schema = {}
         self._references: dict[str, str] = {}
+        self._todo: list[tuple[str, str]] = []
+        """References whose rules have a name and no body yet, each with its place."""
         self._words = _PYTHON
 
     def call(self, tool: Mapping[str, Any]) -> str:
@@ -61,11 +49,16 @@ class CallRules:
             raise GrammarError(f"{place}: {error}") from None
         self._only(root, {"type"} | OF_TYPE["object"] - {"patternProperties"}, place)
         pythonic = is_pythonic(name, [*root["properties"], *root.get("required", ())])
-        self._root, self._references, self._words = root, {}, _PYTHON if pythonic else _JSON
+        self._references, self._words = {}, _PYTHON if pythonic else _JSON
         if pythonic:
-            return self._rule(f'"{name}(" {self._members(root, place, keywords=True)} ")"')
-        opening = f'{{"name": "{name}", "arguments": {{'
-        return self._rule(f"{json.dumps(opening)} {self._members(root, place)} \"}}}}\"")
+            rule = self._rule(f'"{name}(" {self._members(root, place, keywords=True)} ")"')
+        else:
+            opening = f'{{"name": "{name}", "arguments": {{'
+            rule = self._rule(f"{json.dumps(opening)} {self._members(root, place)} \"}}}}\"")
+        while self._todo:
+            reference, place = self._todo.pop()
+            self.bodies[self._references[reference]] = self._value(resolved(root, reference), place)
+        return rule
 
     def _rule(self, body: str) -> str:
         if body not in self._names:
@@ -124,7 +117,7 @@ class CallRules:
         if reference not in self._references:
             name = self._references[reference] = f"r{len(self.bodies)}"
             self.bodies[name] = ""  # Takes the name, which may be needed inside.
-            self.bodies[name] = self._value(resolved(self._root, reference), f"{place} ({reference})")
+            self._todo.append((reference, f"{place} ({reference})"))
         return self._references[reference]
 
     def _of_type(self, kind: str, node: Schema, place: str) -> str:
@@ -139,8 +132,6 @@ class CallRules:
             return self._repeated("[]", item, node.get("minItems", 0), node["maxItems"], place)
         if kind != "object":
             return self._leaf({"type": kind} | {key: node[key] for key in node.keys() & OF_TYPE["number"]}, place)
-        if "additionalProperties" not in node:
-            raise GrammarError(f"{place}: $id is not supported inside parameters")
         if node.get("properties") or node["additionalProperties"] is False:
             return f'"{{" {self._members(node, place)} "}}"'
         value = self._value(node["additionalProperties"], f"{place}/additionalProperties")

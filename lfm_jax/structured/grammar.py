@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lfm_jax.structured.call_grammar import CallRules
-from lfm_jax.structured.json_schema import MALFORMED, Bounds, GrammarError, accepted, compiled, llguidance, one_line
+from lfm_jax.structured.json_schema import MALFORMED, Bounds, accepted, compiled, llguidance, one_line
+from lfm_jax.structured.schema import GrammarError
+from lfm_jax.structured.size import check_pattern
 from lfm_jax.text.tokenizer import without_limits
 from lfm_jax.text.tool_schemas import Tool, tool_schemas
 from lfm_jax.text.tools import END, START
@@ -70,6 +72,7 @@ class Grammar:
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
         """Text that the whole of `pattern` matches, in the syntax of Rust's `regex`, without lookaround."""
+        check_pattern(pattern)
         return cls(accepted(llguidance().LLMatcher.grammar_from_regex(pattern)))
 
     @classmethod

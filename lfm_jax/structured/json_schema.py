@@ -11,29 +11,29 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
-from urllib.parse import unquote
 
-Schema = dict[str, Any]
+from lfm_jax.structured.schema import (
+    IN_PLACE,
+    KEYWORDS,
+    MAPS,
+    OF_TYPE,
+    GrammarError,
+    Schema,
+    nodes,
+    plain,
+    replaced,
+    resolved,
+    types,
+)
+from lfm_jax.structured.size import check_size
 
-OF_TYPE = {
-    "object": {"properties", "required", "additionalProperties", "patternProperties", "minProperties", "maxProperties"},
-    "array": {"items", "prefixItems", "additionalItems", "minItems", "maxItems"},
-    "string": {"minLength", "maxLength", "pattern", "format"},
-    "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
-}
-"""Keywords that speak of one type only."""
-IN_PLACE = {"const", "enum", "allOf", "anyOf", "oneOf", "$ref"}
-KEYWORDS = {"type", *IN_PLACE}.union(*OF_TYPE.values())
-"""All that llguidance supports, annotations apart."""
 ANY_VALUE = {"$ref": "#/$defs/lfm_jax.any"}
 """Stands in a bounded schema for one without keywords."""
 MAX_DIVISOR = 1000
 """Largest `multipleOf`, its decimal point left out: with the next ones masks fail."""
-MAX_PATTERNS = 8
-"""Most patterns and formats that one text may have to fit: whether any does takes twice as long with each."""
 MALFORMED = (TypeError, KeyError, AttributeError, ArithmeticError)
 """What reading a schema raises where it is none."""
 OPTIONS = {
@@ -42,13 +42,10 @@ OPTIONS = {
     "json_allowed_escapes": 'nrbtf\\"',
 }
 
-_MAPS = {"properties", "patternProperties", "$defs", "definitions"}
-_LISTS = {"allOf", "anyOf", "oneOf", "prefixItems", "items"}
-_SINGLE = {"items", "additionalItems", "additionalProperties"}
 _SHAPES: dict[str, tuple[Any, set[str]]] = {
-    "an object": (dict, _MAPS),
+    "an object": (dict, MAPS),
     "a list": (list, {"enum", "required", "allOf", "anyOf", "oneOf", "prefixItems"}),
-    "a text": (str, {"$ref", "pattern", "format"}),
+    "a text": (str, {"$ref", "$id", "$anchor", "pattern", "format"}),
     "a whole number": (int, {"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"}),
     "a number": ((int, float), OF_TYPE["number"]),
 }
@@ -56,10 +53,6 @@ _SHAPES: dict[str, tuple[Any, set[str]]] = {
 
 _EXCLUSIVE = {"exclusiveMinimum": {"minimum"}, "exclusiveMaximum": {"maximum"}}
 _FINITE = sys.float_info.max
-
-
-class GrammarError(ValueError):
-    """A grammar that is not valid, or that asks for what cannot be promised; the message says what and where."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +77,7 @@ def compiled(schema: Any, bounds: Bounds) -> str:
     """
     root = plain(schema)
     try:
-        _few_patterns(root)
+        check_size(root)
         if '"oneOf"' in json.dumps(root):  # Choices that overlap may seem distinct once they are bounded.
             accepted(_text(root))
         return accepted(_text(bounded(root, bounds), item_separator=", ?", key_separator=": ?"))
@@ -92,30 +85,6 @@ def compiled(schema: Any, bounds: Bounds) -> str:
         raise GrammarError(f"the JSON schema is refused: {error}{_where(root, str(error))}") from None
     except MALFORMED as error:
         raise GrammarError(f"the JSON schema is malformed: {type(error).__name__}: {error}") from None
-
-
-def plain(schema: Any) -> Schema:
-    """A schema, given as data or JSON text, as data of its own: each schema in it is another object, true is `{}`.
-
-    Raises:
-      GrammarError: no schema, or one nested too deeply.
-    """
-
-    def opened(node: Any, place: str) -> Any:
-        if place.count("/") > 200:
-            raise GrammarError(f"the JSON schema is nested too deeply, at {place:.60}...")
-        if isinstance(node, dict):
-            return replaced(node, lambda child, part: opened(child, f"{place}/{part}"))
-        return {} if node is True else node
-
-    try:
-        data = json.loads(schema) if isinstance(schema, str) else schema
-        data = json.loads(json.dumps(data, allow_nan=False, ensure_ascii=False).encode())
-    except (TypeError, ValueError, RecursionError) as error:
-        raise GrammarError(f"the JSON schema is not JSON: {error}") from None
-    if not isinstance(data, dict) and data is not True:
-        raise GrammarError(f"the JSON schema is {data!r:.60}; expected an object, or true")
-    return opened(data, "#")
 
 
 def bounded(schema: Mapping[str, Any] | bool | str, bounds: Bounds) -> Schema:
@@ -230,78 +199,24 @@ def _possible(node: Schema, kind: str) -> bool:
 def _met(root: Schema) -> set[int]:
     """Ids of the schemas that meet another in an intersection, and of all inside them."""
     met: set[int] = set()
+    todo: list[tuple[Any, bool]] = [(root, False)]
 
-    def visit(node: Any, meets: bool) -> None:
-        if not isinstance(node, dict) or id(node) in met:
-            return
+    def visit(node: Schema, meets: bool) -> None:
         parts = sum(len(node[key]) if key == "allOf" else 1 for key in node.keys() & IN_PLACE)
         meets = meets or parts + bool(node.keys() & (KEYWORDS - IN_PLACE)) > 1
-        meets = meets or (node is not root and not {"$id", "id"}.isdisjoint(node))  # ANY_VALUE would start from there.
         if meets:
             met.add(id(node))
-            visit(resolved(root, node.get("$ref", "")), True)
+            todo.append((resolved(root, node.get("$ref", "")), True))
         inside = meets or {"properties", "patternProperties"} <= node.keys()
-        replaced(node, lambda child, part: visit(child, inside and not part.startswith(("$defs/", "definitions/"))))
+        replaced(node, lambda child, part: todo.append(
+            (child, inside and not part.startswith(("$defs/", "definitions/")))
+        ))
 
-    visit(root, False)
+    while todo:
+        node, meets = todo.pop()
+        if isinstance(node, dict) and id(node) not in met:
+            visit(node, meets)
     return met
-
-
-def _few_patterns(root: Schema) -> None:
-    """Refuses schemas under which one text has more than MAX_PATTERNS patterns and formats to fit."""
-
-    counts: dict[int, int] = {}
-
-    def count(node: Any) -> int:
-        if not isinstance(node, dict):
-            return 0
-        if id(node) not in counts:
-            counts[id(node)] = 0  # A schema within itself adds nothing.
-            choices = [[count(child) for child in _listed(node, key)] for key in ("anyOf", "oneOf")]
-            together = len({"pattern", "format"} & node.keys()) + count(resolved(root, node.get("$ref", "")))
-            together += sum(count(child) for child in _listed(node, "allOf"))
-            # All of the choices where they meet something, each by itself where they are alone.
-            alone = not together and sum(map(bool, choices)) == 1
-            counts[id(node)] = together + sum(max(some, default=0) if alone else sum(some) for some in choices)
-        return counts[id(node)]
-
-    for place, node in _nodes(root, "#"):
-        if (found := count(node)) > MAX_PATTERNS:
-            raise GrammarError(f"{found} patterns and formats for one text; at most {MAX_PATTERNS} (at {place})")
-
-
-def _listed(node: Schema, key: str) -> list[Any]:
-    value = node.get(key, [])
-    return value if isinstance(value, list) else []
-
-
-def types(node: Schema) -> list[str]:
-    """The types that a schema is about: none where schemas in its place say it, or where it has no keywords."""
-    kinds = node.get("type", [])
-    if not kinds and not node.keys() & IN_PLACE:
-        return [name for name, keywords in OF_TYPE.items() if keywords & node.keys()]
-    return [kinds] if isinstance(kinds, str) else kinds
-
-
-def replaced(node: Schema, function: Callable[[Any, str], Any]) -> Schema:
-    """The schema with `function(child, place)` for each schema directly inside it."""
-    new = dict(node)
-    for key, value in node.items():
-        if key in _MAPS and isinstance(value, dict):
-            new[key] = {name: function(child, f"{key}/{name}") for name, child in value.items()}
-        elif key in _LISTS and isinstance(value, list):
-            new[key] = [function(child, f"{key}/{i}") for i, child in enumerate(value)]
-        elif key in _SINGLE:
-            new[key] = function(value, key)
-    return new
-
-
-def resolved(root: Any, reference: str) -> Any:
-    """What a local reference points to, or None."""
-    for part in reference.removeprefix("#").strip("/").split("/") if reference.strip("#/") else ():
-        part = unquote(part).replace("~1", "/").replace("~0", "~")
-        root = root.get(part) if isinstance(root, dict) else None
-    return root if reference.startswith("#") else None
 
 
 def _check(node: Schema, place: str) -> None:
@@ -385,17 +300,10 @@ def _where(root: Schema, message: str) -> str:
     """The places of the keywords that a message of llguidance is about."""
     if found := re.match(r"Unimplemented keys: (\[.*?\])", message):
         keys = set(json.loads(found[1]))
-        places = [place for place, node in _nodes(root, "#") if keys <= node.keys()]
+        places = [place for place, node in nodes(root) if keys <= node.keys()]
     elif found := re.match(r"Unknown format: (.*)", message):
-        places = [place for place, node in _nodes(root, "#") if node.get("format") == found[1]]
+        places = [place for place, node in nodes(root) if node.get("format") == found[1]]
     else:
-        places = [place for place, node in _nodes(root, "#") if "oneOf" in message and "oneOf" in node]
+        places = [place for place, node in nodes(root) if "oneOf" in message and "oneOf" in node]
     return f" (at {', '.join(places[:3])})" if places else ""
 
-
-def _nodes(node: Any, place: str) -> list[tuple[str, Schema]]:
-    """All schemas within a schema, itself included, each after its place."""
-    found = [(place, node)] if isinstance(node, dict) else []
-    for _, own in found[:]:
-        replaced(own, lambda child, part: found.extend(_nodes(child, f"{place}/{part}")))
-    return found

@@ -261,12 +261,24 @@ def test_the_key(server):
     assert "<title>lfm_jax</title>" in httpx.get(f"{server}/").text
 
 
+@pytest.mark.parametrize("schema", [
+    {"$ref": "#"}, {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+], ids=str)
+def test_references_in_a_circle_are_the_clients_mistake(server, schema):
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    answer = httpx.post(f"{server}/v1/chat/completions", headers={"Authorization": f"Bearer {KEY}"},
+                        json=dict(model="tiny", messages=HELLO, max_tokens=5, response_format=form), timeout=60)
+    assert answer.status_code == 400
+    assert "leads back to itself" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(("schema", "message"), [
     ({"type": 5}, "type is 5; expected a type"), ({"type": [[1]]}, "type is"), ({"required": [[]]}, "required is"),
     ({"type": "number", "multipleOf": True}, "multipleOf is True; expected a number"),
     ({"type": "integer", "exclusiveMinimum": True}, "exclusiveMinimum is True"),
     ({"type": "integer", "minimum": 10**400}, "expected what a float can hold"),
     ({"type": "object", "$id": 5}, ""),
+    ({"pattern": "^((a{1,1000}){1,1000}){1,1000}$"}, "make more than 10000 characters"),
     ({"allOf": [{"pattern": f".*{c}0.{{3}}.*"} for c in "abcdefghijklmnopqrst"]}, "20 patterns and formats for one"),
 ], ids=str)
 def test_malformed_schemas_say_why(server, schema, message):
@@ -464,7 +476,9 @@ def test_metrics(server, client):
     ends = 'lfm_continuations_total{{finish="{}"}}'.format
     before = [metric(server, ends(name)) for name in ("stop", "cancelled")]
     text = client.completions.create(model="tiny", prompt="the", max_tokens=30, temperature=0).choices[0].text
-    client.completions.create(model="tiny", prompt="the", max_tokens=30, temperature=0, stop=[text[3:6]])
+    # So many tokens that the engine cannot have come to their end before the stop text is seen.
+    client.completions.create(model="tiny", prompt="the", max_tokens=900, temperature=0, stop=[text[3:6]],
+                              extra_body={"min_tokens": 900})
     wait_until_idle(server)
     assert [metric(server, ends(name)) for name in ("stop", "cancelled")] == [before[0] + 1, before[1]]
     httpx.get(f"{server}/somewhere", headers={"Authorization": f"Bearer {KEY}"})

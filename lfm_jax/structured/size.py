@@ -1,0 +1,240 @@
+"""How much work a JSON schema asks for, counted before llguidance sees it; what is too much is refused.
+
+llguidance has limits of its own, but they do not see the copies that it makes of schemas that hold for one value, and
+it goes into references by recursion.
+"""
+
+from __future__ import annotations
+
+import graphlib
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lfm_jax.structured.schema import KEYWORDS, OF_TYPE, GrammarError, Schema, listed, nodes, replaced, resolved
+
+MAX_SCHEMAS = 20_000
+"""Most schemas, counted as often as they stand in the place of a reference that something else holds beside, or in a
+combination of choices."""
+MAX_DEPTH = 500
+"""Most schemas within each other, references followed. llguidance needs 5 KB of the stack for each."""
+MAX_PATTERNS = 8
+"""Most patterns and formats that one text may have to fit: whether any does takes twice as long with each."""
+MAX_PATTERN = 10_000
+"""Most characters of a pattern, its repetitions written out: `(a{1,30}b){5}` has 155."""
+
+_CHOICES = ("anyOf", "oneOf")
+_COMBINING = {"$ref", "allOf", *_CHOICES}
+_NOT_OF_PARTS = {"$defs", "definitions", *_COMBINING}
+
+
+def check_size(root: Schema) -> None:
+    """Refuses a schema, as `plain` gives it, that would take too much time, memory or stack to compile.
+
+    Raises:
+      GrammarError: a reference that leads back to itself without a value between, too deep a nesting, too large a
+        pattern, too many patterns for one text, or too many schemas where they combine.
+    """
+    known = nodes(root)
+    _check_circles(root, known)
+    _check_depth(root, known)
+    for place, node in known:
+        for pattern in [node.get("pattern"), *_mapped(node, "patternProperties")]:
+            check_pattern(pattern, f" (at {place})")
+    _check_combinations(root)
+
+
+def _check_circles(root: Schema, known: Sequence[tuple[str, Schema]]) -> None:
+    places = {id(node): place for place, node in known}
+    try:
+        graphlib.TopologicalSorter({
+            id(node): [id(other) for other in _in_place(root, node) if isinstance(other, dict)] for _, node in known
+        }).prepare()
+    except graphlib.CycleError as error:
+        circle = ", ".join(dict.fromkeys(places[key] for key in error.args[1][:4]))
+        raise GrammarError(f"a $ref leads back to itself without a value between (at {circle})") from None
+
+
+def _in_place(root: Schema, node: Schema) -> list[Any]:
+    """The schemas that speak of the same value."""
+    inner = itertools.chain(*(listed(node, key) for key in ("allOf", *_CHOICES)))
+    return [*inner, *([resolved(root, node["$ref"])] if isinstance(node.get("$ref"), str) else [])]
+
+
+def _check_depth(root: Schema, known: Sequence[tuple[str, Schema]]) -> None:
+    """Takes schemas that lie within each other in a circle as if each lay within all others."""
+    if len(known) <= MAX_DEPTH:
+        return
+    import numpy as np
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    numbers = {id(node): i for i, (_, node) in enumerate(known)}
+    edges = [(numbers[id(node)], numbers[id(other)]) for _, node in known
+             for other in [*_children(node), *_in_place(root, node)] if isinstance(other, dict)]
+    outer, inner = np.array(edges, int).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(edges)), (outer, inner)), shape=(len(known), len(known)))
+    _, circles = connected_components(graph, directed=True, connection="strong")
+    sizes = np.bincount(circles)
+    within: dict[int, set[int]] = {circle: set() for circle in range(len(sizes))}
+    for one, other in zip(circles[outer].tolist(), circles[inner].tolist(), strict=True):
+        within[one] |= {other} - {one}
+    depths: dict[int, int] = {}
+    for circle in graphlib.TopologicalSorter(within).static_order():
+        depths[circle] = int(sizes[circle]) + max((depths[other] for other in within[circle]), default=0)
+    if (depth := max(depths.values())) > MAX_DEPTH:
+        raise GrammarError(f"{depth} schemas lie within each other, references followed; at most {MAX_DEPTH}")
+
+
+def _children(node: Schema) -> list[Any]:
+    """The schemas that speak of the keys' values and items of a value."""
+    found: list[Any] = []
+    replaced({key: node[key] for key in node.keys() - _NOT_OF_PARTS}, lambda child, _: found.append(child))
+    return found
+
+
+# -------------------------------------------------------------------- patterns
+
+
+_TOKEN = re.compile(r"""
+    \\(?:[pPxuU]\{[^}]*\}|.) | \[\^?\]?(?:\\.|[^\]\\])*\] | \{(?P<least>\d{1,9})(?:,(?P<most>\d{0,9}))?\} | .
+""", re.VERBOSE | re.DOTALL)
+
+
+def check_pattern(pattern: Any, place: str = "") -> None:
+    """Refuses a pattern of more than MAX_PATTERN characters, its repetitions written out.
+
+    Raises:
+      GrammarError: it is too large.
+    """
+    if isinstance(pattern, str) and _written_out(pattern) > MAX_PATTERN:
+        raise GrammarError(f"the repetitions of pattern {pattern!r:.40} make more than {MAX_PATTERN} characters{place}")
+
+
+def _written_out(pattern: str) -> int:
+    """Characters and classes of a pattern whose bounded repetitions are written out; some number above MAX_PATTERN."""
+    sizes, last = [0], 0  # Of the groups that are open, and of what a repetition would repeat.
+    for token in _TOKEN.finditer(pattern):
+        if token["least"]:
+            times = max(int(token["most"] or token["least"]), 1)
+            sizes[-1], last = sizes[-1] + last * (times - 1), last * times
+        elif token[0] == "(":
+            sizes.append(0)
+        elif token[0] == ")" and len(sizes) > 1:
+            last = sizes.pop()
+            sizes[-1] += last
+        elif token[0] not in "*+?|^$":
+            sizes[-1], last = sizes[-1] + 1, 1
+        if sizes[-1] > MAX_PATTERN:
+            break
+    return sum(sizes)
+
+
+# -------------------------------------------------------------------- combinations
+
+
+def _check_combinations(root: Schema) -> None:
+    """Counts the schemas that are left when those that hold for one value are merged, as llguidance does."""
+    left = MAX_SCHEMAS
+    defined: set[str] = set()
+    todo: list[tuple[str, list[Schema], int]] = [("#", [root], 1)]
+    """Places, the schemas that hold there together, and how often the place is copied."""
+    while todo:
+        place, together, copies = todo.pop()
+        own, choices, reference = _merged(root, together)
+        inner: list[tuple[str, list[Schema]]] = []
+        if reference and reference not in defined:
+            defined.add(reference)
+            todo.append((reference, _schemas([resolved(root, reference)]), 1))
+        elif choices:
+            (key, options), *others = choices
+            rest = [*own, *({key: options} for key, options in others)]
+            inner = [(f"{place}/{key}/{i}", [option, *rest]) for i, option in enumerate(options)
+                     if isinstance(option, dict)]
+        elif own:
+            left -= copies * _work(own, place)
+            copies *= math.prod(len(node["enum"]) for node in own if listed(node, "enum"))
+            inner = [(f"{place}/{part}", parts) for part, parts in _parts(own) if parts]
+        left -= copies * sum(len(parts) for _, parts in inner)
+        if left < 0:
+            raise GrammarError(f"more than {MAX_SCHEMAS} schemas where they combine (many near {place:.80})")
+        todo += [(where, parts, copies) for where, parts in inner]
+
+
+def _merged(root: Schema, together: Sequence[Schema]) -> tuple[list[Schema], list[tuple[str, list[Any]]], str]:
+    """Of schemas that hold together: what they say themselves, the choices that they leave, or one reference alone."""
+    own, choices, references, todo, seen = [], [], [], [*together], set()
+    while todo or references:
+        if not todo:
+            if len(references) == 1 and not own and not choices:
+                return [], [], references[0]
+            todo, references = _schemas([resolved(root, reference) for reference in references]), []
+        node = todo.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        said = {key: value for key, value in node.items() if key in KEYWORDS - _COMBINING}
+        own += [said] if said else []
+        choices += [(key, listed(node, key)) for key in _CHOICES if listed(node, key)]
+        references += [node["$ref"]] if isinstance(node.get("$ref"), str) else []
+        todo += _schemas(listed(node, "allOf"))
+    return own, choices, ""
+
+
+def _work(own: Sequence[Schema], place: str) -> int:
+    """What a value takes beyond its schemas themselves.
+
+    Raises:
+      GrammarError: too many patterns.
+    """
+    found = sum(len({"pattern", "format"} & node.keys()) for node in own)
+    if found > MAX_PATTERNS:
+        raise GrammarError(f"{found} patterns and formats for one text; at most {MAX_PATTERNS} (at {place})")
+    return 20 * found
+
+
+def _parts(own: Sequence[Schema]) -> Iterator[tuple[str, list[Any]]]:
+    """The parts of a value that schemas speak of, each with those that hold there together."""
+    objects = [node for node in own if node.keys() & OF_TYPE["object"]]
+    for name in dict.fromkeys(name for node in objects for name in _mapped(node, "properties")):
+        inner = [part for node in objects for part in _of_key(node, name)]
+        yield f"properties/{name}", _schemas(inner)
+    for pattern in dict.fromkeys(pattern for node in objects for pattern in _mapped(node, "patternProperties")):
+        inner = [_mapped(node, "patternProperties").get(pattern, node.get("additionalProperties")) for node in objects]
+        yield f"patternProperties/{pattern}", _schemas(inner)
+    yield "additionalProperties", _schemas([node.get("additionalProperties") for node in objects])
+    arrays = [(*_items(node),) for node in own if node.keys() & OF_TYPE["array"]]
+    for i in range(max((len(first) for first, _ in arrays), default=0)):
+        yield f"prefixItems/{i}", _schemas([first[i] if i < len(first) else rest for first, rest in arrays])
+    yield "items", _schemas([rest for _, rest in arrays])
+
+
+def _mapped(node: Schema, key: str) -> Schema:
+    value = node.get(key, {})
+    return value if isinstance(value, dict) else {}
+
+
+def _of_key(node: Schema, name: str) -> list[Any]:
+    """What an object's schema may say of the value of a key."""
+    named = _mapped(node, "properties")
+    patterns = [part for pattern, part in _mapped(node, "patternProperties").items() if _may_match(pattern, name)]
+    return [named[name] if name in named else node.get("additionalProperties"), *patterns]
+
+
+def _may_match(pattern: str, name: str) -> bool:
+    """False where a pattern begins with a character that the name does not begin with; to try it may take for ever."""
+    first = re.match(r"\^\(*([^\\\[\](){}.*+?|^$])(?![*?{])", pattern)
+    return first is None or "|" in pattern or name.startswith(first[1])
+
+
+def _items(node: Schema) -> tuple[list[Any], Any]:
+    """What an array's schema says of the first items, and of the rest."""
+    if isinstance(node.get("items"), list):
+        return node["items"], node.get("additionalItems")
+    return listed(node, "prefixItems"), node.get("items")
+
+
+def _schemas(parts: Sequence[Any]) -> list[Schema]:
+    return [part for part in parts if isinstance(part, dict)]
