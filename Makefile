@@ -44,7 +44,7 @@ check: lint
 test-long: .venv/test
 	@$(PY) -m pytest -s -m long
 
-# What each file takes with an empty cache of programs: the order of `test`, and the table of docs/suite.md.
+# What each file takes with an empty cache of programs: the order of `test`, and the table of docs/measurements/suite.md.
 test-times: .venv/test
 	@rm -rf .venv/times .venv/programs
 	@JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.venv/programs $(PY) -m pytest $(TWO) -m "not long" --times .venv/times

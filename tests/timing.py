@@ -1,7 +1,7 @@
 """What each test takes, in processor seconds and compiled programs, and the table of the suite that comes of it.
 
 `make test-times` runs the suite with `--times FILE`, then this file: it writes `seconds.json`, after which `make test`
-orders its files, and prints the table of docs/suite.md.
+orders its files, and prints the table of docs/measurements/suite.md.
 """
 
 import collections

@@ -1,4 +1,8 @@
-"""The whole step of LFM2-350M, compiled for sixteen v5e chips: it fits, and moves what it should."""
+"""The whole step of LFM2-350M, compiled for sixteen v5e chips: it fits, and moves what it should.
+
+For `make test-long`: the compiler takes four minutes. `test_budget.py` and tests/mesh/check_plan.py compare the same parts
+with the compiled steps of small models.
+"""
 
 import dataclasses
 import json
@@ -18,7 +22,7 @@ from lfm_jax.plan.program import expected_collectives, expected_program, read_pr
 from lfm_jax.plan.topology import Topology
 from lfm_jax.sharding import MeshConfig
 
-pytestmark = [pytest.mark.slow, tpu_aot.requires_libtpu]
+pytestmark = [pytest.mark.long, tpu_aot.requires_libtpu]
 
 CONFIG = PlanConfig(
     run_dir="runs/x", steps=1000, topology="v5e:4x4", mesh=MeshConfig(fsdp=16), loss_chunk=1024,
