@@ -1,7 +1,7 @@
 """The whole step of LFM2-350M, compiled for sixteen v5e chips: it fits, and moves what it should.
 
-For `make test-long`: the compiler takes four minutes. `test_budget.py` and tests/mesh/check_plan.py compare the same parts
-with the compiled steps of small models.
+For `make test-long`: the compiler takes four minutes. `test_budget.py` and tests/mesh/check_plan.py compare the same
+parts with the compiled steps of small models.
 """
 
 import dataclasses
