@@ -150,7 +150,7 @@ def sample(
     Raises:
       ValueError: the features need `seen_BV` and it is None.
     """
-    logits_BV = _penalised(logits_BV.astype(jnp.float32), params, features, seen_BV)
+    logits_BV = penalise_logits(logits_BV.astype(jnp.float32), params, features, seen_BV)
     greedy_B = _argmax(logits_BV)
     if not features.sampled:
         return greedy_B
@@ -161,20 +161,14 @@ def sample(
         return jax.random.gumbel(key, logits_BV.shape[1:], jnp.float32)
 
     noise_BV = jax.vmap(gumbel)(params.seed_B, position_B)
-    drawn_B = _argmax(_filtered(logits_BV, params, features) + noise_BV)
+    drawn_B = _argmax(filter_logits(logits_BV, params, features) + noise_BV)
     return jnp.where(params.temperature_B > 0, drawn_B, greedy_B)
 
 
-def filter_logits(
+def penalise_logits(
     logits_BV: jax.Array, params: SamplingArrays, features: Features, seen_BV: jax.Array | None = None
 ) -> jax.Array:
-    """The float32 logits whose softmax `sample` draws from, -inf at tokens filtered out; arguments as there."""
-    return _filtered(_penalised(logits_BV.astype(jnp.float32), params, features, seen_BV), params, features)
-
-
-def _penalised(
-    logits_BV: jax.Array, params: SamplingArrays, features: Features, seen_BV: jax.Array | None
-) -> jax.Array:
+    """The logits after the repetition penalty; a greedy row gets the largest. Arguments as for `sample`."""
     if not features.repetition_penalty:
         return logits_BV
     if seen_BV is None:
@@ -188,7 +182,9 @@ def _penalised(
     return _when(penalty_B1 != 1, penalise, logits_BV)
 
 
-def _filtered(logits_BV: jax.Array, params: SamplingArrays, features: Features) -> jax.Array:
+def filter_logits(logits_BV: jax.Array, params: SamplingArrays, features: Features) -> jax.Array:
+    """The logits whose softmax `sample` draws from, given the penalised ones: over the temperature, and -inf at tokens
+    that top_k, top_p or min_p leave out."""
     temperature_B1 = params.temperature_B[:, None]
     # Below that the likeliest token has all, and quotients would overflow.
     logits_BV = logits_BV / jnp.where(temperature_B1 > 0, jnp.maximum(temperature_B1, 1e-6), 1)

@@ -8,11 +8,15 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from lfm_jax.sampling import ANYTHING, GREEDY, Sampling, filter_logits, sample, to_arrays
+from lfm_jax.sampling import ANYTHING, GREEDY, Sampling, filter_logits, penalise_logits, sample, to_arrays
 
 V = 211
-filtered = jax.jit(filter_logits, static_argnums=2)
 sampled = jax.jit(sample, static_argnums=2)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def filtered(logits_BV, params, features, seen_BV=None):
+    return filter_logits(penalise_logits(logits_BV, params, features, seen_BV), params, features)
 
 
 @functools.cache
@@ -163,10 +167,10 @@ def test_one_set_of_features_for_any_batch_changes_no_bit(name):
     samplings = [Sampling(**{"temperature": 1.0, name: value}) for value in EACH[name]]
     logits_BV, _, seen_BV = problem(len(samplings))
     params, _ = to_arrays(samplings, V)
-    together_BV = np.asarray(filter_logits(logits_BV, params, ANYTHING, seen_BV))
+    together_BV = np.asarray(filtered(logits_BV, params, ANYTHING, seen_BV))
     for i, sampling in enumerate(samplings):  # Alone, so that the few and the many of top_k are both gone through.
         params, features = to_arrays([sampling], V)
-        alone_BV = filter_logits(logits_BV[i : i + 1], params, features, seen_BV[i : i + 1])
+        alone_BV = filtered(logits_BV[i : i + 1], params, features, seen_BV[i : i + 1])
         np.testing.assert_array_equal(together_BV[i], np.asarray(alone_BV)[0])
 
 
