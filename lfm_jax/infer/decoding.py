@@ -58,7 +58,7 @@ class Decoding:
         longest = max(map(len, prompts))
         state = model.init_state(len(prompts), min(bucket(longest + max_new_tokens), config.max_position))
         logits_BV = jnp.zeros((len(prompts), config.vocab_size), config.logits_dtype)
-        for tokens_BC, segment_ids_BC in _chunks(prompts):
+        for tokens_BC, segment_ids_BC in chunks(prompts, PREFILL_CHUNK):
             state, logits_BV = self._programs.prefill(self._model_params, state, logits_BV, tokens_BC, segment_ids_BC)
         self._carry = _Carry(
             state=state,
@@ -195,18 +195,14 @@ def bucket(n: int) -> int:
     return -(-n // step) * step
 
 
-def _chunks(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Token ids and segment ids (1, or 0 for padding at the right), both int32 [B, C], chunk after chunk."""
-    longest = max(map(len, prompts))
-    for start in range(0, longest, PREFILL_CHUNK):
-        width = min(PREFILL_CHUNK, bucket(longest - start))
-        tokens_BC = np.zeros((len(prompts), width), np.int32)
-        segment_ids_BC = np.zeros_like(tokens_BC)
-        for row, prompt in enumerate(prompts):
-            part = prompt[start : start + width]
-            tokens_BC[row, : len(part)] = part
-            segment_ids_BC[row, : len(part)] = 1
-        yield tokens_BC, segment_ids_BC
+def chunks(rows: Sequence[Sequence[int]], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Token ids and segment ids (1, or 0 for padding at the right), both int32 [B, C], C at most `size`."""
+    for start in range(0, max(map(len, rows)), size):
+        parts = [row[start : start + size] for row in rows]
+        real_BC = np.arange(min(size, bucket(max(map(len, parts))))) < np.array([len(part) for part in parts])[:, None]
+        tokens_BC = np.zeros(real_BC.shape, np.int32)
+        tokens_BC[real_BC] = np.concatenate([np.asarray(part, np.int32) for part in parts])
+        yield tokens_BC, real_BC.astype(np.int32)
 
 
 def _seen(prompts: Sequence[Sequence[int]], vocab_size: int) -> jax.Array:

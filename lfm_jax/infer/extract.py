@@ -18,7 +18,7 @@ from flax import nnx
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.engine import Engine
 from lfm_jax.engine.request import Request
-from lfm_jax.infer.decoding import bucket
+from lfm_jax.infer.decoding import bucket, chunks
 from lfm_jax.kernels.logprobs import token_logprobs
 from lfm_jax.model import LFM
 from lfm_jax.sampling import GREEDY, Sampling
@@ -167,16 +167,16 @@ def classify(
     run, score = (functools.partial(program, nnx.to_pure_dict(params)) for program in _programs(graphdef))
     nothing_1D = jnp.zeros((1, model.config.hidden_size), model.config.dtype)
     beginning = model.init_state(1, length)
-    for tokens_1T in _chunks([prompts[0][:shared]]):
-        _, beginning = run(nothing_1D, beginning, *tokens_1T)
+    for chunk in chunks([prompts[0][:shared]], CHUNK):
+        _, beginning = run(nothing_1D, beginning, *chunk)
     size = max(1, ROWS // len(labels))
     found: list[np.ndarray] = []
     for start in range(0, len(prompts), size):
         group = [prompt[shared:] for prompt in prompts[start : start + size]]
         group += [group[-1]] * (size - len(group) if len(prompts) > size else 0)
         last_BD, state = _repeat((nothing_1D, beginning), len(group))
-        for tokens_BT, real_BT in _chunks(group):
-            last_BD, state = run(last_BD, state, tokens_BT, real_BT)
+        for chunk in chunks(group, CHUNK):
+            last_BD, state = run(last_BD, state, *chunk)
         found += list(_label_probabilities(score, last_BD, state, answers))
     return [dict(zip(labels, row.tolist(), strict=True)) for row in found[: len(texts)]]
 
@@ -189,47 +189,34 @@ def _common(rows: Sequence[Sequence[int]]) -> int:
     return shortest if same.all() else int(np.argmin(same))
 
 
-def _chunks(rows: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, whether they are real), [rows, T] each, in steps of CHUNK, padded at the right to few shapes."""
-    chunks = []
-    for start in range(0, max(map(len, rows)), CHUNK):
-        parts = [row[start : start + CHUNK] for row in rows]
-        width = min(CHUNK, bucket(max(map(len, parts))))
-        real_BT = np.arange(width) < np.array([len(part) for part in parts])[:, None]
-        tokens_BT = np.zeros((len(rows), width), np.int32)
-        tokens_BT[real_BT] = np.concatenate([np.asarray(part, np.int32) for part in parts])
-        chunks.append((tokens_BT, real_BT))
-    return chunks
-
-
 def _repeat(tree: Any, times: int) -> Any:
     return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), tree)
 
 
 @functools.lru_cache(maxsize=8)
 def _programs(graphdef: Any) -> tuple[Any, Any]:
-    def hidden(params: Any, state: State, tokens_BT: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, Any]:
-        return nnx.merge(graphdef, params)(
-            tokens_BT, None, real_BT.astype(jnp.int32), state, None, padding="right"
-        )
+    def hidden(params: Any, state: State, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> tuple[jax.Array, Any]:
+        return nnx.merge(graphdef, params)(tokens_BT, None, segment_ids_BT, state, None, padding="right")
 
     @jax.jit
     def run(
-        params: Any, last_BD: jax.Array, state: State, tokens_BT: jax.Array, real_BT: jax.Array
+        params: Any, last_BD: jax.Array, state: State, tokens_BT: jax.Array, segment_ids_BT: jax.Array
     ) -> tuple[jax.Array, State]:
         """Takes in a chunk: the hidden state of each row's last token, `last_BD` where it has none, and the state."""
-        hidden_BTD, state = hidden(params, state, tokens_BT, real_BT)
-        index_B11 = jnp.maximum(jnp.sum(real_BT, axis=1) - 1, 0)[:, None, None]
+        hidden_BTD, state = hidden(params, state, tokens_BT, segment_ids_BT)
+        index_B11 = jnp.maximum(jnp.sum(segment_ids_BT, axis=1) - 1, 0)[:, None, None]
         newest_BD = jnp.take_along_axis(hidden_BTD, index_B11, axis=1)[:, 0]
-        return jnp.where(jnp.any(real_BT, axis=1)[:, None], newest_BD, last_BD), state
+        return jnp.where(jnp.any(segment_ids_BT, axis=1)[:, None], newest_BD, last_BD), state
 
     @jax.jit
-    def score(params: Any, last_BD: jax.Array, state: State, tokens_BT: jax.Array, real_BT: jax.Array) -> jax.Array:
+    def score(
+        params: Any, last_BD: jax.Array, state: State, tokens_BT: jax.Array, segment_ids_BT: jax.Array
+    ) -> jax.Array:
         """Log-probability of all real tokens of each row together, [B], after a token of hidden state `last_BD`."""
-        hidden_BTD, _ = hidden(params, state, tokens_BT, real_BT)
+        hidden_BTD, _ = hidden(params, state, tokens_BT, segment_ids_BT)
         before_BTD = jnp.concatenate([last_BD[:, None], hidden_BTD[:, :-1]], axis=1)
         head_VD = nnx.merge(graphdef, params).head_VD
-        return jnp.sum(token_logprobs(before_BTD, head_VD, jnp.where(real_BT, tokens_BT, -1)), axis=1)
+        return jnp.sum(token_logprobs(before_BTD, head_VD, jnp.where(segment_ids_BT > 0, tokens_BT, -1)), axis=1)
 
     return run, score
 
@@ -239,9 +226,6 @@ def _label_probabilities(
 ) -> np.ndarray:
     """Probability of each answer, [B, L], among them all."""
     B, L = len(last_BD), len(answers)
-    width = bucket(max(map(len, answers)))
-    real_LT = np.arange(width) < np.array([len(answer) for answer in answers])[:, None]
-    tokens_LT = np.zeros((L, width), np.int32)
-    tokens_LT[real_LT] = np.concatenate([np.asarray(answer, np.int32) for answer in answers])
-    total_X = score(*_repeat((last_BD, state), L), np.tile(tokens_LT, (B, 1)), np.tile(real_LT, (B, 1)))
+    ((tokens_LT, segment_ids_LT),) = chunks(answers, bucket(max(map(len, answers))))
+    total_X = score(*_repeat((last_BD, state), L), np.tile(tokens_LT, (B, 1)), np.tile(segment_ids_LT, (B, 1)))
     return np.asarray(jax.nn.softmax(total_X.reshape(B, L), axis=1))
