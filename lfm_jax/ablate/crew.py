@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from lfm_jax.train.children import Children
 from lfm_jax.train.launch import STOPPED
 
 
@@ -43,40 +42,20 @@ def run_crew(processes: int, args: Sequence[str]) -> int:
     if not args:
         raise ValueError("processes above 1 starts `lfm ablate`: give its arguments too, the study's file first")
     cores = sorted(os.sched_getaffinity(0))
-    crew: list[subprocess.Popen[bytes]] = []
-    stopping: list[int] = []
-
-    def pass_on(number: int, frame: Any) -> None:
-        del frame
-        stopping.append(number)
-        for process in crew:
-            if process.poll() is None:
-                process.send_signal(number)
-
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with Children() as children:
         for i in range(processes):
-            if stopping:
-                break
             command = [sys.executable, "-m", "lfm_jax.cli", "ablate", *args, "--processes", str(processes),
                        "--index", f"{i}/{processes}"]
-            # A session of its own: Ctrl-C reaches this process only, which passes it on.
-            crew.append(subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL))
-            if stopping:
-                crew[-1].terminate()
+            child = children.start(command)
+            if child is None:
+                break
             with suppress(ProcessLookupError):  # Long before it makes threads.
-                os.sched_setaffinity(crew[-1].pid, set(cores[i::processes]) or set(cores))
-        statuses = [process.wait() for process in crew]
-    finally:
-        for process in crew:
-            if process.poll() is None:
-                process.kill()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if stopping:
+                os.sched_setaffinity(child.pid, set(cores[i::processes]) or set(cores))
+        statuses = [child.wait() for child in children.processes]
+    if children.stopping:
         return STOPPED
     broken = [f"{i} (exit code {status})" for i, status in enumerate(statuses) if status not in (0, STOPPED)]
     if broken:
-        raise ValueError(f"process {', '.join(broken)} ended before its work; what it said stands above, and the same "
-                         "command goes on")
+        raise ValueError(f"process {', '.join(broken)} ended before its work was done; its messages stand above, and "
+                         "the same command goes on")
     return max(statuses)

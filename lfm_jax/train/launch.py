@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import IO, Literal
 
 from lfm_jax.files import say
+from lfm_jax.train.children import Children
 
 STOPPED = 130
 """Exit code of a run that was asked to stop (SIGTERM, SIGINT): a checkpoint is saved, the same command resumes."""
@@ -91,28 +92,20 @@ def start(command: Sequence[str], launch: Launch) -> int:
     Returns:
       0: all ended; STOPPED: all stopped on request; LOST: one was lost; else the code of the first that failed.
     """
-    crew = _Crew()
-    # First of all, so that no process is left behind whatever comes when.
-    previous = {number: signal.signal(number, crew.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with Children() as children:
+        crew = _Crew(children)
         crew.start(command, launch.processes)
         return crew.wait()
-    finally:
-        crew.kill()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 class _Crew:
-    """The processes that `start` started."""
+    """The processes that `start` started, which are lost together."""
 
-    def __init__(self) -> None:
-        self.stopping = False
+    def __init__(self, children: Children) -> None:
+        self._children = children
         self._ended: queue.Queue[tuple[int, int]] = queue.Queue()
         self._tails: list[collections.deque[str]] = []
         self._readers: list[threading.Thread] = []
-        self._killed: set[int] = set()
-        self.processes: list[subprocess.Popen[str]] = []
 
     def start(self, command: Sequence[str], count: int) -> None:
         """Starts `count` processes; fewer if a stop is asked for meanwhile."""
@@ -121,18 +114,14 @@ class _Crew:
             port = probe.getsockname()[1]
         self._tails = [collections.deque[str](maxlen=_LAST_LINES) for _ in range(count)]
         for i in range(count):
-            if self.stopping:
-                return
             flags = ["--processes", "1", "--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count),
                      "--process-id", str(i)]
-            # A session of its own: Ctrl-C reaches this process only, which passes it on.
-            process = subprocess.Popen(
-                [*command, *flags], env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+            process = self._children.start(
+                [*command, *flags], env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, text=True, errors="replace",
             )
-            self.processes.append(process)
-            if self.stopping:  # Asked for while this one came about.
-                process.terminate()
+            if process is None:
+                return
             assert process.stdout is not None
             reader = threading.Thread(target=self._read, args=(i, process.stdout), daemon=True)
             waiter = threading.Thread(target=lambda i=i, p=process: self._ended.put((i, p.wait())), daemon=True)
@@ -142,7 +131,7 @@ class _Crew:
 
     def wait(self) -> int:
         """Until all have ended; the exit code of the whole."""
-        running, deadline, stopped = len(self.processes), float("inf"), self.stopping
+        running, deadline, stopped = len(self._children.processes), float("inf"), self._children.stopping
         lost: tuple[int, int] | None = None  # The first that did not end well, of those that say why if there are any.
         told = False
         while running:
@@ -152,14 +141,14 @@ class _Crew:
                 if time.monotonic() >= deadline:
                     if lost is not None and not told:
                         # The others gave up on one that has not ended.
-                        silent = [i for i, process in enumerate(self.processes) if process.poll() is None]
+                        silent = [i for i, process in enumerate(self._children.processes) if process.poll() is None]
                         self._report(*((silent[0], None) if silent else lost), running)
                         told = True
-                    self.kill()
+                    self._children.kill()
                     deadline = float("inf")
                 continue
             running -= 1
-            asked = self.stopping and (code == -signal.SIGTERM or i in self._killed)
+            asked = self._children.stopping and (code == -signal.SIGTERM or i in self._children.killed)
             if code == STOPPED or asked:
                 stopped = True
             if code in (0, STOPPED):
@@ -178,23 +167,6 @@ class _Crew:
             self._report(*lost, 0)
         return lost[1] if lost[1] in _FOR_A_PERSON else LOST
 
-    def on_signal(self, number: int, frame: object) -> None:
-        del frame
-        if self.stopping:
-            self.kill()
-            return
-        self.stopping = True
-        say(f"{signal.Signals(number).name}: asking {len(self.processes)} processes to stop at the same step")
-        for process in self.processes:
-            if process.poll() is None:
-                process.terminate()
-
-    def kill(self) -> None:
-        for i, process in enumerate(self.processes):
-            if process.poll() is None:
-                self._killed.add(i)
-                process.kill()
-
     def _read(self, i: int, stream: IO[str]) -> None:
         for line in stream:
             self._tails[i].append(line)
@@ -209,7 +181,7 @@ class _Crew:
             self._readers[i].join(timeout=1.0)  # So that its last lines are in.
             how = f"killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
         lines = "".join(f"\n    {line.rstrip()}" for line in self._tails[i])
-        say(f"process {i} of {len(self.processes)} was lost: {how}; its last lines:{lines or ' none'}")
+        say(f"process {i} of {len(self._children.processes)} was lost: {how}; its last lines:{lines or ' none'}")
         if running:
             say(f"ending the {running} that are left, within {GRACE_SECONDS:.0f} s")
         if code not in _FOR_A_PERSON:
