@@ -46,8 +46,7 @@ class Decoding:
         stop_ids: Sequence[int],
     ):
         config = model.config
-        samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
-        _check(prompts, samplings, max_new_tokens, config)
+        samplings = check(prompts, sampling, max_new_tokens, config)
         graphdef, params = nnx.split(model, nnx.Param)
         self._programs = _programs(graphdef)
         self._model_params = nnx.to_pure_dict(params)
@@ -221,12 +220,13 @@ def resolve_stop_ids(stop_ids: Sequence[int] | None, config: ModelConfig) -> tup
     return ids
 
 
-def _check(
-    prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], max_new_tokens: int, config: ModelConfig
-) -> None:
-    """Refuses what cannot run, all problems in one message."""
+def check(
+    prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling], max_new_tokens: int, config: ModelConfig
+) -> list[Sampling]:
+    """The sampling of each prompt; refuses what cannot run, all problems in one message."""
     if isinstance(prompts, str) or not len(prompts):
         raise ValueError(f"prompts is {prompts!r}; expected a list with at least one prompt")
+    samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
     problems = []
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number of at least 1")
@@ -249,3 +249,4 @@ def _check(
             )
     if problems:
         raise ValueError("cannot generate:\n" + "\n".join(f"  - {p}" for p in problems))
+    return samplings

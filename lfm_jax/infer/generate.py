@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from lfm_jax.infer.decoding import DISPATCH, Decoding, resolve_stop_ids
+from lfm_jax.infer.decoding import DISPATCH, Decoding, check, resolve_stop_ids
 from lfm_jax.model import LFM
 from lfm_jax.sampling import GREEDY, Sampling
 from lfm_jax.text.codec import Reply, check_tokenizer, encode
@@ -26,6 +26,15 @@ class Completion(NamedTuple):
     """Ids, the stop id that ended them included."""
     finish_reason: Literal["stop", "length"]
     """`stop`: the last token is a stop id. `length`: max_new_tokens were generated."""
+
+
+class Piece(NamedTuple):
+    """What one dispatch adds to a text."""
+
+    text: str
+    """Empty where nothing new has become certain."""
+    tokens: list[int]
+    """Their text may come with a later piece."""
 
 
 def generate(
@@ -89,18 +98,39 @@ def stream(
     """Continues one prompt and yields the text as it comes; arguments and errors as in `generate`.
 
     A piece never holds half a character nor text that may still become part of a stop string. The pieces together
-    are what `generate` returns for the prompt alone. Arguments are checked at the first piece.
+    are what `generate` returns for the prompt alone. Arguments are checked at the call, before anything runs.
     """
+    pieces = stream_pieces(model, tokenizer, prompt, sampling, max_new_tokens, stop=stop, stop_ids=stop_ids,
+                           skip_special_tokens=skip_special_tokens)
+    return (piece.text for piece in pieces if piece.text)
+
+
+def stream_pieces(
+    model: LFM,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    sampling: Sampling = GREEDY,
+    max_new_tokens: int = 64,
+    *,
+    stop: str | Sequence[str] = (),
+    stop_ids: Sequence[int] | None = None,
+    skip_special_tokens: bool = True,
+) -> Iterator[Piece]:
+    """`stream` with the tokens beside their text."""
     check_tokenizer(tokenizer, model.config)
-    stop, ids = _stop_strings(stop), resolve_stop_ids(stop_ids, model.config)
+    ids = resolve_stop_ids(stop_ids, model.config)
     row = encode(tokenizer, prompt, model.config.bos_id) if isinstance(prompt, str) else prompt
-    decoding = Decoding(model, [row], sampling, max_new_tokens, ids)
-    reply = Reply(tokenizer, stop, ids, skip_special_tokens=skip_special_tokens)
-    while not (decoding.done or reply.stopped):
-        if text := reply.push(decoding.advance(STREAM_DISPATCH)[0]):
-            yield text
-    if text := reply.finish():
-        yield text
+    check([row], sampling, max_new_tokens, model.config)
+    reply = Reply(tokenizer, _stop_strings(stop), ids, skip_special_tokens=skip_special_tokens)
+
+    def run() -> Iterator[Piece]:
+        decoding = Decoding(model, [row], sampling, max_new_tokens, ids)
+        while not (decoding.done or reply.stopped):
+            tokens = decoding.advance(STREAM_DISPATCH)[0]
+            yield Piece(reply.push(tokens), tokens)
+        yield Piece(reply.finish(), [])
+
+    return run()
 
 
 def generate_tokens(

@@ -98,9 +98,9 @@ def test_prefill_in_chunks_is_prefill_at_once(monkeypatch):
 
 def test_a_context_may_be_filled_to_its_last_position():
     config = model().config
-    decoding._check([[1] * (config.max_position - 5)], [GREEDY], 5, config)
+    decoding.check([[1] * (config.max_position - 5)], GREEDY, 5, config)
     with pytest.raises(ValueError, match="shorten one of them"):
-        decoding._check([[1] * (config.max_position - 4)], [GREEDY], 5, config)
+        decoding.check([[1] * (config.max_position - 4)], GREEDY, 5, config)
 
 
 # -------------------------------------------------------------------- independence
@@ -296,6 +296,10 @@ def test_text_problems_are_refused():
     with pytest.raises(ValueError, match="the tokenizer has"):
         generate(small, tokenizer(), "a")
     with pytest.raises(ValueError, match="the tokenizer has"):
-        next(stream(small, tokenizer(), "a"))
+        stream(small, tokenizer(), "a")
+    with pytest.raises(ValueError, match="stop is"):  # At the call, not at the first piece.
+        stream(model(), tokenizer(), "a", stop=["x", ""])
+    with pytest.raises(ValueError, match="max_new_tokens 5000 more than"):
+        stream(model(), tokenizer(), "a", max_new_tokens=5000)
     with pytest.raises(ValueError, match="at least one prompt"):
         generate(model(), tokenizer(), [])
