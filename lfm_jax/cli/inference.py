@@ -46,8 +46,8 @@ def generate(
         raise ValueError("generate needs at least one prompt: lfm generate PATH 'some text'")
     model, tokenizer = _load(path, dtype)
     if len(prompt) == 1:
-        print(prompt[0], end="", flush=True)
         pieces = stream(model, tokenizer, prompt[0], sampling=sampling, max_new_tokens=max_new_tokens, stop=stop)
+        print(prompt[0], end="", flush=True)  # Nothing is printed of what is refused.
         for piece in pieces:
             print(piece, end="", flush=True)
         print()

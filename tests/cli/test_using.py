@@ -18,6 +18,18 @@ def test_generate_prints_prompt_and_text_and_streams_what_generate_gives(checkpo
     assert capsys.readouterr().out == f"the quick{text}\n"
 
 
+@pytest.mark.parametrize(("flags", "problem"), [
+    (("--max-new-tokens", "9999"), "with max_new_tokens 9999 more than"), (("--max-new-tokens", "0"), "at least 1"),
+    (("--stop", ""), "at least one character"),
+])
+def test_generate_prints_nothing_of_what_it_refuses(checkpoint, capsys, flags, problem):
+    for prompts in (["the quick"], ["the quick", "brown fox"]):
+        assert run("generate", checkpoint, *prompts, *flags) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert problem in err
+
+
 def test_convert_writes_a_directory_that_transformers_loads(checkpoint, tmp_path, capsys):
     assert run("convert", checkpoint, tmp_path / "half", "--dtype", "bfloat16") == 0
     assert "wrote" in capsys.readouterr().out
