@@ -84,10 +84,12 @@ def batch(
       tensor: devices that each replica is split over.
       dtype: of parameters and computation; the stored one if left out.
     """
-    run = _serving("batch")
-    run.check_shard(shard)
-    service = _serving("launch").open_service(path, dtype, engine, (data, tensor))
-    bad = run.batch(service, path.resolve().name, source, target, shard=shard, sampling=sampling, limits=limits)
+    from lfm_jax.loading import recognise
+
+    run, launch = _serving("batch"), _serving("launch")
+    recognise(path)  # Before a target is made.
+    bad = run.batch(lambda: launch.open_service(path, dtype, engine, (data, tensor)), path.resolve().name, source,
+                    target, shard=shard, sampling=sampling, limits=limits)
     print(f"{target}: every line is answered{f', {bad} with an error' if bad else ''}")
     return 1 if bad else 0
 

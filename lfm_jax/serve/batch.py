@@ -7,9 +7,8 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from fastapi import FastAPI
@@ -28,16 +27,19 @@ URLS = ("/v1/chat/completions", "/v1/completions")
 
 
 def batch(
-    service: Service, name: str, source: Path, target: Path, *, shard: str = "0/1", sampling: Sampling = GREEDY,
-    limits: Limits = OFFLINE,
+    open_service: Callable[[], Service], name: str, source: Path, target: Path, *, shard: str = "0/1",
+    sampling: Sampling = GREEDY, limits: Limits = OFFLINE,
 ) -> int:
     """Answers every line of a file in OpenAI's batch format; goes on with what an earlier call left.
 
     A line is `{"custom_id": ..., "method": "POST", "url": "/v1/chat/completions", "body": {...}}`; the model need not
-    be named. Each gives one line of the target: `{"id": "line-N", "custom_id": ..., "response": {"status_code": ...,
-    "body": ...}, "error": null}`. A line that cannot be read has an `error`. At the end they stand in order.
+    be named, and a name that is not ours is reported once. Each gives one line of the target: `{"id": "line-N",
+    "custom_id": ..., "response": {"status_code": ..., "body": ...}, "error": null}`. A line that cannot be read has an
+    `error`. At the end they stand in order.
 
     Args:
+      open_service: called once the files are read, if a line is left to answer.
+      name: of the model.
       shard: I/N: only every N-th line from number I (from 0) on, for a file spread over machines, each with a target of
         its own.
       limits: of one line.
@@ -49,7 +51,7 @@ def batch(
       ValueError: a file that cannot be read, a bad shard, or a target that another call is at or that is no such file;
         or the engine has failed: what is answered by then is kept.
     """
-    i, n = check_shard(shard)
+    i, n = _numbers(shard)
     lines = {number: line for number, line in enumerate(_lines(source)) if number % n == i and line.strip()}
     target.parent.mkdir(parents=True, exist_ok=True)
     target.touch()
@@ -57,14 +59,17 @@ def batch(
         done = _kept(target, lines)
         left = {number: line for number, line in lines.items() if number not in done}
         say(f"{len(done)} of {len(lines)} lines are done")
-        app = make_app(service, name, sampling=sampling, limits=limits)
-        service.engine.serve()
-        try:
-            asyncio.run(_run(app, service, name, left, target, len(lines)))
-        finally:
-            service.engine.close(drain=False)
-        if service.engine.failure is not None:
-            raise ValueError(f"the engine has failed: {service.engine.failure}; what is answered is kept in {target}")
+        if left:
+            service = open_service()
+            app = make_app(service, name, sampling=sampling, limits=limits)
+            service.engine.serve()
+            try:
+                asyncio.run(_run(app, service, name, left, target, len(lines)))
+            finally:
+                service.engine.close(drain=False)
+            if service.engine.failure is not None:
+                raise ValueError(f"the engine has failed: {service.engine.failure}; what is answered is kept in "
+                                 f"{target}")
         results = sorted((json.loads(line) for line in _lines(target)), key=lambda r: int(r["id"].split("-")[1]))
         whole = target.with_name(f"{target.name}.tmp")
         whole.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results), encoding="utf-8")
@@ -72,7 +77,7 @@ def batch(
     return sum(r["error"] is not None or r["response"]["status_code"] != 200 for r in results)
 
 
-def check_shard(shard: str) -> tuple[int, int]:
+def _numbers(shard: str) -> tuple[int, int]:
     """(I, N) of a shard; ValueError for what is none."""
     i, _, n = shard.partition("/")
     if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
@@ -118,12 +123,13 @@ async def _run(
     todo = iter(left.items())
     said = time.monotonic()
     answered = total - len(left)
+    strangers: set[str] = set()
     with target.open("a", encoding="utf-8") as file:
 
         async def work() -> None:
             nonlocal said, answered
             for number, line in todo:
-                result = await _one(app, service, name, number, line)
+                result = await _one(app, service, name, number, line, strangers)
                 if service.engine.failure is not None:
                     return  # This line and those after it are left for another call.
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
@@ -140,14 +146,21 @@ async def _run(
                 group.create_task(work())
 
 
-async def _one(app: FastAPI, service: Service, name: str, number: int, line: bytes) -> dict[str, Any]:
+async def _one(
+    app: FastAPI, service: Service, name: str, number: int, line: bytes, strangers: set[str]
+) -> dict[str, Any]:
+    """The answer to a line.
+
+    Args:
+      strangers: names of other models that lines have asked for so far; the first one is reported.
+    """
     result: dict[str, Any] = {"id": f"line-{number}", "custom_id": None, "response": None, "error": None}
     try:
         task = json.loads(line.decode("utf-8-sig"))
         custom_id = task.get("custom_id")
-        if not isinstance(custom_id, (str, NoneType)):
-            raise ValueError(f"custom_id is {custom_id!r:.40}; it must be a text")
-        (custom_id or "").encode()  # Half of a surrogate pair could not be written back.
+        if custom_id is not None and type(custom_id) not in (str, int):
+            raise ValueError(f"custom_id is {custom_id!r:.40}; it must be a text or a whole number")
+        str(custom_id).encode()  # Half of a surrogate pair could not be written back.
         result["custom_id"] = custom_id
         url, body = task.get("url", URLS[0]), task["body"]
         if url not in URLS:
@@ -159,12 +172,18 @@ async def _one(app: FastAPI, service: Service, name: str, number: int, line: byt
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         result["error"] = {"code": "bad_line", "message": f"{type(error).__name__}: {error}"[:500]}
         return result
-    status, answer = await call(app, url, {"model": name} | body)
+    wanted = body.get("model") or name
+    if isinstance(wanted, str):  # Files written for one server are answered by another.
+        if wanted != name and not strangers:
+            say(f"line-{number} asks for the model {wanted!r:.100}; {name!r} answers every line, whatever it asks for")
+        strangers.update({wanted} - {name})
+        body = body | {"model": name}
+    status, answer = await call(app, url, body)
     while status == 429:  # Others of this file wait: so can this one. Each try makes its prompts ready again.
         await asyncio.sleep(0.05)
         if service.engine.waiting() > service.engine.config.max_queue // 2:
             continue
-        status, answer = await call(app, url, {"model": name} | body)
+        status, answer = await call(app, url, body)
     result["response"] = {"status_code": status, "body": answer}
     return result
 

@@ -8,6 +8,7 @@ import transformers
 from running import run
 
 import lfm_jax as lfm
+from lfm_jax import loading
 from lfm_jax.text.chat import DEFAULT_TEMPLATE
 
 
@@ -98,3 +99,19 @@ def test_extract_and_classify_refuse_before_they_load(checkpoint, tmp_path, caps
     assert "at least one text" in capsys.readouterr().err
     assert run("classify", checkpoint, "x", "--labels", "a") == 2
     assert "at least two different texts" in capsys.readouterr().err
+
+
+def test_batch_refuses_before_it_loads(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loading, "load", lambda *args: pytest.fail("a model was loaded for nothing"))
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    assert run("batch", checkpoint, source, target) == 2
+    assert f"{source} cannot be read: No such file" in capsys.readouterr().err
+    source.write_text("{}\n")
+    assert run("batch", tmp_path / "none", source, target) == 2
+    assert "is not a directory" in capsys.readouterr().err
+    assert not target.exists()
+    answered = '{"id": "line-0", "custom_id": null, "response": null, "error": {"code": "bad_line"}}\n'
+    target.write_text(answered)
+    assert run("batch", checkpoint, source, target) == 1
+    assert "1 with an error" in capsys.readouterr().out
+    assert target.read_text() == answered

@@ -25,7 +25,7 @@ LINES = [
     *({"custom_id": f"n{i}", "url": "/v1/completions", "body": {"prompt": f"fox {i}", "max_tokens": 2 + i}}
       for i in range(12)),
 ]
-STATUS = [200, 200, None, 400, None, None, None, None, 404, *[200] * 12]
+STATUS = [200, 200, None, 400, None, None, None, None, 200, *[200] * 12]
 
 
 @functools.cache
@@ -34,9 +34,16 @@ def parts():
     return tiny_model(vocab_size=tokenizer.get_vocab_size()), tokenizer
 
 
+def service(**changes):
+    return Service(*parts(), None, EngineConfig(slots=((4, 128),), chunk=32, **changes))
+
+
 def run(source, target, **changes):
-    service = Service(*parts(), None, EngineConfig(slots=((4, 128),), chunk=32))
     return batch(service, "tiny", source, target, **changes)
+
+
+def not_opened():
+    raise AssertionError("a model was loaded for nothing")
 
 
 @pytest.fixture
@@ -61,7 +68,7 @@ def without_ids(rows):
 
 def test_one_answer_a_line_and_resuming_anywhere(source, tmp_path):
     target = tmp_path / "out.jsonl"
-    assert run(source, target) == 7
+    assert run(source, target) == 6
     rows = read(target)
     assert [row["id"] for row in rows] == [f"line-{i}" for i in range(len(LINES))]
     assert [row["custom_id"] for row in rows] == ["a", "b", None, "c", "d", "e", None, "f", "g",
@@ -76,10 +83,10 @@ def test_one_answer_a_line_and_resuming_anywhere(source, tmp_path):
     expected = without_ids(rows)
     for cut in (0, 10, len(whole) // 3, len(whole) - 5):  # As a kill leaves it.
         target.write_bytes(whole[:cut])
-        assert run(source, target) == 7
+        assert run(source, target) == 6
         assert without_ids(read(target)) == expected
         assert target.read_bytes().startswith(whole[: whole.rfind(b"\n", 0, cut) + 1])  # What was there stays.
-    run(source, target)  # Nothing is left to do.
+    assert batch(not_opened, "tiny", source, target) == 6  # Nothing is left to do.
     assert without_ids(read(target)) == expected
 
 
@@ -91,24 +98,27 @@ def test_shards_together_are_the_whole(source, tmp_path):
     assert sorted(int(row["id"].removeprefix("line-")) for row in rows) == list(range(len(LINES)))
 
 
-def test_what_cannot_be_worked_on_is_refused(source, tmp_path):
+def test_what_cannot_be_worked_on_is_refused_before_a_model_is_loaded(source, tmp_path):
+    def refused(source, target, **changes):
+        batch(not_opened, "tiny", source, target, **changes)
+
     with pytest.raises(ValueError, match="write I/N"):
-        run(source, tmp_path / "out.jsonl", shard="3/3")
+        refused(source, tmp_path / "out.jsonl", shard="3/3")
     with pytest.raises(ValueError, match="cannot be read"):
-        run(tmp_path / "none.jsonl", tmp_path / "out.jsonl")
+        refused(tmp_path / "none.jsonl", tmp_path / "out.jsonl")
     other = tmp_path / "other.jsonl"
     other.write_text("{}\n")
     with pytest.raises(ValueError, match="no answers of a batch"):
-        run(source, other)
+        refused(source, other)
     assert other.read_text() == "{}\n"
     for content in (b"no line's end", b'{"id": "line-0"}\nand more'):  # Nothing is cut off that we did not write.
         other.write_bytes(content)
         with pytest.raises(ValueError, match="no answers of a batch"):
-            run(source, other)
+            refused(source, other)
         assert other.read_bytes() == content
     other.write_text('{"id": "line-99"}\n')
     with pytest.raises(ValueError, match="answers line 99"):
-        run(source, other)
+        refused(source, other)
 
 
 def test_lines_are_bytes_between_line_feeds(tmp_path):
@@ -128,11 +138,35 @@ def test_lines_are_bytes_between_line_feeds(tmp_path):
     assert "utf-8" in rows[2]["error"]["message"]
 
 
+def test_a_custom_id_comes_back_as_it_came(tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    ids = [7, "7", 0, -(10**30), "", None, 1.5, True, ["a"]]
+    source.write_text("".join(json.dumps({"custom_id": i, "url": "/v1/completions", "body": {
+        "prompt": "the", "max_tokens": 2}}) + "\n" for i in ids))
+    assert run(source, target) == 3
+    rows = read(target)
+    assert [row["custom_id"] for row in rows] == [*ids[:6], None, None, None]
+    assert type(rows[0]["custom_id"]) is int
+    for row in rows[6:]:
+        assert "must be a text or a whole number" in row["error"]["message"]
+
+
+def test_other_models_are_one_warning_a_run(tmp_path, capsys):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    models = ["tiny", None, "gpt-4o", "gpt-4o", "other", 5]
+    source.write_text("".join(json.dumps({"url": "/v1/completions", "body": {
+        "prompt": "the", "max_tokens": 2, "model": model}}) + "\n" for model in models))
+    assert run(source, target) == 1
+    assert [row["response"]["status_code"] for row in read(target)] == [200] * 5 + [400]
+    assert {row["response"]["body"]["model"] for row in read(target)[:5]} == {"tiny"}
+    [warning] = [line for line in capsys.readouterr().err.splitlines() if "asks for the model" in line]
+    assert warning == "lfm: line-2 asks for the model 'gpt-4o'; 'tiny' answers every line, whatever it asks for"
+
+
 def test_a_full_queue_is_waited_for(source, tmp_path):
-    service = Service(*parts(), None, EngineConfig(slots=((4, 128),), chunk=32, max_queue=1))
     two = {"url": "/v1/completions", "body": {"prompt": ["the", "fox"], "max_tokens": 2}}  # Never room for both.
     source.write_text(source.read_text() + json.dumps(two) + "\n")
-    batch(service, "tiny", source, tmp_path / "out.jsonl")
+    batch(lambda: service(max_queue=1), "tiny", source, tmp_path / "out.jsonl")
     rows = read(tmp_path / "out.jsonl")
     assert [row["response"] and row["response"]["status_code"] for row in rows] == [*STATUS, 400]
     assert "2 prompts at once; at most 1" in rows[-1]["response"]["body"]["error"]["message"]
@@ -140,15 +174,15 @@ def test_a_full_queue_is_waited_for(source, tmp_path):
 
 def test_a_failed_engine_answers_nothing_in_its_last_breath(source, tmp_path, monkeypatch, capsys):
     target = tmp_path / "out.jsonl"
-    service = Service(*parts(), None, EngineConfig(slots=((4, 128),), chunk=32))
+    failing = service()
     turns = iter(range(3))
-    step = service.engine.step
-    monkeypatch.setattr(service.engine, "step", lambda: next(turns) * 0 or step())
+    step = failing.engine.step
+    monkeypatch.setattr(failing.engine, "step", lambda: next(turns) * 0 or step())
     with pytest.raises(ValueError, match=r"the engine has failed: StopIteration.*what is answered is kept"):
-        batch(service, "tiny", source, target)
-    assert {row["response"]["status_code"] for row in read(target) if row["response"]} <= {200, 400, 404}
+        batch(lambda: failing, "tiny", source, target)
+    assert {row["response"]["status_code"] for row in read(target) if row["response"]} <= {200, 400}
     assert len(read(target)) < len(LINES)
-    assert run(source, target) == 7  # The rest.
+    assert run(source, target) == 6  # The rest.
     assert [row["response"] and row["response"]["status_code"] for row in read(target)] == STATUS
 
 
