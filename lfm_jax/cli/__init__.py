@@ -13,15 +13,19 @@ from lfm_jax.cli.errors import refuse
 from lfm_jax.cli.verbs import Verb, beginning_with, find, overview, unknown
 
 HELP = ("-h", "--help")
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of the `lfm` command; exits with the verb's status, 2 on bad input."""
+    """Entry point of the `lfm` command; exits with the verb's status, 2 on bad input, 130 at Ctrl-C."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         status = _run(args)
     except (ValueError, OSError) as error:
         status = refuse(error)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
     sys.exit(status)
 
 

@@ -7,6 +7,7 @@ from importlib import metadata
 import pytest
 from running import run
 
+from lfm_jax.cli import machine
 from lfm_jax.cli.verbs import VERBS, beginning_with, find
 
 
@@ -74,6 +75,15 @@ def test_the_first_page_and_the_versions_come_without_jax():
     assert (first, second, modules) == ("status 0", "status 2", "[]")
     assert versions.startswith(f"lfm_jax {metadata.version('lfm_jax')}, jax {metadata.version('jax')}, ")
     assert f"flax {metadata.version('flax')}" in versions
+
+
+def test_ctrl_c_is_a_status_and_no_traceback(monkeypatch, capsys):
+    def interrupted(clear=False):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(machine, "cache", interrupted)
+    assert run("cache") == 130
+    assert capsys.readouterr().err == ""
 
 
 def test_python_m_is_the_same_command():
