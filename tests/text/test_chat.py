@@ -1,17 +1,20 @@
 """Chat templates against `transformers`; the conversation in the terminal with scripted input."""
 
 import functools
+import json
+import re
 
 import pytest
 from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
+from lfm_jax.infer import chat_loop as chat_loop_module
 from lfm_jax.infer import decoding
 from lfm_jax.infer.chat_loop import chat_loop
-from lfm_jax.infer.generate import generate
+from lfm_jax.infer.generate import generate, generate_tokens
 from lfm_jax.sampling import GREEDY
 from lfm_jax.testing import tiny_config, tiny_model, tiny_tokenizer
-from lfm_jax.text.chat import DEFAULT_TEMPLATE, render_chat, special_tokens
+from lfm_jax.text.chat import DEFAULT_TEMPLATE, encode_chat, render_chat, special_tokens
 from lfm_jax.text.codec import encode
 
 SPECIALS = dict(bos_token="<|startoftext|>", eos_token="<|im_end|>", pad_token="<|pad|>")
@@ -186,10 +189,10 @@ class Terminal:
             raise KeyboardInterrupt
 
 
-def talk(*lines, interrupt_at=None, chatter=None, **options):
+def talk(*lines, interrupt_at=None, chatter=None, template=None, **options):
     terminal = Terminal(*lines, interrupt_at=interrupt_at)
-    messages = chat_loop(chatter or model(), tokenizer(), None, GREEDY, 12, read=terminal.read, write=terminal.write,
-                         **options)
+    messages = chat_loop(chatter or model(), tokenizer(), template, GREEDY, 12, read=terminal.read,
+                         write=terminal.write, **options)
     return messages, terminal.text
 
 
@@ -207,6 +210,17 @@ def test_replies_follow_the_whole_conversation():
         assert messages[i]["content"] in shown
 
 
+def test_a_reply_is_followed_by_its_speed_and_where_it_was_cut():
+    _, shown = talk("hello", "/exit")
+    speed = r"12 tokens, \d+\.\d tokens/s, the first after \d+\.\d\d s"
+    assert re.search(rf"\n\[{speed}; cut at the limit of 12 tokens \(--max-new-tokens\)\]\n", shown)
+    prompt = encode_chat(tokenizer(), model().config, None, [{"role": "user", "content": "hello"}])
+    ids = generate_tokens(model(), [prompt], GREEDY, 12)[0].tokens
+    ending = tiny_model(vocab_size=320, layer_types=("conv", "full_attention"), eos_ids=(ids[2],))
+    _, shown = talk("hello", "/exit", chatter=ending)
+    assert re.search(r"\n\[3 tokens, [^;]* s\]\n", shown)  # The one that ends it among them, and not cut.
+
+
 def test_reset_forgets_all_but_the_system_message():
     messages, shown = talk("hello", "/reset", "again", EOFError, system="be brief")
     assert [m["content"] for m in messages[:2]] == ["be brief", "again"]
@@ -215,18 +229,93 @@ def test_reset_forgets_all_but_the_system_message():
     assert "forgotten" in shown
 
 
-def test_an_interrupt_stops_the_reply_and_at_the_prompt_the_program():
-    messages, shown = talk("hello", "more", KeyboardInterrupt, interrupt_at=2)
+def test_an_interrupt_stops_the_reply_and_keeps_the_talk():
+    messages, shown = talk("hello", "more", "/exit", interrupt_at=2)
     whole = answer([{"role": "user", "content": "hello"}])
     assert messages[1]["content"] != whole
     assert whole.startswith(messages[1]["content"])
-    assert "[stopped]" in shown
+    assert re.search(r"\n\[stopped; 1 token, the first after", shown)
     assert messages[3]["content"] == answer(messages[:3])
+
+
+def test_a_reply_that_is_stopped_before_its_first_word_leaves_the_talk_as_it_was(monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat_loop_module, "stream_pieces", interrupted)
+    messages, shown = talk("hello", "/exit", system="be brief")
+    assert messages == [{"role": "system", "content": "be brief"}]
+    assert "your message is not kept" in shown
+
+
+def test_an_interrupt_at_the_prompt_says_how_to_leave_and_the_next_one_leaves():
+    messages, shown = talk(KeyboardInterrupt, "hello", KeyboardInterrupt, KeyboardInterrupt)
+    assert len(messages) == 2
+    assert shown.count("Ctrl-D or /exit leaves") == 2
 
 
 def test_a_conversation_that_outgrows_the_context_says_so():
     short = nnx.eval_shape(lambda: tiny_model(vocab_size=320, max_position=64))  # Refused before it runs.
     messages, shown = talk("hello " * 50, "/exit", chatter=short)
     assert messages == []
-    assert "config.max_position 64" in shown
+    assert "the model's context holds 64" in shown
     assert "/reset" in shown
+
+
+def test_a_reply_ends_where_the_context_is_full():
+    ids = encode_chat(tokenizer(), model().config, None, [{"role": "user", "content": "hi"}])
+    short = tiny_model(vocab_size=320, layer_types=("conv", "full_attention"), max_position=len(ids) + 5)
+    messages, shown = talk("hi", "more", "/exit", chatter=short)
+    assert "[5 tokens" in shown
+    assert f"cut where the model's context of {len(ids) + 5} tokens is full" in shown
+    assert [m["content"] for m in messages[::2]] == ["hi"]  # Nothing fits after it.
+
+
+def test_a_system_message_holds_from_the_next_reply_on():
+    messages, shown = talk("hello", "/system", "/system be\nbrief", "/system", "more", "/exit")
+    assert messages[0] == {"role": "system", "content": "be\nbrief"}
+    assert [m["role"] for m in messages[1:]] == ["user", "assistant"] * 2
+    assert messages[4]["content"] == answer(messages[:4])
+    assert "There is no system message" in shown
+    assert "The system message: be\nbrief\n" in shown
+
+
+def test_a_template_that_refuses_a_system_message_is_found_before_it_is_needed():
+    template = """{{ raise_exception("no system here") if messages[0].role == "system" }}{{ messages[0].content }}"""
+    messages, shown = talk("/system be brief", "/exit", template=template)
+    assert messages == []
+    assert "no system here" in shown
+    with pytest.raises(ValueError, match="no system here"):
+        talk(template=template, system="be brief")
+
+
+def test_save_writes_a_new_file_and_says_why_not(tmp_path):
+    there, new, lost = tmp_path / "there.json", tmp_path / "größe 2.json", tmp_path / "none" / "x.json"
+    there.write_text("mine")
+    messages, shown = talk(f"/save {new}", "grüße", "/save", f"/save {there}", f"/save {lost}", f"/save {tmp_path}",
+                           f"/save {new}", f"/save {new}", "/save ~nobody-here/x", "/exit", system="be brief")
+    assert json.loads(new.read_text()) == messages
+    assert "grüße" in new.read_text()
+    assert there.read_text() == "mine"
+    assert shown.count("There is nothing to save yet") == 1
+    assert "/save needs the name of a new file" in shown
+    for path in (there, tmp_path, new):
+        assert f"{path} is there already; name a new file.\n" in shown
+    assert f"{lost} cannot be written: No such file or directory\n" in shown
+    assert "~nobody-here/x cannot be written: " in shown
+    assert f"3 messages are in {new}.\n" in shown
+
+
+def test_commands_that_are_none_are_no_messages_and_paths_are():
+    messages, shown = talk("/hlep", "/xyz", "/reset the clock", "/help", "/etc/passwd is what?", " /help", "/exit")
+    assert "There is no command /hlep; the nearest is /help. /help lists all" in shown
+    assert "There is no command /xyz. /help" in shown
+    assert "/reset takes no text" in shown
+    for usage in chat_loop_module.COMMANDS:
+        assert f"\n{usage} " in shown
+    assert [m["content"] for m in messages[::2]] == ["/etc/passwd is what?", "/help"]
+
+
+def test_a_bad_limit_is_refused_at_the_start():
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        chat_loop(model(), tokenizer(), max_new_tokens=0, read=pytest.fail)
