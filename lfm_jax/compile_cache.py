@@ -25,14 +25,19 @@ _LOCK = ".lockfile"
 _LOCK_SECONDS = 10
 
 
-def directory() -> Path | None:
-    """Where the verbs keep compiled programs; None where that is switched off, or the user has no home directory."""
-    if (root := os.environ.get(VARIABLE)) is not None:
-        return Path(root) / "compiled" if root else None
+def root() -> Path | None:
+    """Where the verbs keep what lasts between their starts; None where that is switched off, or there is no home."""
+    if (given := os.environ.get(VARIABLE)) is not None:
+        return Path(given) if given else None
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lfm_jax" / "compiled"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lfm_jax"
     except RuntimeError:
         return None
+
+
+def directory() -> Path | None:
+    """Where the verbs keep compiled programs, or None."""
+    return None if (place := root()) is None else place / "compiled"
 
 
 def enable() -> None:

@@ -68,17 +68,21 @@ def chat(
 ) -> int:
     """Talk with a model in the terminal, through its own chat template.
 
+    Enter sends, Alt-Enter makes a new line, Ctrl-C stops a reply, Ctrl-D leaves; /help lists the commands. What you
+    type is kept for the next session in `chat_history`, beside the compiled programs (`lfm cache`).
+
     Args:
       path: Hugging Face directory or run directory.
       sampling: how tokens are chosen; the defaults are those published for LFM2.5-350M.
       system: system message.
-      max_new_tokens: longest reply.
+      max_new_tokens: longest reply; one also ends where the model's context is full.
       dtype: of parameters and computation; the stored one if left out.
     """
+    from lfm_jax.cli.line_editor import reader
     from lfm_jax.infer.chat_loop import chat_loop
 
     model, tokenizer, template = _load_chat(path, dtype)
-    chat_loop(model, tokenizer, template, system=system, sampling=sampling, max_new_tokens=max_new_tokens)
+    chat_loop(model, tokenizer, template, sampling, max_new_tokens, system=system, read=reader())
     return 0
 
 
