@@ -161,11 +161,13 @@ def classify(
 
 def _read_schema(path: Path) -> dict[str, Any]:
     try:
-        schema = json.loads(path.read_text(encoding="utf-8"))
+        schema = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"schema {path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"schema {path} is not valid JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"schema {path} is nested too deeply") from None
     if not isinstance(schema, dict):
         raise ValueError(f"schema {path} holds a {type(schema).__name__}; expected a JSON object")
     return schema
@@ -185,4 +187,5 @@ def _load_chat(path: Path, dtype: str | None) -> tuple[LFM, Tokenizer, str]:
     from lfm_jax.convert.hf import chat_template
     from lfm_jax.text.chat import DEFAULT_TEMPLATE
 
-    return *_load(path, dtype), chat_template(path) or DEFAULT_TEMPLATE
+    template = chat_template(path) or DEFAULT_TEMPLATE  # First: a file that cannot be read is found at once.
+    return *_load(path, dtype), template

@@ -62,7 +62,10 @@ def chat_template(path: str | os.PathLike) -> str | None:
     if os.path.lexists(directory / CHAT_TEMPLATE):
         problem = file_problem(directory, CHAT_TEMPLATE)
         refuse(f"no chat template from {path}", [] if problem is None else [problem])
-        return (directory / CHAT_TEMPLATE).read_text(encoding="utf-8")
+        try:
+            return (directory / CHAT_TEMPLATE).read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{directory / CHAT_TEMPLATE} is no UTF-8 text: {e}") from e
     if not os.path.lexists(directory / TOKENIZER_CONFIG):
         return None
     values, problems = read_json(directory, TOKENIZER_CONFIG)

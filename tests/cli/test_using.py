@@ -85,14 +85,28 @@ def test_classify_prints_the_likeliest_label_first(checkpoint, capsys):
     assert list(printed.values()) == sorted(printed.values(), reverse=True)
 
 
+def test_a_template_that_cannot_be_read_is_named(checkpoint, tmp_path, capsys):
+    path = tmp_path / "model"
+    shutil.copytree(checkpoint, path)
+    for content, problem in ((b"\xff\xfe", "chat_template.jinja is no UTF-8 text"), (b"{% for %}", "not valid Jinja")):
+        (path / "chat_template.jinja").write_bytes(content)
+        for command in (["chat", path], ["classify", path, "x", "--labels", "a", "b"]):
+            assert run(*command) == 2
+            out, err = capsys.readouterr()
+            assert (out, err.count("\n")) == ("", 1)
+            assert problem in err
+
+
 def test_extract_and_classify_refuse_before_they_load(checkpoint, tmp_path, capsys):
     schema = tmp_path / "schema.json"
     assert run("extract", checkpoint, "--schema", schema) == 2
     assert "at least one text" in capsys.readouterr().err
     assert run("extract", "nowhere", "x", "--schema", schema) == 2
     assert f"schema {schema} cannot be read: No such file" in capsys.readouterr().err
-    for content, problem in (("{", "is not valid JSON"), ("[1]", "holds a list; expected a JSON object")):
-        schema.write_text(content)
+    for content, problem in ((b"{", "is not valid JSON"), (b"[1]", "holds a list; expected a JSON object"),
+                             (b'{"not":' * 9999, "is nested too deeply"), (b"\xff{}", "is not valid JSON: 'utf-8'"),
+                             (b"\xef\xbb\xbf[1]", "holds a list")):  # A byte order mark is no part of it.
+        schema.write_bytes(content)
         assert run("extract", "nowhere", "x", "--schema", schema) == 2
         assert f"schema {schema} {problem}" in capsys.readouterr().err
     assert run("classify", checkpoint, "--labels", "a", "b") == 2
