@@ -44,41 +44,48 @@ def stack_layers(tree: Any, config: ModelConfig, stack: Callable[..., Any] = lam
     """A tree that holds dicts of parameters (such as an optimizer's state) with their layers stacked.
 
     Args:
-      tree: any pytree whose parameter dicts have `blocks` by the number of the layer.
+      tree: any pytree whose parameter dicts have `blocks` by the number of the layer. Layers may be missing, all that
+        share an entry together: those without a trained weight, or without a frozen one.
       stack: makes one leaf of those of a run, for leaves that are not arrays.
     """
 
-    def params(node: dict[str, Any]) -> dict[str, Any]:
-        blocks, layer = {}, 0
-        for run in runs(config):
-            for i in range(run.length):
-                same = [node["blocks"][layer + i + run.length * r] for r in range(run.repeats)]
-                blocks[run.first + i] = same[0] if run.repeats == 1 else jax.tree.map(stack, *same)
-            layer += run.length * run.repeats
-        return node | {"blocks": blocks}
+    def stacked(blocks: dict[int, Any]) -> dict[int, Any]:
+        return {
+            entry: blocks[layers[0]] if len(layers) == 1 else jax.tree.map(stack, *(blocks[i] for i in layers))
+            for entry, layers in enumerate(_sharing(config)) if layers[0] in blocks
+        }
 
-    return _map_params(params, tree)
+    return _map_blocks(stacked, tree)
 
 
 def unstack_layers(tree: Any, config: ModelConfig, pick: Callable[[Any, int], Any] = lambda x, i: x[i]) -> Any:
     """What `stack_layers` was given; `pick` takes one layer's leaf out of a stacked one."""
 
-    def params(node: dict[str, Any]) -> dict[str, Any]:
-        blocks, layer = {}, 0
-        for run in runs(config):
-            for i in range(run.length):
-                entry = node["blocks"][run.first + i]
-                for r in range(run.repeats):
-                    one = entry if run.repeats == 1 else jax.tree.map(lambda x, r=r: pick(x, r), entry)
-                    blocks[layer + i + run.length * r] = one
-            layer += run.length * run.repeats
-        return node | {"blocks": dict(sorted(blocks.items()))}
+    def unstacked(blocks: dict[int, Any]) -> dict[int, Any]:
+        found = {
+            i: blocks[entry] if len(layers) == 1 else jax.tree.map(lambda x, r=r: pick(x, r), blocks[entry])
+            for entry, layers in enumerate(_sharing(config)) if entry in blocks
+            for r, i in enumerate(layers)
+        }
+        return dict(sorted(found.items()))
 
-    return _map_params(params, tree)
+    return _map_blocks(unstacked, tree)
 
 
-def _map_params(f: Callable[[dict[str, Any]], dict[str, Any]], tree: Any) -> Any:
+def _sharing(config: ModelConfig) -> list[range]:
+    """The layers that share each entry of the stacked `blocks`."""
+    found, first = [], 0
+    for unit, repeats in repeated_units(config.layers):
+        stop = first + len(unit) * repeats
+        found += [range(first + i, stop, len(unit)) for i in range(len(unit))]
+        first = stop
+    return found
+
+
+def _map_blocks(f: Callable[[dict[int, Any]], dict[int, Any]], tree: Any) -> Any:
     def is_params(node: Any) -> bool:
         return isinstance(node, dict) and "blocks" in node
 
-    return jax.tree.map(lambda node: f(node) if is_params(node) else node, tree, is_leaf=is_params)
+    return jax.tree.map(
+        lambda node: node | {"blocks": f(node["blocks"])} if is_params(node) else node, tree, is_leaf=is_params
+    )

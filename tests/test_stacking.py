@@ -38,9 +38,12 @@ def test_runs_are_the_pattern_and_trees_come_back(pattern):
     tree = (7, {"embed": np.ones(2), "blocks": {i: {kind: np.full((2,), i)} for i, kind in enumerate(pattern)}})
     there = stack_layers(tree, config, lambda *x: np.stack(x))
     assert len(there[1]["blocks"]) == len(unit_layers(config))
-    back = unstack_layers(there, config)
-    assert jax.tree.structure(back) == jax.tree.structure(tree)
-    jax.tree.map(np.testing.assert_array_equal, back, tree)
+    # Of some layers there is nothing in the tree, where all their weights are frozen.
+    part = {"blocks": {i: block for i, block in tree[1]["blocks"].items() if pattern[i] != C}}
+    for whole in (tree, part):
+        back = unstack_layers(stack_layers(whole, config, lambda *x: np.stack(x)), config)
+        assert jax.tree.structure(back) == jax.tree.structure(whole)
+        jax.tree.map(np.testing.assert_array_equal, back, whole)
 
 
 SCANNED = dict(layer_types=(C, A) * 2 + (R,) * 2)
