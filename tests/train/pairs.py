@@ -10,6 +10,8 @@ import json
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +19,19 @@ import numpy as np
 
 from lfm_jax.config import ModelConfig
 from lfm_jax.kernels.logprobs import token_logprobs
+from lfm_jax.model import abstract_model
 from lfm_jax.sharding import MeshConfig
+from lfm_jax.train.checkpoint import CHECKPOINTS, CheckpointManager
 from lfm_jax.train.config import RunConfig
 from lfm_jax.train.objective import BatchArray, Terms
 from lfm_jax.train.optimizer import OptimizerConfig
 from lfm_jax.train.runner import run_training
+from lfm_jax.train.state import named
 
 STEPS, B, T, V = 8, 8, 12, 64
+SAVED, KILLED = 3, 6
+"""Step of the first checkpoint, and one before the next, with whose batch a run may die."""
+FREEZE = ("embed", "blocks.*.feed_forward.*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +85,16 @@ class PairsConfig(RunConfig):
 
 
 class Draws:
-    """Batches that follow from their number; dies with the batch of step `dies_at`."""
+    """Batches that follow from their number; dies with the batch of step `dies_at`, once there is a checkpoint."""
 
-    def __init__(self, rows, dies_at=None):
-        self.rows, self.dies_at, self.count = rows, dies_at, 0
+    def __init__(self, rows, dies_at=None, run_dir=None):
+        self.rows, self.dies_at, self.run_dir, self.count = rows, dies_at, run_dir, 0
 
     def __next__(self):
         self.count += 1
         if self.count == self.dies_at:
+            while not (self.run_dir / CHECKPOINTS / f"{SAVED}").exists():  # It is saved while the run goes on.
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         batch = draw(self.count)
         return batch if self.rows is None else {name: x[self.rows] for name, x in batch.items()}
@@ -112,13 +122,13 @@ class Pairs:
         self.dies_at = dies_at
 
     def prepare(self, run_dir, *, resuming):
-        pass
+        self.run_dir = run_dir
 
     def weights(self):
         return None
 
     def train_data(self, rows):
-        return Draws(rows, self.dies_at)
+        return Draws(rows, self.dies_at, self.run_dir)
 
     def heldout(self):
         return [draw(10**6)]
@@ -134,7 +144,7 @@ def config(run_dir, mesh=None, **changes):
         head_dim=8, max_position=64, dtype="float32",
     )
     fields = dict(
-        run_dir=str(run_dir), steps=STEPS, model=model, mesh=MeshConfig(**(mesh or {})), checkpoint_every=3,
+        run_dir=str(run_dir), steps=STEPS, model=model, mesh=MeshConfig(**(mesh or {})), checkpoint_every=SAVED,
         eval_every=0, optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=0, schedule="constant"),
     )
     return PairsConfig(**(fields | changes))
@@ -142,6 +152,28 @@ def config(run_dir, mesh=None, **changes):
 
 def run(run_dir, mesh=None, dies_at=None, **changes):
     return run_training(config(run_dir, mesh, **changes), Pairs(dies_at))
+
+
+def saved(run_dir, **changes):
+    """The weights of a run's latest checkpoint, by name."""
+    manager = CheckpointManager(Path(run_dir), keep=None)
+    try:
+        _, abstract = abstract_model(config(run_dir, **changes).model)
+        return dict(named(jax.tree.map(np.asarray, manager.restore_params(abstract))))
+    finally:
+        manager.close()
+
+
+def unchanged(run_dir):
+    """{name: whether a weight is, to the bit, as the run began}."""
+    begun = dict(named(config(run_dir).training().random_state(0).params))
+    return {name: np.array_equal(after, begun[name]) for name, after in saved(run_dir).items()}
+
+
+def frozen():
+    """What `unchanged` says of a run with FREEZE."""
+    _, weights = abstract_model(config("x").model)
+    return {name: name == "embed" or ".feed_forward." in name for name, _ in named(weights)}
 
 
 if __name__ == "__main__":

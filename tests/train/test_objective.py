@@ -10,7 +10,6 @@ import pairs
 import pytest
 
 from lfm_jax.plan import plan_run
-from lfm_jax.train.checkpoint import CheckpointManager
 from lfm_jax.train.metrics import read_metrics
 from lfm_jax.train.optimizer import OptimizerConfig
 
@@ -35,11 +34,12 @@ def test_it_learns_and_reports_what_the_objective_says(whole):
     assert 0 <= first["accuracy"] <= 1
 
 
-def test_killed_it_goes_on_to_the_bit(whole, tmp_path):
-    command = [sys.executable, pairs.__file__, str(tmp_path / "killed"), "{}", "6"]
-    killed = subprocess.run(command, capture_output=True, text=True)
+def test_killed_it_goes_on_to_the_bit(whole, tmp_path, capsys):
+    command = [sys.executable, pairs.__file__, str(tmp_path / "killed"), "{}", f"{pairs.KILLED}"]
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     again = pairs.run(tmp_path / "killed")
+    assert f"resumed {tmp_path / 'killed'} at step {pairs.SAVED}\n" in capsys.readouterr().err
     assert losses(again.run_dir) == losses(whole.run_dir)
     assert again.measured == whole.measured
 
@@ -75,36 +75,20 @@ def test_it_is_planned():
     assert found.model_flops == 3 * config.model.flops_per_token(pairs.T) * found.tokens
 
 
-FREEZE = ("embed", "blocks.*.feed_forward.*")
-
-
 @pytest.fixture(scope="module")
 def partly(tmp_path_factory):
-    return pairs.run(tmp_path_factory.mktemp("pairs") / "partly", freeze=FREEZE)
-
-
-def saved(run_dir):
-    manager = CheckpointManager(run_dir, keep=None)
-    try:
-        training = pairs.config(run_dir).training()
-        return manager.restore_params(training.abstract_state().params)
-    finally:
-        manager.close()
+    return pairs.run(tmp_path_factory.mktemp("pairs") / "partly", freeze=pairs.FREEZE)
 
 
 def test_frozen_weights_stay_as_they_are_and_the_others_learn(partly):
-    begun = pairs.config("x").training().random_state(0).params
     found = losses(partly.run_dir)
     assert found[-1] < found[0]
-    after = dict(jax.tree_util.tree_leaves_with_path(saved(partly.run_dir)))
-    for path, before in jax.tree_util.tree_leaves_with_path(begun):
-        frozen = "embed" in str(path) or "feed_forward" in str(path)
-        assert np.array_equal(after[path], before) == frozen, path
+    assert pairs.unchanged(partly.run_dir) == pairs.frozen()
 
 
 def test_a_run_with_frozen_weights_resumes_to_the_bit(partly, tmp_path):
-    pairs.run(tmp_path / "run", freeze=FREEZE, steps=4)
-    again = pairs.run(tmp_path / "run", freeze=FREEZE)
+    pairs.run(tmp_path / "run", freeze=pairs.FREEZE, steps=4)
+    again = pairs.run(tmp_path / "run", freeze=pairs.FREEZE)
     assert losses(again.run_dir) == losses(partly.run_dir)
     with pytest.raises(ValueError, match="freeze changed"):
         pairs.run(tmp_path / "run", steps=9)
@@ -118,7 +102,7 @@ def compiled(freeze):
 
 def test_no_moments_and_no_gradient_are_made_of_frozen_weights():
     """Bytes of the compiled step fall by two moments, FLOPs by what the planner counts."""
-    (full, full_step), (part, part_step) = compiled(()), compiled(FREEZE)
+    (full, full_step), (part, part_step) = compiled(()), compiled(pairs.FREEZE)
     weights = full.abstract_state().params
     frozen = sum(x.size for path, x in jax.tree_util.tree_leaves_with_path(weights)
                  if "embed" in str(path) or "feed_forward" in str(path))
@@ -129,7 +113,7 @@ def test_no_moments_and_no_gradient_are_made_of_frozen_weights():
         2 * sum(x.size for x in jax.tree.leaves(state.params)), abs=8
     )
     flops = [step.cost_analysis()["flops"] for step in (full_step, part_step)]
-    budgets = [plan_run(pairs.config("x", freeze=freeze), "cpu:1").budget for freeze in ((), FREEZE)]
+    budgets = [plan_run(pairs.config("x", freeze=freeze), "cpu:1").budget for freeze in ((), pairs.FREEZE)]
     counted = budgets[0].model_flops - budgets[1].model_flops
     assert counted == 2 * (frozen) * budgets[0].tokens  # Each is a matrix with a product of its own.
     # The optimizer's arithmetic falls too, by a few operations a weight.
@@ -156,6 +140,21 @@ def test_below_the_lowest_trained_weight_there_is_no_backward_pass():
 def test_what_cannot_be_frozen_is_refused(changes, message):
     with pytest.raises(ValueError, match=message.replace("*", r"\*")):
         pairs.config("x", **changes)
+
+
+@pytest.mark.parametrize(("layer_types", "freeze"), [
+    # Of a stacked entry all weights are frozen, of another one none.
+    (("conv", "conv", "full_attention", "full_attention"), ("blocks.0.*", "blocks.1.*")),
+    (("conv", "full_attention") * 2, ("blocks.*.operator.in_proj",)),
+])
+def test_a_scanned_run_with_frozen_weights_resumes_to_the_bit(tmp_path, layer_types, freeze):
+    model = pairs.config("x").model.replace(layer_types=layer_types, scan_layers=True)
+    whole = pairs.run(tmp_path / "whole", model=model, freeze=freeze)
+    pairs.run(tmp_path / "run", model=model, freeze=freeze, steps=4)
+    again = pairs.run(tmp_path / "run", model=model, freeze=freeze)
+    assert losses(again.run_dir) == losses(whole.run_dir)
+    ended, expected = (pairs.saved(run.run_dir, model=model) for run in (again, whole))
+    assert all(np.array_equal(ended[name], expected[name]) for name in expected)
 
 
 def test_stacked_layers_are_frozen_alike():
