@@ -76,9 +76,10 @@ class Pretraining:
         return None if self._config.init_from is None else _weights_of(self._config)
 
     def train_data(self, rows: np.ndarray | None) -> Data:
-        data = self._corpus.train_batches(rows)
-        check_lasts(self._corpus, self._config.steps)
-        return data
+        return self._corpus.train_batches(rows)
+
+    def check_lasts(self, steps: int) -> None:
+        check_lasts(self._corpus, steps)
 
     def heldout(self) -> Iterable[Mapping[str, np.ndarray]]:
         return self._corpus.heldout_batches()

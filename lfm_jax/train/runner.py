@@ -58,6 +58,14 @@ class Method(Protocol):
         """Batches to train on; of each one the given rows (None: all)."""
         ...
 
+    def check_lasts(self, steps: int) -> None:
+        """Checks that there are training batches for so many steps in all.
+
+        Raises:
+          ValueError: there are not; says how many steps they last.
+        """
+        ...
+
     def heldout(self) -> Iterable[Mapping[str, np.ndarray]]:
         """Whole batches to measure on, the same each time; none where nothing is held out."""
         ...
@@ -131,6 +139,7 @@ def _train(
     if config.train_minutes is not None and not resuming:
         config = _with_timed_steps(config, data, place, console)
         training = config.training()
+    method.check_lasts(config.steps)
     measure = _Evaluation(config, training, method, place, console)
     driver = Driver(
         Parts(
@@ -192,14 +201,14 @@ def _with_timed_steps(
     training = config.training()
     step = processes.compiled_together(training.compiled_step())
     state, first = training.random_state(config.seed), data.get_state()
+    batch = place(next(data))  # The same for all steps: there may be fewer batches than steps here.
+    data.set_state(first)
     seconds = []
     for _ in range(WARM_STEPS + TIMED_STEPS):
-        batch = place(next(data))
         began = time.monotonic()
         state, metrics = step(state, batch)
         jax.block_until_ready(metrics)
         seconds.append(time.monotonic() - began)
-    data.set_state(first)
     one = processes.agreed(statistics.median(seconds[WARM_STEPS:]))
     assert config.train_minutes is not None  # The caller asked for this because of it.
     steps = max(1, min(config.steps, int(60 * config.train_minutes / one)))

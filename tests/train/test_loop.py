@@ -15,6 +15,7 @@ from tiny_runs import STEPS, finish, load, losses, recipe, start, steps_in_order
 
 import lfm_jax as lfm
 from lfm_jax.convert.hf import chat_template
+from lfm_jax.data.build import BuildConfig, build
 from lfm_jax.data.corpora.text import TextCorpus
 from lfm_jax.files import locked
 from lfm_jax.pretrain.run import train
@@ -330,6 +331,23 @@ def test_a_held_out_loss_of_some_batches_claims_no_bits_per_byte(corpus, tmp_pat
     told = capsys.readouterr().err.splitlines()
     assert "parameters; mesh: one device" in told[0]
     assert "on each device, by analysis:" in told[1]
+
+
+def test_minutes_are_timed_with_one_batch_and_the_data_counted_for_what_they_allow(corpus, tmp_path, whole_run):
+    """The dataset has three batches, fewer than steps are timed, and far fewer than `steps`, which is at most."""
+    made = build(BuildConfig(
+        sources=(str(corpus),), tokenizer=str(whole_run.run_dir), seq_len=32, out=str(tmp_path / "set"), workers=1,
+        heldout_fraction=0.2,
+    ), show_progress=False)
+    fields = dict(
+        steps=100_000, eval_every=0, optimizer__warmup_steps=0, data__sources=[], data__batch_size=made.train.rows // 3,
+        data__mixture=[{"path": str(tmp_path / "set"), "epochs": 1}],
+    )
+    with pytest.raises(ValueError, match=r"which is 3 steps of batch_size \d+, and the run has 100000"):
+        train(load(recipe(corpus, tmp_path / "all", **fields)))
+    timed = load(recipe(corpus, tmp_path / "timed", train_minutes=1e-9, **fields))
+    assert train(timed).steps == 1
+    assert train(timed).steps == 1  # Resumed, it keeps its steps, and the data is counted for these.
 
 
 def test_data_used_up_saves_before_it_says_so(corpus, tmp_path, monkeypatch):

@@ -72,7 +72,7 @@ class Corpus(Protocol):
 
 
 def check_lasts(corpus: Corpus, steps: int) -> None:
-    """Checks before a run that its data lasts to its end.
+    """Checks before a run that its data lasts for all of its steps.
 
     Raises:
       ValueError: an epoch limit is met before; says after how many steps.
@@ -81,7 +81,7 @@ def check_lasts(corpus: Corpus, steps: int) -> None:
     if available is not None and available < steps * B:
         raise ValueError(
             f"the epoch limits of data.mixture allow {available} rows, which is {available // B} steps "
-            f"of batch_size {B}, and steps is {steps}; lower steps, or raise epochs or leave them out"
+            f"of batch_size {B}, and the run has {steps}; lower steps or train_minutes, or raise epochs or leave them out"
         )
 
 
