@@ -128,44 +128,60 @@ def _train(
     main, resuming = processes.is_main(), bool(manager.steps())
     if config.train_minutes is not None and resuming:
         config = _with_kept_steps(config, manager)
-    training = config.training()
     console = Console(config.steps, log_every=config.log_every, quiet=not main)
-    place = processes.BatchPlacer(training.objective.arrays, config.rows, config.seq_len, config.micro_batches)
+    place = processes.BatchPlacer(config.objective().arrays, config.rows, config.seq_len, config.micro_batches)
     _show_budget(config, mesh, console)
     if resuming:
         _check_resumable(config, manager, console)
     method.prepare(run_dir, resuming=resuming)
     data = method.train_data(place.rows)
-    if config.train_minutes is not None and not resuming:
-        config = _with_timed_steps(config, data, place, console)
-        training = config.training()
-    method.check_lasts(config.steps)
-    measure = _Evaluation(config, training, method, place, console)
-    driver = Driver(
-        Parts(
-            step=processes.compiled_together(training.compiled_step()), data=data, place=place,
-            fresh=lambda: training.random_state(config.seed) if weights is None else training.placed_state(weights),
-            abstract=lambda: states.unstacked(training.abstract_state(), config.model),
-            pack=lambda state: states.unstacked(state, config.model),
-            unpack=lambda state: states.restacked(state, config.model),
-            evaluate=measure, manager=manager, config=recipe.to_plain(config), guard=config.guard,
-        ),
-        Pace(steps=config.steps, eval_every=config.eval_every, checkpoint_every=config.checkpoint_every),
-    )
-    found = driver.start(_Voice(console))
-    if found is not None:
-        _say_where(run_dir, driver.step, found.damaged, console)
-    # Only now: a resume that was refused must leave the run as it was.
-    if main:
-        run_directory.write_config(config, run_dir)
-    record = _loop(config, run_dir, driver, console, main)
+    with processes.StopRequest() as stop:
+        if config.train_minutes is not None and not resuming:
+            timed = _with_timed_steps(config, data, place, console, stop)
+            if timed is None:
+                console.note("stopped before the first step; the same command begins again")
+                return RunResult(run_dir, 0, config.steps, {})
+            config = timed
+        method.check_lasts(config.steps)
+        driver = _driver(config, method, manager, data, place, console, weights)
+        found = driver.start(_Voice(console))
+        if found is not None:
+            _say_where(run_dir, driver.step, found.damaged, console)
+        # Only now: a resume that was refused must leave the run as it was.
+        if main:
+            run_directory.write_config(config, run_dir)
+        record = _loop(config, run_dir, driver, console, stop, main)
+    if driver.step == config.steps and record is None:
+        # Started again after its end: nothing to train, but the result is still owed.
+        record = driver.evaluate()
     if main:
         plot_loss(run_dir)
         plot_curves(run_dir)
     return RunResult(run_dir, driver.step, config.steps, (record or {}) if driver.step == config.steps else {})
 
 
-def _loop(config: RunConfig, run_dir: Path, driver: Driver, console: Console, main: bool) -> Values | None:
+def _driver(
+    config: RunConfig, method: Method, manager: CheckpointManager, data: Data, place: processes.BatchPlacer,
+    console: Console, weights: Any,
+) -> Driver:
+    training = config.training()
+    return Driver(
+        Parts(
+            step=processes.compiled_together(training.compiled_step()), data=data, place=place,
+            fresh=lambda: training.random_state(config.seed) if weights is None else training.placed_state(weights),
+            abstract=lambda: states.unstacked(training.abstract_state(), config.model),
+            pack=lambda state: states.unstacked(state, config.model),
+            unpack=lambda state: states.restacked(state, config.model),
+            evaluate=_Evaluation(config, training, method, place, console), manager=manager,
+            config=recipe.to_plain(config), guard=config.guard,
+        ),
+        Pace(steps=config.steps, eval_every=config.eval_every, checkpoint_every=config.checkpoint_every),
+    )
+
+
+def _loop(
+    config: RunConfig, run_dir: Path, driver: Driver, console: Console, stop: processes.StopRequest, main: bool
+) -> Values | None:
     began_at = driver.step
     # A run that is over and only looked at again counts no time.
     ledger = Ledger(run_dir if main and began_at < config.steps else None, resume_step=began_at)
@@ -174,15 +190,12 @@ def _loop(config: RunConfig, run_dir: Path, driver: Driver, console: Console, ma
     )
     traced = parse_profile(config.profile, config.steps) if config.profile and main else None
     profiler = Profiler(traced, run_dir)
-    with ExitStack() as closing, console, processes.StopRequest() as stop:
+    with ExitStack() as closing, console:
         for part in (ledger, recorder, profiler):
             closing.callback(part.close)
         record = driver.run(stop, _RunWatch(console, ledger, recorder, profiler))
         if driver.saved_at > began_at:
             console.note(describe(ledger.summary()))
-    if driver.step == config.steps and record is None:
-        # Started again after its end: nothing to train, but the result is still owed.
-        record = driver.evaluate()
     return record
 
 
@@ -191,9 +204,9 @@ WARM_STEPS, TIMED_STEPS = 2, 5
 
 
 def _with_timed_steps(
-    config: RunConfig, data: Data, place: processes.BatchPlacer, console: Console
-) -> RunConfig:
-    """The config with as many steps as fit into its minutes, the same number in every process.
+    config: RunConfig, data: Data, place: processes.BatchPlacer, console: Console, stop: processes.StopRequest
+) -> RunConfig | None:
+    """The config with as many steps as fit into its minutes, the same number in every process; None once `stop` is due.
 
     Raises:
       ValueError: they do not hold the schedule's warm-up and decay.
@@ -205,6 +218,8 @@ def _with_timed_steps(
     data.set_state(first)
     seconds = []
     for _ in range(WARM_STEPS + TIMED_STEPS):
+        if stop.due():
+            return None
         began = time.monotonic()
         state, metrics = step(state, batch)
         jax.block_until_ready(metrics)

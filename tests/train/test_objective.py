@@ -61,6 +61,18 @@ def test_timing_the_first_steps_changes_no_number(whole, tmp_path):
     assert losses(timed.run_dir) == losses(whole.run_dir)
 
 
+def test_a_stop_while_steps_are_timed_ends_before_the_first(whole, tmp_path, capsys, monkeypatch):
+    draw, before = pairs.draw, signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(pairs, "draw", lambda seed: signal.raise_signal(signal.SIGINT) or draw(seed))
+        stopped = pairs.run(tmp_path / "run", train_minutes=1e9)
+    assert (stopped.step, stopped.steps, stopped.measured) == (0, pairs.STEPS, {})
+    assert "stopped before the first step" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+    again = pairs.run(tmp_path / "run", train_minutes=1e9)
+    assert losses(again.run_dir) == losses(whole.run_dir)
+
+
 def test_parts_of_a_batch_add_up(whole, tmp_path):
     parts = pairs.run(tmp_path / "parts", micro_batches=4)
     np.testing.assert_allclose(losses(parts.run_dir), losses(whole.run_dir), rtol=1e-4)

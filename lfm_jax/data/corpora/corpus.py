@@ -81,7 +81,7 @@ def check_lasts(corpus: Corpus, steps: int) -> None:
     if available is not None and available < steps * B:
         raise ValueError(
             f"the epoch limits of data.mixture allow {available} rows, which is {available // B} steps "
-            f"of batch_size {B}, and the run has {steps}; lower steps or train_minutes, or raise epochs or leave them out"
+            f"of batch_size {B}, and the run has {steps}; lower steps or train_minutes, raise epochs, or leave them out"
         )
 
 
