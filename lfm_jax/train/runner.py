@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,12 +68,12 @@ class Method(Protocol):
         ...
 
     def heldout(self) -> Iterable[Mapping[str, np.ndarray]]:
-        """Whole batches to measure on, the same each time; none where nothing is held out."""
+        """Whole batches to measure on, made as they are asked for; none where nothing is held out."""
         ...
 
     def measured(self, sums: Mapping[str, float], weight: float, *, all_batches: bool) -> tuple[dict[str, float], str]:
-        """What a record and the console say of the objective's sums over the held-out batches, or over the first of
-        them."""
+        """Returns the record's values and the console's text for the sums over the held-out batches; `all_batches` is
+        False where `eval_batches` cut them short."""
         ...
 
 
@@ -273,22 +274,27 @@ class _Evaluation:
     def __init__(
         self, config: RunConfig, training: Training, method: Method, place: processes.BatchPlacer, console: Console
     ):
-        self._config, self._method, self._place, self._console = config, method, place, console
-        self._evaluate: Callable[..., Any] = training.compiled_evaluate()
+        self._limit, self._method, self._place, self._console = config.eval_batches, method, place, console
+        self._evaluate: Callable[..., Any] = processes.compiled_together(training.compiled_evaluate())
+
+    @cached_property
+    def _batches(self) -> list[dict[str, np.ndarray]]:
+        """This process's rows of the batches that are measured on, read once."""
+        return [self._place.local(batch) for batch in islice(self._method.heldout(), self._limit or None)]
 
     def __call__(self, state: states.TrainState) -> dict[str, float] | None:
         """What `Method.measured` says; None where nothing is held out."""
+        if self._batches:
+            self._console.note("held-out loss ...")
         sums: dict[str, float] = {}
-        weight, limit = 0.0, self._config.eval_batches
-        for batch in islice(self._method.heldout(), limit or None):
-            if not sums:
-                self._console.note("held-out loss ...")
-            part, count = self._evaluate((state.params, state.frozen), self._place(self._place.local(batch)))
+        weight = 0.0
+        for batch in self._batches:
+            part, count = self._evaluate((state.params, state.frozen), self._place(batch))
             sums = {name: sums.get(name, 0.0) + float(x) for name, x in part.items()}
             weight += float(count)
         if not weight:
             return None
-        record, text = self._method.measured(sums, weight, all_batches=not limit)
+        record, text = self._method.measured(sums, weight, all_batches=not self._limit)
         self._console.note(f"step {int(state.step)}: {text}")
         self._console.restart_clock()
         return record

@@ -10,7 +10,7 @@ from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.data.config import DataConfig
 from lfm_jax.data.corpora import make_tokenizer, open_corpus
 from lfm_jax.data.corpora.text import heldout_documents, train_documents
-from lfm_jax.data.packing import PACKING_ROWS
+from lfm_jax.data.packing import PACKING_ROWS, Pieces
 from lfm_jax.text.tokenizer import train_bpe
 
 BYTES = train_bpe([], vocab_size=270)
@@ -136,6 +136,15 @@ def test_heldout_pass_counts_every_token_once_in_batches_of_one_shape(corpus, ba
     for batch in batches:
         np.testing.assert_array_equal(batch["targets"] == LOSS_IGNORE, batch["segment_ids"] == 0)
     assert_same(batches, opened(config(corpus, batch_size=batch_size, seed=9)).heldout_batches())
+
+
+def test_held_out_rows_are_packed_as_they_are_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "train.txt").write_text("abc")
+    (tmp_path / "held.txt").write_text("x" * 32 * 10 * PACKING_ROWS)
+    packed, real = [], Pieces.__getitem__
+    monkeypatch.setattr(Pieces, "__getitem__", lambda self, index: packed.append(index) or real(self, index))
+    next(opened(config(tmp_path, heldout=(str(tmp_path / "held.txt"),))).heldout_batches())
+    assert len(packed) < 3 * PACKING_ROWS
 
 
 def test_heldout_documents_are_not_trained_on(corpus):

@@ -61,6 +61,20 @@ def test_timing_the_first_steps_changes_no_number(whole, tmp_path):
     assert losses(timed.run_dir) == losses(whole.run_dir)
 
 
+def test_held_out_batches_are_made_once_and_no_more_than_are_measured(tmp_path, monkeypatch):
+    made = []
+
+    def heldout(self):
+        for i in range(3):
+            made.append(i)
+            yield pairs.draw(10**6 + i)
+
+    monkeypatch.setattr(pairs.Pairs, "heldout", heldout)
+    pairs.run(tmp_path / "run", steps=4, eval_every=2, eval_batches=2)
+    assert made == [0, 1]
+    assert len([record for record in read_metrics(tmp_path / "run") if "heldout_loss" in record]) == 2
+
+
 def test_a_stop_while_steps_are_timed_ends_before_the_first(whole, tmp_path, capsys, monkeypatch):
     draw, before = pairs.draw, signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:

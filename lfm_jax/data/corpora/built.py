@@ -101,7 +101,6 @@ class BuiltCorpus:
         return GuardedIterator(found, fingerprint(parts, config.seed))
 
     def heldout_batches(self) -> Iterator[Batch]:
-        """Read anew each time."""
         from lfm_jax.data.shards import heldout_rows
 
         return batches_of(heldout_rows(self._manifests), self._config.batch_size)

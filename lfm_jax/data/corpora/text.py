@@ -5,6 +5,7 @@ Files are split into training and held-out ones (`heldout.py`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -51,8 +52,8 @@ def heldout_documents(config: DataConfig) -> Documents:
 class TextCorpus:
     """The documents of `config.sources`; a `Corpus`.
 
-    Text is tokenised (about a million tokens a second and core) before `train_batches` returns. What is held out is
-    tokenised and packed once and then kept.
+    Text is tokenised (about a million tokens a second and core) before `train_batches` or `heldout_batches` returns.
+    Rows are packed as batches are asked for.
     """
 
     rows_available = None
@@ -90,8 +91,13 @@ class TextCorpus:
         fingerprint = f"{pieces.digest()}-{config.seq_len}-{config.batch_size}-{config.seed}"
         return GuardedIterator(iter(batches), fingerprint)
 
-    def heldout_batches(self) -> list[Batch]:
-        return self._heldout_batches
+    def heldout_batches(self) -> Iterator[Batch]:
+        import grain
+
+        from lfm_jax.data.packing import pack
+
+        source = grain.MapDataset.source(self._pieces(self._heldout_documents))
+        return batches_of(pack(source, self._config.seq_len, shuffle_seed=None), self._config.batch_size)
 
     @property
     def heldout_bytes(self) -> int:
@@ -100,15 +106,6 @@ class TextCorpus:
     @cached_property
     def _heldout_documents(self) -> Documents:
         return heldout_documents(self._config)
-
-    @cached_property
-    def _heldout_batches(self) -> list[Batch]:
-        import grain
-
-        from lfm_jax.data.packing import pack
-
-        source = grain.MapDataset.source(self._pieces(self._heldout_documents))
-        return list(batches_of(pack(source, self._config.seq_len, shuffle_seed=None), self._config.batch_size))
 
     def _pieces(self, documents: Documents) -> Pieces:
         from lfm_jax.data.packing import Pieces
