@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from lfm_jax.kinds import FEED_FORWARDS, ITEMSIZE, OPERATORS
@@ -141,6 +141,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         raise_problems("ModelConfig is not valid", _problems(self))
+        if len(set(self.ffn_types)) == 1:  # One model, one form.
+            object.__setattr__(self, "ffn_types", self.ffn_types[:1])
 
     @property
     def num_layers(self) -> int:
@@ -170,6 +172,12 @@ class ModelConfig:
         """A copy made of these layers."""
         operators, ffns = zip(*layers, strict=True)
         return self.replace(layer_types=operators, ffn_types=ffns)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> ModelConfig:
+        """The config of what a checkpoint holds of one, `recipe.to_plain`; missing fields have their defaults."""
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()}
+        return cls(**fields)
 
     # ---------------------------------------------------------------- presets
 

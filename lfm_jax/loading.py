@@ -80,9 +80,7 @@ def _load_run(run_dir: Path, dtype: Any) -> Loaded:
     try:
         if manager.latest_step() is None:
             raise ValueError(f"{run_dir} holds no finished checkpoint yet; train further or wait for the first one")
-        saved = manager.metadata()["config"]["model"]
-        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
-        config = ModelConfig(**fields)
+        config = ModelConfig.from_plain(manager.metadata()["config"]["model"])
         graphdef, abstract_params = abstract_model(config)
         params = manager.restore_params(abstract_params)
     finally:

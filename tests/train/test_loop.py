@@ -307,6 +307,15 @@ def test_a_run_older_than_a_field_has_its_default(corpus, tmp_path):
         run_dirs.check_resumable(other, saved, 1)
 
 
+def test_feed_forwards_named_for_each_layer_are_those_named_once(corpus, tmp_path):
+    config = load(recipe(corpus, tmp_path / "run"))
+    each = load(recipe(corpus, tmp_path / "run", model__ffn_types=["swiglu"] * 2))
+    assert each == config
+    saved = to_plain(config)
+    saved["model"]["ffn_types"] = ["swiglu"] * 2  # As runs have it that were made with it so.
+    assert run_dirs.check_resumable(config, saved, 1) == []
+
+
 def test_what_a_checkpoint_cannot_hold_is_refused_by_name(corpus, tmp_path):
     config = load(recipe(corpus, tmp_path / "run"))
     saved = to_plain(config)
