@@ -30,7 +30,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], ignore: frozenset[str]
 
 
 def check_resumable(config: RunConfig, saved: dict[str, Any], step: int) -> list[str]:
-    """Refuses to go on with a run as another one; returns the changes that are allowed, to be told.
+    """Refuses a config that does not belong to the run; returns the changed settings that are allowed, to be reported.
 
     Raises:
       ValueError: another model, another order of the data, another structure of the optimizer, or `steps` behind.
@@ -60,8 +60,13 @@ def check_resumable(config: RunConfig, saved: dict[str, Any], step: int) -> list
     changed += [f"model.{line}" for line in differences(saved["model"], plain["model"])]
     for section in ("mesh", "guard"):
         changed += [f"{section}.{line}" for line in differences(saved.get(section, {}), plain[section])]
-    sections = {"model", "data", "optimizer", "mesh", "guard", "freeze", "run_dir", "init_from"}
-    return changed + differences(saved, plain, frozenset(sections))
+    told = {"model", "data", "optimizer", "mesh", "guard", "freeze", "run_dir", "init_from"}
+    timed = saved.get("train_minutes")
+    if config.train_minutes is not None and config.train_minutes != timed:
+        changed.append(f"train_minutes: {timed} there, {config.train_minutes} here; only a new run is timed, this one "
+                       f"keeps its {config.steps} steps")
+        told.add("train_minutes")
+    return changed + differences(saved, plain, frozenset(told))
 
 
 def write_config(config: RunConfig, run_dir: Path) -> None:

@@ -50,6 +50,9 @@ def test_steps_that_minutes_allow_are_fixed_once(tmp_path, capsys):
     assert (short.step, short.steps) == (1, 1)
     assert "1 steps in 1e-09 minutes" in capsys.readouterr().err
     assert pairs.run(tmp_path / "short", train_minutes=1e9).steps == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if "changed setting" in line]
+    assert told == ["resuming with a changed setting: train_minutes: 1e-09 there, 1000000000.0 here; only a new run is "
+                    "timed, this one keeps its 1 steps"]
     slow = OptimizerConfig(warmup_steps=4, schedule="constant")
     with pytest.raises(ValueError, match=r"train_minutes 1e-09 is 1 steps on this machine: (.|\n)*warmup_steps 4"):
         pairs.run(tmp_path / "none", train_minutes=1e-9, optimizer=slow)
