@@ -40,7 +40,7 @@ class Guard:
 class TrainState:
     """All that an optimizer step changes, and the weights that it does not.
 
-    Both trees of weights are plain nested dicts; `merged` puts them together. With `ModelConfig.scan_layers` repeated
+    Both trees of weights are plain nested dicts; `merged` joins them. With `ModelConfig.scan_layers` repeated
     layers are stacked, in `opt_state` too (`stacking.py`); `unstacked` gives the form of checkpoints.
     """
 
@@ -55,7 +55,7 @@ class TrainState:
 
 
 def merged(params: Any, frozen: Any) -> Any:
-    """The weights of a model, of its trainable and its frozen part."""
+    """Joins the trainable and the frozen weights of a model into one tree."""
     if not (isinstance(params, dict) and isinstance(frozen, dict)):
         raise ValueError("a weight is both trainable and frozen")
     both = {name: merged(params[name], frozen[name]) for name in params.keys() & frozen.keys()}
@@ -63,14 +63,14 @@ def merged(params: Any, frozen: Any) -> Any:
 
 
 def divided(weights: Any, mask: Any) -> tuple[Any, Any]:
-    """(trainable, frozen) of a tree of weights; `mask` has True at frozen weights and False at others."""
+    """Splits a tree of weights into (trainable, frozen); `mask` has True at frozen weights and False at others."""
     if mask is True or mask is False:
         return ({}, weights) if mask else (weights, {})
     return _sorted_out({name: divided(weights[name], mask[name]) for name in weights})
 
 
 def parted(weights: Any, params: Any, frozen: Any) -> tuple[Any, Any]:
-    """Weights in two trees that have the names of `params` and of `frozen`; `merged` puts them together."""
+    """Splits weights into two trees with the names of `params` and of `frozen`; the inverse of `merged`."""
     if not (isinstance(weights, dict) and isinstance(frozen, dict) and isinstance(params, dict)):
         return (weights, {}) if isinstance(frozen, dict) else ({}, weights)
     return _sorted_out({
@@ -92,16 +92,16 @@ def frozen_mask(config: ModelConfig, freeze: Sequence[str]) -> Any:
       freeze: shell patterns over the dotted names of weights, such as `embed` or `blocks.*.operator.*`.
 
     Raises:
-      ValueError: a pattern names no weight, every weight is frozen, or layers that `scan_layers` stacks differ.
+      ValueError: patterns name no weight, every weight is frozen, or layers that `scan_layers` stacks differ.
     """
     if not freeze:
         return False
     _, weights = abstract_model(config)
     names = [name for name, _ in named(weights)]
-    unknown = [pattern for pattern in freeze if not any(fnmatchcase(name, pattern) for name in names)]
+    unknown = [f"{pattern!r} (the nearest is {difflib.get_close_matches(pattern, names, n=1, cutoff=0)[0]!r})"
+               for pattern in freeze if not any(fnmatchcase(name, pattern) for name in names)]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0)
-        raise ValueError(f"freeze has {unknown[0]!r}, which names no weight of the model; one is called {near[0]!r}")
+        raise ValueError(f"freeze has patterns that name no weight of the model: {', '.join(unknown)}")
     chosen = {name for name in names if any(fnmatchcase(name, pattern) for pattern in freeze)}
     if len(chosen) == len(names):
         raise ValueError(f"freeze {list(freeze)} leaves nothing to train; name fewer weights")
