@@ -119,7 +119,8 @@ class Plan:
         plain: dict[str, Any] = {
             "topology": self.topology.name, "devices": budget.devices, "mesh": budget.mesh,
             "chip": chip and dataclasses.asdict(chip),
-            "num_params": budget.num_params, "tokens_per_step": budget.tokens,
+            "num_params": budget.num_params, "trained_params": budget.trained_params,
+            "tokens_per_step": budget.tokens,
             "bytes_per_device": budget.parts, "model_flops": budget.model_flops, "remat_flops": budget.remat_flops,
             "program": program and dataclasses.asdict(program),
             "link_seconds": [{"kind": kind, "axes": axes, "seconds": t}
@@ -208,15 +209,16 @@ def _sections(plan: Plan) -> list[str]:
     how = "by analysis" if program is None or program.memory is None else (
         f"step compiled ahead of time in {program.compile_seconds:.0f} s"
     )
-    head = (f"{si(budget.num_params)} parameters on {plan.topology.name}: {budget.devices} device(s), mesh {mesh}; "
-            f"{budget.tokens:,} tokens a step in {budget.micro_batches} micro-batch(es); {how} ({versions()})")
+    trained = "" if budget.trained_params == budget.num_params else f" ({si(budget.trained_params)} trained)"
+    head = (f"{si(budget.num_params)} parameters{trained} on {plan.topology.name}: {budget.devices} device(s), mesh "
+            f"{mesh}; {budget.tokens:,} tokens a step in {budget.micro_batches} micro-batch(es); {how} ({versions()})")
     parts = [(name, size(n)) for name, n in budget.parts.items()] + [("together, by analysis", size(budget.total))]
     if program and program.memory:
         parts += [(f"compiled: {name}", size(n)) for name, n in program.memory.items()]
         parts += [("compiled, together", size(sum(program.memory.values())))]
     if chip:
         parts += [(f"HBM of a {chip.name} device", size(chip.hbm_bytes))]
-    work = [("useful (3 x forward), all devices", si(budget.model_flops, "FLOP")),
+    work = [("useful (forward and backward), all devices", si(budget.model_flops, "FLOP")),
             ("again for remat", si(budget.remat_flops, "FLOP"))]
     if program:
         work += [("products of one device, as they run", si(program.flops, "FLOP")),

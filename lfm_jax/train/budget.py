@@ -21,8 +21,9 @@ from lfm_jax.chips import Chip, chip_of
 from lfm_jax.config import ITEMSIZE, Layer, ModelConfig
 from lfm_jax.kinds import FEED_FORWARDS, OPERATORS, Kept, Share
 from lfm_jax.model import abstract_model
-from lfm_jax.sharding import MESH_AXES
+from lfm_jax.sharding import LOGICAL_AXES, MESH_AXES
 from lfm_jax.train.config import RunConfig
+from lfm_jax.train.objective import BatchArray
 from lfm_jax.train.state import TrainState, frozen_mask, named
 from lfm_jax.train.step import Training
 from lfm_jax.units import si, size
@@ -115,18 +116,23 @@ def budget_of(config: RunConfig, state: TrainState, sizes: dict[str, int], chip:
     gradients = trainable
     if config.micro_batches > 1:
         gradients += trainable * 4 / ITEMSIZE[config.model.param_dtype]
-    batch = sum(math.prod(array.shape(B, T)) * np.dtype(array.dtype).itemsize for array in objective.arrays.values())
     return Budget(
         chip=chip, mesh=sizes, num_params=config.model.num_params(), tokens=tokens,
         trained_params=sum(x.size for x in jax.tree.leaves(state.params)), micro_batches=config.micro_batches,
         parameters=trainable + tree_bytes(state.frozen, share.lanes),
         optimizer=tree_bytes(state.opt_state, share.lanes), gradients=gradients,
-        batch=batch / shards,
+        batch=sum(_batch_bytes(array, B, T, sizes) for array in objective.arrays.values()),
         activations=kept_bytes(learning, share) if learning else 0.0,
         working=working_bytes(config.model, share, objective.loss_chunk),
         model_flops=training_flops_per_token(training, T) * tokens,
         remat_flops=recomputed_flops_per_token(learning, T) * tokens if learning else 0.0,
     )
+
+
+def _batch_bytes(array: BatchArray, B: int, T: int, sizes: dict[str, int]) -> float:
+    """Bytes that one device holds of an array of a batch."""
+    shards = math.prod(sizes[axis] for name in array.logical if name for axis in LOGICAL_AXES[name])
+    return math.prod(array.shape(B, T)) * np.dtype(array.dtype).itemsize / shards
 
 
 def tree_bytes(tree: Any, lanes: int = 1) -> float:
@@ -206,8 +212,8 @@ def working_bytes(config: ModelConfig, share: Share, loss_chunk: int) -> float:
 
 
 def differentiated(training: Training) -> ModelConfig | None:
-    """The model from its lowest layer with something to train on, which is what a backward pass reaches; None where
-    that is the final norm or the head alone."""
+    """The layers that the backward pass reaches, as a model: from the lowest trained weight up. None if only the final
+    norm or the head is trained."""
     model = training.model
     if not training.freeze:
         return model

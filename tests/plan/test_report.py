@@ -15,6 +15,7 @@ from lfm_jax.plan.report import Plan
 from lfm_jax.plan.topology import Topology, bandwidth
 from lfm_jax.recipe import load_recipe
 from lfm_jax.sharding import MeshConfig
+from lfm_jax.units import si
 
 RECIPE = """
 run_dir: runs/x
@@ -142,6 +143,15 @@ def test_plan_as_json_agrees_with_itself(path, capsys):
     assert found["days"] * 86400 == pytest.approx(1000 * found["step_seconds"])
     assert found["device_hours"] * 3600 == pytest.approx(16 * 1000 * found["step_seconds"])
     assert found["chip"]["source"] == CHIPS["v5e"].source
+
+
+def test_frozen_weights_are_told(path, capsys):
+    flags = ("--topology", "cpu", "--freeze", "embed")
+    found = json.loads(run(capsys, path, *flags, "--format", "json")[1])
+    assert found["num_params"] - found["trained_params"] == 512 * 64
+    _, out, _ = run(capsys, path, *flags)
+    assert f"{si(found['num_params'])} parameters ({si(found['trained_params'])} trained) on cpu:" in out
+    assert "| useful (forward and backward), all devices |" in out
 
 
 def test_on_a_cpu_there_are_bytes_and_no_times(path, capsys):

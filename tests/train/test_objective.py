@@ -96,12 +96,13 @@ def test_parts_of_a_batch_add_up(whole, tmp_path):
     np.testing.assert_allclose(losses(parts.run_dir), losses(whole.run_dir), rtol=1e-4)
 
 
-def test_it_is_planned():
-    """The budget counts its own arrays and both sequences."""
-    config = pairs.config("runs/x", dict(fsdp=4))
+@pytest.mark.parametrize("mesh", [dict(fsdp=4), dict(fsdp=2, context=2)])
+def test_it_is_planned(mesh):
+    """The budget counts its own arrays, each as it is split, and both sequences."""
+    config = pairs.config("runs/x", mesh)
     found = plan_run(config, "v5e:2x2", compile=False).budget
     assert found.tokens == 2 * pairs.B * pairs.T
-    assert found.batch == (2 * 2 * 4 * pairs.B * pairs.T + 4 * pairs.B) / 4
+    assert found.batch == 2 * 2 * 4 * pairs.B * pairs.T / 4 + 4 * pairs.B / mesh["fsdp"]
     assert found.model_flops == 3 * config.model.flops_per_token(pairs.T) * found.tokens
 
 
