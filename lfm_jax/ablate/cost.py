@@ -24,7 +24,7 @@ from lfm_jax.config import ModelConfig
 from lfm_jax.model import LFM, abstract_model, param_traits
 from lfm_jax.pretrain.objective import next_token_training
 from lfm_jax.state import State, at_context, init_state
-from lfm_jax.train.objective import Batch
+from lfm_jax.train.objective import DeviceBatch
 from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lfm_jax.train.state import TrainState
 from lfm_jax.train.step import Training
@@ -153,7 +153,7 @@ def _tokens(config: ModelConfig, B: int, T: int) -> np.ndarray:
 @functools.lru_cache(maxsize=2)
 def _train_program(
     config: ModelConfig, optimizer: OptimizerConfig, loss_chunk: int
-) -> tuple[Training, Callable[[TrainState, Batch], tuple[TrainState, Any]]]:
+) -> tuple[Training, Callable[[TrainState, DeviceBatch], tuple[TrainState, Any]]]:
     """(what is trained, its jitted step)."""
     still = dataclasses.replace(optimizer, peak_lr=STILL_LR)
     steps = 2 * (still.warmup_steps + still.decay_steps) + 1000

@@ -29,8 +29,8 @@ from lfm_jax.kernels.logprobs import token_scores
 from lfm_jax.model import LFM, param_traits
 from lfm_jax.pretrain.objective import next_token_training
 from lfm_jax.train.checkpoint import CheckpointManager
-from lfm_jax.train.driver import DivergedError, Driver, Metrics, Pace, Parts, Stop, Watch
-from lfm_jax.train.objective import Batch
+from lfm_jax.train.driver import DivergedError, Driver, Pace, Parts, Stop, Watch
+from lfm_jax.train.objective import DeviceBatch, Metrics
 from lfm_jax.train.optimizer import make_optimizer
 from lfm_jax.train.state import TrainState
 
@@ -135,12 +135,12 @@ class Trainer:
     def _stack(self, trees: Sequence[Any]) -> Any:
         return trees[0] if len(trees) == 1 else jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
-    def _step(self, seeds: Sequence[int]) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    def _step(self, seeds: Sequence[int]) -> Callable[..., tuple[TrainState, Metrics]]:
         return self._one_step if len(seeds) == 1 else self._many_steps
 
     def _train_step(
-        self, state: TrainState, batch: Batch, peak_lr: jax.Array
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        self, state: TrainState, batch: DeviceBatch, peak_lr: jax.Array
+    ) -> tuple[TrainState, Metrics]:
         # Scaling last, with the state of the optimizer as it is without.
         optimizer = self._training.optimizer
 
@@ -179,11 +179,11 @@ class Trainer:
         return result
 
     @cached_property
-    def _evaluate(self) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+    def _evaluate(self) -> Callable[[Any, DeviceBatch], tuple[jax.Array, jax.Array]]:
         """(negative log-likelihood in nats [B, T], whether the likeliest token is the target [B, T])."""
         graphdef, chunk = self._training.graphdef, self._study.loss_chunk
 
-        def evaluate(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        def evaluate(params: Any, batch: DeviceBatch) -> tuple[jax.Array, jax.Array]:
             model = nnx.merge(graphdef, params)
             hidden_BTD, _ = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
             scores = token_scores(hidden_BTD, model.head_VD, batch["targets"], chunk=chunk)

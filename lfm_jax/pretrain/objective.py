@@ -13,7 +13,7 @@ from lfm_jax.config import ModelConfig
 from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.model import LFM
 from lfm_jax.train.loss import cross_entropy
-from lfm_jax.train.objective import Batch, BatchArray, Terms
+from lfm_jax.train.objective import BatchArray, DeviceBatch, Terms
 from lfm_jax.train.step import Training
 
 
@@ -37,14 +37,14 @@ class NextToken:
     def tokens(self, T: int) -> int:
         return T
 
-    def weight(self, batch: Batch) -> jax.Array:
+    def weight(self, batch: DeviceBatch) -> jax.Array:
         return jnp.sum(batch["targets"] != LOSS_IGNORE, dtype=jnp.float32)
 
-    def real_tokens(self, batch: Batch) -> jax.Array | int:
+    def real_tokens(self, batch: DeviceBatch) -> jax.Array | int:
         ids = batch["segment_ids"]
         return batch["tokens"].size if ids is None else jnp.sum(ids != 0, dtype=jnp.float32)
 
-    def __call__(self, model: LFM, batch: Batch) -> Terms:
+    def __call__(self, model: LFM, batch: DeviceBatch) -> Terms:
         hidden_BTD, aux = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
         with jax.named_scope("loss"):
             loss = cross_entropy(

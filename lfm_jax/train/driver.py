@@ -19,9 +19,9 @@ import numpy as np
 from lfm_jax.data.config import DataUsedUp
 from lfm_jax.train.checkpoint import CheckpointManager, Restored
 from lfm_jax.train.goodput import Label
+from lfm_jax.train.objective import Metrics
 from lfm_jax.train.step import GuardConfig
 
-Metrics = Mapping[str, jax.Array]
 Values = Mapping[str, Any]
 
 

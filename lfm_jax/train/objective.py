@@ -1,6 +1,7 @@
 """What a run minimises, as data: the arrays of its batches, what they weigh, and a sum over them.
 
-The step, the driver, checkpoints, the planner and the ablations take any objective and know none by name.
+The step, the driver, checkpoints and the planner take any objective and know none by name. Ablations do not: each of
+their tasks is next-token prediction (`ablate/run.py`).
 
 Dimensions: B rows, T time.
 """
@@ -15,9 +16,10 @@ import jax
 
 from lfm_jax.model import LFM, Aux
 
-Batch = Mapping[str, Any]
-"""Arrays by name, B rows first (`Objective.arrays`)."""
+DeviceBatch = Mapping[str, Any]
+"""A batch as a step takes it: arrays by name, B rows first (`Objective.arrays`)."""
 Metrics = dict[str, jax.Array]
+"""What a step reports, by name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +68,15 @@ class Objective(Protocol):
         """Tokens of one row that go through the model."""
         ...
 
-    def weight(self, batch: Batch) -> jax.Array:
+    def weight(self, batch: DeviceBatch) -> jax.Array:
         """What the rows weigh together, float32 scalar of at least 0. It depends on the batch alone, so that the step
         knows it before it differentiates, however many parts it works the batch through in."""
         ...
 
-    def real_tokens(self, batch: Batch) -> jax.Array | int:
+    def real_tokens(self, batch: DeviceBatch) -> jax.Array | int:
         """Tokens of the batch that are no padding, by which `Terms.aux` are averaged."""
         ...
 
-    def __call__(self, model: LFM, batch: Batch) -> Terms:
+    def __call__(self, model: LFM, batch: DeviceBatch) -> Terms:
         """The sums over the rows of a batch."""
         ...

@@ -32,9 +32,10 @@ from lfm_jax.train.budget import budget
 from lfm_jax.train.checkpoint import CheckpointManager
 from lfm_jax.train.config import RunConfig
 from lfm_jax.train.console import Console
-from lfm_jax.train.driver import Data, Driver, Metrics, Pace, Parts, Values, Watch
+from lfm_jax.train.driver import Data, Driver, Pace, Parts, Values, Watch
 from lfm_jax.train.goodput import Label, Ledger, describe
 from lfm_jax.train.metrics import plot_curves, plot_loss, saved_step
+from lfm_jax.train.objective import Metrics
 from lfm_jax.train.profiling import Profiler, parse_profile
 from lfm_jax.train.record import Recorder
 from lfm_jax.train.step import Training

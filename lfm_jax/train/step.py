@@ -26,7 +26,7 @@ from lfm_jax.problems import raise_problems
 from lfm_jax.sharding import is_sharded, spec, spec_of
 from lfm_jax.stacking import unit_layers
 from lfm_jax.train import state as states
-from lfm_jax.train.objective import Batch, Metrics, Objective
+from lfm_jax.train.objective import DeviceBatch, Metrics, Objective
 from lfm_jax.train.state import Guard, TrainState
 
 GUARD_MEMORY = 0.98
@@ -114,20 +114,20 @@ class Training:
 
     # ---------------------------------------------------------------- programs
 
-    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(self, state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
         """`train_step` of this training."""
         return train_step(self, state, batch)
 
-    def compiled_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    def compiled_step(self) -> Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]]:
         """The step jitted, the old state donated."""
         return jax.jit(self.step, donate_argnums=0)
 
-    def evaluate(self, weights: tuple[Any, Any], batch: Batch) -> tuple[Metrics, jax.Array]:
+    def evaluate(self, weights: tuple[Any, Any], batch: DeviceBatch) -> tuple[Metrics, jax.Array]:
         """(sums, weight) of the objective over a batch; `weights` are the (params, frozen) of a state."""
         terms = self.objective(nnx.merge(self.graphdef, states.merged(*weights)), batch)
         return terms.sums, self.objective.weight(batch)
 
-    def compiled_evaluate(self) -> Callable[[tuple[Any, Any], Batch], tuple[Metrics, jax.Array]]:
+    def compiled_evaluate(self) -> Callable[[tuple[Any, Any], DeviceBatch], tuple[Metrics, jax.Array]]:
         return jax.jit(self.evaluate)
 
     @cached_property
@@ -136,7 +136,7 @@ class Training:
         return abstract_model(self.model, stacked=self.model.scan_layers)[0]
 
 
-def train_step(training: Training, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+def train_step(training: Training, state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
     """One optimizer step on the mean of the objective over the batch.
 
     The batch is cut into `micro_batches` of equal rows (row r belongs to part r modulo micro_batches, so that over a
@@ -159,7 +159,7 @@ def train_step(training: Training, state: TrainState, batch: Batch) -> tuple[Tra
 
     tokens = jnp.asarray(objective.real_tokens(batch), jnp.float32)
 
-    def scaled(params: Any, part: Batch) -> tuple[jax.Array, tuple[Metrics, Aux]]:
+    def scaled(params: Any, part: DeviceBatch) -> tuple[jax.Array, tuple[Metrics, Aux]]:
         terms = objective(nnx.merge(training.graphdef, states.merged(params, state.frozen)), part)
         total, of_layers = scale * terms.total, terms.aux.loss
         if of_layers is not None:
@@ -171,7 +171,7 @@ def train_step(training: Training, state: TrainState, batch: Batch) -> tuple[Tra
         grads, (means, aux) = grad_fn(state.params, batch)
     else:
 
-        def add(carry: Any, part: Batch) -> tuple[Any, None]:
+        def add(carry: Any, part: DeviceBatch) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, carry, grad_fn(state.params, part)), None
 
         parts = jax.tree.map(lambda x: _split_rows(x, micro_batches), dict(batch))
