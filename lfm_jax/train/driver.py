@@ -88,7 +88,7 @@ class Pace:
 
 
 class Watch:
-    """Is told what the driver does. This one keeps nothing; those that do override what they need."""
+    """Receives the driver's events. This base class ignores them; subclasses override what they need."""
 
     def note(self, text: str) -> None:
         """A line for a person."""
@@ -122,8 +122,8 @@ class Watch:
     def saved(self, step: int, seconds: float) -> None:
         """A checkpoint was begun, which held up the loop for so long."""
 
-    def rolled_back(self, step: int, updates: int, came_from: int, rollbacks: int) -> None:
-        """The run goes on from `step` again, whose state has had so many updates."""
+    def rolled_back(self, step: int, state: Any, came_from: int, rollbacks: int) -> None:
+        """The run goes on from `step` again, with the state that it had there."""
 
 
 class Driver:
@@ -257,10 +257,9 @@ class Driver:
         self._pending.clear()
         self.state = None  # Its memory is needed.
         with self._watch.doing("restart"):
-            found = manager.restore_latest(self.parts.abstract())
-            self._go_to(found)
+            self._go_to(manager.restore_latest(self.parts.abstract()))
         self._skipped_in_row, self._save_due = 0, False
-        self._watch.rolled_back(self.step, int(found.state.guard.made), step, self._rollbacks)
+        self._watch.rolled_back(self.step, self.state, step, self._rollbacks)
         self._watch.warn(f"{what}: back to the checkpoint of step {self.step}; the data behind it is passed over")
 
     def _stop(self) -> None:

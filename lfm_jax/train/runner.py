@@ -302,7 +302,7 @@ class _Evaluation:
 
 
 class _Voice(Watch):
-    """Passes on what is said."""
+    """Shows the driver's notes and warnings on the console."""
 
     def __init__(self, console: Console):
         self._console = console
@@ -349,9 +349,9 @@ class _RunWatch(_Voice):
         self._ledger.saved(step)
         self._recorder.write(step, {"checkpoint_blocked_seconds": seconds, "goodput": self._ledger.goodput})
 
-    def rolled_back(self, step: int, updates: int, came_from: int, rollbacks: int) -> None:
+    def rolled_back(self, step: int, state: states.TrainState, came_from: int, rollbacks: int) -> None:
         self._ledger.undo(step)
-        self._recorder.rewind(step, updates)
+        self._recorder.rewind(step, int(state.guard.made))
         # Under the first step done again, so that a kill before the next checkpoint undoes the record too.
         self._recorder.write(step + 1, {"rolled_back_from": came_from, "rollbacks": rollbacks})
         self._console.restart_clock()
