@@ -154,9 +154,9 @@ class Study:
     """The base; its layer_types follow from `pattern`, its vocab_size from the task."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(warmup_steps=0))
     guard: GuardConfig = dataclasses.field(default_factory=lambda: GuardConfig(spike=0.0))
-    """Which updates are skipped; a run that skips max_in_row of them in a row has failed: it never goes back, and
-    max_rollbacks says nothing here. No spike counts as one by default: a model that leaves a plateau, as all do that
-    learn to recall, has gradients ten times those before, and skipping these would hold it there."""
+    """Which updates are skipped; a run that skips max_in_row of them in a row has failed. Studies do not use
+    max_rollbacks. No spike counts as one by default: a model that leaves a plateau, as all do that learn to recall, has
+    gradients ten times those before, and skipping these would hold it there."""
     loss_chunk: int = 2048
     """Tokens whose logits are in memory at one time in a training step."""
     seeds_at_once: int = 1
