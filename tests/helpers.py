@@ -11,6 +11,7 @@ from flax import nnx
 from hypothesis import strategies as st
 
 from lfm_jax import LFM
+from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.model import param_traits
 from lfm_jax.testing import tiny_config
 from lfm_jax.train.optimizer import make_optimizer
@@ -156,3 +157,13 @@ def batches(B, T):
 
 def tokens_like(shape, seed, low=1, high=97):
     return np.random.default_rng(seed).integers(low, high, shape).astype(np.int32)
+
+
+def reference_cross_entropy(hidden_BTD, table_VD, targets_BT):
+    """The total of `train.loss.cross_entropy` without a z-loss, with all logits in memory."""
+    logits_BTV = jnp.einsum(
+        "BTD,VD->BTV", hidden_BTD, table_VD.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32
+    )
+    log_p_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
+    picked_BT = jnp.take_along_axis(log_p_BTV, jnp.maximum(targets_BT, 0)[:, :, None], axis=-1)[:, :, 0]
+    return -jnp.sum(jnp.where(targets_BT != LOSS_IGNORE, picked_BT, 0.0))

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.kernels.logprobs import CHUNK, as_used, chunk_gradients, on_mesh, pull_back, score_chunk, split
 from lfm_jax.sharding import axis_names, is_sharded, over_mesh
 from lfm_jax.weight_kinds import WeightKind
@@ -25,15 +24,13 @@ class Loss(NamedTuple):
     """What to differentiate: nll plus the z-loss; float32 scalar."""
     nll: jax.Array
     """Negative log-likelihood in nats, float32 scalar; carries no gradient."""
-    count: jax.Array
-    """Targets that count, int32 scalar."""
 
 
 def cross_entropy(
     hidden_BTD: jax.Array, table_VD: jax.Array | WeightKind, targets_BT: jax.Array, *, chunk: int = CHUNK,
     z_loss: float = 0.0,
 ) -> Loss:
-    """Summed negative log-likelihood in nats and the number of targets that count.
+    """Negative log-likelihood in nats, summed over the targets that count.
 
     Works on `chunk` tokens at a time on each device, so the largest array is [chunk, V] float32. Under
     differentiation the gradients of a chunk are made while its logits are at hand and the logits are
@@ -63,14 +60,13 @@ def cross_entropy(
         return _summed_loss(hidden_XCD, table_VD, targets_XC, _How(z_loss, vocab))
 
     if not is_sharded(hidden_BTD):
-        return Loss(*sums(hidden_BTD, table_VD, targets_BT), _count(targets_BT))
+        return Loss(*sums(hidden_BTD, table_VD, targets_BT))
     args, specs, (tokens, vocab) = on_mesh(hidden_BTD, table_VD, targets_BT)
 
-    def shard(**args: jax.Array) -> tuple[jax.Array, ...]:
-        found = jax.lax.psum(sums(**args, vocab=vocab), tokens + axis_names(vocab))
-        return *found, jax.lax.psum(_count(args["targets_BT"]), tokens)
+    def shard(**args: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.lax.psum(sums(**args, vocab=vocab), tokens + axis_names(vocab))
 
-    return Loss(*over_mesh(shard, args, specs, (P(), P(), P())))
+    return Loss(*over_mesh(shard, args, specs, (P(), P())))
 
 
 class _How(NamedTuple):
@@ -79,23 +75,6 @@ class _How(NamedTuple):
     z_loss: float
     vocab: str | None
     """The mesh axis that the vocabulary is split over."""
-
-
-def _count(targets_BT: jax.Array) -> jax.Array:
-    return jnp.sum(targets_BT != LOSS_IGNORE, dtype=jnp.int32)
-
-
-def reference_cross_entropy(
-    hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """What `cross_entropy` computes, with all logits in memory: the reference for its test."""
-    logits_BTV = jnp.einsum(
-        "BTD,VD->BTV", hidden_BTD, table_VD.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32
-    )
-    log_p_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
-    kept_BT = targets_BT != LOSS_IGNORE
-    picked_BT = jnp.take_along_axis(log_p_BTV, jnp.maximum(targets_BT, 0)[:, :, None], axis=-1)[:, :, 0]
-    return -jnp.sum(jnp.where(kept_BT, picked_BT, 0.0)), jnp.sum(kept_BT, dtype=jnp.int32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
