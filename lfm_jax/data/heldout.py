@@ -18,18 +18,16 @@ from collections.abc import Sequence
 from lfm_jax.data.sources import SourceFile
 
 
-def split_files(
-    files: Sequence[SourceFile], heldout_fraction: float, seed: int = 0
-) -> tuple[list[SourceFile], list[SourceFile]]:
+def split_files(files: Sequence[SourceFile], heldout_fraction: float) -> tuple[list[SourceFile], list[SourceFile]]:
     """(training files, held-out files), each in the given order.
 
-    A file is held out when a hash of its name and the seed, uniform in [0, 1), is below the fraction, so a
-    file stays on its side when others come or go. A fraction of 0 holds out none.
+    A file is held out when a hash of its name, uniform in [0, 1), is below the fraction, so a file stays on its side
+    when others come or go. A fraction of 0 holds out none.
 
     Raises:
       ValueError: a side would be empty though the fraction asks for both.
     """
-    ranks = [_rank(file.name, seed) for file in files]
+    ranks = [_rank(file.name) for file in files]
     train = [file for file, rank in zip(files, ranks, strict=True) if rank >= heldout_fraction]
     heldout = [file for file, rank in zip(files, ranks, strict=True) if rank < heldout_fraction]
     if heldout_fraction > 0 and not (train and heldout):
@@ -51,8 +49,8 @@ def _working_fraction(ranks: list[float]) -> str:
     return f", or to {fraction} to hold out one" if fraction < distinct[1] else ""
 
 
-def _rank(name: str, seed: int) -> float:
-    digest = hashlib.blake2b(b"%d/" % seed + os.fsencode(name), digest_size=7).digest()
+def _rank(name: str) -> float:
+    digest = hashlib.blake2b(b"0/" + os.fsencode(name), digest_size=7).digest()
     return int.from_bytes(digest, "big") / 2**56
 
 

@@ -32,10 +32,10 @@ LEAST_ROWS = 16
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
-@functools.partial(jax.jit, static_argnames=("block", "programs", "warps", "stages", "interpret"))
+@functools.partial(jax.jit, static_argnames=("block", "programs", "interpret"))
 def attend_slots(
     q_BNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, first_B: jax.Array, stop_B: jax.Array, *,
-    block: int = BLOCK, programs: int = PROGRAMS, warps: int = WARPS, stages: int = STAGES, interpret: bool = False,
+    block: int = BLOCK, programs: int = PROGRAMS, interpret: bool = False,
 ) -> jax.Array:
     """Softmax attention to the slots [first, stop) of each row, scale H ** -0.5, softmax in float32; no derivative.
 
@@ -44,7 +44,7 @@ def attend_slots(
       k_BSKH, v_BSKH: of q's dtype. Nothing else is read than the blocks that hold the slots; values there must be
         finite.
       first_B, stop_B: int32.
-      block, programs, warps, stages: of the kernel; only its speed depends on them.
+      block, programs: of the kernel; only its speed depends on them.
       interpret: on any platform, for tests.
 
     Returns:
@@ -71,7 +71,7 @@ def attend_slots(
             jax.ShapeDtypeStruct((B, K, J, G), jnp.float32),
             jax.ShapeDtypeStruct((B, K, J, G), jnp.float32),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=STAGES),
         interpret=interpret,
         name="attend_slots",
     )(q_BNH.reshape(B, K, G, H), k_BSKH, v_BSKH, first_B, stop_B)

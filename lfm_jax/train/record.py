@@ -34,7 +34,7 @@ class Recorder:
         self, config: RunConfig, run_dir: Path, console: Console, ledger: Ledger, *, resume_step: int, updates: int,
         main: bool,
     ):
-        self._config, self._run_dir, self._console, self._ledger = config, run_dir, console, ledger
+        self._run_dir, self._console, self._ledger = run_dir, console, ledger
         self._schedule = learning_rate(config.optimizer, config.steps)
         self._updates = updates
         self._flops_per_token = training_flops_per_token(config.training(), config.seq_len)

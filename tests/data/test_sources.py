@@ -87,24 +87,25 @@ FILES = st.lists(st.text("abc/", min_size=1, max_size=8), min_size=2, max_size=6
 @given(FILES, st.data())
 def test_split_is_stable_when_other_files_go(files, data):
     try:
-        train, heldout = split_files(files, 0.4, seed=1)
+        train, heldout = split_files(files, 0.4)
     except ValueError:
         return
     assert sorted(train + heldout) == sorted(files)
     kept = data.draw(st.lists(st.sampled_from(files), unique=True, min_size=2))
     try:
-        some_train, some_heldout = split_files(kept, 0.4, seed=1)
+        some_train, some_heldout = split_files(kept, 0.4)
     except ValueError:
         return
     assert set(some_train) <= set(train)
     assert set(some_heldout) <= set(heldout)
 
 
-def test_split_holds_out_about_the_fraction_and_depends_on_the_seed():
+def test_split_holds_out_about_the_fraction():
     files = [SourceFile(Path(f"/{i}.txt"), f"{i}.txt") for i in range(2000)]
-    _, heldout = split_files(files, 0.1, seed=0)
+    _, heldout = split_files(files, 0.1)
     assert 140 <= len(heldout) <= 260
-    assert split_files(files, 0.1, seed=1)[1] != heldout
+    # For good: a run that goes on must not learn from what it was measured on.
+    assert [file.name for file in heldout[:4]] == ["10.txt", "12.txt", "15.txt", "19.txt"]
     assert split_files(files, 0.0) == (files, [])
 
 
