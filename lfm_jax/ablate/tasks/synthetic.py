@@ -11,12 +11,12 @@ from __future__ import annotations
 import abc
 import dataclasses
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from lfm_jax.data.batch import LOSS_IGNORE, Batch
+from lfm_jax.data.batch import Batch, Row, batches_of
 from lfm_jax.problems import raise_problems
 
 if TYPE_CHECKING:
@@ -169,7 +169,8 @@ def train_batches(task: SyntheticTask, seed: int) -> grain.DatasetIterator:
     if seed < 0:
         raise ValueError(f"seed is {seed}; it must not be negative")
     rows = grain.MapDataset.source(_TrainRows(task, seed))
-    batches = rows.batch(task.batch_size, drop_remainder=True, batch_fn=lambda rows: _batch(rows, task.batch_size))
+    B = task.batch_size
+    batches = rows.batch(B, drop_remainder=True, batch_fn=lambda rows: next(batches_of(rows, B)))
     endless = batches.repeat().to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH))
     return iter(endless)
 
@@ -180,10 +181,9 @@ def heldout_batches(task: SyntheticTask) -> Iterator[tuple[Variant, Batch]]:
     """
     for variant in task.variants():
         words = (_HELDOUT, _word(type(task).__name__), _word(variant.curve), variant.x)
-        for start in range(0, task.heldout_rows, task.batch_size):
-            numbers = range(start, min(start + task.batch_size, task.heldout_rows))
-            rows = [task.row(np.random.default_rng((*words, i)), variant) for i in numbers]
-            yield variant, _batch(rows, task.batch_size)
+        rows = (_row(task, (*words, i), variant) for i in range(task.heldout_rows))
+        for batch in batches_of(rows, task.batch_size):
+            yield variant, batch
 
 
 class _TrainRows:
@@ -196,9 +196,9 @@ class _TrainRows:
     def __len__(self) -> int:
         return NUM_ROWS
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> Row:
         # The seed comes last: it may be of several words, and all before it are of one.
-        return self._task.row(np.random.default_rng((*self._words, int(index), self._seed)), None)
+        return _row(self._task, (*self._words, int(index), self._seed), None)
 
 
 def _word(name: str) -> int:
@@ -206,17 +206,11 @@ def _word(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
-def _batch(rows: Sequence[tuple[np.ndarray, np.ndarray]], batch_size: int) -> Batch:
-    """Rows as a batch of B, those that are missing padded."""
-    tokens_BT, targets_BT = (np.stack(column) for column in zip(*rows, strict=True))
-    short, T = batch_size - len(rows), tokens_BT.shape[1]
-    segment_ids_BT = np.ones_like(tokens_BT)
-    positions_BT = np.broadcast_to(np.arange(T, dtype=np.int32), tokens_BT.shape)
-    whole = {"tokens": tokens_BT, "targets": targets_BT, "segment_ids": segment_ids_BT, "positions": positions_BT}
-    if not short:
-        return whole | {"positions": positions_BT.copy()}
-    fill = {"targets": LOSS_IGNORE}
-    return {key: np.pad(x, ((0, short), (0, 0)), constant_values=fill.get(key, 0)) for key, x in whole.items()}
+def _row(task: SyntheticTask, seed: tuple[int, ...], variant: Variant | None) -> Row:
+    """A row as batches are made of them: one document, without padding."""
+    tokens_T, targets_T = task.row(np.random.default_rng(seed), variant)
+    positions_T = np.arange(len(tokens_T), dtype=np.int32)
+    return {"tokens": tokens_T, "targets": targets_T, "segment_ids": np.ones_like(tokens_T), "positions": positions_T}
 
 
 def _is_count(value: Any, least: int) -> bool:
