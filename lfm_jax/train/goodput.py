@@ -15,7 +15,6 @@ Every moment since the run's first start has one label, so the labels always add
 from __future__ import annotations
 
 import json
-import os
 import queue
 import threading
 import time
@@ -25,6 +24,8 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from lfm_jax.files import write_whole
 
 LEDGER = "goodput.json"
 Label = Literal["step", "lost", "compile", "data", "checkpoint", "eval", "restart", "other"]
@@ -187,10 +188,8 @@ class Ledger:
             self._written = self._since
             content = {"first_start": self._first_start, "starts": self._starts, "seconds": self._seconds,
                        "marks": self._marks}
-            partial = self._path.with_suffix(".partial")
             try:
-                partial.write_text(json.dumps(content, indent=1))
-                os.replace(partial, self._path)
+                write_whole(self._path, json.dumps(content, indent=1))
             except OSError as error:  # A run is worth more than its ledger.
                 warnings.warn(f"{self._path} cannot be written ({error}); goodput is not kept on", stacklevel=3)
                 self._path = None
