@@ -152,8 +152,7 @@ def shardings(abstract: Any, axes: Any) -> Any:
         return jax.tree.map(leaf, w, w.axes(names) if isinstance(w, WeightKind) else names)
 
     tree = jax.tree.map(weight, axes, abstract, is_leaf=lambda x: type(x) is tuple)
-    if problems:
-        raise ValueError("the mesh does not fit the model:\n" + "\n".join(f"  - {p}" for p in problems))
+    raise_problems("the mesh does not fit the model", list(problems))
     return tree
 
 

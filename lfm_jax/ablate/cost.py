@@ -23,6 +23,7 @@ from lfm_jax.bench.timing import conditions, interleave
 from lfm_jax.config import ModelConfig
 from lfm_jax.model import LFM, abstract_model, param_traits
 from lfm_jax.pretrain.objective import next_token_training
+from lfm_jax.problems import raise_problems
 from lfm_jax.state import State, at_context, init_state
 from lfm_jax.train.objective import DeviceBatch
 from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -129,8 +130,7 @@ def _check(
                      for what, length in lengths if length > model.max_position]
     if repeats < 1:
         problems.append(f"repeats is {repeats}; it must be at least 1")
-    if problems:
-        raise ValueError("costs cannot be measured:\n" + "\n".join(f"  - {p}" for p in dict.fromkeys(problems)))
+    raise_problems("costs cannot be measured", list(dict.fromkeys(problems)))
 
 
 def _conditions() -> str:

@@ -21,6 +21,7 @@ from lfm_jax.ablate.pattern import (
 )
 from lfm_jax.ablate.study import Study
 from lfm_jax.config import LayerType, ModelConfig
+from lfm_jax.problems import raise_problems
 from lfm_jax.train.optimizer import learning_rate
 
 BASE = "base"
@@ -83,8 +84,7 @@ def points(study: Study) -> list[Point]:
             budget = settings.get("train_flops")
             if all((point.model, budget) != (other.model, other.settings.get("train_flops")) for other in found):
                 found.append(point)
-    if problems:
-        raise ValueError("points of the study are not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+    raise_problems("points of the study are not valid", problems)
     return found
 
 

@@ -43,6 +43,7 @@ from lfm_jax.ablate.study import Study
 from lfm_jax.ablate.tasks.task import Task, open_task
 from lfm_jax.config import ModelConfig
 from lfm_jax.files import locked, say, write_whole
+from lfm_jax.problems import raise_problems
 from lfm_jax.train.launch import FAILED, STOPPED
 
 if TYPE_CHECKING:
@@ -107,8 +108,7 @@ class AblateConfig(Call):
             i, _, n = self.index.partition("/")
             if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
                 problems.append(f"index is {self.index!r}; write I/N with I from 0 to N - 1")
-        if problems:
-            raise ValueError("the flags of lfm ablate are not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise_problems("the flags of lfm ablate are not valid", problems)
 
 
 def ablate(config: AblateConfig, args: Sequence[str] = ()) -> int:
@@ -169,8 +169,7 @@ class Work:
                     trials.append(make_trial(self.study, point, self.points[0], name, task))
                 except ValueError as error:
                     problems.append(f"{point.name} on {name}: {error}")
-        if problems:
-            raise ValueError("points of the study cannot be used:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise_problems("points of the study cannot be used", problems)
         return trials
 
     # ---------------------------------------------------------------- what belongs to what

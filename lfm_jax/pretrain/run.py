@@ -23,6 +23,7 @@ from lfm_jax.data.corpora import make_tokenizer, open_corpus
 from lfm_jax.data.corpora.corpus import check_lasts
 from lfm_jax.files import write_whole
 from lfm_jax.pretrain.config import TrainConfig
+from lfm_jax.problems import raise_problems
 from lfm_jax.text.codec import check_tokenizer
 from lfm_jax.text.tokenizer import TOKENIZER_FILE, load_tokenizer
 from lfm_jax.train import processes
@@ -101,10 +102,10 @@ def _weights_of(config: TrainConfig) -> Any:
 
     assert config.init_from is not None
     model, _ = load(config.init_from)
-    differing = differences(recipe.to_plain(model.config), recipe.to_plain(config.model), NUMERICS)
-    if differing:
-        lines = "".join(f"\n  - {line}" for line in differing)
-        raise ValueError(f"init_from {config.init_from} holds another model; make these model fields equal:{lines}")
+    raise_problems(
+        f"init_from {config.init_from} holds another model; make these model fields equal",
+        differences(recipe.to_plain(model.config), recipe.to_plain(config.model), NUMERICS),
+    )
     weights = nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
     return jax.tree.map(lambda x: np.asarray(x.astype(config.model.param_dtype)), weights)
 

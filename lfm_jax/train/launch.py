@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import IO, Literal
 
 from lfm_jax.files import say
+from lfm_jax.problems import raise_problems
 from lfm_jax.train.children import Children
 
 STOPPED = 130
@@ -72,8 +73,7 @@ class Launch:
         explicit = (self.coordinator, self.num_processes, self.process_id)
         if any(value is not None for value in explicit) and None in explicit:
             problems.append("coordinator, num_processes and process_id go together; give all three or none")
-        if problems:
-            raise ValueError("the launch flags are not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise_problems("the launch flags are not valid", problems)
 
     @property
     def many(self) -> bool:

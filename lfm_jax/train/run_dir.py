@@ -8,6 +8,7 @@ from typing import Any
 from lfm_jax import recipe
 from lfm_jax.config import ModelConfig
 from lfm_jax.files import write_whole
+from lfm_jax.problems import raise_problems
 from lfm_jax.train.config import RunConfig
 from lfm_jax.train.optimizer import OptimizerConfig
 
@@ -51,9 +52,7 @@ def check_resumable(config: RunConfig, saved: dict[str, Any], step: int) -> list
     if "guard" not in saved:
         problems.append("it was made by an older version, whose checkpoints hold less; go on in a new run_dir with "
                         f"init_from {config.run_dir}")
-    if problems:
-        lines = "".join(f"\n  - {p}" for p in problems)
-        raise ValueError(f"run_dir {config.run_dir} holds another run; choose a new run_dir or restore:{lines}")
+    raise_problems(f"run_dir {config.run_dir} holds another run; choose a new run_dir or restore", problems)
     if config.steps < step:
         raise ValueError(f"steps is {config.steps}, but run_dir {config.run_dir} is at step {step}; raise steps")
     changed = [f"optimizer.{line}" for line in differences(saved["optimizer"], plain["optimizer"])]
