@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from lfm_jax.ablate.tasks.task import Task
 from lfm_jax.kernels.logprobs import token_scores
 from lfm_jax.model import LFM, param_traits
 from lfm_jax.pretrain.objective import next_token_training
-from lfm_jax.train.checkpoint import CheckpointManager
+from lfm_jax.train.checkpoint import CHECKPOINTS, CheckpointManager
 from lfm_jax.train.driver import DivergedError, Driver, Pace, Parts, Stop, Watch
 from lfm_jax.train.objective import DeviceBatch, Metrics
 from lfm_jax.train.optimizer import make_optimizer
@@ -96,6 +97,9 @@ class Trainer:
             driver.run(stop, progress)
         finally:
             manager.close()
+            with suppress(OSError):  # It holds a checkpoint.
+                (directory / CHECKPOINTS).rmdir()
+                directory.rmdir()
         if driver.step < self._trial.steps:
             raise StoppedError
         params = driver.state.params

@@ -163,6 +163,7 @@ def test_a_run_that_diverges_has_failed(tmp_path):
     (failed,) = [r for r in results(hot) if r["kind"] == "run"]
     assert "updates in a row were skipped" in failed["error"]
     assert failed["score"] is None
+    assert not list(Path(hot.directory).rglob("*.saved"))  # Nothing was saved.
 
 
 def test_leaving_a_plateau_is_no_spike(finished):
