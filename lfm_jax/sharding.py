@@ -161,9 +161,9 @@ def check_divides(B: int, T: int, micro_batches: int, mesh: Mesh | AbstractMesh)
     rows, context = mesh.shape["data"] * mesh.shape["fsdp"] * micro_batches, mesh.shape["context"]
     problems = []
     if B % rows:
-        problems.append(f"data.batch_size {B} is not a multiple of mesh.data x mesh.fsdp x micro_batches = {rows}")
+        problems.append(f"a batch of {B} rows is not a multiple of mesh.data x mesh.fsdp x micro_batches = {rows}")
     if T % context:
-        problems.append(f"data.seq_len {T} is not a multiple of mesh.context = {context}")
+        problems.append(f"a row of {T} tokens is not a multiple of mesh.context = {context}")
     if problems:
         raise ValueError(f"{' and '.join(problems)}; the mesh is {dict(mesh.shape)}")
 

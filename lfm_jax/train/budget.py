@@ -275,8 +275,8 @@ _ADVICE = {
     "parameters": "raise mesh.fsdp (or mesh.tensor)",
     "optimizer": "raise mesh.fsdp (or mesh.tensor)",
     "gradients": "raise mesh.fsdp (or mesh.tensor), or set micro_batches to 1",
-    "batch": "lower data.batch_size, or raise mesh.data",
-    "activations": "set model.remat to full, raise micro_batches, raise mesh.context, or lower data.batch_size",
+    "batch": "take fewer rows a batch, or raise mesh.data",
+    "activations": "set model.remat to full, raise micro_batches, raise mesh.context, or take fewer rows a batch",
     "working": "lower loss_chunk, raise mesh.tensor, or raise micro_batches",
     "temporaries": "set model.remat to full, raise micro_batches, lower loss_chunk, or raise mesh.context",
 }

@@ -34,8 +34,8 @@ class RunConfig(abc.ABC):
     steps: int
     """Optimizer steps in all; with `train_minutes`, at most."""
     train_minutes: float | None = None
-    """Minutes that the steps shall take: a new run times its first steps and then fixes how many there will be. A
-    resumed run keeps that number."""
+    """Time budget of the steps, in minutes. A new run times a few trial steps, discards them, and fixes the number of
+    steps that fits."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -99,9 +99,9 @@ class RunConfig(abc.ABC):
         if self.train_minutes is not None and not self.train_minutes > 0:
             problems.append(f"train_minutes is {self.train_minutes}; it must be above 0")
         if self.micro_batches >= 1 and self.rows % self.micro_batches:
-            problems.append(f"data.batch_size {self.rows} is not a multiple of micro_batches {self.micro_batches}")
+            problems.append(f"a batch of {self.rows} rows is not a multiple of micro_batches {self.micro_batches}")
         if self.seq_len > self.model.max_position:
-            problems.append(f"data.seq_len {self.seq_len} exceeds model.max_position {self.model.max_position}")
+            problems.append(f"rows of {self.seq_len} tokens exceed model.max_position {self.model.max_position}")
         problems += check_trackers(self.trackers)
         for check in (lambda: learning_rate(self.optimizer, max(self.steps, 1)),
                       lambda: self.profile and parse_profile(self.profile, max(self.steps, 1)),

@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_printed_and_refused(path, capsys):
 
 @pytest.mark.parametrize(("flags", "problem"), [
     (("--topology", "v5e:4x4", "--mesh.fsdp", "3"), "does not make up 16 devices"),
-    (("--topology", "cpu:8", "--data.batch_size", "4"), "batch_size 4 is not a multiple of mesh.data x mesh.fsdp"),
+    (("--topology", "cpu:8", "--data.batch_size", "4"), "batch of 4 rows is not a multiple of mesh.data x mesh.fsdp"),
     (("--topology", "cpu:8", "--efficiency", "1.5"), "efficiency is 1.5"),
     (("--topology", "moon:8"), "topology 'moon:8' is not known"),
 ])

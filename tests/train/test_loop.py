@@ -285,7 +285,8 @@ def test_bad_settings_are_listed_together(corpus, tmp_path):
     good = load(recipe(corpus, tmp_path / "x"))
     with pytest.raises(ValueError, match="not valid") as error:
         dataclasses.replace(good, steps=0, micro_batches=3, model=good.model.replace(max_position=16, eos_ids=()))
-    for part in ("steps is 0", "not a multiple of micro_batches 3", "exceeds model.max_position", "eos_ids"):
+    for part in ("steps is 0", "4 rows is not a multiple of micro_batches 3", "32 tokens exceed model.max_position 16",
+                 "eos_ids"):
         assert part in str(error.value)
 
 
