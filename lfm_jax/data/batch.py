@@ -21,7 +21,7 @@ Batch = dict[str, np.ndarray]
 Row = Mapping[str, np.ndarray]
 
 LOSS_IGNORE = -1
-"""Target that carries no loss: padding, or a token whose successor is not in the row."""
+"""Target that carries no loss: at padding, or where the next token is not learnt."""
 
 FILL = {"targets": LOSS_IGNORE}
 """What an array holds at padding, where that is not 0."""

@@ -85,7 +85,7 @@ def build_block(
     """Reads, encodes, packs and writes a block.
 
     Args:
-      advance: told of source bytes as they are read.
+      advance: called with the number of source bytes read since its last call.
 
     Raises:
       ValueError: documents cannot be read, unless they are to be skipped, or a source is gone.

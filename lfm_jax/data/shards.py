@@ -42,8 +42,8 @@ class Records(ArrayRecordDataSource):
             shard, place = self._reader_idx_and_position(record_key)
             raise ValueError(
                 f"{self._read_instructions[shard].filename}: row {place} cannot be read "
-                f"({str(error).splitlines()[0]}); `lfm data show {self._manifest.directory} --verify` tells what is "
-                "damaged, then copy it again or build again"
+                f"({str(error).splitlines()[0]}); `lfm data show {self._manifest.directory} --verify` reports what "
+                "is damaged, then copy it again or build again"
             ) from None
 
 

@@ -150,7 +150,7 @@ def on_mesh(
 ) -> tuple[dict[str, jax.Array], dict[str, P], tuple[tuple[str, ...], str | None]]:
     """For `over_mesh`: arguments, their layouts, and the mesh axes that split (tokens, vocabulary).
 
-    A kind becomes an array: how the devices share its fields is its own affair.
+    A `WeightKind` is turned into its array first, because its fields may be split in other ways.
     """
     table_VD = whole(table_VD.astype(hidden_BTD.dtype), FSDP)
     (b, t, _), v = spec_of(hidden_BTD), spec_of(table_VD)[0]

@@ -39,7 +39,7 @@ class TrainResult:
     run_dir: Path
     step: int
     steps: int
-    """Those of the config, or what `train_minutes` made of them."""
+    """Steps of the whole run: those of the config, or as many as `train_minutes` allowed."""
     heldout_loss: float | None
     """Nats per held-out token; None when the run was interrupted or nothing is held out."""
     heldout_bits_per_byte: float | None

@@ -135,7 +135,7 @@ class CheckpointManager:
         return wait_and_note
 
     def _failure(self, step: int, error: Exception) -> Exception:
-        """What to tell of a save that failed, told once."""
+        """The error to raise for a save that failed."""
         if processes.device_failed(error):  # Not the disk.
             return error
         folder = self._run_dir / CHECKPOINTS

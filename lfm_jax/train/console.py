@@ -36,7 +36,7 @@ class Console:
         self._clock: float | None = None
 
     def expect(self, steps: int) -> None:
-        """The run has so many steps after all."""
+        """Sets the number of steps, once it is known."""
         self._steps = steps
         self._progress.update(self._task, total=steps)
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind of each step: records for metrics.jsonl and the trackers, lines for the console."""
+"""What is kept of each step: records for metrics.jsonl and the trackers, lines for the console."""
 
 from __future__ import annotations
 

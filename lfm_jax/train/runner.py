@@ -85,7 +85,7 @@ class RunResult:
     run_dir: Path
     step: int
     steps: int
-    """Those of the config, or what `train_minutes` made of them."""
+    """Steps of the whole run: those of the config, or as many as `train_minutes` allowed."""
     measured: Mapping[str, float]
     """What was measured at the end; empty when the run was interrupted or nothing is held out."""
 
@@ -202,7 +202,7 @@ def _loop(
 
 
 WARM_STEPS, TIMED_STEPS = 2, 5
-"""Steps that are made and thrown away to find out how many the time allows."""
+"""Trial steps of `train_minutes` before the timing, and timed; all are discarded."""
 
 
 def _with_timed_steps(
@@ -238,14 +238,14 @@ def _with_timed_steps(
 
 
 def _with_kept_steps(config: RunConfig, manager: CheckpointManager) -> RunConfig:
-    """The config with the steps that the run has fixed before."""
+    """The config with the steps that were fixed when the run began."""
     saved = manager.latest_config() or {}
     timed = saved.get("train_minutes") is not None
     return dataclasses.replace(config, steps=saved["steps"]) if timed else config
 
 
 def _show_budget(config: RunConfig, mesh: Mesh | None, console: Console) -> None:
-    """What the run needs, before anything is made; an estimate, so it warns and does not refuse."""
+    """Shows what the run needs before anything is made. It is an estimate, so it warns and does not refuse."""
     needed = budget(config, mesh)
     console.note(str(needed))
     try:
