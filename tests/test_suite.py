@@ -27,3 +27,8 @@ def test_times_are_summed_by_file_the_heaviest_first():
     files = timing.by_file(map(json.dumps, rows))
     assert list(files) == ["b.py", "a.py"]
     assert files["a.py"] == {"own": 1.5, "children": 2.0, "programs": 5, "tests": 2}
+
+
+def test_every_file_that_was_timed_is_there():
+    files = {path.stem for pattern in ("test_*.py", "check_*.py") for path in timing.SECONDS.parent.rglob(pattern)}
+    assert set(json.loads(timing.SECONDS.read_text())) <= files
