@@ -95,52 +95,59 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Passes text through up to the first stop string, keeping back only what may still become one.
+    """Passes text through up to the first stop string, holding back only what may still become one.
 
     Of several stop strings the one that is complete first ends the text, the longest of those that are complete
     at once. How the text is cut into pieces makes no difference.
 
     Args:
-      stop: texts that end the text, looked for in what is passed on, where hidden text takes no room.
-      through_hidden: those of them that are looked for in all of the text too.
+      stop: strings that end the text, matched against the shown text.
+      through_hidden: those also matched against the text with hidden tokens included.
     """
 
     def __init__(self, stop: Sequence[str], through_hidden: Sequence[str] = ()):
         self._stop, self._through_hidden = tuple(stop), tuple(through_hidden)
+        self._longest = max(map(len, through_hidden), default=1)
         self._held = ""
+        """The end of the shown text that may still become a stop string."""
+        self._recent = ""
+        """The last characters of the whole text, one fewer than the longest of `through_hidden` has."""
         self._is_shown: list[bool] = []
-        """Of each character that is held."""
+        """Of each character of `_recent`."""
         self.stopped = False
         """A stop string was met; what follows it is dropped."""
 
     def push(self, text: str, *, hidden: bool = False) -> str:
-        """The text that can be shown now; hidden text is never among it."""
-        if self.stopped:
+        """Returns the text that can be shown now; hidden text is never part of it."""
+        if self.stopped or (hidden and not self._through_hidden):
             return ""
-        self._held += text
+        self._held += "" if hidden else text
+        self._recent += text
         self._is_shown += [not hidden] * len(text)
-        places = [i for i, is_shown in enumerate(self._is_shown) if is_shown]
-        shown = "".join(self._held[i] for i in places)
-        found = [(places[at + len(s) - 1], places[at]) for s in self._stop if (at := shown.find(s)) >= 0]
-        found += [(at + len(s) - 1, at) for s in self._through_hidden if (at := self._held.find(s)) >= 0]
+        # Every match ends in the new text: the more characters follow it, in either text, the earlier it ends.
+        found = [(at + len(s) - len(self._held), at) for s in self._stop if (at := self._held.find(s)) >= 0]
+        found += [(at + len(s) - len(self._recent), self._place(at))
+                  for s in self._through_hidden if (at := self._recent.find(s)) >= 0]
         if found:
             self.stopped = True
-            text = self._take(min(found)[1])
-            self._take(len(self._held))
+            text, self._held = self._held[: min(found)[1]], ""
             return text
-        begun = [places[-n] for s in self._stop if (n := _overlap(shown, s))]
-        begun += [len(self._held) - _overlap(self._held, s) for s in self._through_hidden]
-        return self._take(min(begun, default=len(self._held)))
-
-    def _take(self, end: int) -> str:
-        """What is shown of the held text up to `end`, which is held no longer."""
-        text = "".join(c for c, is_shown in zip(self._held[:end], self._is_shown, strict=False) if is_shown)
-        self._held, self._is_shown = self._held[end:], self._is_shown[end:]
+        begun = [len(self._held) - _overlap(self._held, s) for s in self._stop]
+        begun += [self._place(len(self._recent) - _overlap(self._recent, s)) for s in self._through_hidden]
+        shown = min(begun, default=len(self._held))
+        text, self._held = self._held[:shown], self._held[shown:]
+        old = max(len(self._recent) - self._longest + 1, 0)
+        self._recent, self._is_shown = self._recent[old:], self._is_shown[old:]
         return text
 
+    def _place(self, at: int) -> int:
+        """Returns the index in `_held` of the first shown character from `_recent[at]` on."""
+        return len(self._held) - sum(self._is_shown[at:])
+
     def finish(self) -> str:
-        """What was kept back and did not become a stop string after all."""
-        return self._take(len(self._held))
+        """Returns the text that was held back and did not become a stop string."""
+        text, self._held = self._held, ""
+        return text
 
 
 def _overlap(text: str, stop: str) -> int:

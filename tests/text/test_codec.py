@@ -79,6 +79,48 @@ def test_stop_strings_in_any_pieces(text, stop, data):
     assert matcher.stopped == stopped
 
 
+def reference_hidden(pieces, stop, through_hidden):
+    """The same with hidden text in between, from the whole text at every character."""
+    whole = [(c, hidden) for text, hidden in pieces for c in text]
+    text = "".join(c for c, hidden in whole if not hidden)
+    for end in range(len(whole) + 1):
+        everything = "".join(c for c, _ in whole[:end])
+        shown = "".join(c for c, hidden in whole[:end] if not hidden)
+        starts = [len(shown) - len(s) for s in stop if shown.endswith(s)]
+        starts += [sum(not hidden for _, hidden in whole[: end - len(s)])
+                   for s in through_hidden if everything.endswith(s)]
+        if starts:
+            return text[: min(starts)], True
+    return text, False
+
+
+@settings(max_examples=300)
+@given(st.lists(st.tuples(st.text("ab#", max_size=4), st.booleans()), max_size=12),
+       st.lists(st.text("ab#", min_size=1, max_size=5), max_size=3), st.booleans())
+def test_stop_strings_are_found_between_and_through_hidden_text(pieces, stop, hash_only):
+    through_hidden = [s for s in stop if "#" in s or not hash_only]
+    expected, stopped = reference_hidden(pieces, stop, through_hidden)
+    matcher, shown = StopStrings(stop, through_hidden), ""
+    for text, hidden in pieces:
+        shown += matcher.push(text, hidden=hidden)
+        assert expected.startswith(shown)
+    assert shown + matcher.finish() == expected
+    assert matcher.stopped == stopped
+
+
+@pytest.mark.parametrize("stop", [["e" * 256], ["e" * 250 + "<|pad|>"], ["<|pad|>" + "e" * 200, "e" * 256]])
+def test_what_a_stop_string_holds_back_does_not_grow_with_hidden_text(stop):
+    """A prefix of every stop string stays open; each push then looks at what is held, and at no more."""
+    through_hidden = [s for s in stop if "<|" in s]
+    matcher = StopStrings(stop, through_hidden)
+    for i in range(200):
+        assert matcher.push("e" if i < 100 else "<|im_end|>", hidden=i >= 100) == ""
+        held = [len(value) for value in vars(matcher).values() if isinstance(value, (str, list))]
+        assert max(held) < max(map(len, stop))
+        assert through_hidden or sum(held) <= 100
+    assert matcher.finish() == "e" * 100
+
+
 def test_reply_leaves_stop_ids_out_and_joins_characters_before_it_looks_for_stop_strings():
     tokens = tokenizer().encode("ab🦊cd", add_special_tokens=False).ids
     reply = Reply(tokenizer(), ["🦊c"], {7}, skip_special_tokens=False)
