@@ -8,10 +8,10 @@ MAX_PROBLEMS = 20
 """How many problems one error spells out."""
 
 
-def raise_problems(what: str, problems: Sequence[str]) -> None:
-    """Raises a ValueError of one line a problem, MAX_PROBLEMS at most, if there are any."""
+def raise_problems(what: str, problems: Sequence[str], most: int | None = MAX_PROBLEMS) -> None:
+    """Raises a ValueError with a line for each problem, `most` of them (None: all), if there are any."""
     if problems:
-        shown = [f"  - {problem}" for problem in problems[:MAX_PROBLEMS]]
-        if len(problems) > MAX_PROBLEMS:
-            shown.append(f"  ... and {len(problems) - MAX_PROBLEMS} more")
+        shown = [f"  - {problem}" for problem in problems[:most]]
+        if len(shown) < len(problems):
+            shown.append(f"  ... and {len(problems) - len(shown)} more")
         raise ValueError(f"{what}:\n" + "\n".join(shown))

@@ -28,9 +28,10 @@ from lfm_jax.convert import safetensors_io as files
 from lfm_jax.convert import sidecars
 from lfm_jax.convert.families import config_from_hf, config_to_hf, family_of
 from lfm_jax.convert.sidecars import chat_template
-from lfm_jax.convert.sources import Source, Spec, cast, check, common_dtype, refuse
+from lfm_jax.convert.sources import Source, Spec, cast, check, common_dtype
 from lfm_jax.convert.weights import Group, groups, leaf, misfits
 from lfm_jax.model import LFM, abstract_model
+from lfm_jax.problems import raise_problems
 from lfm_jax.weight_kinds import WeightKind
 
 if TYPE_CHECKING:
@@ -52,6 +53,13 @@ def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _groups(config: ModelConfig) -> list[Group]:
     return groups(family_of(config).weights, config)
+
+
+def _fitting_groups(config: ModelConfig, params: Any) -> list[Group]:
+    """Raises ValueError where the family's table does not make exactly these parameters."""
+    table = _groups(config)
+    raise_problems(f"the tensors of {family_of(config).name} are not this model", misfits(table, params), most=None)
+    return table
 
 
 def _check(source: Source, config: ModelConfig) -> list[str]:
@@ -77,7 +85,7 @@ def from_state_dict(state_dict: Mapping[str, Any], config: ModelConfig) -> LFM:
         name: Spec(tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in state_dict.items()
     }
     source = Source(specs, lambda name: _as_numpy(state_dict[name]))
-    refuse("the state dict is not this model", _check(source, config))
+    raise_problems("the state dict is not this model", _check(source, config), most=None)
     return _build(config, source.read)
 
 
@@ -105,9 +113,7 @@ def _as_numpy(value: Any) -> np.ndarray:
 def _build(config: ModelConfig, read: Callable[[str], np.ndarray]) -> LFM:
     """The model with every parameter read by HF name; none is initialised first."""
     graphdef, params = abstract_model(config)
-    table = _groups(config)
-    refuse(f"the tensors of {family_of(config).name} are not this model", misfits(table, params))
-    for group in table:
+    for group in _fitting_groups(config, params):
         made = group.to_leaves(cast(name, read(name), config.param_dtype) for name in group.names)
         for path, array in zip(group.paths, made, strict=True):
             *parents, last = path
@@ -118,9 +124,7 @@ def _build(config: ModelConfig, read: Callable[[str], np.ndarray]) -> LFM:
 
 def _leaves(model: LFM) -> Iterator[tuple[Group, list[jax.Array | WeightKind]]]:
     params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    table = _groups(model.config)
-    refuse(f"the tensors of {family_of(model.config).name} are not this model", misfits(table, params))
-    for group in table:
+    for group in _fitting_groups(model.config, params):
         yield group, [leaf(params, path) for path in group.paths]
 
 
@@ -184,7 +188,7 @@ def load_hf(path: str | os.PathLike, dtype: Any = None) -> tuple[LFM, Tokenizer 
     path = Path(path)
     checkpoint, problems = _inspect(path, dtype)
     tokenizer, found = sidecars.read_tokenizer(path)
-    refuse(f"cannot load {path}", problems + found)
+    raise_problems(f"cannot load {path}", problems + found, most=None)
     assert checkpoint is not None
     config = checkpoint.config
     # As in transformers, generation ends at the ids of generation_config.json.
@@ -218,7 +222,7 @@ def save_hf(
     held = Source(specs, _unreadable)
     kept, problems = common_dtype(held, None)
     problems += _check(held, model.config) + _output_problems(path, source, max_shard_bytes)
-    refuse(f"cannot save to {path}", problems)
+    raise_problems(f"cannot save to {path}", problems, most=None)
     config = model.config.replace(param_dtype=kept)
     write_hf(path, config, _arrays(model), tokenizer=tokenizer, source=source, max_shard_bytes=max_shard_bytes)
 
@@ -243,7 +247,7 @@ def convert(
     checkpoint, problems = _inspect(Path(src), dtype)
     source = src if Path(src).is_dir() else None
     problems += _output_problems(dst, source, max_shard_bytes)
-    refuse(f"cannot convert {src} to {dst}", problems)
+    raise_problems(f"cannot convert {src} to {dst}", problems, most=None)
     assert checkpoint is not None
     write_hf(dst, checkpoint.config, checkpoint.arrays(), source=source, max_shard_bytes=max_shard_bytes)
 
@@ -263,7 +267,7 @@ def write_hf(
     """
     hf = config_to_hf(config)
     specs = {name: Spec(shape, config.param_dtype) for name, shape in tensors(config).items()}
-    refuse(f"cannot write {path}", _output_problems(path, source, max_shard_bytes))
+    raise_problems(f"cannot write {path}", _output_problems(path, source, max_shard_bytes))
     with _new_directory(Path(path)) as directory:
         sidecars.write(directory, hf, tokenizer, None if source is None else Path(source))
         files.write(directory, specs, arrays, max_shard_bytes)

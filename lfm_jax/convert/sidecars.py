@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lfm_jax.convert.safetensors_io import file_problem, read_json
-from lfm_jax.convert.sources import refuse
+from lfm_jax.problems import raise_problems
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -44,7 +44,7 @@ def generation_eos_ids(directory: Path) -> list[int]:
     if not os.path.lexists(directory / GENERATION_CONFIG):
         return []
     values, problems = read_json(directory, GENERATION_CONFIG)
-    refuse(f"cannot load {directory}", problems)
+    raise_problems(f"cannot load {directory}", problems)
     eos = values.get("eos_token_id")
     return [i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int and i >= 0]
 
@@ -61,7 +61,7 @@ def chat_template(path: str | os.PathLike) -> str | None:
     directory = Path(path)
     if os.path.lexists(directory / CHAT_TEMPLATE):
         problem = file_problem(directory, CHAT_TEMPLATE)
-        refuse(f"no chat template from {path}", [] if problem is None else [problem])
+        raise_problems(f"no chat template from {path}", [] if problem is None else [problem])
         try:
             return (directory / CHAT_TEMPLATE).read_text(encoding="utf-8")
         except UnicodeDecodeError as e:
@@ -69,7 +69,7 @@ def chat_template(path: str | os.PathLike) -> str | None:
     if not os.path.lexists(directory / TOKENIZER_CONFIG):
         return None
     values, problems = read_json(directory, TOKENIZER_CONFIG)
-    refuse(f"no chat template from {path}", problems)
+    raise_problems(f"no chat template from {path}", problems)
     template = values.get("chat_template")
     if template is None or isinstance(template, str):
         return template

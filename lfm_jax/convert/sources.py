@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -113,10 +113,3 @@ def cast(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
         raise ValueError(f"{name}: {overflow} finite values of {array.dtype} are too large for {dtype}; choose "
                          "bfloat16 or float32")
     return result
-
-
-def refuse(what: str, problems: Iterable[str]) -> None:
-    """Raises one ValueError that lists every problem; does nothing if there is none."""
-    lines = [f"  - {problem}" for problem in problems]
-    if lines:
-        raise ValueError("\n".join([what + ":", *lines]))

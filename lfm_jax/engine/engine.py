@@ -31,6 +31,7 @@ from lfm_jax.engine.prefix_cache import PrefixCache
 from lfm_jax.engine.request import Continuation, EngineFullError, Event, Finish, Listener, Request
 from lfm_jax.engine.slots import Told, slot_shapes
 from lfm_jax.model import LFM
+from lfm_jax.problems import raise_problems
 
 if TYPE_CHECKING:
     from lfm_jax.structured.grammar import Matcher
@@ -150,8 +151,7 @@ class Engine:
         elif request.grammar is not None and not set(request.grammar.tokenizer.eos_ids) <= set(stop_ids):
             problems.append(f"grammar ends texts with {request.grammar.tokenizer.eos_ids}; stop_ids {tuple(stop_ids)} "
                             "must name these too")
-        if problems:
-            raise ValueError("the engine cannot take this request:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise_problems("the engine cannot take this request", problems)
 
     def _pools_for(self, request: Request) -> list[Pool]:
         """One on each replica."""

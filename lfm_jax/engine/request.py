@@ -93,8 +93,7 @@ class Request:
                               ("logit_bias", list(self.logit_bias)))
             if (bad := [i for i in ids if not 0 <= i < V])
         ]
-        if problems:
-            raise ValueError("Request does not fit the model:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise_problems("Request does not fit the model", problems)
 
 
 def _ids(prompt: Sequence[int]) -> list[int] | None:

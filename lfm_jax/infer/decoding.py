@@ -17,6 +17,7 @@ from flax import nnx
 
 from lfm_jax.config import ModelConfig
 from lfm_jax.model import LFM
+from lfm_jax.problems import raise_problems
 from lfm_jax.sampling import Features, Sampling, SamplingArrays, sample, to_arrays
 from lfm_jax.state import State
 
@@ -247,6 +248,5 @@ def check(
                 f"prompts[{i}] has {ids.size} tokens, with max_new_tokens {max_new_tokens} more than "
                 f"config.max_position {config.max_position}; shorten one of them"
             )
-    if problems:
-        raise ValueError("cannot generate:\n" + "\n".join(f"  - {p}" for p in problems))
+    raise_problems("cannot generate", problems)
     return samplings

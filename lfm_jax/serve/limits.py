@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from lfm_jax.problems import raise_problems
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -26,8 +28,7 @@ class Limits:
     def __post_init__(self) -> None:
         problems = [f"{field.name} is {getattr(self, field.name)!r}; it must be above 0"
                     for field in dataclasses.fields(self) if not getattr(self, field.name) > 0]
-        if problems:
-            raise ValueError("Limits are not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise_problems("Limits are not valid", problems)
 
 
 LIMITS = Limits()

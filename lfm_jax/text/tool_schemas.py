@@ -15,6 +15,8 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NotRequired, Required
 
+from lfm_jax.problems import raise_problems
+
 Tool = Mapping[str, Any] | Callable[..., Any]
 
 
@@ -41,8 +43,7 @@ def tool_schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
         problems += [f"tool {i}: {problem}" for problem in _schema_problems(schema)]
         if schema.get("name") in [other.get("name", "") for other in schemas[:-1]]:
             problems.append(f"tool {i}: there is another of the name {schema['name']!r}")
-    if problems:
-        raise ValueError("tools are not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+    raise_problems("tools are not valid", problems)
     return schemas
 
 

@@ -9,6 +9,7 @@ from oracle import CASES, hf_config, hf_model
 from lfm_jax.convert.families import config_from_hf
 from lfm_jax.convert.hf import from_state_dict, tensors, to_state_dict
 from lfm_jax.convert.sources import cast
+from lfm_jax.problems import MAX_PROBLEMS
 from lfm_jax.testing import tiny_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -101,6 +102,15 @@ def test_tied_head_is_accepted_where_it_equals_the_embedding():
         from_state_dict(given | {HEAD: changed}, config)
     with pytest.raises(ValueError, match=r"wrong shape: lm_head\.weight is \[3, 32\]"):
         from_state_dict(given | {HEAD: changed[:3]}, config)
+
+
+def test_an_error_names_each_tensor_however_many_there_are():
+    config = tiny_config()
+    with pytest.raises(ValueError, match="is not this model") as e:
+        from_state_dict({}, config)
+    expected = [f"  - missing: {name} {list(shape)}" for name, shape in tensors(config).items()]
+    assert str(e.value).splitlines()[1:] == expected
+    assert len(expected) > MAX_PROBLEMS
 
 
 @pytest.mark.parametrize("framework", ["numpy", "torch"])
