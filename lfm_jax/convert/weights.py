@@ -58,8 +58,8 @@ class Weight:
         if len(axes) != 2 or letters[0] != letters[1] or len(set(letters[0])) != len(letters[0]):
             raise ValueError(f"{self.names}: the layout {self.layout!r} needs two sides with the same axes, each once")
         for labels, (first, *others) in zip((self.names, self.paths), axes, strict=True):
-            several = not isinstance(labels, str) or f"{{{first.letters[0]}}}" in labels
-            if first.counts != several or any(axis.counts for axis in others):
+            several = not isinstance(labels, str) or any(f"{{{letter}}}" in labels for letter in first.letters)
+            if first.counts != several or (several and not first.letters) or any(axis.counts for axis in others):
                 raise ValueError(f"{labels}: the layout {self.layout!r} needs a first axis in braces where there are "
                                  "several, and only there")
 
@@ -73,7 +73,8 @@ class _Axis(NamedTuple):
 
 def _axes(side: str) -> list[_Axis]:
     tokens = re.findall(r"\([^)]*\)|\S+", side)
-    return [_Axis(tuple(token.strip("(){}").replace("1", "").split()), token.startswith("{")) for token in tokens]
+    letters = [tuple(letter for letter in token.strip("(){}").split() if letter != "1") for token in tokens]
+    return [_Axis(held, token.startswith("{")) for held, token in zip(letters, tokens, strict=True)]
 
 
 class Side(NamedTuple):

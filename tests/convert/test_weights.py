@@ -189,10 +189,21 @@ def test_a_single_tensor_is_viewed_not_copied():
     assert np.shares_memory(leaf, given)
 
 
+@pytest.mark.parametrize("layout", ["1 D -> D", "D -> 1 D", "1 1 D -> D 1", "(1 D) F -> 1 F D"])
+def test_an_axis_of_one_may_come_first(layout):
+    row = one("model", "a", "b", layout)
+    given = np.arange(math.prod(row.tensor.shape)).reshape(row.tensor.shape)
+    [leaf] = row.to_leaves([given])
+    np.testing.assert_array_equal(leaf.squeeze(), given.squeeze().T if "F" in layout else given.squeeze())
+    assert (1 in row.tensor.shape, 1 in row.leaf.shape) == (layout.startswith("1"), "1" in layout.split(" -> ")[1])
+    check_inverse(row)
+
+
 @pytest.mark.parametrize(("names", "paths", "layout"), [
     ("a", "b", "D F"), ("a", "b", "D F -> D"), ("a", "b", "D D -> D D"), ("a", "b", "{K} D -> K D"),
     ("a.{K}", "b", "K D -> K D"), (("a", "b"), "c", "(P D) F -> P D F"), ("a", ("b", "c"), "P D -> P D"),
-    ("a.{K}", "b", "D {K} -> K D"),
+    ("a.{K}", "b", "D {K} -> K D"), (("a", "b"), "c", "1 D -> D"), ("a", "b", "{1} D -> D"),
+    ("a", ("b", "c"), "D -> {1} D"),
 ])
 def test_a_row_that_contradicts_itself_is_refused(names, paths, layout):
     with pytest.raises(ValueError, match="layout"):
