@@ -23,10 +23,10 @@ import numpy as np
 from lfm_jax.config import ModelConfig
 from lfm_jax.weight_kinds import WeightKind
 
-Path = tuple[str | int, ...]
+LeafPath = tuple[str | int, ...]
 """Keys from the root of our parameter tree to a leaf."""
-EMBED: Path = ("embed",)
-HEAD: Path = ("head",)
+EMBED: LeafPath = ("embed",)
+HEAD: LeafPath = ("head",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Group:
     """A row with the sizes of a model, and one of its layers, filled in."""
 
     names: tuple[str, ...]
-    paths: tuple[Path, ...]
+    paths: tuple[LeafPath, ...]
     tensor: Side
     leaf: Side
 
@@ -181,7 +181,7 @@ def _side(axes: list[_Axis], sizes: Mapping[str, int]) -> Side:
 # -------------------------------------------------------------------- our tree
 
 
-def leaf(params: Mapping[Any, Any], path: Path) -> jax.Array | WeightKind:
+def leaf(params: Mapping[Any, Any], path: LeafPath) -> jax.Array | WeightKind:
     """The weight at that place of a tree of parameters; whatever is written to a file comes through here."""
     value: Any = params
     for key in path:
@@ -201,7 +201,7 @@ def misfits(table: Iterable[Group], params: Mapping[Any, Any]) -> list[str]:
     return problems
 
 
-def _shapes(params: Mapping[Any, Any], parents: Path) -> Iterator[tuple[Path, tuple[int, ...]]]:
+def _shapes(params: Mapping[Any, Any], parents: LeafPath) -> Iterator[tuple[LeafPath, tuple[int, ...]]]:
     for key, value in params.items():
         if isinstance(value, Mapping):
             yield from _shapes(value, (*parents, key))
@@ -209,5 +209,5 @@ def _shapes(params: Mapping[Any, Any], parents: Path) -> Iterator[tuple[Path, tu
             yield (*parents, key), value.shape
 
 
-def _dotted(path: Path) -> str:
+def _dotted(path: LeafPath) -> str:
     return ".".join(map(str, path))
