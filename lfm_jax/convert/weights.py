@@ -42,8 +42,8 @@ class Weight:
     """
 
     where: str
-    """`model` is once, `untied` once if the head is not the embedding; `block` once a layer, a kind of operator once in
-    each layer of that kind, `conv_bias` once in each convolution with a bias."""
+    """`model` for once, `block` for once in each layer, or a kind of operator or feed-forward: once in each layer with
+    it."""
     names: str | tuple[str, ...]
     """In the file."""
     paths: str | tuple[str, ...]
@@ -51,6 +51,8 @@ class Weight:
     layout: str
     """`axes of a tensor -> axes of a leaf`: brackets are one axis that holds several, outermost first; 1 is an axis of
     length 1; an axis in braces stands first and is none of a single array."""
+    when: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of ModelConfig and the values that they have in models with these tensors."""
 
     def __post_init__(self) -> None:
         axes = [_axes(side) for side in self.layout.split(" -> ")]
@@ -132,13 +134,10 @@ def groups(weights: Iterable[Weight], config: ModelConfig) -> list[Group]:
     table come layer by layer."""
     sizes = _sizes(config)
     found: list[Group] = []
-    for per_layer, rows in itertools.groupby(weights, key=lambda row: "{i}" in "".join(row.paths)):
-        rows = list(rows)
-        for i, kind in enumerate(config.layer_types if per_layer else (None,)):
-            present = {"model", "block", kind}
-            present |= set() if config.tie_embedding else {"untied"}
-            present |= {"conv_bias"} if config.conv_bias and kind == "conv" else set()
-            found += [_group(row, i, sizes) for row in rows if row.where in present]
+    for per_layer, rows in itertools.groupby(weights, key=lambda row: row.where != "model"):
+        rows = [row for row in rows if all(getattr(config, name) == value for name, value in row.when.items())]
+        for i, layer in enumerate(config.layers if per_layer else [("model",)]):
+            found += [_group(row, i, sizes) for row in rows if row.where in (*layer, "block")]
     return found
 
 

@@ -108,7 +108,7 @@ def test_published_shape_has_148_tensors_and_every_parameter():
     shapes = tensors(config)
     assert len(shapes) == 148
     assert sum(map(math.prod, shapes.values())) == config.num_params() == 354_483_968
-    assert {row.where for row in LFM2.weights} == {"model", "untied", "block", "conv", "conv_bias", "full_attention"}
+    assert {row.where for row in LFM2.weights} == {"model", "block", "conv", "full_attention", "swiglu"}
 
 
 @pytest.mark.parametrize("changes", [dict(post_norm=True), dict(qk_norm=False)])

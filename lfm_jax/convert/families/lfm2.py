@@ -16,15 +16,16 @@ from lfm_jax.convert.weights import Weight
 
 _LAYER_TYPES = ("conv", "full_attention")
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+_BIASED = {"conv_bias": True}
 _WEIGHTS = (
     Weight("model", "model.embed_tokens.weight", "embed", "V D -> V D"),
     Weight("block", "model.layers.{i}.operator_norm.weight", "blocks.{i}.operator_norm.weight", "D -> D"),
     Weight("conv", "model.layers.{i}.conv.in_proj.weight", "blocks.{i}.operator.in_proj", "(C O) D -> C O D"),
-    Weight("conv_bias", "model.layers.{i}.conv.in_proj.bias", "blocks.{i}.operator.in_bias", "(C O) -> C O"),
+    Weight("conv", "model.layers.{i}.conv.in_proj.bias", "blocks.{i}.operator.in_bias", "(C O) -> C O", when=_BIASED),
     Weight("conv", "model.layers.{i}.conv.conv.weight", "blocks.{i}.operator.conv", "D 1 W -> W D"),
-    Weight("conv_bias", "model.layers.{i}.conv.conv.bias", "blocks.{i}.operator.conv_bias", "D -> D"),
+    Weight("conv", "model.layers.{i}.conv.conv.bias", "blocks.{i}.operator.conv_bias", "D -> D", when=_BIASED),
     Weight("conv", "model.layers.{i}.conv.out_proj.weight", "blocks.{i}.operator.out_proj", "O D -> O D"),
-    Weight("conv_bias", "model.layers.{i}.conv.out_proj.bias", "blocks.{i}.operator.out_bias", "O -> O"),
+    Weight("conv", "model.layers.{i}.conv.out_proj.bias", "blocks.{i}.operator.out_bias", "O -> O", when=_BIASED),
     Weight("full_attention", "model.layers.{i}.self_attn.q_proj.weight", "blocks.{i}.operator.q_proj",
            "(N H) D -> N H D"),
     Weight("full_attention", "model.layers.{i}.self_attn.k_proj.weight", "blocks.{i}.operator.k_proj",
@@ -38,11 +39,11 @@ _WEIGHTS = (
     Weight("full_attention", "model.layers.{i}.self_attn.k_layernorm.weight", "blocks.{i}.operator.k_norm.weight",
            "H -> H"),
     Weight("block", "model.layers.{i}.ffn_norm.weight", "blocks.{i}.ffn_norm.weight", "D -> D"),
-    Weight("block", "model.layers.{i}.feed_forward.w1.weight", "blocks.{i}.feed_forward.w1", "F D -> F D"),
-    Weight("block", "model.layers.{i}.feed_forward.w3.weight", "blocks.{i}.feed_forward.w3", "F D -> F D"),
-    Weight("block", "model.layers.{i}.feed_forward.w2.weight", "blocks.{i}.feed_forward.w2", "D F -> D F"),
+    Weight("swiglu", "model.layers.{i}.feed_forward.w1.weight", "blocks.{i}.feed_forward.w1", "F D -> F D"),
+    Weight("swiglu", "model.layers.{i}.feed_forward.w3.weight", "blocks.{i}.feed_forward.w3", "F D -> F D"),
+    Weight("swiglu", "model.layers.{i}.feed_forward.w2.weight", "blocks.{i}.feed_forward.w2", "D F -> D F"),
     Weight("model", "model.embedding_norm.weight", "norm.weight", "D -> D"),
-    Weight("untied", "lm_head.weight", "head", "V D -> V D"),
+    Weight("model", "lm_head.weight", "head", "V D -> V D", when={"tie_embedding": False}),
 )
 
 
