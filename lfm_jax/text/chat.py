@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from lfm_jax.config import ModelConfig
+from lfm_jax.problems import raise_problems
 from lfm_jax.text.codec import encoded
 from lfm_jax.text.tools import ToolCall, render_calls
 
@@ -71,10 +72,8 @@ def render_chat(
       ValueError: a broken template, one that the sandbox stops, one that refuses these messages, messages that
         are not plain data, or tools for a template without them.
     """
-    messages, tools = _plain("messages", messages), _plain("tools", tools)
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
-        raise ValueError("messages must be a list of dicts, each with a 'role'")
-    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    messages = _for_each(_without_none, _plain("messages", messages))
+    tools = _plain("tools", tools)
     compiled, variables = _compile(template)
     if tools and "tools" not in variables:
         raise ValueError("the chat template takes no tools; leave them out or use a checkpoint whose template does")
@@ -84,6 +83,30 @@ def render_chat(
         )
     except Exception as error:  # Whatever code from outside raises, the caller gets one kind of error.
         raise ValueError(f"the chat template failed on these messages: {type(error).__name__}: {error}") from error
+
+
+def _without_none(message: Message) -> Message:
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def _for_each(change: Callable[[Message], Message], messages: Any) -> list[Message]:
+    """Applies `change` to each message.
+
+    Raises:
+      ValueError: messages that are not dicts with a role, or that `change` refuses, all by their numbers from 0.
+    """
+    if isinstance(messages, str) or not isinstance(messages, Iterable):
+        raise ValueError(f"messages is {messages!r:.80}; expected a list of dicts, each with a 'role'")
+    changed, problems = [], []
+    for i, message in enumerate(messages):
+        try:
+            if not isinstance(message, Mapping) or "role" not in message:
+                raise ValueError(f"it is {message!r:.80}; expected a dict with a 'role'")
+            changed.append(change(message))
+        except ValueError as error:
+            problems.append(f"message {i}: {error}")
+    raise_problems("messages are not valid", problems)
+    return changed
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -166,7 +189,7 @@ def encode_chat(
     the model writes them, unless the template does it.
 
     Raises:
-      ValueError: see `render_chat`, or calls without name or arguments.
+      ValueError: see `render_chat`, or calls that are not dicts with a name and arguments.
     """
     template = template or DEFAULT_TEMPLATE
     messages = with_calls(template, messages)
@@ -175,33 +198,44 @@ def encode_chat(
 
 
 def with_calls(template: str, messages: Sequence[Message]) -> list[Message]:
-    """Messages whose calls are written as text, unless the template writes them (see `encode_chat`)."""
-    return [(_with_calls_in_full if "tool_calls" in template else _with_calls_as_text)(m) for m in messages]
+    """Writes the calls of messages as text, unless the template writes them (see `encode_chat`).
+
+    Raises:
+      ValueError: messages or calls that are not valid, by the numbers of the messages from 0.
+    """
+    return _for_each(_with_calls_in_full if "tool_calls" in template else _with_calls_as_text, messages)
+
+
+def _calls(message: Message) -> Sequence[Mapping[str, Any]]:
+    calls = message.get("tool_calls") or ()
+    if not isinstance(calls, Sequence) or not all(isinstance(call, Mapping) for call in calls):
+        raise ValueError(f"its tool_calls is {calls!r:.80}; expected a list of dicts, each with a name and arguments")
+    return calls
 
 
 def _with_calls_in_full(message: Message) -> Message:
-    """Templates look for name and arguments in a call, or in its `function`."""
-    calls = message.get("tool_calls")
+    """Gives each call a `function`: templates look for name and arguments there, or in the call itself."""
+    calls = _calls(message)
     if not calls:
         return message
-    return dict(message) | {"tool_calls": [
-        call if "function" in call else {"type": "function", "function": dataclasses.asdict(_tool_call(call))} | call
-        for call in calls
-    ]}
+    full = [call if "function" in call
+            else {"type": "function", "function": dataclasses.asdict(_tool_call(call)), **call} for call in calls]
+    return dict(message) | {"tool_calls": full}
 
 
 def _with_calls_as_text(message: Message) -> Message:
-    calls = message.get("tool_calls")
+    calls, content = _calls(message), message.get("content") or ""
     if not calls:
         return message
-    text = render_calls(map(_tool_call, calls))
+    if not isinstance(content, str):
+        raise ValueError(f"its content is {content!r:.80}; expected a text before its calls")
     rest = {key: value for key, value in message.items() if key != "tool_calls"}
-    return rest | {"content": (message.get("content") or "") + text}
+    return rest | {"content": content + render_calls(map(_tool_call, calls))}
 
 
 def _tool_call(call: Mapping[str, Any]) -> ToolCall:
     function = call.get("function", call)
-    if not isinstance(function, Mapping) or not {"name", "arguments"} <= function.keys():
+    if not isinstance(function, Mapping) or not (isinstance(function.get("name"), str) and "arguments" in function):
         raise ValueError(f"each of tool_calls must have a name and arguments, itself or in its function, not {call!r}")
     if not isinstance(function["arguments"], Mapping):
         raise ValueError(f"the arguments of a call of {function['name']!r} must be an object, not "

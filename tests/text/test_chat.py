@@ -16,6 +16,7 @@ from lfm_jax.sampling import GREEDY
 from lfm_jax.testing import tiny_config, tiny_model, tiny_tokenizer
 from lfm_jax.text.chat import DEFAULT_TEMPLATE, encode_chat, render_chat, special_tokens
 from lfm_jax.text.codec import encode
+from lfm_jax.text.conversation import encode_conversation
 
 SPECIALS = dict(bos_token="<|startoftext|>", eos_token="<|im_end|>", pad_token="<|pad|>")
 
@@ -156,9 +157,42 @@ def test_what_no_template_can_take_is_refused():
         render_chat("{{ messages }}", TURNS[:2], tools=TOOLS, **SPECIALS)
     with pytest.raises(ValueError, match="messages must be plain data"):
         render_chat(DEFAULT_TEMPLATE, [{"role": "user", "content": object()}])
-    for messages in ("hello", [{"content": "x"}], ["x"]):
-        with pytest.raises(ValueError, match="each with a 'role'"):
+    for messages in ("hello", None, [{"content": "x"}], ["x"]):
+        with pytest.raises(ValueError, match=r"expected a (list of dicts, each|dict) with a 'role'"):
             render_chat(DEFAULT_TEMPLATE, messages)
+
+
+FINE = {"role": "user", "content": "hi"}
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[0].tool_calls }}"], ids=["calls-as-text", "calls-in-template"])
+@pytest.mark.parametrize(("bad", "expected"), [
+    ("hi", "it is 'hi'; expected a dict with a 'role'"),
+    (None, "it is None; expected a dict with a 'role'"),
+    ({"content": "x"}, "it is {'content': 'x'}; expected a dict with a 'role'"),
+    ({"role": "assistant", "tool_calls": ["x"]}, "its tool_calls is ['x']; expected a list of dicts"),
+    ({"role": "assistant", "tool_calls": "x"}, "its tool_calls is 'x'; expected a list of dicts"),
+    ({"role": "assistant", "tool_calls": {"name": "f"}}, "its tool_calls is {'name': 'f'}; expected a list of dicts"),
+    ({"role": "assistant", "tool_calls": 3}, "its tool_calls is 3; expected a list of dicts"),
+    ({"role": "assistant", "tool_calls": [{"name": "f"}]}, "each of tool_calls must have a name and arguments"),
+    ({"role": "assistant", "tool_calls": [{"name": 3, "arguments": {}}]}, "each of tool_calls must have a name"),
+    ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{}"}]}, "the arguments of a call of 'f' must be"),
+])
+def test_bad_messages_are_named_by_their_number(bad, expected, template):
+    for encode_any in (encode_chat, encode_conversation):
+        with pytest.raises(ValueError, match="messages are not valid") as e:
+            encode_any(tokenizer(), tiny_config(vocab_size=320), template, [FINE, bad, FINE, bad])
+        lines = str(e.value).splitlines()[1:]
+        assert len(lines) == 2
+        for number, line in zip((1, 3), lines, strict=True):
+            assert line.startswith(f"  - message {number}: {expected}")
+
+
+@pytest.mark.parametrize("content", [[{"type": "text", "text": "yes"}], 3])
+def test_calls_written_as_text_stand_behind_a_text(content):
+    message = {"role": "assistant", "content": content, "tool_calls": [{"name": "f", "arguments": {}}]}
+    with pytest.raises(ValueError, match=r"message 1: its content is .*; expected a text before its calls"):
+        encode_chat(tokenizer(), tiny_config(vocab_size=320), None, [FINE, message])
 
 
 # -------------------------------------------------------------------- the loop
