@@ -172,13 +172,19 @@ def abstract_model(config: ModelConfig, *, stacked: bool = False) -> tuple[nnx.G
     return graphdef, nnx.to_pure_dict(params)
 
 
-@functools.lru_cache(maxsize=8)
 def param_traits(config: ModelConfig, *, stacked: bool = False) -> Any:
     """The `layers.Traits` of every parameter: the dict of parameters, read only.
 
     Raises:
       TypeError: parameters that were made without them.
     """
+    modules = [(OPERATORS[operator].find_module(), FEED_FORWARDS[ffn].find_module()) for operator, ffn in config.layers]
+    return _param_traits(config, stacked, tuple(modules))
+
+
+@functools.lru_cache(maxsize=8)
+def _param_traits(config: ModelConfig, stacked: bool, modules: tuple[tuple[Any, Any], ...]) -> Any:
+    del modules  # Part of the cache's key: another kind may have taken a name of the config since.
     _, params = nnx.split(nnx.eval_shape(lambda: LFM(config, rngs=nnx.Rngs(0))), nnx.Param)
     traits = nnx.to_pure_dict(params, extract_fn=lambda param: param.get_metadata().get("traits"))
     missing = [jax.tree_util.keystr(path, simple=True, separator=".")

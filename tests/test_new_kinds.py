@@ -30,6 +30,7 @@ from lfm_jax.kernels.linear import linear
 from lfm_jax.kernels.sharded import causal_conv
 from lfm_jax.kinds import FEED_FORWARDS, OPERATORS, FeedForwardKind, Kept, OperatorKind
 from lfm_jax.layers import OUT_IN, normal_param
+from lfm_jax.model import param_traits
 from lfm_jax.plan import PlanConfig, budget, plan
 from lfm_jax.pretrain.config import TrainConfig
 from lfm_jax.pretrain.objective import next_token_training
@@ -371,6 +372,24 @@ def test_ablations_read_their_letter_and_vary_them():
     trial = make_trial(study, shift, base, "mqar", study.mqar)
     assert trial.model.ffn_size > 64  # A shift has fewer parameters than a convolution.
     assert abs(trial.match_off) <= 0.01
+
+
+def test_another_kind_of_the_same_name_has_traits_of_its_own():
+    class Undecayed(nnx.Module):
+        def __init__(self, config, *, rngs):
+            self.up = normal_param(rngs, (3, 2), (None, "ffn"), config, decay=False, matrix=None)
+
+    found = []
+    for module in (Relu2, Undecayed):
+        FEED_FORWARDS.register(dataclasses.replace(RELU2, name="other", module=module))
+        config = tiny_config(layer_types=("conv",), ffn_types=("other",))
+        found.append(param_traits(config)["blocks"][0]["feed_forward"])
+        assert param_traits(config)["blocks"][0]["feed_forward"] is found[-1]  # Made once.
+        FEED_FORWARDS.remove("other")
+    assert [sorted(traits) for traits in found] == [["down", "up"], ["up"]]
+    assert [(traits["up"].axes, traits["up"].decay) for traits in found] == [
+        (("ffn", "width"), True), ((None, "ffn"), False),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ what is forgotten
