@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from lfm_jax.engine.service import Service
-from lfm_jax.files import locked, say
+from lfm_jax.files import locked, say, write_whole
 from lfm_jax.sampling import GREEDY, Sampling
 from lfm_jax.serve.app import make_app
 from lfm_jax.serve.errors import RefusalError
@@ -71,9 +71,7 @@ def batch(
                 raise ValueError(f"the engine has failed: {service.engine.failure}; what is answered is kept in "
                                  f"{target}")
         results = sorted((json.loads(line) for line in _lines(target)), key=lambda r: int(r["id"].split("-")[1]))
-        whole = target.with_name(f"{target.name}.tmp")
-        whole.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results), encoding="utf-8")
-        os.replace(whole, target)
+        write_whole(target, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results))
     return sum(r["error"] is not None or r["response"]["status_code"] != 200 for r in results)
 
 

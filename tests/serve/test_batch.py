@@ -3,6 +3,7 @@
 import fcntl
 import functools
 import json
+import os
 
 import pytest
 
@@ -88,6 +89,16 @@ def test_one_answer_a_line_and_resuming_anywhere(source, tmp_path):
         assert target.read_bytes().startswith(whole[: whole.rfind(b"\n", 0, cut) + 1])  # What was there stays.
     assert batch(not_opened, "tiny", source, target) == 6  # Nothing is left to do.
     assert without_ids(read(target)) == expected
+
+
+def test_answers_in_order_are_on_disk_before_they_replace_the_others(tmp_path, monkeypatch):
+    source, target, synced, replaced = tmp_path / "in.jsonl", tmp_path / "out.jsonl", set(), []
+    source.write_text("not JSON {\n")
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.add(os.fstat(file).st_ino), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (replaced.append((os.stat(a).st_ino in synced, b)), replace(a, b)))
+    assert run(source, target) == 1
+    assert replaced == [(True, target)]
 
 
 def test_shards_together_are_the_whole(source, tmp_path):
