@@ -74,11 +74,6 @@ class PrefixCache:
             if thrown == key:
                 self._no_room = key
 
-    def clear(self) -> None:
-        """Throws out everything."""
-        self._entries.clear()
-        self.bytes = 0
-
     def __len__(self) -> int:
         return len(self._entries)
 
