@@ -1,4 +1,4 @@
-"""`lfm.load`: a model and its tokenizer from wherever they lie. `KINDS`, and nothing else, decides what a path is."""
+"""`lfm.load`: a model and its tokenizer from wherever they lie. `SOURCES`, and nothing else, decides what a path is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Loaded = tuple[LFM, "Tokenizer | None"]
 
 
-class Kind(NamedTuple):
+class ModelSource(NamedTuple):
     """Something that a model can be loaded from."""
 
     accepted: str
@@ -47,17 +47,17 @@ def load(path: str | Path, dtype: Any = None) -> Loaded:
     return recognise(path).load(Path(path), dtype)
 
 
-def recognise(path: str | Path) -> Kind:
-    """The first of `KINDS` that the path is.
+def recognise(path: str | Path) -> ModelSource:
+    """The first of `SOURCES` that the path is.
 
     Raises:
       ValueError: it is none of them; the message lists what is accepted.
     """
-    for kind in KINDS:
-        if kind.recognises(Path(path)):
-            return kind
+    for source in SOURCES:
+        if source.recognises(Path(path)):
+            return source
     found = "has no model in it" if Path(path).is_dir() else "is not a directory"
-    raise ValueError(f"{path} {found}; a model is {' or '.join(kind.accepted for kind in KINDS)}")
+    raise ValueError(f"{path} {found}; a model is {' or '.join(source.accepted for source in SOURCES)}")
 
 
 def _load_hugging_face(path: Path, dtype: Any) -> Loaded:
@@ -94,8 +94,9 @@ def _load_run(run_dir: Path, dtype: Any) -> Loaded:
     return nnx.merge(graphdef, params), tokenizer
 
 
-HUGGING_FACE = Kind("a Hugging Face directory (with config.json)", lambda path: (path / "config.json").exists(),
-                    _load_hugging_face)
-RUN = Kind("a run directory of lfm train (with checkpoints/)", _is_run, _load_run)
-KINDS: list[Kind] = [HUGGING_FACE, RUN]
+HUGGING_FACE = ModelSource(
+    "a Hugging Face directory (with config.json)", lambda path: (path / "config.json").exists(), _load_hugging_face
+)
+RUN = ModelSource("a run directory of lfm train (with checkpoints/)", _is_run, _load_run)
+SOURCES: list[ModelSource] = [HUGGING_FACE, RUN]
 """In the order in which they are tried."""

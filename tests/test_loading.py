@@ -8,7 +8,7 @@ from limits import LIMITS, limited
 
 import lfm_jax as lfm
 from lfm_jax import loading
-from lfm_jax.loading import HUGGING_FACE, RUN, Kind, recognise
+from lfm_jax.loading import HUGGING_FACE, RUN, ModelSource, recognise
 from lfm_jax.testing import tiny_config, tiny_model, tiny_tokenizer
 from lfm_jax.train import checkpoint
 
@@ -66,10 +66,10 @@ def test_limits_in_the_tokenizer_of_a_run_are_not_loaded(tmp_path, monkeypatch, 
     assert lfm.load(tmp_path)[1].to_str() == tiny_tokenizer().to_str()
 
 
-def test_another_kind_is_one_row(tmp_path, monkeypatch):
+def test_another_source_is_one_row(tmp_path, monkeypatch):
     model = tiny_model()
-    kind = Kind("a file of ours (.toy)", lambda path: path.suffix == ".toy", lambda path, dtype: (model, dtype))
-    monkeypatch.setattr(loading, "KINDS", [*loading.KINDS, kind])
+    own = ModelSource("a file of ours (.toy)", lambda path: path.suffix == ".toy", lambda path, dtype: (model, dtype))
+    monkeypatch.setattr(loading, "SOURCES", [*loading.SOURCES, own])
     assert lfm.load(tmp_path / "x.toy", dtype="float16") == (model, "float16")
     with pytest.raises(ValueError, match=r"or a file of ours \(\.toy\)"):
         lfm.load(tmp_path / "x.gguf")

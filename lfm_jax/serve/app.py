@@ -25,7 +25,7 @@ from lfm_jax.engine import request as engine_request
 from lfm_jax.engine.request import EngineFullError
 from lfm_jax.engine.service import Answers, Piece, Service
 from lfm_jax.sampling import GREEDY, Sampling
-from lfm_jax.serve.errors import KINDS, RefusalError
+from lfm_jax.serve.errors import ERROR_TYPES, RefusalError
 from lfm_jax.serve.formats import ChatFormat, TextFormat, streamed_answer, whole_answer
 from lfm_jax.serve.gate import Gate
 from lfm_jax.serve.limits import LIMITS, Limits
@@ -92,7 +92,7 @@ async def _http(request: Request, error: Any) -> Response:
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"description": KINDS[status]} for status in statuses}
+    return {status: {"description": ERROR_TYPES[status]} for status in statuses}
 
 
 def _about(service: Service, name: str, metrics: Metrics) -> APIRouter:

@@ -6,10 +6,12 @@ from typing import Any
 
 from lfm_jax.engine.service import Piece
 
-KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
-         405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error", 429: "rate_limit_error",
-         500: "server_error", 503: "server_error", 504: "timeout_error"}
-"""What errors are called, by status."""
+ERROR_TYPES = {
+    400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
+    408: "timeout_error", 413: "invalid_request_error", 429: "rate_limit_error", 500: "server_error",
+    503: "server_error", 504: "timeout_error",
+}
+"""The `type` of an error, by status."""
 
 
 class RefusalError(Exception):
@@ -21,8 +23,8 @@ class RefusalError(Exception):
 
     def body(self) -> dict[str, Any]:
         """As clients read it."""
-        kind = KINDS.get(self.status, "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
+        error_type = ERROR_TYPES.get(self.status, "server_error")
+        return {"error": {"message": self.message, "type": error_type, "param": None, "code": self.code}}
 
 
 def broken(piece: Piece) -> RefusalError | None:
