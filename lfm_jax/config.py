@@ -156,7 +156,7 @@ class ModelConfig:
 
     @property
     def attention_layers(self) -> int:
-        """Number of layers of full attention: those whose state grows with the text."""
+        """Number of layers of kind `full_attention`."""
         return self.layer_types.count("full_attention")
 
     @property
