@@ -253,12 +253,12 @@ class LFM(nnx.Module):
     Args:
       config: shape and numerics.
       rngs: streams for initialisation; nothing of it is kept.
-      stacked: only the frame of a model: one block for each entry of a stacked tree of parameters, to be merged with
-        one. Passes without a state scan over its runs of layers; with a state it does not work.
+      stacked: builds only the structure, one block for each entry of a stacked parameter tree, to be merged with such a
+        tree. A call without a state scans over runs of layers; a call with one raises ValueError.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stacked: bool = False):
-        self.config = config
+        self.config, self.stacked = config, stacked
         self.runs = tuple(runs(config)) if stacked else (RepeatedUnit(0, config.num_layers, 1),)
         layers = unit_layers(config) if stacked else config.layers
         table, axes = (config.vocab_size, config.hidden_size), ("vocab", "width")
@@ -446,7 +446,7 @@ class LFM(nnx.Module):
             raise ValueError("tokens_BT is split over devices; with a decode state give every device all rows")
         if state is None:
             return
-        if len(self.blocks) != self.config.num_layers:
+        if self.stacked:
             raise ValueError("a model of stacked layers runs without a state; unstack its parameters to decode")
         if len(state.layers) != self.config.num_layers:
             raise ValueError(f"state has {len(state.layers)} layers; the model has {self.config.num_layers}")

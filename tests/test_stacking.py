@@ -89,8 +89,9 @@ def test_three_times_the_layers_are_no_larger_a_program():
     assert sizes[1] < 1.01 * sizes[0]
 
 
-def test_a_stacked_model_refuses_a_state():
-    config = tiny_config(layer_types=(C, C, A))
+@pytest.mark.parametrize("pattern", [(C, C, A), (C, A)], ids=["repeated", "nothing-repeated"])
+def test_a_stacked_model_refuses_a_state(pattern):
+    config = tiny_config(layer_types=pattern)
     graphdef, shapes = abstract_model(config, stacked=True)
     model = nnx.merge(graphdef, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
     with pytest.raises(ValueError, match="runs without a state"):
