@@ -1,4 +1,4 @@
-"""Between text and tokens: encoding prompts, decoding token by token, stop strings."""
+"""Text to tokens and back: encodes prompts, decodes token by token, stops at stop strings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
-    """Refuses a tokenizer whose ids the model's embedding table does not hold.
+    """Checks that the model's embedding table has a row for every id of the tokenizer.
 
     Raises:
       ValueError: the tokenizer has more ids than the model.
@@ -28,27 +28,27 @@ def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
 
 
 def encode(tokenizer: Tokenizer, text: str, bos_id: int) -> list[int]:
-    """Ids of `text` with the tokenizer's own special tokens, but never bos twice.
+    """Encodes a text with the tokenizer's own special tokens, and with bos once.
 
-    A text rendered by a chat template begins with the text of bos, to which the tokenizer would add another.
+    A text rendered by a chat template already begins with bos, and the tokenizer would add a second one.
     """
     ids = encoded(tokenizer, text, add_special_tokens=True).ids
     return ids[1:] if ids[:2] == [bos_id, bos_id] else ids
 
 
 def encoded(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> Encoding:
-    """`tokenizer.encode`, but all of the text and no more, and other threads may run meanwhile.
+    """Encodes a whole text, without the tokenizer's truncation and padding (`without_limits`).
 
-    Truncation and padding that the tokenizer is set to do not count: see `without_limits`.
+    Other threads can run meanwhile.
 
     Raises:
-      ValueError: half of a surrogate pair, which is no character.
+      ValueError: the text has half of a surrogate pair, which is not a character.
     """
-    from lfm_jax.text.tokenizer import without_limits  # Generating on token ids must do without `tokenizers`.
+    from lfm_jax.text.tokenizer import without_limits  # Generating from ids must not need `tokenizers`.
 
     tokenizer = without_limits(tokenizer)
     try:
-        # Of a batch the library lets go of the interpreter's lock, of a single text it does not.
+        # The library releases the interpreter's lock for a batch, but not for a single text.
         return tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
     except TypeError:
         place = next(i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff")
@@ -56,26 +56,26 @@ def encoded(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> Enc
 
 
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
-    """The bytes of one token of a byte-level tokenizer, which may be part of a character."""
+    """Returns the bytes of one token of a byte-level tokenizer, which may be part of a character."""
     piece = tokenizer.id_to_token(token) or ""
     try:
         return bytes(_byte_of()[c] for c in piece)
-    except KeyError:  # A special token is written as it is.
+    except KeyError:  # The content of a special token is plain text.
         return piece.encode()
 
 
 @functools.cache
 def _byte_of() -> dict[str, int]:
-    """Character -> byte in the alphabet of byte-level tokenizers (GPT-2, `bytes_to_unicode`)."""
+    """Maps characters to bytes, in the alphabet of byte-level tokenizers (GPT-2, `bytes_to_unicode`)."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 class Detokenizer:
-    """Text of tokens that arrive one after the other; the pieces together are what decoding all at once gives.
+    """Decodes tokens as they arrive; the pieces joined are the text of all tokens decoded at once.
 
-    A token may hold part of a character: its bytes are kept back until the character is whole.
+    A token may hold part of a character: its bytes are held back until the character is complete.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
@@ -85,12 +85,12 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that has become certain with these tokens."""
+        """Returns the text that these tokens complete."""
         shown = (i for i in ids if i not in self._left_out)
         return self._decoder.decode(b"".join(token_bytes(self._tokenizer, i) for i in shown))
 
     def finish(self) -> str:
-        """The rest: bytes that never became a character, as U+FFFD."""
+        """Returns the rest: bytes of an incomplete character, as U+FFFD."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -151,15 +151,16 @@ class StopStrings:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper prefix of `stop` that ends `text`."""
+    """Returns the length of the longest proper prefix of `stop` that ends `text`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class Reply:
-    """The text of one row of tokens: stop ids left out, stop strings obeyed, never half a character.
+    """Turns the tokens of one row into text: without stop ids, up to a stop string, never half a character.
 
-    A stop string may be a special token, or hold some, whether special tokens are left out of the text or not: it is
-    looked for in the text with special tokens shown. Those that are named in stop strings end a character.
+    A stop string may be or contain special tokens, even where the text leaves them out: it is then also matched against
+    the text with them included. A hidden token that occurs in a stop string ends a pending character, which is then
+    U+FFFD.
     """
 
     def __init__(
@@ -177,11 +178,11 @@ class Reply:
 
     @property
     def stopped(self) -> bool:
-        """A stop string has ended the text."""
+        """Whether a stop string has ended the text."""
         return self._strings.stopped
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that can be shown after these tokens."""
+        """Returns the text that can be shown after these tokens."""
         text = ""
         for i in ids:
             if i in self._named:
@@ -193,5 +194,5 @@ class Reply:
         return text
 
     def finish(self) -> str:
-        """The text that was still kept back when the tokens ended."""
+        """Returns the text that was still held back when the tokens ended."""
         return self._strings.push(self._detokenizer.finish()) + self._strings.finish()
