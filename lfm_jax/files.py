@@ -1,4 +1,4 @@
-"""Files that several processes share, and the one way to speak on standard error."""
+"""Locks and whole writes of files that several processes share, and messages on standard error."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 
 @contextmanager
-def locked(directory: Path, otherwise: str) -> Iterator[None]:
-    """Keeps every other process that asks for the same out of a directory, until this one lets go or ends, however.
+def locked(path: Path, otherwise: str) -> Iterator[None]:
+    """Holds an exclusive lock on a path until the block ends or the process dies.
 
     Raises:
-      ValueError: another one is at it; says `otherwise`.
+      ValueError: another process holds it; the message is `otherwise`.
     """
-    handle = os.open(directory, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -35,8 +35,8 @@ def write_whole(path: Path, text: str, *, by_many: bool = False) -> None:
     """Writes a small file whole or not at all.
 
     Args:
-      by_many: several processes may write it at once, and the last one wins. A kill then leaves a file beside it that
-        nobody takes up again.
+      by_many: several processes may write it at once, and the last one wins. A process that is killed then leaves a
+        partial file behind.
     """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial" if by_many else f"{path.name}.partial")
     with open(partial, "w", encoding="utf-8") as handle:
@@ -47,5 +47,5 @@ def write_whole(path: Path, text: str, *, by_many: bool = False) -> None:
 
 
 def say(text: str, *, who: str = "lfm") -> None:
-    """One message on standard error, at once."""
+    """Prints one message on standard error and flushes it."""
     print(f"{who}: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The kinds of feed-forwards. What each of them is, its file in `feed_forward/` says.
+"""The kinds of feed-forwards. Each is described in its file in `feed_forward/`.
 
 Dimensions: D model width, F feed-forward width.
 """

@@ -1,4 +1,4 @@
-"""The kinds of operators. What each of them is, its file in `operators/` says.
+"""The kinds of operators. Each is described in its file in `operators/`.
 
 Dimensions: D model width, N query heads, K key/value heads, H head width, W conv taps, T tokens of a document.
 """
