@@ -1,1 +1,1 @@
-"""The batched engine: requests in, tokens out, many at a time."""
+"""The batched engine, which runs many requests at once."""

@@ -1,4 +1,4 @@
-"""Shape and limits of an engine, and the memory that it will take."""
+"""Shape and limits of an engine."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import dataclasses
 from lfm_jax.problems import raise_problems
 
 STEPS = 32
-"""Most steps of one dispatch."""
+"""The most steps of one dispatch."""
 SHORT = 2048
-"""Tokens of a slot up to which a CPU gains by several prompts at one time, or by somewhat fewer rows, although such a
-dispatch copies its slots."""
+"""Up to this many tokens in a slot, a CPU is faster with several prompts at a time and with somewhat fewer rows,
+although such a dispatch copies its slots."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,32 +25,33 @@ class EngineConfig:
     """(number, tokens) of each kind of slot, on each replica. A request goes to the shortest kind that holds prompt
     and max_new_tokens."""
     chunk: int = 256
-    """Tokens of a prompt taken in at one time, and of a block of the prefix cache. While prompts are taken in, others
-    get a token after each such number of tokens."""
+    """Tokens of a prompt that are taken in at a time, and of a block of the prefix cache. While prompts are taken in,
+    running requests get a token after each chunk."""
     prefill_rows: int | None = None
-    """Prompts taken in side by side, `chunk` tokens of each in a turn. None: 8, but on a CPU, which takes as long as
-    there are tokens, `chunk` tokens in all: one prompt, or where three wait in slots of up to SHORT tokens, four
-    short ones."""
+    """Prompts taken in side by side, `chunk` tokens of each per turn. None: 8, but on a CPU, whose time grows with
+    the tokens, `chunk` tokens in all: one prompt, or four short ones where three wait in slots of up to SHORT
+    tokens."""
     steps: int = 8
-    """Tokens generated at most between two looks at what else there is to do."""
+    """The most steps of generation in one turn of the engine, which looks for new requests between turns."""
     draft: int = 0
-    """Tokens drafted a step by prompt lookup; 0 for none. Pays where few requests run and answers repeat the prompt.
-    Requests with a grammar or a repetition penalty, which `lfm serve` has by default, get none."""
+    """Tokens drafted per step by prompt lookup; 0 drafts none. Drafts help where few requests run and answers repeat
+    the prompt. Requests with a grammar or a repetition penalty, which `lfm serve` has by default, get none."""
     prefix_cache_bytes: int = 0
-    """Device memory for states of prompt prefixes; 0 for none. The kinds of slot share it evenly, each for its own."""
+    """Bytes of device memory for cached states of prompt prefixes; 0 caches none. Each kind of slot gets an equal
+    part."""
     max_queue: int = 1024
-    """Requests that may wait; those that have just come count too."""
+    """The most requests that may wait for a slot, new ones included."""
     max_logprobs: int = 0
-    """Most likeliest tokens that a request may ask for; 0: no log-probabilities at all."""
+    """How many of the likeliest tokens a request may ask for at most; 0 turns log-probabilities off."""
     max_stop_ids: int = 8
     max_biases: int = 16
     fixed_rows: bool = False
-    """Every dispatch of generation takes all slots, however few are in use, and drafts tokens whoever wants them.
-    So does a dispatch that takes in prompts always have as many rows. Slower, and then what a request gets does not
-    depend on what others run even by the rounding of a sum; with `draft`, as long as none of them has a grammar, which
-    stops drafts for all."""
+    """Whether dispatches always have the same shape: all slots, with drafts, when they generate, and the same number of
+    prompts when they take in prompts. This is slower, but what a request gets then does not depend on other requests
+    even through the rounding of a sum. With `draft` this holds as long as none of them has a grammar, which stops
+    drafts for all."""
     memory_bytes: int | None = None
-    """Memory of a device that may be used; None: what the device says it has."""
+    """Bytes of a device's memory that the engine may use; None: all that the device reports."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -73,8 +74,8 @@ class EngineConfig:
         raise_problems("EngineConfig is not valid", problems)
 
     def prompts_at_once(self, kind: tuple[int, int], width: int) -> list[int]:
-        """How many prompts of `width` tokens a dispatch may take in, rising, for slots of a kind (number, tokens):
-        `prefill_rows`, or what suits the devices at hand."""
+        """Returns the numbers of prompts of `width` tokens that a dispatch may take in, in ascending order, for a kind
+        of slot (number, tokens): `prefill_rows`, or what suits the device."""
         import jax
 
         slots, length = kind

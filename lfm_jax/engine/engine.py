@@ -1,11 +1,12 @@
 """The batched engine: many requests in fixed slots, one sequential loop, everything heavy on the device.
 
-Each turn of the loop admits what waits, takes in a chunk's worth of prompts, and generates some tokens for all that are
-under way: one while more prompts are to be taken in, so that slots fill up soon. What a request gets does not depend on
-its neighbours, its slot, its time of arrival or on what the prefix cache holds: chunks of a prompt begin at multiples
-of `chunk`, programs have fixed shapes, and random numbers come from seed and position. One thing is left: how many rows
-a dispatch has, and whether tokens are drafted in it, depends on what is under way, and may change the rounding of a sum
-(about 1e-6 in float32); `EngineConfig.fixed_rows` rules that out, but for drafts that a grammar beside them stops.
+Each turn of the loop gives free slots to waiting requests, takes in a chunk's worth of prompts, and generates some
+tokens for all running requests: a single one while more prompts wait, so that slots fill up soon. What a request gets
+does not depend on its neighbours, its slot, its time of arrival or the prefix cache: chunks of a prompt begin at
+multiples of `chunk`, programs have fixed shapes, and random numbers come from seed and position. There is one
+exception. The number of rows of a dispatch, and whether it drafts tokens, depend on the running requests and can change
+the rounding of a sum (about 1e-6 in float32). `EngineConfig.fixed_rows` rules this out, except that a request with a
+grammar stops the drafts of others.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 class Engine:
     """Runs requests through a model.
 
-    `step` does one turn; `serve` does them in a thread of its own until `close`. `submit` and `cancel` may be called
+    `step` runs one turn; `serve` runs turns in a thread of its own until `close`. `submit` and `cancel` may be called
     from any thread.
 
     Args:
@@ -50,8 +51,8 @@ class Engine:
         `tensor`. None: one device.
 
     Raises:
-      ValueError: a slot longer than the model's context, what the model's layers or the mesh cannot do, or more memory
-        than there is.
+      ValueError: a slot is longer than the model's context, the model's layers or the mesh do not support the config,
+        or the memory is too small.
     """
 
     def __init__(self, model: LFM, config: EngineConfig = DEFAULT, mesh: Mesh | None = None):
@@ -60,11 +61,11 @@ class Engine:
         graphdef, state = nnx.split(model, nnx.Param)
         params = nnx.to_pure_dict(state)
         self.memory = memory_needed(config, model.config, params, mesh)
-        """Bytes on a device, by what they are for."""
+        """Bytes on a device, by purpose."""
         check_memory(self.memory, config.memory_bytes or device_memory())
         self.counts = collections.Counter[str]()
-        """prompt_tokens, cached_tokens, tokens, steps (row steps that made them), drafted_tokens, accepted_tokens (of
-        the drafted ones), continuations by their finish."""
+        """Counts of prompt_tokens, cached_tokens, tokens, steps (each row counts its own), drafted_tokens and
+        accepted_tokens (of those), and of continuations by their finish."""
         self._pools = [
             Pool(graphdef, placed, part, shape, config,
                  PrefixCache(config.chunk, config.prefix_cache_bytes // len(shapes)), self.counts)
@@ -74,11 +75,11 @@ class Engine:
             shape.length: [pool for pool in self._pools if pool.shape is shape] for shape in shapes
         }
         self.longest = max(self._by_length)
-        """Tokens of the longest slot."""
+        """The number of tokens of the longest slot."""
         self.slots = sum(len(pool.rows) for pool in self._pools)
-        """How many there are."""
+        """The number of slots."""
         self._news = threading.Condition()
-        """Guards what other threads reach: what has arrived, what was cancelled, whether to close."""
+        """Guards what other threads change: the requests that arrived or were cancelled, and whether to close."""
         self._arrived: list[Ticket] = []
         self._cancelled: list[tuple[Ticket, int | None, Finish]] = []
         self._closing = self._abandoned = False
@@ -87,15 +88,15 @@ class Engine:
         self._sent: collections.deque[Sent] = collections.deque()
         self._thread: threading.Thread | None = None
         self.failure: str | None = None
-        """Why the thread has ended before its time."""
+        """The error that ended the thread, if one did."""
 
     # ---------------------------------------------------------------- from any thread
 
     def submit(self, request: Request, listener: Listener) -> Ticket:
-        """Queues a request; `listener` hears of it from the engine's thread.
+        """Queues a request; the engine's thread calls `listener` with its events.
 
         Raises:
-          ValueError: the request fits no slot, names ids that the model lacks, or asks for more than the engine grants.
+          ValueError: the request fits no slot, has ids that the model lacks, or exceeds a limit of the engine.
           EngineFullError: `max_queue` requests wait.
           RuntimeError: the engine is closed, or has failed.
         """
@@ -117,7 +118,7 @@ class Engine:
         """Ends a request, or one continuation of it; its slot is free at the next turn.
 
         Args:
-          finish: what it counts as: `stop` where it came to an end that only the caller knows.
+          finish: the finish to record; `stop` where only the caller knows that the text has ended.
 
         Raises:
           ValueError: the request has no such continuation.
@@ -154,26 +155,26 @@ class Engine:
         raise_problems("the engine cannot take this request", problems)
 
     def _pools_for(self, request: Request) -> list[Pool]:
-        """One on each replica."""
+        """Returns the pools that can take a request, one on each replica."""
         return next(pools for length, pools in self._by_length.items() if length >= request.size)
 
     def waiting(self) -> int:
-        """Requests without a slot."""
+        """Returns the number of requests without a slot."""
         with self._news:
             return len(self._waiting) + len(self._arrived)
 
     def running(self) -> int:
-        """Slots in use."""
+        """Returns the number of slots in use."""
         return sum(run is not None for pool in self._pools for run in pool.rows)
 
     # ---------------------------------------------------------------- the thread
 
     def warm_up(self) -> int:
-        """Compiles all programs, before anything runs; how many there are."""
+        """Compiles all programs before any request runs, and returns their number."""
         return sum(pool.warm_up() for pool in self._pools)
 
     def serve(self) -> None:
-        """Starts a thread that does the work until `close`."""
+        """Starts a thread that runs turns until `close`."""
         assert self._thread is None
         self._thread = threading.Thread(target=self._serve, name="lfm-engine", daemon=True)
         self._thread.start()
@@ -187,7 +188,7 @@ class Engine:
                     if self._closing and not (self._busy() or self._arrived):
                         return
                 self.step()
-        except Exception as error:  # Whoever waits must hear of it, and nobody must wait from now on.
+        except Exception as error:  # All listeners must learn of it, and no request may wait from now on.
             traceback.print_exc()
             self._fail(error)
 
@@ -206,9 +207,9 @@ class Engine:
             pool.abandon()
 
     def close(self, *, drain: bool = True) -> None:
-        """Takes no more requests; ends what runs (`drain` False), or lets it end, and waits for the thread.
+        """Takes no more requests, lets the running ones finish or ends them (`drain` False), and waits for the thread.
 
-        May be called while another call waits, to make it short.
+        A second call with `drain` False may end the requests that a first call waits for.
         """
         with self._news:
             self._closing, self._abandoned = True, self._abandoned or not drain
@@ -224,14 +225,15 @@ class Engine:
         return bool(self._waiting or self._sent or any(pool.busy for pool in self._pools))
 
     def _running(self) -> set[Ticket]:
-        """What was given slots and has not ended; its slots may have been given on, with tokens still under way."""
+        """Returns the requests that got slots and have not ended; the slots may be in other hands already, while tokens
+        are on their way from the device."""
         self._admitted = {ticket for ticket in self._admitted if not ticket.done}
         return self._admitted
 
     # ---------------------------------------------------------------- a turn
 
     def step(self) -> bool:
-        """One turn; whether there is more to do."""
+        """Runs one turn; returns whether there is more to do."""
         self._listen()
         self._admit()
         before = list(self._sent)
@@ -240,30 +242,30 @@ class Engine:
                 if pool.prefilling:
                     self._sent += pool.take_in()
                 self._generate(pool)
-        # What was sent off before this turn is handed out now, while the device is at the new work.
+        # Tokens of earlier turns are handed out now, while the device does the new work.
         old = [sent for sent in self._sent if sent in before]
         self._deliver(old if len(self._sent) > len(old) else list(self._sent))
         with self._news:
             return bool(self._arrived or self._cancelled) or self._busy()
 
     def _generate(self, pool: Pool) -> None:
-        """Some tokens of all that generate there: one dispatch, or one for each token while a grammar is at work."""
+        """Generates some tokens in a pool: with one dispatch, or with one per token while a request has a grammar."""
         for _ in range(self.config.steps):
             if pool.matching:  # The next masks need every token so far.
                 self._deliver([sent for sent in self._sent if sent.pool is pool])
             matching = pool.matching
             if pool.live:
                 self._sent.append(pool.generate(wanted=self._wanted(pool)))
-            # Whoever waits for a slot, or for the rest of a prompt, waits for a turn's end.
+            # Requests that wait for a slot, or for the rest of their prompt, wait for the end of a turn.
             if not matching or pool.prefilling or (pool.free and self._wanted(pool)):
                 return
 
     def _wanted(self, pool: Pool) -> bool:
-        """A request waits for a slot there."""
+        """Returns whether a request waits for a slot of this pool."""
         return any(pool in self._pools_for(ticket.request) for ticket in self._waiting)
 
     def _listen(self) -> None:
-        """Takes what has arrived, and ends what is to end early."""
+        """Queues the requests that arrived, and ends those that were cancelled or ran out of time."""
         with self._news:
             self._waiting.extend(self._arrived)
             self._arrived.clear()
@@ -290,7 +292,7 @@ class Engine:
             self._waiting.remove(ticket)
 
     def _admit(self) -> None:
-        """Gives slots to requests in the order in which they came, for each length by itself."""
+        """Gives slots to requests in the order of their arrival, separately for each length."""
         open_ = {length for length, pools in self._by_length.items() if any(pool.free for pool in pools)}
         for ticket in list(self._waiting):
             if not open_:
@@ -300,7 +302,7 @@ class Engine:
                 continue
             pool = max(pools, key=lambda pool: pool.free)
             if pool.free < ticket.request.n - len(ticket.ended):
-                open_.remove(pool.shape.length)  # Nobody overtakes.
+                open_.remove(pool.shape.length)  # No request overtakes another.
                 continue
             self.counts["prompt_tokens"] += len(ticket.request.prompt)
             self._admitted.add(ticket)
@@ -312,7 +314,7 @@ class Engine:
         for sent in ready:
             self._sent.remove(sent)
             told = jax.tree.map(np.asarray, sent.told)
-            # For all rows at once: thousands of them wait for this thread.
+            # For all rows at once: thousands of them may wait for this thread.
             real_NBT = np.asarray(told.token) >= 0
             stepped_NB = real_NBT.any(axis=2)
             tokens_B = np.asarray(told.token).swapaxes(0, 1).reshape(real_NBT.shape[1], -1).tolist()
@@ -354,7 +356,7 @@ class Engine:
     # ---------------------------------------------------------------- offline
 
     def complete(self, requests: Iterable[Request]) -> list[list[Continuation]]:
-        """Runs requests to their end, in this thread: the continuations of each request, in order.
+        """Runs requests to their end in this thread, and returns the continuations of each, in order.
 
         Raises:
           ValueError: see `submit`.
@@ -377,7 +379,7 @@ class Engine:
 
 
 def _follow(matcher: Matcher, tokens: Sequence[int]) -> str | None:
-    """Goes on by what was chosen; why it cannot, if so."""
+    """Advances a matcher by tokens; returns the error if it cannot follow them, else None."""
     try:
         for token in tokens:
             matcher.consume(token)

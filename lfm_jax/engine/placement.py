@@ -1,4 +1,4 @@
-"""Where an engine lives: replicas of a model over a mesh, and whether they fit."""
+"""Replicas of a model over a mesh, and the memory that an engine needs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from lfm_jax.sharding import make_mesh, shardings
 
 
 def place_replicas(params: Any, config: ModelConfig, mesh: Mesh | None) -> list[tuple[Any, Mesh]]:
-    """The parameters once for each place along `data`, laid out over the devices along `tensor` there.
+    """Returns a copy of the parameters for each index along `data`, split over its devices along `tensor`, with its
+    mesh.
 
     Raises:
       ValueError: the mesh splits `fsdp` or `context`, or heads or widths do not divide over `tensor`.
@@ -43,21 +44,22 @@ def place_replicas(params: Any, config: ModelConfig, mesh: Mesh | None) -> list[
 
 
 def device_memory() -> int:
-    """Bytes of memory of the first device: what its driver grants; for a CPU the machine's, or its container's."""
+    """Returns the bytes of memory of the first device, as its driver reports them; for a CPU those of the machine or
+    its container."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
-    said = limit.read_text().strip() if limit.is_file() else "max"
-    return min(machine, int(said)) if said.isdigit() else machine
+    granted = limit.read_text().strip() if limit.is_file() else "max"
+    return min(machine, int(granted)) if granted.isdigit() else machine
 
 
 def memory_needed(
     engine: EngineConfig, model: ModelConfig, params: Any, mesh: Mesh | None = None
 ) -> dict[str, int]:
-    """Bytes that an engine takes on a device, by what they are for; working memory is an estimate.
+    """Returns the bytes that an engine takes on a device, by purpose; working memory is an estimate.
 
     Args:
       params: the model's parameters, or their shapes.
@@ -73,7 +75,7 @@ def memory_needed(
         slots = jax.eval_shape(shape.init)
         state, rest = _bytes(slots.state), _bytes(dataclasses.replace(slots, state=()))
         found[f"{shape.slots} slots of {shape.length} tokens"] = state // tensor + rest
-        # A dispatch copies the rows that it works on, unless they are all there are; prompts' once more.
+        # A dispatch copies the rows that it works on, unless it works on all; rows of prompts are copied twice.
         taken_in = engine.prompts_at_once((shape.slots, shape.length), 16)[-1]
         copied = max(2 * taken_in, *[n for n in shape.row_counts if n < shape.slots], 0)
         working = max(working, (state // tensor + rest) * copied // shape.slots)
@@ -85,7 +87,7 @@ def _bytes(tree: Any) -> int:
 
 
 def check_memory(needed: Mapping[str, int], limit: int) -> None:
-    """Raises ValueError with a table where what is needed is more than the limit."""
+    """Raises ValueError with a table if the memory needed exceeds the limit."""
     total = sum(needed.values())
     if total > limit:
         lines = "\n".join(f"  {size / 2**20:10,.1f} MiB  {name}" for name, size in needed.items())

@@ -1,4 +1,4 @@
-"""Slots of one length on one replica of the model, what runs in them, and what is sent to the device for it.
+"""The slots of one length on one replica of the model, the requests that run in them, and their dispatches.
 
 Dimensions: as in `slots.py`.
 """
@@ -28,26 +28,26 @@ if TYPE_CHECKING:
 
 
 LOOKED_AT = 8
-"""Prompts that are looked at for each place of a dispatch that takes them in."""
+"""How many waiting prompts a dispatch considers for each of its rows."""
 
 
 class Ticket:
-    """A request that the engine has taken."""
+    """A request that the engine has accepted."""
 
     def __init__(self, request: Request, listener: Listener, expires: float | None):
         self.request, self.listener, self.expires = request, listener, expires
         self.runs: list[Running] = []
-        """One for each continuation, in order, once there are slots for them."""
+        """One for each continuation, in order, once they have slots."""
         self.ended: set[int] = set()
-        """Continuations that have had their last event."""
+        """Continuations that got their last event."""
 
     @property
     def done(self) -> bool:
-        """Every continuation has ended."""
+        """Whether every continuation has ended."""
         return len(self.ended) == self.request.n
 
     def say(self, event: Event) -> None:
-        """Tells the listener; if it raises, that is its own affair."""
+        """Calls the listener; an exception it raises is printed and ignored."""
         if event.finish is not None:
             self.ended.add(event.choice)
         try:
@@ -57,7 +57,7 @@ class Ticket:
 
 
 class Running:
-    """One continuation in its slot; `over` from the start where it was cancelled before."""
+    """One continuation in its slot; `over` from the start if it was cancelled while it waited."""
 
     def __init__(self, ticket: Ticket, choice: int, pool: Pool, row: int | None):
         self.ticket, self.choice, self.pool = ticket, choice, pool
@@ -68,11 +68,11 @@ class Running:
         self.made = 0
         """Tokens handed out."""
         self.promised = 0
-        """Tokens made so far, and those that what is under way makes at least, unless the text ends before."""
+        """Tokens generated so far, and those that dispatches under way will generate unless the text ends first."""
         self.taken_in = 0
-        """Tokens of the prompt in the state, if this is the one of its ticket that takes it in."""
+        """Tokens of the prompt in the state, if this run takes in the prompt of its ticket."""
         self.scores: list[TokenLogprob] = []
-        """Of the prompt, until the first event."""
+        """Log-probabilities of the prompt, until the first event."""
 
     @property
     def request(self) -> Request:
@@ -81,20 +81,20 @@ class Running:
 
 @dataclasses.dataclass(eq=False)
 class Sent:
-    """Tokens under way from the device."""
+    """Tokens on their way from the device."""
 
     told: Told
     runs: list[tuple[int, Running]]
-    """(row of `told`, its run), at least one."""
+    """(row of `told`, its run) pairs, at least one."""
 
     @property
     def pool(self) -> Pool:
-        """Where they come from."""
+        """The pool that they come from."""
         return self.runs[0][1].pool
 
 
 class Pool:
-    """The slots; methods that send something to the device return what will come back."""
+    """Slots and their runs; methods that start dispatches return the tokens to come."""
 
     def __init__(
         self, graphdef: Any, params: Any, mesh: Mesh, shape: SlotShape, config: EngineConfig, cache: PrefixCache,
@@ -107,15 +107,16 @@ class Pool:
             self._slots: Slots = shape.init()
         self.rows: list[Running | None] = [None] * shape.slots
         self._free = list(range(shape.slots))
-        """Slots without a run, as a heap: low ones first, since a dispatch takes all up to the highest in use."""
+        """Slots without a run, as a heap: low ones are used first, because a dispatch takes all up to the highest in
+        use."""
         self.prefilling: list[Running] = []
         """Runs whose prompts are being taken in, oldest first."""
         self.live: set[Running] = set()
         """Runs that generate."""
         self._batch = self._rows_taken_in(config.chunk)[0]
-        """Rows of a dispatch that copies or stops some; one that takes in prompts has at least as many."""
+        """Rows of a dispatch that copies or stops rows; one that takes in prompts has at least as many."""
         self._shortest_first = False
-        """Whose turn it is to have its prompt taken in: the oldest's, or that of the one with the least left."""
+        """Whether the prompt with the fewest tokens left is next, and not the oldest."""
 
     @property
     def busy(self) -> bool:
@@ -123,16 +124,16 @@ class Pool:
 
     @property
     def matching(self) -> bool:
-        """Something that generates follows a grammar."""
+        """Whether a generating run follows a grammar."""
         return any(run.matcher is not None for run in self.live)
 
     @property
     def free(self) -> int:
-        """How many slots are without a run."""
+        """The number of slots without a run."""
         return len(self._free)
 
     def admit(self, ticket: Ticket) -> None:
-        """Gives slots to a ticket, which must be there."""
+        """Gives slots, enough of which must be free, to a ticket."""
         for i in range(ticket.request.n):
             run = Running(ticket, i, self, None if i in ticket.ended else heapq.heappop(self._free))
             if not run.over:
@@ -143,7 +144,7 @@ class Pool:
         self._restore(first)
 
     def release(self, run: Running, *, stop: bool) -> None:
-        """Ends a run; the device need not be told (`stop`) where the row came to its end there."""
+        """Ends a run; `stop` makes its row idle on the device too, where it has not ended by itself."""
         run.over = True
         if stop and run in self.live:
             with jax.set_mesh(self.mesh):
@@ -151,13 +152,13 @@ class Pool:
         self._vacate(run)
         if run in self.prefilling:
             self.prefilling.remove(run)
-            # Others of its ticket were to be forked from it; one of them begins anew.
+            # Other runs of its ticket were to be copied from it; one of them starts again.
             heir = next((other for other in run.ticket.runs if not other.over), None)
             if heir is not None:
                 self.prefilling.append(heir)
 
     def abandon(self) -> None:
-        """Forgets all runs."""
+        """Drops all runs."""
         for run in self.rows:
             if run is not None:
                 self._vacate(run)
@@ -174,7 +175,7 @@ class Pool:
     # ---------------------------------------------------------------- prompts
 
     def _restore(self, run: Running) -> None:
-        """Puts what the cache has of the rest of the prompt into the slot."""
+        """Restores cached blocks of the rest of the prompt into the slot."""
         C, prompt = self._config.chunk, run.request.prompt
         if run.request.prompt_logprobs:  # They must be computed.
             return
@@ -188,14 +189,17 @@ class Pool:
                 self._counts["cached_tokens"] += C
 
     def take_in(self) -> list[Sent]:
-        """A turn's worth of prompts, `chunk` tokens for each of `_batch` rows: in turns of the oldest, so that it gets
-        done, and of the one with the least left, so that a short one need not wait for a long one."""
+        """Takes in a turn's worth of prompts, `chunk` tokens for each of `_batch` rows.
+
+        The oldest prompt, so that it gets done, and the one with the fewest tokens left, so that a short prompt need
+        not wait for a long one, take turns.
+        """
         left, sent = self._batch * self._config.chunk, []
         while self.prefilling:
             chosen = self.prefilling[0]
             if self._shortest_first:
                 chosen = min(self.prefilling, key=lambda run: len(run.request.prompt) - run.taken_in)
-            self._restore(chosen)  # What another prompt has brought since.
+            self._restore(chosen)  # Blocks that another prompt has added since.
             runs, R = self._beside(chosen)
             left -= R * self._chunk_shape(chosen)[0]
             if left < 0:
@@ -205,11 +209,12 @@ class Pool:
         return sent
 
     def _rows_taken_in(self, width: int) -> list[int]:
-        """How many prompts of so many tokens a dispatch may take in, rising."""
+        """Returns the numbers of prompts of `width` tokens that a dispatch may take in, in ascending order."""
         return self._config.prompts_at_once((self.shape.slots, self.shape.length), width)
 
     def _beside(self, chosen: Running) -> tuple[list[Running], int]:
-        """A prompt and others of which the next chunk has the same shape; how many rows the dispatch is to have."""
+        """Returns a prompt with others whose next chunk has the same shape, and the number of rows of their
+        dispatch."""
         shape = self._chunk_shape(chosen)
         counts, runs = self._rows_taken_in(shape[0]), [chosen]
         for run in self.prefilling[: LOOKED_AT * counts[-1]]:
@@ -223,7 +228,7 @@ class Pool:
         return runs[:R], R
 
     def _take_in(self, runs: Sequence[Running], R: int) -> list[Sent]:
-        """One chunk of each of these prompts, which must have one shape, in a dispatch of R rows."""
+        """Takes in one chunk of each of these prompts, all of one shape, in a dispatch of R rows."""
         C, (width, scored) = self._config.chunk, self._chunk_shape(runs[0])
         rows_R, length_R, fresh_R = np.full(R, NOWHERE, np.int32), np.zeros(R, np.int32), np.zeros(R, bool)
         tokens_RC, targets_RC = np.zeros((R, width), np.int32), np.zeros((R, width), np.int32)
@@ -249,12 +254,12 @@ class Pool:
         return self._begin(logits_RV, finished)
 
     def _chunk_shape(self, run: Running) -> tuple[int, bool]:
-        """(tokens, whether they are scored) of the dispatch that takes in the next chunk of a prompt."""
+        """Returns (tokens, whether they are scored) for the dispatch that takes in the next chunk of a prompt."""
         left = len(run.request.prompt) - run.taken_in
         return chunk_width(left, self._config.chunk), run.request.prompt_logprobs
 
     def _is_coming(self, run: Running, runs: Sequence[Running]) -> bool:
-        """The next block of a prompt is one that the cache is about to get from another of `runs`."""
+        """Returns whether the cache is about to get the next block of a prompt from another of `runs`."""
         after, prompt = run.taken_in + self._config.chunk, run.request.prompt
         return (
             after < len(prompt) and not run.request.prompt_logprobs
@@ -263,14 +268,14 @@ class Pool:
         )
 
     def _keep(self, run: Running) -> None:
-        """Gives the block that has just been taken in to the cache, if it is whole."""
+        """Adds the block that was just taken in to the cache, if it is whole."""
         C, prompt = self._config.chunk, run.request.prompt
         if run.taken_in % C == 0 and self.cache.wants(prompt, run.taken_in // C):
             part = self._programs.snapshot(self._slots, np.int32(run.row), np.int32(run.taken_in - C), length=C)
             self.cache.add(prompt, run.taken_in // C, part)
 
     def _begin(self, logits_RV: jax.Array, finished: Sequence[tuple[int, Running]]) -> list[Sent]:
-        """Chooses the first tokens of continuations whose prompts have been taken in."""
+        """Starts the continuations whose prompts have been taken in, with their first tokens."""
         R, n = len(logits_RV), self._batch
         starts: list[tuple[int, Running]] = []
         for r, first in finished:
@@ -298,11 +303,12 @@ class Pool:
     # ---------------------------------------------------------------- generation
 
     def generate(self, *, wanted: bool) -> Sent:
-        """Some steps of all that generate.
+        """Runs some steps of all generating runs.
 
-        One step where prompts are still to be taken in, since each adds a row to all steps that follow, and where
-        something follows a grammar: then every token so far must have been handed out, and the host makes the masks
-        while the device takes in the tokens that were chosen last.
+        It runs a single step while prompts are still to be taken in, since each adds a row to all later steps, and
+        while
+        a run follows a grammar: then every token so far must have been handed out, and the host makes the masks while
+        the device takes in the tokens chosen last.
 
         Args:
           wanted: requests wait for a slot; the steps end where `_batch` budgets have ended.
@@ -331,12 +337,12 @@ class Pool:
         return sent
 
     def _close_up(self) -> None:
-        """Moves what generates to lower slots where its steps then take fewer rows."""
+        """Moves generating runs to lower slots if their steps then take fewer rows."""
         high: list[Running] = []
         for rows in (n for n in self.shape.row_counts if n >= len(self.live)):
             high = sorted((run for run in self.live if run.row >= rows), key=lambda run: run.row)
             if len(high) <= sum(row < rows for row in self._free):
-                break  # Prompts that are taken in, and what is to be copied from them, are in the way of fewer.
+                break  # Prompts, and the runs to be copied from them, block fewer rows than this.
         for some in _groups(high, self._batch):
             from_R = _filled([run.row for run in some], self._batch, NOWHERE)
             for run in some:
@@ -348,12 +354,13 @@ class Pool:
             self._slots = self._programs.stop(self._programs.copy(self._slots, from_R, to_R), from_R)
 
     def _drafted(self) -> int:
-        """Tokens drafted a step: none where no request may have any, since each costs as much as one more row."""
+        """Returns the tokens to draft per step: none if no request may have drafts, since each costs as much as a
+        row."""
         wanted = self.shape.fixed_rows or any(_may_draft(run.request) for run in self.live)
         return self.shape.draft if wanted else 0
 
     def promise(self, run: Running, tokens: int) -> None:
-        """Notes that so many more tokens are made, or sure to be, and frees the slot if they are the last."""
+        """Counts tokens that are generated or sure to be, and frees the slot if they are the last."""
         run.promised += tokens
         if run.promised >= run.request.max_new_tokens:
             self._vacate(run)
@@ -361,7 +368,7 @@ class Pool:
     # ---------------------------------------------------------------- before anything runs
 
     def warm_up(self) -> int:
-        """Compiles all programs; how many there are."""
+        """Compiles all programs and returns their number."""
         run, shape, config = self._programs, self.shape, self._config
         count, started = 2, set()
         with jax.set_mesh(self.mesh):
@@ -415,27 +422,28 @@ def _is_plain(request: Request) -> bool:
 
 
 def _may_draft(request: Request) -> bool:
-    """What is chosen next may depend on the tokens just before only by way of the model."""
+    """Returns whether the next token depends on the tokens just before it only through the model."""
     return request.grammar is None and request.sampling.repetition_penalty == 1
 
 
 def chunk_width(tokens: int, chunk: int) -> int:
-    """The shape that the next `tokens` tokens of a prompt are taken in with: a power of 2 from 16 to `chunk`."""
+    """Returns the width of the chunk that takes in the next `tokens` tokens of a prompt: a power of 2 from 16 to
+    `chunk`."""
     return min(chunk, max(16, 1 << (tokens - 1).bit_length()))
 
 
 def chunk_widths(most: int, chunk: int) -> list[int]:
-    """All shapes of prompts up to `most` tokens."""
+    """Returns all widths of chunks of prompts with up to `most` tokens."""
     return sorted({chunk_width(n, chunk) for n in (*(1 << i for i in range(most.bit_length())), most)})
 
 
 def _asked(runs: Sequence[Running], R: int, shape: SlotShape) -> Asked:
-    """What requests ask for, as arrays of R rows."""
+    """Returns the options of requests as arrays of R rows."""
     requests = [run.request for run in runs]
     V, M, P = shape.config.vocab_size, shape.max_stop_ids, shape.max_biases
     samplings = [run.request.choice_sampling(run.choice) for run in runs]
     params, _ = to_arrays(samplings + [samplings[0]] * (R - len(runs)), V)
-    # Arrays of the host: the programs take them as they are, and nothing else is compiled for them.
+    # NumPy arrays: the programs take them as they are, and nothing else is compiled for them.
     stop_ids_RM: Any = np.full((R, M), -1, np.int32)
     bias_ids_RP: Any = np.full((R, P), V, np.int32)
     bias_RP: Any = np.zeros((R, P), np.float32)
@@ -462,7 +470,7 @@ def _filled(values: Sequence[Any], size: int, filler: Any) -> Any:
 
 
 def _masks(matchers: Sequence[Matcher | None], rows: int, words: int) -> np.ndarray:
-    """Bits of the tokens that each row may have next; all of them where no grammar says."""
+    """Returns the bits of the tokens that each row may have next: all of them for rows without a grammar."""
     masks_BW = np.full((rows, words), 0xFFFFFFFF, np.uint32)
     if any(matcher is not None for matcher in matchers):
         from lfm_jax.structured.grammar import fill_masks
@@ -472,10 +480,10 @@ def _masks(matchers: Sequence[Matcher | None], rows: int, words: int) -> np.ndar
 
 
 def logprobs(told: Told, row: int, real_NT: np.ndarray, most: int | None) -> list[TokenLogprob]:
-    """What was told of a row's tokens where they are real."""
+    """Returns the log-probabilities of a row's real tokens."""
 
     def of_row(x: Any) -> list[Any]:
-        assert x is not None  # The engine refuses requests for what its programs do not tell.
+        assert x is not None  # The engine refuses requests for log-probabilities that its programs do not compute.
         return np.asarray(x)[:, row][real_NT].tolist()
 
     columns = zip(of_row(told.token), of_row(told.logprob), of_row(told.best), of_row(told.best_logprob), strict=True)

@@ -1,7 +1,7 @@
-"""States of prompt prefixes, kept to be used again: a tree of blocks, the least recently used leaf thrown out first.
+"""A cache of the states of prompt prefixes: a tree of blocks, of which the least recently used leaf is removed first.
 
-A block is what `block` tokens add to a decode state (`state.snapshot`), with everything a layer holds at the border
-after them. It is found by the tokens before and in it.
+A block is what `block` tokens add to a decode state (`state.snapshot`), with everything that a layer holds after them.
+Its key is the tokens before it and in it.
 """
 
 from __future__ import annotations
@@ -14,28 +14,30 @@ import jax
 import numpy as np
 
 Key = tuple[int, bytes]
-"""The number of the block before (0: none) and the tokens in it."""
+"""The number of the block before it (0: none), and its tokens."""
 
 
 class PrefixCache:
-    """Blocks of `block` tokens within `max_bytes`; 0 bytes keep nothing."""
+    """Holds blocks of `block` tokens within `max_bytes`; with 0 bytes it holds nothing."""
 
     def __init__(self, block: int, max_bytes: int):
         self._block, self._max_bytes = block, max_bytes
         self._entries: OrderedDict[Key, tuple[int, Any, int]] = OrderedDict()
-        """By key, least recently used first: (own number, snapshot, bytes). Every use of a block is one of all before
-        it, which are told after it: so none is thrown out before those that follow it."""
+        """(own number, snapshot, bytes) by key, least recently used first. A use of a block counts as a later use of
+        the blocks before it, so that none of them is removed before it."""
         self._numbers = 0
         self._smallest = 0
-        """Bytes of the smallest snapshot that was ever offered."""
+        """Bytes of the smallest snapshot seen so far."""
         self._no_room: Key | None = None
-        """The block that was last thrown out for itself: those before it take all the room."""
+        """The last block that was removed as soon as it was added: the blocks before it fill the cache."""
         self.bytes = 0
-        """Of all snapshots."""
+        """Bytes of all snapshots."""
 
     def find(self, prompt: Sequence[int], blocks: int = 0) -> list[Any]:
-        """The snapshots of the longest prefix there is, in order, without the first `blocks`; never the whole prompt:
-        its last token must be run for what follows it."""
+        """Returns the snapshots of the longest cached prefix, in order, without the first `blocks`.
+
+        The prefix is never the whole prompt, whose last token must be run for the logits after it.
+        """
         most = (len(prompt) - 1) // self._block
         if most <= blocks or not self._entries:
             return []
@@ -50,15 +52,15 @@ class PrefixCache:
         return [self._entries[key][1] for key in keys[blocks:]]
 
     def wants(self, prompt: Sequence[int], blocks: int) -> bool:
-        """Whether to give it the snapshot of block number `blocks` (from 1) of the prompt: it holds those before, and
-        not this one, and has room for it."""
+        """Returns whether the cache would keep the snapshot of block number `blocks` (from 1) of the prompt: it holds
+        the blocks before it but not this one, and has room for it."""
         if self._smallest > self._max_bytes or not self._max_bytes:
             return False
         last = self._keys(prompt, blocks)[-1]
         return last is not None and last not in self._entries and last != self._no_room
 
     def add(self, prompt: Sequence[int], blocks: int, snapshot: Any) -> None:
-        """Keeps the snapshot of block number `blocks`, and throws out what is then too much."""
+        """Adds the snapshot of block number `blocks`, and removes blocks until all fit."""
         size = sum(x.nbytes for x in jax.tree.leaves(snapshot))
         self._smallest = min(self._smallest or size, size)
         key = self._keys(prompt, blocks)[-1]
@@ -78,12 +80,12 @@ class PrefixCache:
         return len(self._entries)
 
     def _tokens(self, prompt: Sequence[int], blocks: int) -> Iterator[bytes]:
-        """Of the first `blocks` blocks, each made when it is asked for: mostly the first is not there."""
+        """Yields the tokens of the first `blocks` blocks, as needed: mostly the first is not cached."""
         C = self._block
         return (np.asarray(prompt[i : i + C], np.int32).tobytes() for i in range(0, blocks * C, C))
 
     def _keys(self, prompt: Sequence[int], blocks: int) -> list[Key | None]:
-        """Keys of the first `blocks` blocks; None where the block before is not there."""
+        """Returns the keys of the first `blocks` blocks, None where the block before is not cached."""
         keys: list[Key | None] = []
         before: int | None = 0
         for tokens in self._tokens(prompt, blocks):
@@ -94,6 +96,6 @@ class PrefixCache:
         return keys
 
     def _use(self, keys: Sequence[Key]) -> None:
-        for key in reversed(keys):  # The first block last: it is needed by the others.
+        for key in reversed(keys):  # The first block last: the others need it.
             if key in self._entries:
                 self._entries.move_to_end(key)

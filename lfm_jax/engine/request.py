@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what it says as it goes."""
+"""Requests to the engine, and the events and continuations that it returns."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from lfm_jax.structured.grammar import Matcher
 
 Finish = Literal["stop", "length", "cancelled", "deadline", "failed"]
-"""`stop`: a stop id. `length`: max_new_tokens. `cancelled` and `deadline` may come at any time, also while it waits.
-`failed`: the grammar could be followed no further, or the engine has failed; the event says why."""
+"""`stop`: a stop id. `length`: max_new_tokens. `cancelled` and `deadline` may come at any time, also while a request
+waits. `failed`: no token fits the grammar, or the engine has failed; the event has the reason."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prompt to be continued, n times.
+    """A prompt to continue n times.
 
     Raises:
       ValueError: on construction, one message that lists every bad field and how to mend it.
@@ -33,23 +33,23 @@ class Request:
     """Token ids, at least one."""
     max_new_tokens: int = 64
     min_new_tokens: int = 0
-    """Tokens before which no stop id is chosen, unless a grammar allows nothing else."""
+    """The number of tokens before the first stop id, unless a grammar allows nothing else."""
     sampling: Sampling = GREEDY
     n: int = 1
     """Continuations; number i has the seed `sampling.seed + i`."""
     stop_ids: Sequence[int] | None = None
     """Tokens that end a continuation; None means the model's eos ids."""
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    """Added to the logits of tokens; -inf forbids one, but where a grammar allows no other."""
+    """Added to the logits of tokens; -inf forbids a token, unless a grammar allows no other."""
     logprobs: int | None = None
-    """Tell the log-probability of each token and of so many likeliest ones, before sampling parameters."""
+    """Return the log-probability of each token and of this many likeliest tokens, before sampling parameters apply."""
     prompt_logprobs: bool = False
-    """Tell those of the prompt's tokens too, as many as `logprobs` says."""
+    """Return those of the prompt's tokens too."""
     grammar: Matcher | None = None
-    """What the continuation must follow, at its start; each continuation follows a copy. What ends its text must be
-    among `stop_ids`."""
+    """A matcher, at its start, of the grammar that each continuation follows with a copy. The tokens that end its text
+    must be among `stop_ids`."""
     deadline: float | None = None
-    """Seconds from its submission after which it is ended."""
+    """Seconds after submission at which the request is ended."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -70,18 +70,18 @@ class Request:
         if self.logprobs is not None and (type(self.logprobs) is not int or self.logprobs < 0):
             problems.append(f"logprobs is {self.logprobs!r}; it must be None or a whole number of at least 0")
         if self.prompt_logprobs and self.logprobs is None:
-            problems.append("prompt_logprobs needs logprobs, the number of likeliest tokens to tell")
+            problems.append("prompt_logprobs needs logprobs, the number of likeliest tokens to return")
         if self.deadline is not None and not (isinstance(self.deadline, (int, float)) and self.deadline > 0):
             problems.append(f"deadline is {self.deadline!r}; it must be above 0 seconds")
         raise_problems("Request is not valid", problems)
 
     @property
     def size(self) -> int:
-        """Tokens that a slot must have room for."""
+        """The number of tokens that its slot must have room for."""
         return len(self.prompt) + self.max_new_tokens
 
     def choice_sampling(self, choice: int) -> Sampling:
-        """Of continuation number `choice`."""
+        """Returns the sampling parameters of continuation number `choice`."""
         return dataclasses.replace(self.sampling, seed=(self.sampling.seed + choice) % 2**32)
 
     def check(self, config: ModelConfig) -> None:
@@ -105,17 +105,17 @@ def _ids(prompt: Sequence[int]) -> list[int] | None:
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probabilities at one place, of the model alone: before temperature, penalties, bias and masks."""
+    """Log-probabilities at one position, from the model alone: before temperature, penalties, bias and masks."""
 
     token: int
     logprob: float
     best: tuple[tuple[int, float], ...]
-    """The likeliest tokens with theirs, best first."""
+    """The likeliest tokens with their log-probabilities, best first."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """News of one continuation."""
+    """New tokens of one continuation, or its end."""
 
     choice: int
     tokens: list[int]
@@ -132,7 +132,7 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """One that has ended."""
+    """A continuation that has ended."""
 
     tokens: list[int]
     """A stop id included."""
@@ -142,8 +142,8 @@ class Continuation:
 
 
 Listener = Callable[[Event], None]
-"""Called by the engine's thread; must be quick. What it raises is printed, and changes nothing."""
+"""Called by the engine's thread; must be quick. An exception it raises is printed and ignored."""
 
 
 class EngineFullError(RuntimeError):
-    """As many requests wait as may."""
+    """The queue of waiting requests is full."""

@@ -1,6 +1,6 @@
-"""A model that answers in text: an engine with a tokenizer and a chat template, for asyncio.
+"""An engine with a tokenizer and a chat template, which answers in text, for asyncio.
 
-Text is made where it is waited for, so that the engine's thread does nothing but keep the device at work.
+Tokens are decoded in the event loop, so that the engine's thread does nothing but keep the device busy.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """News of one continuation, in text."""
+    """New text of one continuation, or its end."""
 
     choice: int
-    """Of all requests that were submitted together, in order."""
+    """Number of the continuation among those of all requests submitted together."""
     text: str
     tokens: list[int]
     """New tokens, a stop id included; their text may come with a later piece."""
@@ -44,7 +44,7 @@ class Piece:
 
 
 class Service:
-    """Runs requests and gives text.
+    """Runs requests and returns text.
 
     Args:
       model, tokenizer: as `lfm.load` gives them.
@@ -52,7 +52,7 @@ class Service:
       config, mesh: as for `Engine`.
 
     Raises:
-      ValueError: see `Engine`; or a tokenizer with more ids than the model.
+      ValueError: see `Engine`, or the tokenizer has more ids than the model.
     """
 
     def __init__(
@@ -67,15 +67,15 @@ class Service:
         """Tokens that end a continuation."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with bos."""
+        """Returns the token ids of a prompt, with bos."""
         return encode(self.tokenizer, text, self.config.bos_id)
 
     def encode_chat(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
-        """Token ids of a conversation; see `chat.encode_chat`."""
+        """Returns the token ids of a conversation; see `chat.encode_chat`."""
         return encode_chat(self.tokenizer, self.config, self._template, messages, tools)
 
     def matcher(self, grammar: Grammar) -> Matcher:
-        """A matcher for `Request.grammar`.
+        """Returns a matcher for `Request.grammar`.
 
         Raises:
           GrammarError: see `GrammarTokenizer.matcher`.
@@ -88,8 +88,8 @@ class Service:
         """Queues requests, all or none, from a running event loop.
 
         Args:
-          stop: texts before which a continuation ends; special tokens may be among them.
-          skip_special_tokens: leave special tokens out of texts.
+          stop: strings before which a continuation ends; special tokens may be among them.
+          skip_special_tokens: leaves special tokens out of the text.
 
         Raises:
           ValueError, EngineFullError, RuntimeError: see `Engine.submit`.
@@ -98,7 +98,7 @@ class Service:
 
 
 class Answers:
-    """The continuations of some requests as they come."""
+    """The continuations of some requests, as they arrive."""
 
     def __init__(
         self, service: Service, requests: Sequence[Request], stop: Sequence[str], *, skip_special_tokens: bool
@@ -107,12 +107,12 @@ class Answers:
         self._news: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
         self._tickets: list[Ticket] = []
         self._firsts: list[int] = []
-        """Number of the first continuation of each request."""
+        """The number of the first continuation of each request."""
         self._replies: dict[int, Reply] = {}
-        """Of the continuations that have not ended."""
+        """By continuation, of those that have not ended."""
         most = self._engine.config.max_queue
         if len(requests) > most:
-            raise ValueError(f"{len(requests)} prompts at once; at most {most}, as many as may wait (max_queue)")
+            raise ValueError(f"{len(requests)} prompts at once; at most {most} may wait (max_queue)")
         try:
             for request in requests:
                 ids = service.stop_ids if request.stop_ids is None else request.stop_ids
@@ -128,19 +128,20 @@ class Answers:
             raise
 
     def _listen(self, number: int, event: Event) -> None:
-        """Called by the engine's thread."""
-        with suppress(RuntimeError):  # The loop is closed: nobody waits any more.
+        """Passes an event from the engine's thread to the event loop."""
+        with suppress(RuntimeError):  # The loop is closed, so nothing waits for the event.
             self._loop.call_soon_threadsafe(self._news.put_nowait, (number, event))
 
     def cancel(self) -> None:
-        """Ends what has not ended, and `pieces`; slots are free at the engine's next turn."""
+        """Ends the continuations that still run, and `pieces`; their slots are free at the engine's next turn."""
         for ticket in self._tickets:
             if not ticket.done:
                 self._engine.cancel(ticket)
         self._news.put_nowait(None)
 
     async def pieces(self) -> AsyncGenerator[Piece]:
-        """News of the continuations; the last one of each has a `finish`. Left early, it cancels."""
+        """Yields the pieces of all continuations; the last one of each has a `finish`. Cancels what runs if left
+        early."""
         try:
             while self._replies:
                 news = await self._news.get()
@@ -149,7 +150,7 @@ class Answers:
                 number, event = news
                 choice = self._firsts[number] + event.choice
                 reply = self._replies.get(choice)
-                if reply is None:  # Ended by a stop text; the engine had gone on.
+                if reply is None:  # A stop string ended it while the engine went on.
                     continue
                 text, taken, finish = "", 0, event.finish
                 while taken < len(event.tokens) and not reply.stopped:
@@ -163,7 +164,7 @@ class Answers:
                     text += reply.finish()
                 if finish is not None:
                     del self._replies[choice]
-                # Tokens that came at once with those of the stop text are none of the answer's.
+                # Tokens after those of the stop string are not part of the answer.
                 logprobs = None if event.logprobs is None else event.logprobs[:taken]
                 yield Piece(choice, text, event.tokens[:taken], logprobs, event.prompt_logprobs, finish, event.reason)
         finally:

@@ -1,12 +1,12 @@
 """The device side of the engine: slots of one length, and the compiled programs that work on them.
 
 A slot is a row of every array in `Slots`. Programs have fixed shapes and take the numbers of rows as data, so that
-requests come and go without a compilation. A row's numbers never depend on what other rows hold; how many rows a
-dispatch has may change their rounding.
+requests come and go without a compilation. The values of a row never depend on other rows; only their rounding may
+depend on the number of rows in a dispatch.
 
 Dimensions: B slots, S tokens of a slot, R rows and C tokens of a prefill, b <= B slots and N steps of a dispatch, T
 tokens of a step (1, and those drafted), V vocabulary, W = ceil(V / 32) words of a mask, M stop ids, P biased ids, L
-likeliest tokens of which log-probabilities are told.
+likeliest tokens whose log-probabilities are returned.
 """
 
 from __future__ import annotations
@@ -29,62 +29,62 @@ from lfm_jax.sharding import reshard, spec
 from lfm_jax.state import State
 
 NGRAM = 2
-"""Tokens that must have occurred before for what followed them to be drafted."""
+"""How many last tokens must have occurred before, for the tokens after them to be drafted."""
 GREEDY_FEATURES = Features(*[False] * len(Features._fields))
 NOWHERE = 2**30
-"""A row that no array has: what is written there is dropped."""
+"""An index beyond every array: writes to it are dropped."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What requests ask for, one row each."""
+    """The options of requests, one row each."""
 
     sampling: SamplingArrays
     budget_B: jax.Array
-    """Tokens to generate at most; int32 like all that follows but for the bias."""
+    """The most tokens to generate; int32, as the fields below if not stated otherwise."""
     least_B: jax.Array
-    """Tokens before which no stop id is chosen."""
+    """The number of tokens before the first stop id."""
     stop_ids_BM: jax.Array
-    """-1 fills up."""
+    """Padded with -1."""
     bias_ids_BP: jax.Array
-    """Tokens whose logits are changed; V fills up."""
+    """Tokens whose logits are changed, padded with V."""
     bias_BP: jax.Array
-    """float32, added to their logits."""
+    """float32; added to their logits."""
     draft_B: jax.Array
-    """bool; tokens may be drafted for the row."""
+    """bool; whether tokens may be drafted for the row."""
     logprobs_B: jax.Array
-    """bool; log-probabilities are wanted."""
+    """bool; whether log-probabilities are wanted."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """All slots of one length. One with no tokens left to generate is idle and stays as it is."""
+    """All slots of one length. A slot with no tokens left to generate is idle and does not change."""
 
     state: State
     asked: Asked
     token_B: jax.Array
-    """Sampled last and not yet in the state."""
+    """The token sampled last, which is not in the state yet."""
     left_B: jax.Array
-    """Tokens that it may still generate."""
+    """Tokens that the slot may still generate."""
     seen_BV: jax.Array
-    """bool, tokens of prompt and text so far."""
+    """bool; tokens of the prompt and the text so far."""
     history_BS: jax.Array
-    """Tokens of prompt and text so far, by position."""
+    """Tokens of the prompt and the text so far, by position."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Told:
-    """Chosen tokens and what is told of them, [steps, rows, tokens]."""
+    """Chosen tokens and their log-probabilities, [steps, rows, tokens]."""
 
     token: jax.Array
-    """-1 where there is none."""
+    """-1 for none."""
     drafted: jax.Array | None
-    """int32 [steps, rows], how many tokens were drafted; None in programs that draft none."""
+    """int32 [steps, rows], the number of drafted tokens; None in programs without drafts."""
     logprob: jax.Array | None
-    """Of the token, before sampling parameters; None in programs that tell none."""
+    """Log-probability of the token before sampling parameters apply; None in programs that do not compute it."""
     best: jax.Array | None
     """The L likeliest tokens, [..., L]."""
     best_logprob: jax.Array | None
@@ -92,7 +92,7 @@ class Told:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlotShape:
-    """What programs are compiled for."""
+    """The shape that programs are compiled for."""
 
     config: ModelConfig
     slots: int
@@ -100,20 +100,22 @@ class SlotShape:
     length: int
     """S."""
     draft: int = 0
-    """Tokens drafted a step; 0 drafts none."""
+    """Tokens drafted per step; 0 drafts none."""
     max_logprobs: int = 0
     """L."""
     max_stop_ids: int = 8
     max_biases: int = 16
     fixed_rows: bool = False
-    """Every dispatch of generation takes all slots."""
+    """Whether every dispatch that generates takes all slots."""
 
     @functools.cached_property
     def row_counts(self) -> list[int]:
-        """How many rows, from the first on, a dispatch of generation may have.
+        """The numbers of rows, from the first on, that a dispatch may have when it generates, in ascending order.
 
-        All of them, a quarter and so on; halves on a CPU, where 16 rows take 1.7 times as long as 8, unless slots are
-        long: a dispatch of fewer rows than there are copies them. Each number takes programs that must be compiled.
+        They are all rows, a quarter, a sixteenth and so on. On a CPU, where 16 rows take 1.7 times as long as 8, they
+        are
+        halves, unless slots are long: a dispatch of fewer than all rows copies them. Each number needs compiled
+          programs.
         """
         halves = jax.default_backend() == "cpu" and self.length <= SHORT
         counts, part = {self.slots}, 2 if halves else 4
@@ -122,7 +124,7 @@ class SlotShape:
         return sorted(counts)
 
     def asked(self, rows: int) -> Asked:
-        """Rows that ask for nothing."""
+        """Returns the options of idle rows."""
 
         def full(value: Any, *shape: int, dtype: Any = jnp.int32) -> jax.Array:
             return jnp.full((rows, *shape), value, dtype)
@@ -140,7 +142,7 @@ class SlotShape:
         )
 
     def init(self) -> Slots:
-        """Empty slots."""
+        """Returns empty slots."""
         B, V = self.slots, self.config.vocab_size
         return Slots(
             state=state_lib.init_state(self.config, B, self.length, rollback=self.draft), asked=self.asked(B),
@@ -155,10 +157,10 @@ class SlotShape:
 
 
 def slot_shapes(engine: EngineConfig, model: ModelConfig) -> list[SlotShape]:
-    """What each kind of slot is compiled for, shortest first.
+    """Returns the shape of each kind of slot, shortest first.
 
     Raises:
-      ValueError: slots longer than the model's context, or drafts for a model whose state cannot go back.
+      ValueError: slots are longer than the model's context, or the state of the model cannot go back behind drafts.
     """
     longest = max(length for _, length in engine.slots)
     if longest > model.max_position:
@@ -174,7 +176,7 @@ def slot_shapes(engine: EngineConfig, model: ModelConfig) -> list[SlotShape]:
 
 
 class Programs:
-    """The compiled functions of one `SlotShape`; parameters of the model are arguments. Slots given are used up.
+    """The compiled functions of one `SlotShape`; parameters of the model are arguments, and slots are donated.
 
     `prefill`, `score`, `start`, `decode`, `advance`, `choose`, `copy`, `stop`, `snapshot`, `restore`: see the methods.
     """
@@ -196,7 +198,8 @@ class Programs:
         self, params: Any, slots: Slots, rows_R: jax.Array, tokens_RC: jax.Array, length_R: jax.Array,
         fresh_R: jax.Array,
     ) -> tuple[Slots, jax.Array]:
-        """Takes in a chunk of a prompt a row; logits_RV after it. Rows that are `fresh_R` begin empty."""
+        """Takes in a chunk of a prompt for each row and returns logits_RV after it. Rows in `fresh_R` are emptied
+        first."""
         slots, logits_R1V = self._take_in(params, slots, rows_R, tokens_RC, length_R, fresh_R, "last")
         return slots, logits_R1V[:, 0]
 
@@ -204,7 +207,7 @@ class Programs:
         self, params: Any, slots: Slots, rows_R: jax.Array, tokens_RC: jax.Array, length_R: jax.Array,
         fresh_R: jax.Array, targets_RC: jax.Array,
     ) -> tuple[Slots, jax.Array, Told]:
-        """`prefill` that also tells the log-probability of the token that follows each one, as one step."""
+        """Does as `prefill`, and returns the log-probability of the token after each one, as one step."""
         slots, logits_RCV = self._take_in(params, slots, rows_R, tokens_RC, length_R, fresh_R, "all")
         last_R1 = jnp.maximum(length_R - 1, 0)[:, None, None]
         told = _tell(logits_RCV, targets_RC, self._shape.max_logprobs)
@@ -233,7 +236,7 @@ class Programs:
         self, slots: Slots, logits_RV: jax.Array, source_R: jax.Array, rows_R: jax.Array, asked: Asked,
         mask_RW: jax.Array,
     ) -> tuple[Slots, Told]:
-        """Begins to generate in some rows: sets what is asked and chooses the first token from `logits[source]`."""
+        """Starts to generate in some rows: sets their options and chooses the first token from `logits[source]`."""
         part = dataclasses.replace(_take(_light(slots), rows_R), asked=asked, left_B=asked.budget_B)
         part, told = _next_tokens(part, logits_RV[source_R][:, None], None, ANYTHING, self._shape.max_logprobs, mask_RW)
         return dataclasses.replace(_put(_light(slots), rows_R, part), state=slots.state), _as_one_step(told)
@@ -243,11 +246,11 @@ class Programs:
     def _decode(
         self, params: Any, slots: Slots, steps: jax.Array, *, rows: int, plain: bool, draft: int
     ) -> tuple[Slots, Told]:
-        """Up to `steps` (at most STEPS) steps of the first `rows` slots; ends early when all of them are idle.
+        """Runs up to `steps` (at most STEPS) steps of the first `rows` slots; ends early when all of them are idle.
 
         Args:
-          plain: all of these rows are greedy without penalty, bias, least tokens and log-probabilities.
-          draft: tokens drafted a step for the rows that want them; the shape's number, or 0 where none does.
+          plain: whether all of these rows are greedy without penalty, bias, minimum of tokens and log-probabilities.
+          draft: tokens drafted per step for the rows that may have drafts: the shape's number, or 0 if no row may.
         """
         shape = self._shape
         features, most = (GREEDY_FEATURES, 0) if plain else (ANYTHING, shape.max_logprobs)
@@ -279,14 +282,14 @@ class Programs:
         return _put_first(slots, part), told
 
     def _advance(self, params: Any, slots: Slots, *, rows: int) -> tuple[Slots, jax.Array]:
-        """The first half of one step of the first `rows` slots: takes in their tokens; logits_bV."""
+        """Runs the first half of one step of the first `rows` slots: takes in their tokens and returns logits_bV."""
         part = jax.tree.map(lambda x: x[:rows], slots.state)
         live_b = (slots.left_B[:rows] > 0).astype(jnp.int32)
         logits_b1V, part = self._run(params, slots.token_B[:rows, None], live_b, part, "last")
         return dataclasses.replace(slots, state=_put_first(slots.state, part)), logits_b1V[:, 0]
 
     def _choose(self, slots: Slots, logits_bV: jax.Array, mask_bW: jax.Array, *, rows: int) -> tuple[Slots, Told]:
-        """The second half: chooses among the tokens that `mask_bW` allows."""
+        """Runs the second half: chooses among the tokens that `mask_bW` allows."""
         part = jax.tree.map(lambda x: x[:rows], _light(slots))
         part, told = _next_tokens(part, logits_bV[:, None], None, ANYTHING, self._shape.max_logprobs, mask_bW)
         return dataclasses.replace(_put_first(_light(slots), part), state=slots.state), _as_one_step(told)
@@ -302,15 +305,15 @@ class Programs:
         return dataclasses.replace(slots, left_B=slots.left_B.at[rows_R].set(0, mode="drop"))
 
     def _snapshot(self, slots: Slots, row: jax.Array, first: jax.Array, *, length: int) -> State:
-        """What a row's tokens [first, first + length), its newest, have added; see `state.snapshot`."""
+        """Returns what a row's newest tokens, [first, first + length), added to its state; see `state.snapshot`."""
         return state_lib.snapshot(slots.state, row, first, length)
 
     def _restore(
         self, slots: Slots, row: jax.Array, first: jax.Array, part: State, tokens_C: jax.Array, *, fresh: bool
     ) -> Slots:
-        """Puts a snapshot of `tokens_C` back into a row; the first one of a prompt, `fresh`, clears it before."""
+        """Puts a snapshot of `tokens_C` back into a row, which the first one of a prompt (`fresh`) clears before."""
         rows_1, state = row[None], slots.state
-        if fresh:  # The others must not touch all of the row for the sake of one block.
+        if fresh:  # The others must not write the whole row for one block.
             state = _put(state, rows_1, state_lib.reset(_take(state, rows_1), jnp.array([True])))
             slots = _forget(slots, rows_1, jnp.array([True]))
         length_1 = jnp.full((1,), tokens_C.shape[0], jnp.int32)
@@ -320,7 +323,7 @@ class Programs:
 
 @functools.lru_cache(maxsize=32)
 def programs(graphdef: nnx.GraphDef[LFM], shape: SlotShape) -> Programs:
-    """`Programs`, compiled once for all engines of a process that have them in common."""
+    """Returns the `Programs`, compiled once for all engines of a process that share them."""
     return Programs(graphdef, shape)
 
 
@@ -328,7 +331,7 @@ def programs(graphdef: nnx.GraphDef[LFM], shape: SlotShape) -> Programs:
 
 
 def _on_mesh(x: jax.Array) -> jax.Array:
-    """What comes from the host, whole on every device of the mesh in use, if there is one."""
+    """Returns an array from the host, whole on every device of the mesh in use, if there is one."""
     layout = spec(*[None] * x.ndim)
     return x if layout is None else jax.sharding.reshard(x, layout)
 
@@ -346,12 +349,12 @@ def _put_first(tree: Any, part: Any) -> Any:
 
 
 def _light(slots: Slots) -> Slots:
-    """The slots without what layers keep, which choosing a token does not need."""
+    """Returns the slots without the states of layers, which choosing a token does not need."""
     return dataclasses.replace(slots, state=State((), slots.state.position_B))
 
 
 def _forget(slots: Slots, rows_R: jax.Array, fresh_R: jax.Array) -> Slots:
-    """Forgets which tokens were seen in the rows that are fresh."""
+    """Clears the seen tokens of the fresh rows."""
     seen_RV = jnp.where(fresh_R[:, None], False, _take(slots.seen_BV, rows_R))
     return dataclasses.replace(slots, seen_BV=_put(slots.seen_BV, rows_R, seen_RV))
 
@@ -359,7 +362,7 @@ def _forget(slots: Slots, rows_R: jax.Array, fresh_R: jax.Array) -> Slots:
 def _remember(
     slots: Slots, rows_R: jax.Array, first_R: jax.Array, tokens_RC: jax.Array, length_R: jax.Array
 ) -> Slots:
-    """Writes down tokens, at positions from `first_R` on."""
+    """Records tokens as seen, at positions from `first_R` on."""
     index_C = jnp.arange(tokens_RC.shape[1], dtype=jnp.int32)
     real_RC = index_C < length_R[:, None]
     rows_R1 = rows_R[:, None]
@@ -378,13 +381,13 @@ def _next_tokens(
     slots: Slots, logits_BTV: jax.Array, drafts: tuple[jax.Array, jax.Array] | None, features: Features, most: int,
     mask_BW: jax.Array | None = None,
 ) -> tuple[Slots, Told]:
-    """The next tokens of every live row, and the slots after them.
+    """Chooses the next tokens of every live row, and returns the slots after them.
 
     Args:
-      logits_BTV: after the row's last token, and after each drafted one.
-      drafts: (drafts_BK, how many of them are in the state already), K = T - 1. A draft counts as far as it is what is
-        chosen anyway; the state goes back behind the others.
-      mask_BW: bits of the tokens that may be chosen. Where bias or the ban on stop ids leave none of them, they yield.
+      logits_BTV: logits after the row's last token, and after each drafted one.
+      drafts: (drafts_BK, how many of them are in the state already), K = T - 1. Drafts are kept as far as they are the
+        tokens that are chosen anyway; the state goes back behind the others.
+      mask_BW: bits of the tokens that may be chosen. If bias or the ban on stop ids leaves none of them, the mask wins.
     """
     B, T, V = logits_BTV.shape
     asked, live_B = slots.asked, slots.left_B > 0
@@ -428,7 +431,10 @@ def _next_tokens(
 
 
 def _tell(logits_BTV: jax.Array, token_BT: jax.Array, most: int, wanted: jax.Array | bool = True) -> Told:
-    """Log-probabilities of the tokens and of the `most` likeliest ones, zeros where none is `wanted`; 0: no arrays."""
+    """Returns the tokens with their log-probabilities and those of the `most` likeliest tokens.
+
+    The log-probabilities are zeros unless `wanted`, and None if `most` is 0.
+    """
     if not most:
         return Told(token_BT, None, None, None, None)
 
@@ -453,7 +459,7 @@ def _as_one_step(told: Told) -> Told:
 def _biased(logits_BTV: jax.Array, asked: Asked) -> jax.Array:
     def add(logits_BTV: jax.Array) -> jax.Array:
         rows_B1 = jnp.arange(logits_BTV.shape[0])[:, None]
-        # Rows first, tokens of a step last, so that one index reaches all of these.
+        # The part that is indexed has the shape [B, P, T]: one bias for all tokens of a step.
         return logits_BTV.at[rows_B1, :, asked.bias_ids_BP].add(asked.bias_BP[:, :, None], mode="drop")
 
     return jax.lax.cond(jnp.any(asked.bias_BP != 0), add, lambda x: x, logits_BTV)
@@ -470,16 +476,19 @@ def _without_stop_ids(logits_BTV: jax.Array, asked: Asked, ban_BT: jax.Array) ->
 
 
 def unpack(mask_BW: jax.Array, V: int) -> jax.Array:
-    """Bits of uint32 words, lowest first, as bool [B, V]."""
+    """Returns the bits of uint32 words, lowest first, as bool [B, V]."""
     bits_BWb = (mask_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
     return bits_BWb.reshape(mask_BW.shape[0], -1)[:, :V] != 0
 
 
 def _draft(slots: Slots, K: int) -> tuple[jax.Array, jax.Array]:
-    """What followed the last NGRAM tokens where they occurred before ("prompt lookup"): (drafts_BK, how many).
+    """Drafts the tokens that followed the last NGRAM tokens where these occurred before ("prompt lookup").
 
-    Of several places the last one that K tokens follow, or else the one that most do. None where the row wants none or
-    where its last token would be a drafted one.
+    Of several places it takes the last one that K tokens follow, or else the one that the most tokens follow. A row
+    gets no drafts if it may have none, and none beyond its budget.
+
+    Returns:
+      (drafts_BK, the number of them for each row).
     """
     history_BS, length_B = slots.history_BS, slots.state.position_B + 1
     S = history_BS.shape[1]
