@@ -1,7 +1,6 @@
-"""The web application: its endpoints, and how a request becomes work for the engine.
+"""The web application: its endpoints, and how it turns HTTP requests into requests to the engine.
 
-Nothing of a request's text is logged, and nothing is shared between requests but the model and the states of equal
-prompt prefixes.
+No text of a request is logged. Requests share only the model and the states of equal prompt prefixes.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ from lfm_jax.serve.protocol import ChatBody, CompletionBody, plain_messages
 def make_app(
     service: Service, name: str, *, api_key: str | None = None, sampling: Sampling = GREEDY, limits: Limits = LIMITS
 ) -> FastAPI:
-    """The application over a service.
+    """Makes the application for a service.
 
     Args:
-      service: its engine serves in a thread of its own while the app is up; what runs at the end is let end.
-      name: of the model.
-      api_key: what clients must send as a bearer token; None: nothing.
-      sampling: for what requests do not say.
-      limits: of one request.
+      service: its engine runs in a thread of its own while the app is up, and finishes running requests at the end.
+      name: the name of the model.
+      api_key: the bearer token that clients must send; None asks for none.
+      sampling: default sampling parameters.
+      limits: limits of one request.
     """
     metrics = Metrics(service.engine)
 
@@ -66,7 +65,7 @@ def make_app(
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
-    """The document of the API, without the status 422 that FastAPI would have: a body that is not valid gets 400."""
+    """Returns the OpenAPI document without FastAPI's status 422: an invalid body gets 400."""
     if app.openapi_schema is None:
         app.openapi_schema = FastAPI.openapi(app)
         for methods in app.openapi_schema["paths"].values():
@@ -96,7 +95,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _about(service: Service, name: str, metrics: Metrics) -> APIRouter:
-    """The page, health, metrics and the one model."""
+    """Makes the routes of the page, health, metrics and the model."""
     router = APIRouter()
     entry = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "lfm_jax"}
 
@@ -132,7 +131,7 @@ def _check_model(wanted: str, name: str) -> None:
 
 
 def _completions(desk: _Desk) -> APIRouter:
-    """The two endpoints that generate."""
+    """Makes the two routes that generate."""
     router = APIRouter()
     errors = _errors(400, 401, 404, 408, 413, 429, 500, 503, 504)
 
@@ -148,7 +147,7 @@ def _completions(desk: _Desk) -> APIRouter:
 
 
 class _Desk:
-    """Turns bodies into requests of the engine, and what comes of them into answers."""
+    """Turns bodies into requests to the engine, and their continuations into answers."""
 
     def __init__(self, service: Service, name: str, sampling: Sampling, limits: Limits, metrics: Metrics):
         self._service, self._name, self._sampling = service, name, sampling
@@ -192,9 +191,9 @@ class _Desk:
         return await self._answer(ChatFormat(self._service, self._name, body), asked, body, request, arrived)
 
     async def _in_thread(self, prepare: Callable[[], list[engine_request.Request]]) -> list[engine_request.Request]:
-        """Runs what may take a while, long texts and large schemas, beside the event loop."""
+        """Prepares requests in a thread, because long texts and large schemas take a while."""
         if self._preparing >= self._limits.prepared:
-            raise RefusalError(429, f"{self._preparing} requests are being made ready already", "queue_full")
+            raise RefusalError(429, f"{self._preparing} requests are being prepared already", "queue_full")
         self._preparing += 1
         try:
             return await asyncio.to_thread(prepare)
@@ -234,7 +233,7 @@ class _Desk:
         self, form: TextFormat | ChatFormat, asked: Sequence[engine_request.Request],
         body: ChatBody | CompletionBody, request: Request, arrived: float,
     ) -> Response:
-        """Runs what was asked and answers at once or as a stream; a client that goes away ends it."""
+        """Runs requests and answers whole or as a stream; cancels them when the client disconnects."""
         skip = body.skip_special_tokens is not False and not form.keeps_markers
         try:
             answers = self._service.submit(asked, body.stops(), skip_special_tokens=skip)
@@ -244,7 +243,7 @@ class _Desk:
             raise RefusalError(503, str(error)) from None
         except ValueError as error:
             raise RefusalError(400, str(error)) from None
-        # At work from now on, so that a client that leaves while it waits for a slot is noticed too.
+        # Started here, so that a disconnect is noticed while the request waits for a slot too.
         leaving = asyncio.ensure_future(_cancel_when_gone(request, answers))
         pieces = self._observed(answers, leaving, arrived)
         if body.stream:
@@ -257,7 +256,7 @@ class _Desk:
     async def _observed(
         self, answers: Answers, leaving: asyncio.Future[None], arrived: float
     ) -> AsyncGenerator[Piece]:
-        """The pieces; tells how soon the first one came, and watches the client no longer than they come."""
+        """Yields the pieces, records the time to the first piece, and stops watching the client after the last one."""
         first = True
         try:
             async with aclosing(answers.pieces()) as pieces:

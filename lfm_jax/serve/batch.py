@@ -1,4 +1,4 @@
-"""`lfm batch`: a file of requests answered offline, through the application of the server but without a network."""
+"""`lfm batch`: answers a file of requests offline, with the application of the server but without a network."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from lfm_jax.serve.errors import RefusalError
 from lfm_jax.serve.limits import OFFLINE, Limits
 
 ANSWER = b'{"id": "line-'
-"""What every line of a target begins with."""
+"""The beginning of every line of a target."""
 URLS = ("/v1/chat/completions", "/v1/completions")
-"""What a line may ask for."""
+"""The endpoints that a line may name."""
 
 
 def batch(
     open_service: Callable[[], Service], name: str, source: Path, target: Path, *, shard: str = "0/1",
     sampling: Sampling = GREEDY, limits: Limits = OFFLINE,
 ) -> int:
-    """Answers every line of a file in OpenAI's batch format; goes on with what an earlier call left.
+    """Answers every line of a file in OpenAI's batch format; continues where an earlier call stopped.
 
     A line is `{"custom_id": ..., "method": "POST", "url": "/v1/chat/completions", "body": {...}}`; the model need not
     be named, and a name that is not ours is reported once. Each gives one line of the target: `{"id": "line-N",
@@ -42,14 +42,14 @@ def batch(
       name: of the model.
       shard: I/N: only every N-th line from number I (from 0) on, for a file spread over machines, each with a target of
         its own.
-      limits: of one line.
+      limits: limits of one line.
 
     Returns:
-      How many lines got an error.
+      The number of lines with an error.
 
     Raises:
-      ValueError: a file that cannot be read, a bad shard, or a target that another call is at or that is no such file;
-        or the engine has failed: what is answered by then is kept.
+      ValueError: a file cannot be read, the shard is not valid, the target is locked by another call or is not a file
+        of batch answers, or the engine has failed; answers so far are kept.
     """
     i, n = _numbers(shard)
     lines = {number: line for number, line in enumerate(_lines(source)) if number % n == i and line.strip()}
@@ -84,7 +84,7 @@ def _numbers(shard: str) -> tuple[int, int]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """Ends with each b"\\n" and nowhere else, as JSON Lines have it."""
+    """Yields lines, which end at b"\\n" and nowhere else, as in JSON Lines."""
     try:
         with path.open("rb") as file:
             yield from file
@@ -93,12 +93,12 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _kept(target: Path, lines: dict[int, bytes]) -> set[int]:
-    """Numbers of the lines that are answered; what a kill left half written is cut off."""
+    """Returns the numbers of the answered lines; cuts off a last line that a killed process wrote in part."""
     if not target.exists():
         return set()
     text = target.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
-    foreign = f"{target} is there and no answers of a batch; name another file"
+    foreign = f"{target} exists and is not a file of batch answers; name another file"
     if not ANSWER.startswith(text[len(whole) :][: len(ANSWER)]):
         raise ValueError(foreign)
     done = set()
@@ -129,7 +129,7 @@ async def _run(
             for number, line in todo:
                 result = await _one(app, service, name, number, line, strangers)
                 if service.engine.failure is not None:
-                    return  # This line and those after it are left for another call.
+                    return  # This line and those after it are left to the next call.
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
                 file.flush()
                 answered += 1
@@ -137,7 +137,7 @@ async def _run(
                     said = time.monotonic()
                     say(f"{answered} of {total} lines; {service.engine.counts['tokens']} tokens")
 
-        # As many as fill all slots, and some that are ready when one is free.
+        # Enough to fill all slots, and as many that are ready when a slot is free.
         workers = 2 * service.engine.slots
         async with asyncio.TaskGroup() as group:
             for _ in range(min(workers, len(left))):
@@ -162,11 +162,11 @@ async def _one(
         result["custom_id"] = custom_id
         url, body = task.get("url", URLS[0]), task["body"]
         if url not in URLS:
-            raise ValueError(f"url is {url!r}; choose of {', '.join(URLS)}")
+            raise ValueError(f"url is {url!r}; choose one of {', '.join(URLS)}")
         if not isinstance(body, dict):
             raise ValueError("body is not an object")
         if body.get("stream"):
-            raise ValueError("a batch does not stream; leave stream out")
+            raise ValueError("a batch does not stream; leave out stream")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         result["error"] = {"code": "bad_line", "message": f"{type(error).__name__}: {error}"[:500]}
         return result
@@ -200,7 +200,7 @@ async def call(app: FastAPI, url: str, body: dict[str, Any]) -> tuple[int, Any]:
     async def receive() -> Any:
         for message in messages:
             return message
-        return await asyncio.Future()  # This client never goes away.
+        return await asyncio.Future()  # This client never disconnects.
 
     async def send(message: Any) -> None:
         nonlocal status
@@ -209,7 +209,7 @@ async def call(app: FastAPI, url: str, body: dict[str, Any]) -> tuple[int, Any]:
 
     try:
         await app(scope, receive, send)
-    except Exception as error:  # One line must not end the others.
+    except Exception as error:  # An error in one line must not stop the others.
         return 500, RefusalError(500, f"{type(error).__name__}: {error}").body()
     with contextlib.suppress(ValueError):
         return status, json.loads(b"".join(parts))

@@ -1,4 +1,4 @@
-"""Connections of the server: uvicorn's, but none keeps its place for long without a request."""
+"""Connections of the server: uvicorn's, with a time limit on the head of a request."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import resource
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 OTHER_FILES = 64
-"""Files that a process has open beside its connections."""
+"""Files that a process has open besides its connections."""
 
 
 def with_head_timer(seconds: float) -> type[H11Protocol]:
-    """The protocol of a connection that is closed where the head of a request takes longer to come than this.
+    """Makes a protocol that closes a connection if the head of a request takes longer than this to arrive.
 
-    uvicorn's own timer runs between two requests only: a connection that has sent nothing yet, or half a head, would
-    stay, and those that may be open at one time are counted.
+    uvicorn's own timer runs only between two requests: a connection that has sent nothing, or half a head, would stay
+    open and count towards the limit on connections.
     """
 
     class Timed(H11Protocol):
@@ -35,7 +35,7 @@ def with_head_timer(seconds: float) -> type[H11Protocol]:
             self._drop_timer()
 
         def _set_or_drop_timer(self) -> None:
-            if self.cycle is not None and not self.cycle.response_complete:  # A request is at work.
+            if self.cycle is not None and not self.cycle.response_complete:  # A request is running.
                 self._drop_timer()
             elif self._timer is None:
                 self._timer = self.loop.call_later(seconds, self.transport.close)
@@ -49,7 +49,7 @@ def with_head_timer(seconds: float) -> type[H11Protocol]:
 
 
 def room_for(connections: int) -> int:
-    """As many connections, or what the system lets this process have; its limit is raised as far as it may be."""
+    """Returns the number of connections, or fewer if the system allows fewer; raises this process's limit as needed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + OTHER_FILES
     if resource.RLIM_INFINITY != soft < wanted:

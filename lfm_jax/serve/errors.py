@@ -15,20 +15,20 @@ ERROR_TYPES = {
 
 
 class RefusalError(Exception):
-    """A request that gets an error instead of an answer."""
+    """The error that a request gets instead of an answer."""
 
     def __init__(self, status: int, message: str, code: str | None = None):
         super().__init__(message)
         self.status, self.message, self.code = status, message, code
 
     def body(self) -> dict[str, Any]:
-        """As clients read it."""
+        """Returns the body of the error response."""
         error_type = ERROR_TYPES.get(self.status, "server_error")
         return {"error": {"message": self.message, "type": error_type, "param": None, "code": self.code}}
 
 
 def broken(piece: Piece) -> RefusalError | None:
-    """The error of a continuation whose end is no answer."""
+    """Returns the error of a continuation that ended without an answer, None for one that has or still runs."""
     if piece.finish == "deadline":
         return RefusalError(504, "the answer took too long")
     if piece.finish == "failed":

@@ -1,4 +1,4 @@
-"""Answers in the two forms of OpenAI's API, whole and in chunks of a stream."""
+"""Answers in the two formats of OpenAI's API, whole or in the chunks of a stream."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lfm_jax.text.tools import Content, ToolCallParser
 
 
 class Choice:
-    """What has come of one continuation."""
+    """What one continuation has produced so far."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -29,7 +29,7 @@ class Choice:
         self.calls: list[dict[str, Any]] = []
 
     def note(self, piece: Piece) -> None:
-        """Counts a piece in; its text is the format's to split."""
+        """Adds a piece, except its text, which the format splits."""
         self.tokens += len(piece.tokens)
         self.logprobs += piece.logprobs or []
         if piece.prompt_logprobs is not None:
@@ -38,10 +38,10 @@ class Choice:
 
 
 async def whole_answer(form: TextFormat | ChatFormat, pieces: AsyncGenerator[Piece], asked: Sequence[Request]) -> Any:
-    """The body of an answer that is not streamed.
+    """Returns the body of an answer that is not streamed.
 
     Raises:
-      RefusalError: a continuation came to no answer.
+      RefusalError: a continuation ended without an answer.
     """
     choices: dict[int, Choice] = {}
     async with aclosing(pieces):
@@ -50,7 +50,7 @@ async def whole_answer(form: TextFormat | ChatFormat, pieces: AsyncGenerator[Pie
             if (refusal := broken(piece)) is not None:
                 raise refusal
             choice.note(piece)
-            for _ in form.deltas(piece, choice):  # So that text is split into content and calls.
+            for _ in form.deltas(piece, choice):  # To split the text into content and calls.
                 pass
     return form.whole(choices, asked)
 
@@ -58,10 +58,10 @@ async def whole_answer(form: TextFormat | ChatFormat, pieces: AsyncGenerator[Pie
 async def streamed_answer(
     form: TextFormat | ChatFormat, pieces: AsyncGenerator[Piece], asked: Sequence[Request], *, usage: bool
 ) -> AsyncIterator[str]:
-    """Server-sent events of an answer; a continuation that comes to none ends it with an error.
+    """Yields an answer as server-sent events; a continuation that ends without an answer ends it with an error.
 
     Args:
-      usage: tell the numbers of tokens at the end.
+      usage: report token counts at the end.
     """
     choices: dict[int, Choice] = {}
 
@@ -101,7 +101,7 @@ class TextFormat:
         self._id, self._created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
         self._skip = body.skip_special_tokens is not False
         self._places: dict[int, tuple[Detokenizer, int]] = {}
-        """By continuation: where in the text its next token begins."""
+        """By continuation: its detokenizer, and where in the text its next token begins."""
 
     def frame(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self._id, "object": "text_completion", "created": self._created, "model": self._name,
@@ -139,7 +139,7 @@ class TextFormat:
         return self.frame(entries) | {"usage": _usage(choices, asked)}
 
     def _logprobs(self, choice: int, told: list[TokenLogprob], *, first: bool) -> dict[str, Any]:
-        """In the old form: parallel lists; the prompt's first token has no probability."""
+        """Returns log-probabilities as parallel lists, the format of completions; the prompt's first token has none."""
         ids = [t.token for t in told]
         values: list[float | None] = [t.logprob for t in told]
         best: list[dict[str, float] | None] = [{self._token(token): p for token, p in t.best} for t in told]
@@ -157,7 +157,8 @@ class TextFormat:
                 "text_offset": offsets}
 
     def _token(self, token: int) -> str:
-        """A token's text; its bytes, as in OpenAI's API, where they are part of a character: else several were one."""
+        """Returns a token's text, or its bytes as OpenAI's API writes them where they are part of a character: as
+        U+FFFD, different tokens would be equal."""
         raw = token_bytes(self._tokenizer, token)
         try:
             return raw.decode()
@@ -172,7 +173,7 @@ class ChatFormat:
         self._tokenizer, self._name, self._body = service.tokenizer, name, body
         self._id, self._created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
         self.keeps_markers = body.calls_tools
-        """Calls are found by their markers, which are special tokens."""
+        """Whether special tokens stay in the text: calls are found by their markers, which are special tokens."""
         self._schemas = body.schemas or [] if body.calls_tools else []
         self._parsers: dict[int, ToolCallParser] = {}
 
@@ -204,7 +205,7 @@ class ChatFormat:
         return "tool_calls" if choice.calls and choice.finish == "stop" else choice.finish
 
     def _split(self, piece: Piece) -> tuple[str, list[Any]]:
-        """Text and calls; text that may still become a call is kept back."""
+        """Returns the text and the calls of a piece; text that may still become a call is held back."""
         if not self._body.calls_tools:
             return piece.text, []
         parser = self._parsers.setdefault(piece.choice, ToolCallParser(self._schemas))

@@ -1,4 +1,4 @@
-"""What every request meets before anything of it is parsed: key, host, size; and how it ended is counted."""
+"""Checks of key, host and size before a request is parsed, and the metrics of how it ended."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Gate:
     """ASGI middleware.
 
     Args:
-      api_key: that clients must send as a bearer token; None: nothing, and then they must name this machine as the
-        host, or any page in a browser could talk to the server once its name leads here.
-      limits: largest body, and how long it may take.
+      api_key: the bearer token that clients must send. With None they need none, but must name this machine as the
+        host: otherwise any page in a browser could reach the server through a name that resolves to this machine.
+      limits: the largest body, and how long it may take to arrive.
     """
 
     def __init__(self, app: ASGIApp, api_key: str | None, limits: Limits, metrics: Metrics):
@@ -55,7 +55,7 @@ class Gate:
             whole = not message.get("more_body", False)
             size += len(message.get("body", b""))
             if size > self._limits.body_bytes:
-                raise HTTPException(413, self._too_large())  # The one kind that FastAPI passes on.
+                raise HTTPException(413, self._too_large())  # FastAPI passes on exceptions of this class only.
             return message
 
         arrived = asyncio.get_running_loop().time()
@@ -66,7 +66,7 @@ class Gate:
             else:
                 await JSONResponse(refusal.body(), refusal.status)(scope, receive, told)
         except Exception as error:
-            # What it says may be a user's; where it was raised is not.
+            # Its message may hold text of a user; its traceback does not.
             where = "".join(traceback.format_tb(error.__traceback__))
             say(f"a request has failed: {type(error).__name__}\n{where}")
             if not status:
@@ -96,7 +96,7 @@ class Gate:
 
 
 def _is_here(host: str) -> bool:
-    """Whether a Host header names the loopback interface."""
+    """Returns whether a Host header names the loopback interface."""
     name = host[1 : host.find("]")] if host.startswith("[") else host.split(":")[0]
     try:
         return name.lower() == "localhost" or ipaddress.ip_address(name).is_loopback

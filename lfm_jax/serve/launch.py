@@ -1,4 +1,4 @@
-"""`lfm serve`: a service from a path, and the process that offers it on an address."""
+"""`lfm serve`: opens a service from a path and serves it at an address."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from lfm_jax.serve.limits import Limits
 
 KEY_VARIABLE = "LFM_API_KEY"
 TELL_SECONDS = 5
-"""For the last words of answers that are cut short at the end."""
+"""Time for the final errors of answers that are ended at the shutdown."""
 
 
 def open_service(path: Path, dtype: str | None, engine: EngineConfig, mesh: tuple[int, int]) -> Service:
-    """A service of the model at `path`, compiled; says what it does on stderr.
+    """Opens a service of the model at `path` and compiles its programs; reports progress on stderr.
 
     Args:
-      mesh: replicas, and devices of each one.
+      mesh: (replicas, devices of each).
 
     Raises:
-      ValueError: a path without model or tokenizer, or what `Engine` refuses.
+      ValueError: the path has no model or no tokenizer, or see `Engine`.
     """
     from lfm_jax.convert.hf import chat_template
     from lfm_jax.loading import load
@@ -53,7 +53,7 @@ def open_service(path: Path, dtype: str | None, engine: EngineConfig, mesh: tupl
 
 
 def check_address(host: str, api_key: str | None) -> None:
-    """Raises ValueError for an address that others reach, without a key."""
+    """Raises ValueError for an address that other machines can reach, if there is no key."""
     try:
         private = ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -65,8 +65,8 @@ def check_address(host: str, api_key: str | None) -> None:
 def serve(
     service: Service, name: str, host: str, port: int, sampling: Sampling, limits: Limits, drain_seconds: int
 ) -> None:
-    """Serves until SIGINT or SIGTERM; then takes no more, lets what runs end within `drain_seconds`, and tells the rest
-    that it is cut short."""
+    """Serves until SIGINT or SIGTERM; then takes no more requests, lets running ones finish within `drain_seconds`, and
+    ends the rest with an error that says so."""
     import uvicorn
 
     from lfm_jax.serve.connections import room_for, with_head_timer
@@ -74,7 +74,7 @@ def serve(
     class Server(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
-            """As in uvicorn, but a signal that has been obeyed is not raised once more at the end."""
+            """Does as uvicorn, but does not raise a signal again after the shutdown that it caused."""
             before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
             try:
                 yield
@@ -83,7 +83,7 @@ def serve(
                     signal.signal(number, handler)
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            # While there are connections still to tell it on; uvicorn itself only cuts them.
+            # The errors are sent while connections are open; uvicorn itself only closes them.
             late = asyncio.create_task(self._cut_short())
             try:
                 await super().shutdown(sockets)
@@ -101,7 +101,7 @@ def serve(
     Server(uvicorn.Config(
         app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=drain_seconds + TELL_SECONDS,
         server_header=False, http=with_head_timer(limits.body_seconds), h11_max_incomplete_event_size=2**16,
-        # Two connections a place: as many as can be at work or wait, and as many again that look and leave.
+        # For each request that can run or wait two connections: its own, and one for a quick question such as /health.
         limit_concurrency=room_for(
             2 * (service.engine.slots + service.engine.config.max_queue + limits.prepared)
         ),

@@ -1,4 +1,4 @@
-"""What requests may ask of the server."""
+"""Limits of requests to the server."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from lfm_jax.problems import raise_problems
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one request may ask for, and how many may do so at one time."""
+    """Limits of one request, and of the number of requests that are prepared at a time."""
 
     body_bytes: int = 2**20
     schema_bytes: int = 2**16
-    """Of a response schema or all tools together, as JSON."""
+    """Size of a response schema, or of all tools together, as JSON."""
     body_seconds: float = 30.0
-    """For the head of a request to come, and then for all of its body."""
+    """Time for the head of a request to arrive, and then for its whole body."""
     seconds: float = 600.0
-    """From its place in the queue to the last token."""
+    """Time from submission to the last token."""
     tokens: int = 1024
-    """Of the answer to a chat that does not say how long it may be."""
+    """The most tokens of an answer to a chat that sets no limit itself."""
     choices: int = 16
-    """Continuations of one request: prompts times n."""
+    """The most continuations of one request: prompts times n."""
     prepared: int = 64
-    """Requests whose texts and schemas are made ready for the engine at one time; further ones get status 429."""
+    """The most requests whose texts and schemas are prepared for the engine at a time; further ones get status 429."""
 
     def __post_init__(self) -> None:
         problems = [f"{field.name} is {getattr(self, field.name)!r}; it must be above 0"
@@ -33,4 +33,4 @@ class Limits:
 
 LIMITS = Limits()
 OFFLINE = Limits(body_bytes=2**26, schema_bytes=2**20, seconds=float("inf"), choices=128, prepared=2**20)
-"""For files of requests that one has written oneself: what waits there waits for its own work."""
+"""For `lfm batch`, whose requests come from the user's own file and wait only for each other."""

@@ -1,4 +1,4 @@
-"""What the server tells Prometheus: requests, times, and the engine's own counts."""
+"""Metrics for Prometheus: requests, times, and the counts of the engine."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lfm_jax.engine.request import Finish
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
-"""Others are counted together, lest a client makes up series without end."""
+"""Other paths are counted together, so that clients cannot create any number of series."""
 TOKENS = {"prompt_tokens": "Tokens of prompts", "cached_tokens": "Tokens of prompts found in the prefix cache",
           "drafted_tokens": "Tokens drafted by prompt lookup", "accepted_tokens": "Drafted tokens that were right",
           "tokens": "Tokens generated", "steps": "Steps of rows that generated them"}
 
 
 class Metrics:
-    """A registry of its own."""
+    """The metrics of one server, in a registry of their own."""
 
     def __init__(self, engine: Engine):
         self._registry = CollectorRegistry()
@@ -39,7 +39,7 @@ class Metrics:
         self._seconds.labels(path).observe(seconds)
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """Returns the metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 

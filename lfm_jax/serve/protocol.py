@@ -1,6 +1,6 @@
-"""Bodies of requests, as OpenAI's clients send them, and what they ask of the engine.
+"""Bodies of requests, as OpenAI's clients send them, and their translation for the engine.
 
-A field that is not here, or has a value that the engine cannot honour, is refused: nothing is passed over in silence.
+A field that is unknown, or has a value that the engine cannot honour, is refused: nothing is ignored.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class StreamOptions(_Body):
 
 
 class _Shared(_Body):
-    """Fields that both kinds of completion have."""
+    """Fields that both kinds of completion share."""
 
     model: str
     n: Annotated[int, Field(ge=1, le=128)] | None = None
@@ -45,25 +45,25 @@ class _Shared(_Body):
     temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     logit_bias: dict[str, Bias] | None = None
-    # Known to other servers of open models too.
+    # Extensions that other servers of open models have too.
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10, allow_inf_nan=False)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     skip_special_tokens: bool | None = None
-    # Of no consequence for the answer.
+    # These do not change the answer.
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    # With the one value that leaves things as they are.
+    # Accepted only with the value that changes nothing.
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
 
     @model_validator(mode="after")
     def _streaming(self) -> _Shared:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options goes with stream: true")
+            raise ValueError("stream_options needs stream: true")
         if self.logit_bias and not all(key.isascii() and key.isdigit() and len(key) < 10 for key in self.logit_bias):
             raise ValueError("logit_bias must map token ids (as texts) to numbers")
         return self
@@ -72,11 +72,11 @@ class _Shared(_Body):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def biases(self) -> dict[int, float]:
-        """As in OpenAI's API, -100 forbids a token."""
+        """Returns the biases by token id; as in OpenAI's API, -100 forbids a token."""
         return {int(key): -float("inf") if value == -100 else value for key, value in (self.logit_bias or {}).items()}
 
     def sampling(self, default: Sampling, seed: int) -> Sampling:
-        """How to choose tokens: what is not said is the server's default; `seed` where none is given."""
+        """Returns the sampling parameters: those of the body, else of `default`, and `seed` where the body has none."""
         given: dict[str, Any] = {
             "temperature": self.temperature, "top_p": self.top_p, "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty, "top_k": None if self.top_k is None else max(self.top_k, 0),
@@ -87,7 +87,7 @@ class _Shared(_Body):
 
 
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, fail_fast=True)]
-"""Errors of every element of a long list would take seconds to collect."""
+"""Fails fast, because collecting an error for every element of a long list takes seconds."""
 
 
 class CompletionBody(_Shared):
@@ -104,11 +104,11 @@ class CompletionBody(_Shared):
     @model_validator(mode="after")
     def _one_of_each(self) -> CompletionBody:
         if self.best_of not in (None, self.n or 1):
-            raise ValueError("best_of must be n: every continuation is given back")
+            raise ValueError("best_of must equal n: every continuation is returned")
         return self
 
     def prompts(self) -> list[str | list[int]]:
-        """Texts and lists of ids."""
+        """Returns the prompts, texts or lists of ids."""
         prompt: Any = self.prompt
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
 
@@ -136,13 +136,13 @@ class ChatMessage(_Body):
     tool_calls: Annotated[list[CalledTool], Field(max_length=128, fail_fast=True)] | None = None
     tool_call_id: str | None = None
     refusal: None = None
-    # Clients send back what they were sent.
+    # Clients send back the messages that they got.
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     audio: None = None
     function_call: None = None
 
     def plain(self) -> dict[str, Any]:
-        """As templates take it: text for content, calls with parsed arguments."""
+        """Returns the message as templates take it: text for content, calls with parsed arguments."""
         content = self.content
         if isinstance(content, list):
             content = "".join(part.text for part in content)
@@ -157,8 +157,8 @@ class ChatMessage(_Body):
                 {"id": call.id, "name": call.function.name, "arguments": _arguments(call.function)}
                 for call in self.tool_calls
             ]
-        told = {"name": self.name, "tool_call_id": self.tool_call_id}
-        return message | {key: value for key, value in told.items() if value is not None}
+        rest = {"name": self.name, "tool_call_id": self.tool_call_id}
+        return message | {key: value for key, value in rest.items() if value is not None}
 
 
 def _arguments(function: CalledFunction) -> dict[str, Any]:
@@ -186,7 +186,7 @@ class FunctionTool(_Body):
         return made
 
     def plain(self) -> dict[str, Any]:
-        """As the template shows it: what the client wrote, in the client's order."""
+        """Returns the tool as the template shows it: the fields that the client sent, in the client's order."""
         shown = self.model_dump(exclude_none=True, exclude={"strict"})
         return {key: shown[key] for key in self._keys if key in shown}
 
@@ -221,7 +221,7 @@ class ResponseFormat(_Body):
     @model_validator(mode="after")
     def _schema(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("response_format has json_schema exactly where its type is json_schema")
+            raise ValueError("response_format must have json_schema if its type is json_schema, and only then")
         return self
 
 
@@ -242,11 +242,11 @@ class ChatBody(_Shared):
     @model_validator(mode="after")
     def _fits_together(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs goes with logprobs: true")
+            raise ValueError("top_logprobs needs logprobs: true")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
-            raise ValueError("tool_choice asks for a tool and there are none")
+            raise ValueError("tool_choice asks for a tool, but there are no tools")
         if self.calls_tools and self.response_format is not None and self.response_format.type != "text":
-            raise ValueError("tools and a response_format go together only with tool_choice none")
+            raise ValueError("tools and response_format can be combined only with tool_choice none")
         return self
 
     @property
@@ -256,15 +256,15 @@ class ChatBody(_Shared):
 
     @functools.cached_property
     def schemas(self) -> list[dict[str, Any]] | None:
-        """The tools as the template shows them."""
+        """The schemas of the tools as the template shows them, None without tools."""
         tools = [tool.function.plain() for tool in self.tools or ()]
         return tool_schemas(tools) if tools else None
 
     def grammar(self) -> Grammar | None:
-        """What the answer must follow.
+        """Returns the grammar that the answer must follow, if any.
 
         Raises:
-          GrammarError: a schema or a tool that is not supported.
+          GrammarError: a schema or a tool is not supported.
         """
         if self.calls_tools:
             name = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
@@ -279,9 +279,9 @@ class ChatBody(_Shared):
 
 
 def plain_messages(messages: Sequence[ChatMessage]) -> list[Mapping[str, Any]]:
-    """As `Service.encode_chat` takes them.
+    """Returns messages as `Service.encode_chat` takes them.
 
     Raises:
-      ValueError: a message without content, or calls that are none.
+      ValueError: a message has no content, or its calls are not valid.
     """
     return [message.plain() for message in messages]

@@ -119,12 +119,12 @@ def test_what_cannot_be_worked_on_is_refused_before_a_model_is_loaded(source, tm
         refused(tmp_path / "none.jsonl", tmp_path / "out.jsonl")
     other = tmp_path / "other.jsonl"
     other.write_text("{}\n")
-    with pytest.raises(ValueError, match="no answers of a batch"):
+    with pytest.raises(ValueError, match="is not a file of batch answers"):
         refused(source, other)
     assert other.read_text() == "{}\n"
     for content in (b"no line's end", b'{"id": "line-0"}\nand more'):  # Nothing is cut off that we did not write.
         other.write_bytes(content)
-        with pytest.raises(ValueError, match="no answers of a batch"):
+        with pytest.raises(ValueError, match="is not a file of batch answers"):
             refused(source, other)
         assert other.read_bytes() == content
     other.write_text('{"id": "line-99"}\n')
@@ -189,7 +189,7 @@ def test_a_failed_engine_answers_nothing_in_its_last_breath(source, tmp_path, mo
     turns = iter(range(3))
     step = failing.engine.step
     monkeypatch.setattr(failing.engine, "step", lambda: next(turns) * 0 or step())
-    with pytest.raises(ValueError, match=r"the engine has failed: StopIteration.*what is answered is kept"):
+    with pytest.raises(ValueError, match=r"the engine has failed: StopIteration.*answers so far are kept"):
         batch(lambda: failing, "tiny", source, target)
     assert {row["response"]["status_code"] for row in read(target) if row["response"]} <= {200, 400}
     assert len(read(target)) < len(LINES)
