@@ -1,6 +1,6 @@
-"""Chat: messages to prompt text with the checkpoint's own Jinja template.
+"""Renders conversations as prompts with the checkpoint's own Jinja template.
 
-A template is a program that came with the weights: it runs in a sandbox, on copies of plain data.
+A template is a program that comes with the weights: it runs in a sandbox, on copies of plain data.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ Message = Mapping[str, Any]
 
 START_OF_TURN, END_OF_TURN = "<|im_start|>", "<|im_end|>"
 GENERATION_OPENS, GENERATION_CLOSES = "generation_opens", "generation_closes"
-"""Variables of a template with `{% generation %}` blocks: texts to write where one begins and ends, in prompts none."""
+"""Variables of a template with `{% generation %}` blocks: the texts written at their beginnings and ends, none in
+prompts."""
 
 DEFAULT_TEMPLATE = """\
 {{- bos_token -}}
@@ -44,7 +45,7 @@ DEFAULT_TEMPLATE = """\
     {{- "<|im_start|>assistant\\n" -}}
 {%- endif -%}
 """
-"""ChatML turns as LFM2 has them, tools listed as LFM2.5 lists them, for checkpoints that bring no template."""
+"""For checkpoints without a template: ChatML turns as in LFM2, and tools listed as in LFM2.5."""
 
 
 def render_chat(
@@ -55,22 +56,22 @@ def render_chat(
     add_generation_prompt: bool = True,
     **specials: Any,
 ) -> str:
-    """The prompt text of a conversation, as `apply_chat_template` of `transformers` renders it.
+    """Renders the prompt of a conversation, as `apply_chat_template` of `transformers` does.
 
     Args:
-      template: Jinja source, a checkpoint's chat template or DEFAULT_TEMPLATE.
-      messages: plain data, each with at least `role` and mostly `content`. Keys whose value is None are left out.
+      template: Jinja source: a checkpoint's chat template or DEFAULT_TEMPLATE.
+      messages: plain data, each with at least a `role` and mostly a `content`. Keys with the value None are left out.
       tools: JSON schemas of functions.
-      add_generation_prompt: end with the opening of the assistant's turn.
-      **specials: further variables of the template, above all `bos_token` (see `special_tokens`); one called like a
-        function of templates (`strftime_now`) stands for it.
+      add_generation_prompt: ends with the opening of the assistant's turn.
+      **specials: further variables of the template, above all `bos_token` (see `special_tokens`); one with the name of
+        a function of templates (`strftime_now`) replaces it.
 
     Returns:
-      Text that already holds bos: encode it without special tokens.
+      Text that already has bos: encode it without special tokens.
 
     Raises:
-      ValueError: a broken template, one that the sandbox stops, one that refuses these messages, messages that
-        are not plain data, or tools for a template without them.
+      ValueError: the template is not valid, is stopped by the sandbox or refuses these messages, the messages are not
+        plain data, or there are tools for a template that takes none.
     """
     messages = _for_each(_without_none, _plain("messages", messages))
     tools = _plain("tools", tools)
@@ -81,7 +82,7 @@ def render_chat(
         return compiled.render(
             messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **specials
         )
-    except Exception as error:  # Whatever code from outside raises, the caller gets one kind of error.
+    except Exception as error:  # Foreign code may raise anything; callers get one kind of error.
         raise ValueError(f"the chat template failed on these messages: {type(error).__name__}: {error}") from error
 
 
@@ -110,7 +111,7 @@ def _for_each(change: Callable[[Message], Message], messages: Any) -> list[Messa
 
 
 def _plain(name: str, value: Any) -> Any:
-    """A copy made of JSON types only: objects with methods have no business in a template."""
+    """Returns a copy made of JSON types only: a template must not get objects with methods."""
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:
@@ -119,7 +120,7 @@ def _plain(name: str, value: Any) -> Any:
 
 @functools.lru_cache(maxsize=16)
 def _compile(template: str) -> tuple[Template, frozenset[str]]:
-    """The compiled template and the names of its variables; the environment is that of `transformers`."""
+    """Returns the compiled template and the names of its variables; the environment is that of `transformers`."""
     import jinja2
     import jinja2.ext
     import jinja2.meta
@@ -128,7 +129,7 @@ def _compile(template: str) -> tuple[Template, frozenset[str]]:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks what training learns from: its text, between two variables that a prompt has not."""
+        """Writes the text of a `{% generation %}` block between two variables, which are undefined in prompts."""
 
         tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
 
@@ -164,16 +165,16 @@ def _compile(template: str) -> tuple[Template, frozenset[str]]:
 
 
 def has_generation(template: str) -> bool:
-    """Whether a template marks with `{% generation %}` what the assistant wrote.
+    """Returns whether a template marks with `{% generation %}` what the assistant wrote.
 
     Raises:
-      ValueError: a broken template.
+      ValueError: the template is not valid.
     """
     return GENERATION_OPENS in _compile(template)[1]
 
 
 def special_tokens(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
-    """The variables `bos_token`, `eos_token` and `pad_token` of a template, texts of the config's ids."""
+    """Returns the variables `bos_token`, `eos_token` and `pad_token` of a template: the texts of the config's ids."""
     ids = {"bos_token": config.bos_id, "eos_token": config.eos_ids[0] if config.eos_ids else None,
            "pad_token": config.pad_id}
     return {name: "" if i is None else tokenizer.id_to_token(i) or "" for name, i in ids.items()}
@@ -183,10 +184,10 @@ def encode_chat(
     tokenizer: Tokenizer, config: ModelConfig, template: str | None, messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[int]:
-    """Token ids of a conversation, up to the opening of the assistant's turn; template None means DEFAULT_TEMPLATE.
+    """Encodes a conversation up to the opening of the assistant's turn; template None means DEFAULT_TEMPLATE.
 
     Calls in earlier turns (`tool_calls`, each with `name` and `arguments`, itself or in its `function`) are written as
-    the model writes them, unless the template does it.
+    the model writes them, unless the template writes them.
 
     Raises:
       ValueError: see `render_chat`, or calls that are not dicts with a name and arguments.
@@ -244,6 +245,6 @@ def _tool_call(call: Mapping[str, Any]) -> ToolCall:
 
 
 def turn_stop_ids(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
-    """Tokens that end the assistant's turn: eos and the end of a turn, where the tokenizer has one."""
+    """Returns the tokens that end the assistant's turn: eos, and the end of a turn if the tokenizer has one."""
     end = tokenizer.token_to_id(END_OF_TURN)
     return tuple(sorted({*config.eos_ids, *([] if end is None else [end])}))

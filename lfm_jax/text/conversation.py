@@ -1,12 +1,12 @@
-"""Conversations to learn from: their token ids, and which of them the assistant wrote.
+"""Encodes conversations for training: their token ids, and the spans of them that the assistant wrote.
 
-Spans come from the template's `{% generation %}` blocks where it has them. Of a template without, in which each message
-is a turn of its own in LFM2's form,
+Spans come from the `{% generation %}` blocks of the template. A template without such blocks must write each message as
+a turn in LFM2's form:
 
     <|im_start|>ROLE\\nCONTENT<|im_end|>\\n
 
-the assistant wrote its turns from the content on, `<|im_end|>\\n` included: that is how it ends them. The opening
-`<|im_start|>assistant\\n` is given to it.
+The assistant then wrote its turns from the content on, including `<|im_end|>\\n`, with which it ends them. The opening
+`<|im_start|>assistant\\n` is part of its prompt.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Span = tuple[int, int]
-"""A first index, and the one after the last."""
+"""A first index and the index after the last."""
 
 
 class Conversation(NamedTuple):
@@ -47,17 +47,17 @@ class Conversation(NamedTuple):
 
     ids: list[int]
     spans: list[Span]
-    """Which ids the assistant wrote: sorted, apart from each other, none empty."""
+    """The spans of ids that the assistant wrote: sorted, disjoint, not adjacent, none empty."""
 
 
 def encode_conversation(
     tokenizer: Tokenizer, config: ModelConfig, template: str | None, messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> Conversation:
-    """A whole conversation as tokens; template None means DEFAULT_TEMPLATE.
+    """Encodes a whole conversation; template None means DEFAULT_TEMPLATE.
 
-    A token is the assistant's where any character of it is, as in the `assistant_masks` of `transformers`. The ids
-    begin as those of `encode_chat` for the turns before: the same template, calls of tools written the same way.
+    A token is the assistant's if any of its characters is, as in the `assistant_masks` of `transformers`. Templates and
+    tool calls are treated as in `encode_chat`, so that the ids begin with those it returns for the turns before.
 
     Raises:
       ValueError: see `encode_chat` and `render_conversation`.
@@ -73,20 +73,20 @@ def encode_conversation(
 def render_conversation(
     template: str, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, **specials: Any
 ) -> tuple[str, list[Span]]:
-    """The text of a whole conversation, and the characters of it that the assistant wrote.
+    """Renders a whole conversation, and finds the characters that the assistant wrote.
 
     Args:
       template, messages, tools, specials: as for `render_chat`.
 
     Returns:
-      (text, spans), the spans sorted and without overlaps; one may be empty, where a `{% generation %}` block is.
+      (text, spans); the spans are sorted and do not overlap, and are empty for empty `{% generation %}` blocks.
 
     Raises:
-      ValueError: see `render_chat`, or what the assistant wrote cannot be told exactly. The template has no
-        `{% generation %}` and other turns than LFM2's or not one a message, or a message holds the marks of a turn. Or
-        its `{% generation %}` blocks are nested or left by a `break`, or it works on their text.
+      ValueError: see `render_chat`, or the spans are not known exactly. The template has no `{% generation %}` and does
+        not write one turn of LFM2's form for each message, or a message holds the marks of a turn. Or its `{%
+        generation %}` blocks are nested or left by a `break`, or the template changes their text.
     """
-    specials = {"strftime_now": datetime.now().strftime} | specials  # One moment for both renderings.
+    specials = {"strftime_now": datetime.now().strftime} | specials  # Both renderings get the same time.
     text = render_chat(template, messages, tools=tools, add_generation_prompt=False, **specials)
     if not has_generation(template):
         return text, _turn_spans(text, messages, tools)
@@ -133,10 +133,10 @@ def _turn_spans(text: str, messages: Sequence[Message], tools: Sequence[Mapping[
 
 
 def _token_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> list[Span]:
-    """The runs of tokens, given by their characters, that reach into spans."""
+    """Returns the runs of tokens, given by their characters, that overlap spans."""
     first, last = np.array(offsets, np.int64).reshape(-1, 2).T
     begins, ends = np.array(spans, np.int64).reshape(-1, 2).T
-    # Of spans that do not end before a token, the first decides.
+    # The first span that does not end before a token decides.
     begins = np.append(begins, np.iinfo(np.int64).max)
     inside = last > begins[np.searchsorted(ends, first, side="right")]
     borders = np.flatnonzero(np.diff(inside, prepend=False, append=False))

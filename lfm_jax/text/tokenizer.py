@@ -1,7 +1,7 @@
-"""Byte-level BPE with LFM2's special tokens: training one, loading one.
+"""Trains and loads byte-level BPE tokenizers with LFM2's special tokens.
 
-A tokenizer file may hold the truncation and padding of a training run. They are part of the file (its copies and its
-digest), and never of a prompt: `inference_tokenizer` loads without them, `without_limits` takes them off.
+A tokenizer file may set the truncation and padding of a training run. They are part of the file, its copies and its
+digest, but never apply to prompts: `inference_tokenizer` loads without them, `without_limits` removes them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SPECIAL_TOKENS = (
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 
 # Words with the space before them, numbers in groups of three digits, punctuation with the line end after
-# it, and runs of white space whole but for their last space, which goes with the word: the indentation of
+# it, and runs of white space except for their last space, which belongs to the word: the indentation of
 # a line of code is one token.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -35,17 +35,17 @@ _SPLIT = (
 def train_bpe(texts: Iterable[str], vocab_size: int, *, min_frequency: int = 2) -> Tokenizer:
     """Trains a byte-level BPE tokenizer whose special tokens have LFM2's ids 0 to 13.
 
-    Every text survives encode and `decode(ids, skip_special_tokens=False)` unchanged, since all 256 bytes
+    Encode and `decode(ids, skip_special_tokens=False)` return every text unchanged, since all 256 bytes
     are in the vocabulary. `encode` prepends `<|startoftext|>` unless `add_special_tokens=False`.
 
     Args:
       texts: training text, iterated once.
-      vocab_size: ids in all, special tokens and bytes included; fewer come out where the text does not
-        hold that many repeated pairs.
-      min_frequency: how often a pair must occur to become a token.
+      vocab_size: number of ids, special tokens and bytes included; the result has fewer if the text does not
+        have that many repeated pairs.
+      min_frequency: the number of times that a pair must occur to become a token.
 
     Raises:
-      ValueError: vocab_size leaves no room for the special tokens and the bytes.
+      ValueError: vocab_size has no room for the special tokens and the bytes.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(
@@ -77,7 +77,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads a tokenizer.json as it is, given as the file or as the directory that holds it.
 
     Raises:
-      ValueError: no such file, or a file that `tokenizers` cannot read.
+      ValueError: the file does not exist, or `tokenizers` cannot read it.
     """
     file = Path(path)
     if file.is_dir():
@@ -95,7 +95,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def inference_tokenizer(path: str | Path) -> Tokenizer:
-    """Loads the tokenizer of a model for its prompts: without truncation and padding, else as `load_tokenizer`."""
+    """Loads a tokenizer for prompts, without truncation and padding; otherwise as `load_tokenizer`."""
     tokenizer = load_tokenizer(path)
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -103,7 +103,7 @@ def inference_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def without_limits(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer where it neither truncates nor pads, else a copy that does not.
+    """Returns the tokenizer if it neither truncates nor pads, otherwise a copy that does not.
 
     A copy is made once for each object, which must not change otherwise.
     """

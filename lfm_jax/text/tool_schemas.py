@@ -1,4 +1,4 @@
-"""Schemas of the functions that a model may call: read from Python functions, or given as data and checked.
+"""Schemas of the functions that a model may call: made from Python functions, or given as data and checked.
 
 A schema is plain data, `{"name", "description", "parameters"}`, its parameters a JSON schema of an object.
 """
@@ -21,7 +21,7 @@ Tool = Mapping[str, Any] | Callable[..., Any]
 
 
 def tool_schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """The schemas `{"name", "description", "parameters"}` of tools, as copies made of JSON types.
+    """Returns the schemas `{"name", "description", "parameters"}` of tools, as copies made of JSON types.
 
     Keys keep their order, at every level: prompts show tools as they were written.
 
@@ -42,7 +42,7 @@ def tool_schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
         schemas.append(schema)
         problems += [f"tool {i}: {problem}" for problem in _schema_problems(schema)]
         if schema.get("name") in [other.get("name", "") for other in schemas[:-1]]:
-            problems.append(f"tool {i}: there is another of the name {schema['name']!r}")
+            problems.append(f"tool {i}: another tool has the name {schema['name']!r}")
     raise_problems("tools are not valid", problems)
     return schemas
 
@@ -75,19 +75,19 @@ def _schema_problems(schema: Mapping[str, Any]) -> Iterator[str]:
     if not isinstance(properties, dict) or not all(isinstance(p, dict | bool) for p in properties.values()):
         yield "the properties of its parameters must be schemas by name"
     if not isinstance(required, list) or not all(isinstance(r, str) for r in required):
-        yield "what its parameters have as required must be a list of names"
+        yield "the required of its parameters must be a list of names"
 
 
 def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
-    """The schema `{"name", "description", "parameters"}` of a Python function, for a model to call it.
+    """Makes the schema `{"name", "description", "parameters"}` of a Python function.
 
     Types come from the hints: str, int, float, bool, None, Any, list, dict, Literal, Enum, unions, Annotated and
     TypedDict. Parameters without a default are required. Descriptions come from the docstring: its first
-    paragraph, and what Google style says under `Args:`.
+    paragraph, and the entries under `Args:` in Google style.
 
     Raises:
-      ValueError: parameters that JSON cannot express, all named: `*args`, `**kwargs`, positional-only, without a hint,
-        or with one of another type.
+      ValueError: JSON cannot express some parameters, which the message lists: `*args`, `**kwargs`, positional-only
+        ones, and those without a hint or with another type.
     """
     name = getattr(function, "__name__", repr(function))
     try:
@@ -113,7 +113,7 @@ def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _descriptions(doc: str) -> tuple[str, dict[str, str]]:
-    """The first paragraph of a docstring, and what it says of each parameter."""
+    """Returns the first paragraph of a docstring, and its description of each parameter."""
     section = re.search(r"^(?:Args|Arguments|Parameters):[ \t]*\n((?:[ \t].*\n?|\n)*)", doc, re.MULTILINE)
     summary = (doc[: section.start()] if section else doc).strip().partition("\n\n")[0]
     entries = textwrap.dedent(section[1] if section else "")
@@ -126,7 +126,7 @@ _TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", types
 
 
 def _hint_schema(hint: Any, within: tuple[Any, ...] = ()) -> dict[str, Any]:
-    """The JSON schema of a type hint; `within` are the classes whose fields lead here."""
+    """Returns the JSON schema of a type hint; `within` are the classes whose fields contain it."""
     origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
     if hint is Any:
         return {}
@@ -152,13 +152,13 @@ def _hint_schema(hint: Any, within: tuple[Any, ...] = ()) -> dict[str, Any]:
 def _enum(hint: Any, values: Sequence[Any]) -> dict[str, Any]:
     kinds = {_TYPES.get(type(value)) for value in values}
     if None in kinds:
-        raise ValueError(f"has the type {hint}, with values that JSON has not")
+        raise ValueError(f"has the type {hint}, with values that are not JSON")
     return ({"type": kinds.pop()} if len(kinds) == 1 else {}) | {"enum": list(values)}
 
 
 def _typed_dict(cls: Any, within: tuple[Any, ...]) -> dict[str, Any]:
     hints = typing.get_type_hints(cls, include_extras=True)
-    # Where annotations are texts, the class itself does not see NotRequired in them.
+    # If annotations are strings, the class itself does not see NotRequired in them.
     required = [k for k in hints if k in cls.__required_keys__ and typing.get_origin(hints[k]) is not NotRequired]
     return _object({name: _hint_schema(hint, within) for name, hint in hints.items()}, required)
 

@@ -1,7 +1,7 @@
-"""Calls of tools that a model writes, between text and plain data.
+"""Parses and writes the tool calls of a model.
 
-LFM2 writes `<|tool_call_start|>[f(a="x", b=1), g()]<|tool_call_end|>`, or JSON where it is asked for JSON. What it
-writes is data: a small parser reads it in linear time, and nothing is evaluated.
+LFM2 writes `<|tool_call_start|>[f(a="x", b=1), g()]<|tool_call_end|>`, or JSON where it is asked for JSON. Calls are
+data: a small parser reads them in linear time, and nothing is evaluated.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lfm_jax.text.tool_schemas import Tool, tool_schemas
 
 START, END = "<|tool_call_start|>", "<|tool_call_end|>"
 MAX_DEPTH = 64
-"""How deep lists and dicts may stand inside each other in the arguments of a call."""
+"""How deep lists and dicts may be nested in the arguments of a call."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ToolCall:
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """A piece of a reply that is no call."""
+    """A piece of a reply outside its calls."""
 
     text: str
 
@@ -40,7 +40,7 @@ Event = Content | ToolCall
 
 
 def parse_tool_calls(text: str, tools: Sequence[Tool] = ()) -> tuple[str, list[ToolCall]]:
-    """The content of a reply, joined, and its calls in order, as `ToolCallParser` finds them.
+    """Returns the joined content of a reply, and its calls in order, as `ToolCallParser` finds them.
 
     Raises:
       ValueError: `tools` are not valid. No text raises anything.
@@ -62,14 +62,14 @@ class ToolCallParser:
       and so may the bracket that closes the list.
     - A call is given as soon as its last bracket is there, and never taken back. At the first fault what follows the
       last call becomes content, up to and with the end marker, and with the start marker where there was no call.
-    - Faults: what neither Python nor JSON allows (line breaks in string literals are let pass), positional arguments
-      (but see `tools`), an argument given twice, keys that are no strings, values that JSON has not (NaN, 1e999, sets,
-      bytes, integers too long for Python to print), nesting beyond MAX_DEPTH.
+    - Faults: syntax that neither Python nor JSON allows (line breaks in string literals are accepted), positional
+      arguments (but see `tools`), an argument given twice, keys that are not strings, values that are not JSON (NaN,
+      1e999, sets, bytes, integers too long for Python to print), nesting beyond MAX_DEPTH.
     - A lone surrogate, escaped or not, becomes U+FFFD: every text can be encoded.
 
     Args:
-      tools: as for `tool_schemas`. Positional arguments get the names of the properties, in the schema's order. Whether
-        a tool exists and its arguments fit is not looked at.
+      tools: as for `tool_schemas`. Positional arguments get the names of the properties, in the schema's order. The
+        parser does not check whether a tool exists and its arguments fit.
 
     Raises:
       ValueError: on construction, for `tools` that are not valid. No text raises anything.
@@ -87,7 +87,7 @@ class ToolCallParser:
         self._ends = _extent()
 
     def push(self, text: str) -> list[Event]:
-        """The events that have become certain with this piece."""
+        """Returns the events that this piece completes."""
         text = self._tail + _SURROGATE.sub("\ufffd", text)
         begun = _BEGUN.search(text)
         cut = begun.start() if begun else len(text)
@@ -104,7 +104,7 @@ class ToolCallParser:
         return events
 
     def finish(self) -> list[Event]:
-        """The rest of the events, of a reply that ends here. The parser can then take another."""
+        """Ends the reply and returns its remaining events; the parser can then take another reply."""
         self._read(self._tail)
         self._close("")
         self._tail = ""
@@ -119,7 +119,7 @@ class ToolCallParser:
             self._give_back(marker)
 
     def _give_back(self, text: str) -> None:
-        """What is held, and then `text`, is content."""
+        """Turns the held text, and then `text`, into content."""
         self._content += [*self._held, text]
         self._state, self._held = "content", []
 
@@ -132,7 +132,7 @@ class ToolCallParser:
 
     def _read(self, text: str) -> None:
         """Takes text without markers."""
-        start = 0  # Of what is neither held nor dealt with.
+        start = 0  # Of the text that is neither held nor handled.
         for i, c in enumerate(text):
             if self._state == "content":
                 break
@@ -175,7 +175,7 @@ _STEPS: dict[str, dict[str, str]] = {
 
 
 def _extent() -> Generator[bool, str]:
-    """Is sent a call character by character and says which is its last: the bracket that closes the first.
+    """Receives a call character by character and yields whether it was the last: the bracket that closes the first.
 
     Brackets in string literals do not count. Nothing is read twice, so that pieces of any size take linear time.
     """
@@ -202,7 +202,7 @@ class _NotACall(Exception):
 
 
 def _read_call(text: str, parameters: Mapping[str, Sequence[str]]) -> ToolCall | None:
-    """The call that `text` is as a whole, or None; `parameters` are names by tool, for positional arguments."""
+    """Parses a whole text as one call, or returns None; `parameters` are names by tool, for positional arguments."""
     try:
         reader = _Reader(text)
         call = _json_call(reader.value()) if text.startswith("{") else reader.call(parameters)
@@ -228,7 +228,7 @@ def _json_call(value: dict[str, Any]) -> ToolCall:
 
 
 class _Reader:
-    """Recursive descent over a whole text; every method goes on from where the last one stopped, blanks skipped."""
+    """Recursive descent over a whole text; every method continues where the last one stopped, after blanks."""
 
     def __init__(self, text: str):
         self._text, self._at = text, 0
@@ -244,7 +244,7 @@ class _Reader:
         raise _NotACall
 
     def call(self, parameters: Mapping[str, Sequence[str]]) -> ToolCall:
-        """A call in Python's syntax."""
+        """Reads a call in Python's syntax."""
         name = self.need(r"([\w.]+)\s*\(")[1]
         if not _is_name(name):
             raise _NotACall
@@ -266,7 +266,7 @@ class _Reader:
         return keyword and keyword[1], self.value()
 
     def _items[T](self, close: str, item: Callable[[], T]) -> Iterator[T]:
-        """Items up to `close`, a comma between each two and perhaps after the last."""
+        """Reads items up to `close`, with commas between them and perhaps after the last."""
         while not self.take(close):
             yield item()
             if not self.take(","):
@@ -274,7 +274,7 @@ class _Reader:
                 return
 
     def value(self, depth: int = 0) -> Any:
-        """A literal of Python or JSON."""
+        """Reads a literal of Python or JSON."""
 
         def inner() -> Any:
             return self.value(depth + 1)
@@ -294,7 +294,7 @@ class _Reader:
             if self.take(r"\)"):
                 return []
             first = inner()
-            if self.take(r"\)"):  # A tuple of one has a comma; this is a value in brackets.
+            if self.take(r"\)"):  # A tuple of one has a comma; this is a value in parentheses.
                 return first
             self.need(",")
             return [first, *self._items(r"\)", inner)]
@@ -306,7 +306,7 @@ class _Reader:
 
     def _string(self) -> str:
         literal, pieces = self.need(_STRING), []
-        while literal:  # Those that follow each other are one, as in Python.
+        while literal:  # Adjacent literals are one, as in Python.
             pieces.append(_ESCAPE.sub(_unescape, literal[2]))
             literal = self.take(_STRING)
         # Two surrogates are one character, as in JSON.
@@ -334,7 +334,7 @@ def _number(sign: str, digits: str) -> int | float:
     is_float = bool(set(digits) & set(".eE")) and digits[1:2] not in ("x", "X")
     try:
         number = float(digits) if is_float else int(digits, 0)
-        str(number)  # Python refuses to print what is too long, and then JSON cannot hold it.
+        str(number)  # Python refuses to print integers that are too long, and JSON then cannot hold them.
     except ValueError:
         raise _NotACall from None
     if number == math.inf:
@@ -347,9 +347,9 @@ def _is_name(name: str) -> bool:
 
 
 def is_pythonic(name: str, keys: Iterable[Any]) -> bool:
-    """Whether a call is written in Python's syntax: its name, perhaps dotted, and its keys are identifiers.
+    """Returns whether a call is written in Python's syntax: its name, perhaps dotted, and its keys are identifiers.
 
-    Those with combining marks are not: letters of their own make a word for the parser.
+    Identifiers with combining marks do not count, because the parser's words have none.
     """
     return _is_name(name) and all(isinstance(key, str) and _is_word(key) for key in keys)
 
@@ -359,15 +359,15 @@ def _is_word(name: str) -> bool:
 
 
 def render_call(call: ToolCall) -> str:
-    """The call as LFM2 writes it, `f(a="x", b=1)`; a JSON object if its name or a key is no identifier.
+    """Writes a call as LFM2 does, `f(a="x", b=1)`, or as a JSON object if its name or a key is not an identifier.
 
-    In string literals `<|` is escaped, so that no argument makes a special token.
+    In string literals `<|` is escaped, so that no argument contains a special token.
 
     Raises:
       ValueError: the name is empty, or arguments are not JSON types or nested beyond MAX_DEPTH.
     """
     if not call.name:
-        raise ValueError("the call of a tool must have a name")
+        raise ValueError("a tool call must have a name")
     if is_pythonic(call.name, call.arguments):
         return f"{call.name}({', '.join(f'{key}={_literal(value)}' for key, value in call.arguments.items())})"
     # The object itself is one level.
@@ -375,7 +375,7 @@ def render_call(call: ToolCall) -> str:
 
 
 def render_calls(calls: Iterable[ToolCall]) -> str:
-    """The block of these calls with its markers; `parse_tool_calls` gives the calls back.
+    """Writes the block of these calls with its markers; `parse_tool_calls` reads them back.
 
     Raises:
       ValueError: as `render_call`.
@@ -388,7 +388,7 @@ _PYTHON, _JSON = ("None", "True", "False"), ("null", "true", "false")
 
 def _literal(value: Any, words: tuple[str, str, str] = _PYTHON, depth: int = 0) -> str:
     if depth > MAX_DEPTH:
-        raise ValueError(f"arguments may be nested {MAX_DEPTH} deep and no deeper")
+        raise ValueError(f"arguments may be nested at most {MAX_DEPTH} deep")
     match value:
         case None | True | False:
             return words[0 if value is None else 1 if value else 2]
@@ -399,4 +399,4 @@ def _literal(value: Any, words: tuple[str, str, str] = _PYTHON, depth: int = 0) 
         case dict() if all(isinstance(key, str) for key in value):
             items = (f"{_literal(key)}: {_literal(item, words, depth + 1)}" for key, item in value.items())
             return f"{{{', '.join(items)}}}"
-    raise ValueError(f"arguments must be made of JSON types; there is {value!r}")
+    raise ValueError(f"arguments must be made of JSON types, not {value!r}")

@@ -129,8 +129,8 @@ def test_what_a_schema_cannot_express_is_named():
     ("hint", "problem"),
     [
         (bytes, "no JSON schema"), (dict[int, str], "no JSON schema"), (list[set], "type <class 'set'>"),
-        (Literal[b"x"], "values that JSON has not"), (Tree, "holds itself"), (tuple[int, str], "no JSON schema"),
-        (enum.Enum("E", {"A": (1, 2)}), "values that JSON has not"), ("unknown_name", "cannot be read"),
+        (Literal[b"x"], "values that are not JSON"), (Tree, "holds itself"), (tuple[int, str], "no JSON schema"),
+        (enum.Enum("E", {"A": (1, 2)}), "values that are not JSON"), ("unknown_name", "cannot be read"),
         (int | bytes, "bytes"),
     ],
 )  # fmt: skip
@@ -207,7 +207,7 @@ def test_every_problem_of_the_tools_is_told():
     told = [(int(line.split(":")[0].split()[-1]), line) for line in lines]
     assert [i for i, _ in told] == [1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]
     for (_, line), words in zip(told, [
-        "another of the name 'f'", "its name is 'g h'", '"type": "object"', "its name is None", "description",
+        "another tool has the name 'f'", "its name is 'g h'", '"type": "object"', "its name is None", "description",
         "properties", "required", "properties", "not 'm'", "plain data", "plain data", "not 1", "its name is None",
         "no type hint", "<lambda>", '"type": "object"', "plain data",
     ], strict=True):  # fmt: skip

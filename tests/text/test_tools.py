@@ -277,7 +277,7 @@ def test_as_deep_as_can_be_written_can_be_read(key):
     deep = MAX_DEPTH - (key == "a b") * 2
     calls = [ToolCall("f", {key: nested(deep)})]
     assert parse_tool_calls(render_calls(calls)) == ("", calls)
-    with pytest.raises(ValueError, match=f"nested {MAX_DEPTH} deep"):
+    with pytest.raises(ValueError, match=f"nested at most {MAX_DEPTH} deep"):
         render_call(ToolCall("f", {key: nested(deep + 1)}))
     text = render_calls(calls).replace("1]", "[1]]")
     assert parse_tool_calls(text) == (text, [])
