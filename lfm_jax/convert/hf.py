@@ -1,7 +1,7 @@
-"""Weights both ways between `transformers` and us: state dicts in memory, directories on disk.
+"""Loads weights from `transformers` and saves weights for it: state dicts in memory, directories on disk.
 
 Everything folds over the rows of the model's family (`families`). A source of weights names its tensors and reads
-them one at a time, so that no path holds a second copy of the model.
+them one at a time, so that nothing holds a second copy of the model.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 
 def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a model of this shape, in the order of a checkpoint file.
+    """Returns the name and shape of every tensor of a model, in the order of a checkpoint file.
 
     Raises:
-      ValueError: no family can express the model, so its tensors have no name.
+      ValueError: no family can express the model, so its tensors have no names.
     """
     return {name: group.tensor.shape for group in _groups(config) for name in group.names}
 
@@ -56,7 +56,7 @@ def _groups(config: ModelConfig) -> list[Group]:
 
 
 def _fitting_groups(config: ModelConfig, params: Any) -> list[Group]:
-    """Raises ValueError where the family's table does not make exactly these parameters."""
+    """Returns the tensors of a model; raises ValueError if they do not make exactly these parameters."""
     table = _groups(config)
     raise_problems(f"the tensors of {family_of(config).name} are not this model", misfits(table, params), most=None)
     return table
@@ -70,16 +70,16 @@ def _check(source: Source, config: ModelConfig) -> list[str]:
 
 
 def from_state_dict(state_dict: Mapping[str, Any], config: ModelConfig) -> LFM:
-    """A model with the weights of a PyTorch `Lfm2ForCausalLM.state_dict()`.
+    """Makes a model with the weights of a PyTorch `Lfm2ForCausalLM.state_dict()`.
 
     Args:
       state_dict: HF name -> NumPy array or PyTorch tensor of float32, bfloat16 or float16. The values are copied,
-        bit for bit where they have `config.param_dtype` already and else rounded to it. `lm_head.weight` of a
-        tied model may be there if it equals the embedding.
-      config: the model to fill.
+        bit for bit if they have `config.param_dtype` already, else rounded to it. A tied model may have
+        `lm_head.weight` if it equals the embedding.
+      config: the config of the model.
 
     Raises:
-      ValueError: one error that lists every tensor that is missing, unexpected, or of a wrong shape or dtype.
+      ValueError: tensors are missing, unexpected, or of a wrong shape or dtype; the message lists them all.
     """
     specs = {
         name: Spec(tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in state_dict.items()
@@ -90,12 +90,12 @@ def from_state_dict(state_dict: Mapping[str, Any], config: ModelConfig) -> LFM:
 
 
 def to_state_dict(model: LFM) -> dict[str, np.ndarray]:
-    """The weights under their HF names and in their layout, as copies in the dtype that they are stored in.
+    """Returns copies of the weights with their HF names and layout, in the dtype that they are stored in.
 
-    A tied head is not in it, as it is not in a checkpoint file: `load_state_dict(..., strict=False)`.
+    As in a checkpoint file, there is no tied head; load them with `load_state_dict(..., strict=False)`.
 
     Raises:
-      ValueError: the model has something that no family in `transformers` can express.
+      ValueError: the model has a feature that no family in `transformers` can express.
     """
     return {name: np.array(array, order="C") for name, array in _arrays(model)}
 
@@ -106,18 +106,18 @@ def _as_numpy(value: Any) -> np.ndarray:
     value = value.detach().cpu().contiguous()
     if str(value.dtype) != "torch.bfloat16":
         return value.numpy()
-    # NumPy has no bfloat16 of PyTorch's: the bits travel as int16. Whoever passes a tensor has imported torch.
+    # PyTorch cannot convert bfloat16 to NumPy: the bits are passed as int16. A caller with a tensor has imported torch.
     return value.view(sys.modules["torch"].int16).numpy().view(jnp.bfloat16)
 
 
 def _build(config: ModelConfig, read: Callable[[str], np.ndarray]) -> LFM:
-    """The model with every parameter read by HF name; none is initialised first."""
+    """Makes a model and reads every parameter by HF name, without initialising any first."""
     graphdef, params = abstract_model(config)
     for group in _fitting_groups(config, params):
         made = group.to_leaves(cast(name, read(name), config.param_dtype) for name in group.names)
         for path, array in zip(group.paths, made, strict=True):
             *parents, last = path
-            # A copy of our own, which the device may use as it is; nothing is compiled for it.
+            # A copy of its own, which the device may use as it is; nothing is compiled for it.
             functools.reduce(operator.getitem, parents, params)[last] = jax.device_put(np.array(array, order="C"))
     return nnx.merge(graphdef, params)
 
@@ -148,7 +148,8 @@ class _Checkpoint:
 
 
 def _inspect(path: Path, dtype: Any) -> tuple[_Checkpoint | None, list[str]]:
-    """An HF directory, checked in full before a weight is read, and its problems (no checkpoint if any)."""
+    """Checks an HF directory completely, before any weight is read; returns the checkpoint, or None and its
+    problems."""
     if not path.is_dir():
         if path.name.endswith(files.PICKLES):
             return None, ["this is a pickle file, and opening one runs the code in it; expected a directory with "
@@ -162,11 +163,11 @@ def _inspect(path: Path, dtype: Any) -> tuple[_Checkpoint | None, list[str]]:
     config = None
     if hf:
         try:
-            # The tensors, not the config, say what they are stored in; float32 stands in where they cannot.
+            # The dtype is that of the tensors, not of the config, or float32 if theirs is not known.
             config = config_from_hf(hf, param_dtype=kept or "float32", dtype=kept or "float32")
         except (ValueError, TypeError, ArithmeticError, AttributeError) as e:
             problems.append(f"config.json: {str(e).removeprefix('config.json ')}")
-    # Where no file could be read, that is the problem; not that each tensor is missing.
+    # If no file could be read, that is the problem, not that every tensor is missing.
     if config is not None and (source.specs or not problems):
         problems += _check(source, config)
     return (None if config is None or problems else _Checkpoint(config, source.read)), problems
@@ -176,14 +177,14 @@ def load_hf(path: str | os.PathLike, dtype: Any = None) -> tuple[LFM, Tokenizer 
     """Loads a directory in Hugging Face format, tensor by tensor.
 
     Args:
-      path: directory with config.json, model.safetensors (or shards and their index), perhaps tokenizer.json.
-      dtype: of parameters and activations: float32, bfloat16 or float16. None keeps the stored one, bit for bit.
+      path: a directory with config.json, model.safetensors (or shards and their index), perhaps tokenizer.json.
+      dtype: dtype of parameters and activations: float32, bfloat16 or float16. None keeps the stored one, bit for bit.
 
     Returns:
-      (model, tokenizer); the tokenizer is None where there is no tokenizer.json.
+      (model, tokenizer); the tokenizer is None if there is no tokenizer.json.
 
     Raises:
-      ValueError: one error that lists everything wrong with the directory, before any weight is read.
+      ValueError: the directory is not a valid checkpoint; the message lists all problems, before any weight is read.
     """
     path = Path(path)
     checkpoint, problems = _inspect(path, dtype)
@@ -191,7 +192,7 @@ def load_hf(path: str | os.PathLike, dtype: Any = None) -> tuple[LFM, Tokenizer 
     raise_problems(f"cannot load {path}", problems + found, most=None)
     assert checkpoint is not None
     config = checkpoint.config
-    # As in transformers, generation ends at the ids of generation_config.json.
+    # As in transformers, generation ends at the ids of generation_config.json too.
     more = [i for i in sidecars.generation_eos_ids(path) if i < config.vocab_size]
     config = config.replace(eos_ids=tuple(dict.fromkeys([*config.eos_ids, *more])))
     return _build(config, checkpoint.read), tokenizer
@@ -201,21 +202,21 @@ def save_hf(
     model: LFM, path: str | os.PathLike, tokenizer: Tokenizer | None = None, *,
     source: str | os.PathLike | None = None, max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a directory that `transformers` loads with no code of ours.
+    """Writes a directory that `transformers` loads without code of ours.
 
     It appears whole or not at all: it is written beside its place under another name, then renamed.
 
     Args:
-      model: its parameters are written in the dtype that they have.
+      model: its parameters are written in their dtype.
       path: a new or empty directory.
       tokenizer: written as tokenizer.json with a tokenizer_config.json that `AutoTokenizer` reads.
-      source: an HF directory whose tokenizer, chat template and generation_config.json are carried along as they
-        are; of its tokenizer only what a different `tokenizer` does not replace.
-      max_shard_bytes: weights beyond this are split into several files with an index.
+      source: an HF directory whose tokenizer, chat template and generation_config.json are copied as they are; a
+        different `tokenizer` replaces the files of its own.
+      max_shard_bytes: larger weights are split into several files with an index.
 
     Raises:
-      ValueError: one error that lists everything: the model has parameters of an unsupported dtype or of several, the
-        destination has something in it, `source` is not usable; before that, no family can express it.
+      ValueError: no family can express the model; or, all in one message, its parameters have an unsupported dtype or
+        several, the destination is not empty, `source` is not usable.
     """
     specs = {name: Spec(group.tensor.shape, " and ".join(sorted({array.dtype.name for array in leaves})))
              for group, leaves in _leaves(model) for name in group.names}
@@ -230,19 +231,19 @@ def save_hf(
 def convert(
     src: str | os.PathLike, dst: str | os.PathLike, dtype: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Checks an HF directory and writes it anew: one style of config, another dtype or shard size if asked for.
+    """Checks an HF directory and writes it again, with one style of config and perhaps another dtype or shard size.
 
-    One tensor is in memory at a time. Everything beside the weights is carried along as it is.
+    One tensor is in memory at a time. The files beside the weights are copied as they are.
 
     Args:
-      src: directory in Hugging Face format.
+      src: a directory in Hugging Face format.
       dst: a new or empty directory.
       dtype: float32, bfloat16 or float16; None keeps the stored one, bit for bit.
-      max_shard_bytes: weights beyond this are split into several files with an index.
+      max_shard_bytes: larger weights are split into several files with an index.
 
     Raises:
-      ValueError: one error that lists everything wrong with either directory, before any weight is read; or a value
-        too large for `dtype`, after which nothing is left behind.
+      ValueError: either directory has problems, all in one message and before any weight is read; or a value is too
+        large for `dtype`, and nothing is left behind.
     """
     checkpoint, problems = _inspect(Path(src), dtype)
     source = src if Path(src).is_dir() else None
@@ -263,7 +264,7 @@ def write_hf(
       path, config, tokenizer, source, max_shard_bytes: as in `save_hf`.
 
     Raises:
-      ValueError: as `save_hf`, or `arrays` is not what the config announces. Nothing is left behind.
+      ValueError: as `save_hf`, or `arrays` does not fit the config. Nothing is left behind.
     """
     hf = config_to_hf(config)
     specs = {name: Spec(shape, config.param_dtype) for name, shape in tensors(config).items()}
@@ -274,7 +275,7 @@ def write_hf(
 
 
 def _unreadable(name: str) -> np.ndarray:
-    raise AssertionError(f"{name} is not to be read")
+    raise AssertionError(f"{name} must not be read")
 
 
 def _output_problems(path: str | os.PathLike, source: str | os.PathLike | None, max_shard_bytes: int) -> list[str]:
@@ -291,7 +292,7 @@ def _output_problems(path: str | os.PathLike, source: str | os.PathLike | None, 
 
 @contextlib.contextmanager
 def _new_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill, which takes its place when the block ends and is removed when the block fails."""
+    """Makes a temporary directory, which is moved to its place when the block ends and removed if the block fails."""
     target = path.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"

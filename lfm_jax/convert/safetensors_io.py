@@ -1,8 +1,8 @@
-"""Safetensors of a Hugging Face directory: found, checked and read tensor by tensor, written the same way.
+"""Finds, checks, reads and writes the safetensors of a Hugging Face directory, tensor by tensor.
 
-Nothing here holds more than one tensor in memory. Reading is the safetensors library's, reopened for each
-tensor so that the pages mapped for one do not stay; the library cannot write without holding a whole file, so
-the writer is ours: 8 bytes of header length, a JSON header, the raw tensors (safetensors format, version 0.3+).
+Nothing here holds more than one tensor in memory. The safetensors library reads, and opens the file again for each
+tensor, so that the mapped pages of one do not stay. It cannot write without holding a whole file, so the writer is
+ours: 8 bytes of header length, a JSON header, the raw tensors (safetensors format, version 0.3+).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NAMES = {tag: name for name, tag in TAGS.items()}
 
 
 def file_problem(directory: Path, name: str) -> str | None:
-    """What is wrong with that file of the directory, None if it is there and does not lead out.
+    """Returns what is wrong with a file of the directory, None if it exists and does not lead out of it.
 
     A symbolic link may lead elsewhere in the directory or, as in a Hugging Face cache
     (`snapshots/REVISION/x -> ../../blobs/HASH`), to the `blobs` beside its `snapshots`; nowhere else.
@@ -46,7 +46,7 @@ def file_problem(directory: Path, name: str) -> str | None:
 
 
 def read_json(directory: Path, name: str) -> tuple[dict[str, Any], list[str]]:
-    """The JSON object in that file and problems; the object is empty where there are any."""
+    """Reads a JSON object; returns it, empty if there are problems, and the problems."""
     problem = file_problem(directory, name)
     if problem is not None:
         return {}, [problem]
@@ -58,14 +58,14 @@ def read_json(directory: Path, name: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def open_directory(directory: Path) -> tuple[Source, list[str]]:
-    """The weights of a directory, from `model.safetensors` or from the shards of its index, and all problems.
+    """Opens the weights of a directory, `model.safetensors` or the shards of its index; returns them and all problems.
 
-    Only headers are read; the library checks that each file is as long as its header says.
+    It reads only headers; the library checks the length of each file against its header.
     """
     weight_map: dict[str, str] | None = None
     problems: list[str] = []
     indexed: set[str] = set()
-    files = [SINGLE]  # Where both are there, `transformers` reads this one; so do we.
+    files = [SINGLE]  # If both exist, `transformers` reads this one; so do we.
     if not os.path.lexists(directory / SINGLE):
         if not os.path.lexists(directory / INDEX):
             return Source({}, _absent), [_no_weights(directory)]
@@ -85,8 +85,9 @@ def open_directory(directory: Path) -> tuple[Source, list[str]]:
             continue
         if weight_map is not None:
             named = {tensor for tensor, shard in weight_map.items() if shard == file}
-            problems += [f"{INDEX} says {tensor} is in {file}; it is not" for tensor in sorted(named - found.keys())]
-            problems += [f"unexpected: {tensor} in {file}, which {INDEX} does not say"
+            problems += [f"{INDEX} maps {tensor} to {file}, which does not have it"
+                         for tensor in sorted(named - found.keys())]
+            problems += [f"unexpected: {tensor} in {file}, which {INDEX} does not list"
                          for tensor in sorted(found.keys() - named)]
             found = {tensor: spec for tensor, spec in found.items() if tensor in named}
         specs |= found
@@ -112,7 +113,7 @@ def _header(path: Path) -> Iterator[tuple[str, Spec]]:
 
 
 def _read_index(directory: Path) -> tuple[dict[str, str], set[str], list[str]]:
-    """Tensor -> file for the entries that are good, the names of all entries, and problems."""
+    """Returns tensor -> file for the valid entries, the names of all entries, and problems."""
     index, problems = read_json(directory, INDEX)
     if problems:
         return {}, set(), problems
@@ -152,16 +153,16 @@ def _no_weights(directory: Path) -> str:
 def write(
     directory: Path, specs: Mapping[str, Spec], arrays: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int
 ) -> None:
-    """Writes `model.safetensors`, or numbered shards and their index where one file would be too large.
+    """Writes `model.safetensors`, or numbered shards and their index if one file would be too large.
 
     Args:
-      directory: where to; it exists.
-      specs: every tensor by name, in file order; dtypes are those of `TAGS`.
+      directory: an existing directory.
+      specs: every tensor by name, in the order of the file; dtypes are those of `TAGS`.
       arrays: (name, array) in the same order; consumed one at a time.
-      max_shard_bytes: a shard takes tensors up to this many bytes, and always at least one.
+      max_shard_bytes: the most bytes of a shard, which always has at least one tensor.
 
     Raises:
-      ValueError: `arrays` is not what `specs` announced.
+      ValueError: `arrays` differs from `specs`.
     """
     shards: list[dict[str, Spec]] = [{}]
     filled = 0

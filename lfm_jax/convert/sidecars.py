@@ -1,4 +1,4 @@
-"""What stands beside the weights in a Hugging Face directory: config, tokenizer, chat template, generation config."""
+"""The files beside the weights of a Hugging Face directory: config, tokenizer, chat template, generation config."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "adde
                    "merges.txt", "tokenizer.model")
 GENERATION_CONFIG = "generation_config.json"
 OTHER_FILES = (GENERATION_CONFIG, CHAT_TEMPLATE, "LICENSE")
-"""Carried along whatever the tokenizer."""
+"""Carried along with any tokenizer."""
 
 
 def read_tokenizer(directory: Path) -> tuple[Tokenizer | None, list[str]]:
-    """The tokenizer of tokenizer.json for inference, None where there is no such file, and problems."""
+    """Loads tokenizer.json for inference; returns the tokenizer, None if there is no such file, and problems."""
     if not os.path.lexists(directory / TOKENIZER):
         return None, []
     problem = file_problem(directory, TOKENIZER)
@@ -40,7 +40,7 @@ def read_tokenizer(directory: Path) -> tuple[Tokenizer | None, list[str]]:
 
 
 def generation_eos_ids(directory: Path) -> list[int]:
-    """`eos_token_id` of generation_config.json; empty where there is none."""
+    """Returns the ids of `eos_token_id` in generation_config.json; empty if there are none."""
     if not os.path.lexists(directory / GENERATION_CONFIG):
         return []
     values, problems = read_json(directory, GENERATION_CONFIG)
@@ -50,13 +50,13 @@ def generation_eos_ids(directory: Path) -> list[int]:
 
 
 def chat_template(path: str | os.PathLike) -> str | None:
-    """The Jinja chat template of an HF directory, None where it has none.
+    """Returns the Jinja chat template of an HF directory, None if it has none.
 
-    It is chat_template.jinja, else `chat_template` in tokenizer_config.json: a string, or a list of named ones of
+    It is chat_template.jinja, else `chat_template` in tokenizer_config.json: a string, or a list of named templates, of
     which `default` is taken.
 
     Raises:
-      ValueError: a file cannot be read, or the templates are several and none is the default.
+      ValueError: a file cannot be read, or there are several templates and none is the default.
     """
     directory = Path(path)
     if os.path.lexists(directory / CHAT_TEMPLATE):
@@ -82,7 +82,7 @@ def chat_template(path: str | os.PathLike) -> str | None:
 
 
 def carried(source: Path) -> tuple[dict[str, Path], list[str]]:
-    """Files of an HF directory to copy along with its weights, by relative name, and problems."""
+    """Returns the files of an HF directory to copy along with its weights, by relative name, and problems."""
     if not source.is_dir():
         return {}, [f"source {source} is not a directory"]
     names = [name for name in TOKENIZER_FILES + OTHER_FILES if os.path.lexists(source / name)]
@@ -92,13 +92,13 @@ def carried(source: Path) -> tuple[dict[str, Path], list[str]]:
 
 
 def write(directory: Path, hf: Mapping[str, Any], tokenizer: Tokenizer | None, source: Path | None) -> None:
-    """Writes config.json and everything else beside the weights.
+    """Writes config.json and all other files beside the weights.
 
     Args:
-      directory: where to; it exists.
+      directory: an existing directory.
       hf: the config.json.
-      tokenizer: None for that of the source, if it has one.
-      source: an HF directory to carry files from, found good by `carried`.
+      tokenizer: the tokenizer; None for that of the source, if it has one.
+      source: an HF directory to copy files from, in which `carried` found no problems.
     """
     _write_json(directory / "config.json", hf)
     copies = {} if source is None else carried(source)[0]
@@ -108,7 +108,7 @@ def write(directory: Path, hf: Mapping[str, Any], tokenizer: Tokenizer | None, s
             template = None if source is None or CHAT_TEMPLATE in copies else chat_template(source)
             copies = {name: path for name, path in copies.items() if name not in TOKENIZER_FILES}
             tokenizer.save(str(directory / TOKENIZER))
-        if TOKENIZER_CONFIG not in copies:  # Replaced, or a run directory that never had one.
+        if TOKENIZER_CONFIG not in copies:  # It was replaced, or the source is a run directory without one.
             _write_json(directory / TOKENIZER_CONFIG, _tokenizer_config(hf, tokenizer))
     for name, path in copies.items():
         (directory / name).parent.mkdir(exist_ok=True)
@@ -121,7 +121,7 @@ def write(directory: Path, hf: Mapping[str, Any], tokenizer: Tokenizer | None, s
 
 
 def _is_that_of(tokenizer: Tokenizer, directory: Path) -> bool:
-    """Whether a tokenizer is that of a directory, as its file has it or as it is loaded for inference."""
+    """Returns whether a tokenizer is that of a directory, as stored or as loaded for inference."""
     from lfm_jax.text.tokenizer import load_tokenizer
 
     loaded = read_tokenizer(directory)[0]

@@ -1,4 +1,4 @@
-"""Where weights come from: named tensors that are read one at a time, checked before any is read."""
+"""Sources of weights: named tensors that are checked before any is read, and read one at a time."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from lfm_jax.convert.weights import EMBED, HEAD, Group, Weight, groups
 
 
 class Spec(NamedTuple):
-    """What is known of a tensor before it is read."""
+    """Shape and dtype of a tensor, known before it is read."""
 
     shape: tuple[int, ...]
     dtype: str
-    """`float32`, `bfloat16`, ...; for what we do not read, the name that the source gives it."""
+    """`float32`, `bfloat16`, ..., or the source's own name for a dtype that is not supported."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Named tensors in a file's layout that are read one at a time: a directory, a state dict, a model."""
+    """Named tensors in the layout of a file, read one at a time: a directory, a state dict or a model."""
 
     specs: Mapping[str, Spec]
     read: Callable[[str], np.ndarray]
     lost: frozenset[str] = frozenset()
-    """Named by an index that is wrong about them: reported as that, so not as missing too."""
+    """Tensors that an index names wrongly: they are reported as that, and not as missing too."""
 
 
 def common_dtype(source: Source, dtype: Any) -> tuple[str | None, list[str]]:
-    """The dtype to keep parameters in: `dtype` if given, else the one that all of them are stored in.
+    """Finds the dtype for parameters: `dtype` if given, else the one that all of them are stored in.
 
     Returns:
-      (name or None, problems): a dtype that is not ours to keep, or several where none was asked for.
+      (name or None, problems): the dtype is not supported, or none was given and the tensors have several.
     """
     if dtype is not None:
         try:
@@ -54,9 +54,10 @@ def common_dtype(source: Source, dtype: Any) -> tuple[str | None, list[str]]:
 
 
 def check(source: Source, weights: tuple[Weight, ...], config: ModelConfig) -> list[str]:
-    """Everything that keeps the source from being this model: missing, unexpected, wrong shape, wrong dtype.
+    """Returns the differences between a source and a model: tensors that are missing, unexpected, or of a wrong shape
+    or dtype.
 
-    A head that comes with a tied model, as in a PyTorch state dict, is accepted where it equals the embedding.
+    A source of a tied model may have a head, as PyTorch state dicts do, if it equals the embedding.
     """
     expected = {name: group.tensor.shape for group in groups(weights, config) for name in group.names}
     known = source.specs.keys() | source.lost
@@ -85,7 +86,7 @@ def check(source: Source, weights: tuple[Weight, ...], config: ModelConfig) -> l
 
 
 def _tied_head(source: Source, weights: tuple[Weight, ...], config: ModelConfig) -> Group | None:
-    """The head that the source has although the config ties it to the embedding."""
+    """Returns the head if the source has one although the config ties it to the embedding."""
     if not config.tie_embedding:
         return None
     untied = groups(weights, config.replace(tie_embedding=False))
@@ -98,7 +99,7 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 
 def cast(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
-    """The array in another dtype, rounded to nearest; the array itself where it has that dtype.
+    """Returns the array in another dtype, rounded to nearest; the array itself if it has that dtype already.
 
     Raises:
       ValueError: a finite value becomes infinite.

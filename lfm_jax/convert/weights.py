@@ -1,8 +1,8 @@
-"""Names and layouts: how the tensors of a file and the leaves of our parameter tree make each other.
+"""Names and layouts that translate between the tensors of a file and the leaves of our parameter tree.
 
-A format is a table of `Weight` rows and a writer: the rows hold names and layouts, the writer puts a stream of (name,
-array) into a file. The rows of safetensors are `Family.weights`, their writer is `safetensors_io.write`. Both
-directions of a conversion and all checks fold over the rows.
+A format is a table of `Weight` rows, which hold names and layouts, and a writer, which puts a stream of (name, array)
+into a file. The rows of safetensors are `Family.weights`, their writer is `safetensors_io.write`. Both directions of a
+conversion and all checks fold over the rows.
 
 Dimensions: V vocabulary, D and O model width (O is the output side of a square matrix), F feed-forward width,
 N query heads, K key/value heads, H head width, W conv taps, C the three gates of the convolution (B, C, h).
@@ -31,11 +31,11 @@ HEAD: LeafPath = ("head",)
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One row: tensors of the model (or, with `{i}`, of each of its layers) and the leaves that they make.
+    """One row: tensors of the model, or of each of its layers (`{i}`), and the leaves that they correspond to.
 
-    Mostly one makes one. Where there are several on a side, an axis in braces counts them, and they are a tuple or a
-    template with the letter of that axis: `layers.{i}.heads.{K}.k_proj` with `{K} H D -> K H D` is a tensor for each
-    head, stacked into one leaf; `(P F) D -> {P} F D` with two paths is one tensor that holds two leaves.
+    Mostly one tensor is one leaf. If there are several on a side, an axis in braces counts them, and their names are a
+    tuple or a template with the letter of that axis: `layers.{i}.heads.{K}.k_proj` with `{K} H D -> K H D` is a tensor
+    for each head, stacked into one leaf; `(P F) D -> {P} F D` with two paths is one tensor that holds two leaves.
 
     Raises:
       ValueError: the sides of the layout differ in their axes, or several names or paths have no axis that counts them.
@@ -45,14 +45,14 @@ class Weight:
     """`model` for once, `block` for once in each layer, or a kind of operator or feed-forward: once in each layer with
     it."""
     names: str | tuple[str, ...]
-    """In the file."""
+    """Names in the file."""
     paths: str | tuple[str, ...]
-    """In our parameter tree, keys with dots between them."""
+    """Paths in our parameter tree: keys with dots between them."""
     layout: str
-    """`axes of a tensor -> axes of a leaf`: brackets are one axis that holds several, outermost first; 1 is an axis of
-    length 1; an axis in braces stands first and is none of a single array."""
+    """`axes of a tensor -> axes of a leaf`: parentheses make one axis of several, outermost first; 1 is an axis of
+    length 1; an axis in braces comes first and counts the arrays of a side."""
     when: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Fields of ModelConfig and the values that they have in models with these tensors."""
+    """Values of fields of ModelConfig that models with these tensors have; other models leave the row out."""
 
     def __post_init__(self) -> None:
         axes = [_axes(side) for side in self.layout.split(" -> ")]
@@ -68,9 +68,9 @@ class Weight:
 
 class _Axis(NamedTuple):
     letters: tuple[str, ...]
-    """The elementary axes that it holds; none for an axis of 1."""
+    """The elementary axes that it is made of; none for an axis of 1."""
     counts: bool
-    """It is in braces."""
+    """Whether it is in braces."""
 
 
 def _axes(side: str) -> list[_Axis]:
@@ -83,15 +83,15 @@ class Side(NamedTuple):
     """One side of a layout with sizes filled in: arrays of one shape."""
 
     shape: tuple[int, ...]
-    """Of each array."""
+    """The shape of each array."""
     count: int | None
-    """How many there are, where an axis in braces counts them."""
+    """The number of arrays if an axis in braces counts them, else None."""
     letters: tuple[str, ...]
     sizes: tuple[int, ...]
-    """Elementary axes and their lengths, the one that counts first."""
+    """Elementary axes and their lengths; the axis that counts comes first."""
 
     def join(self, arrays: Iterable[np.ndarray]) -> np.ndarray:
-        """One array of the elementary axes: a view of a single array; several are copied into it one by one."""
+        """Returns one array with the elementary axes: a view of a single array, or a copy of several, one by one."""
         if self.count is None:
             [joined] = arrays
             return joined.reshape(self.sizes)
@@ -103,7 +103,7 @@ class Side(NamedTuple):
         return joined.reshape(self.sizes)
 
     def part(self, joined: np.ndarray) -> list[np.ndarray]:
-        """The inverse of `join`."""
+        """Inverts `join`."""
         return [joined.reshape(self.shape)] if self.count is None else [*joined.reshape(self.count, *self.shape)]
 
 
@@ -117,11 +117,11 @@ class Group:
     leaf: Side
 
     def to_leaves(self, tensors: Iterable[np.ndarray]) -> list[np.ndarray]:
-        """Arrays as `names` -> arrays as `paths`, views where NumPy can give them. An iterator is never ahead."""
+        """Turns tensors into leaves, as views if NumPy can make them. It takes a tensor only when it needs it."""
         return _relay(tensors, self.tensor, self.leaf)
 
     def to_tensors(self, leaves: Iterable[np.ndarray]) -> list[np.ndarray]:
-        """The exact inverse of `to_leaves`."""
+        """Inverts `to_leaves` exactly."""
         return _relay(leaves, self.leaf, self.tensor)
 
 
@@ -130,8 +130,8 @@ def _relay(arrays: Iterable[np.ndarray], source: Side, target: Side) -> list[np.
 
 
 def groups(weights: Iterable[Weight], config: ModelConfig) -> list[Group]:
-    """A table with the sizes of a model filled in, in the order of a file: rows of layers that follow each other in the
-    table come layer by layer."""
+    """Fills the sizes of a model into a table. The groups are in the order of a file: adjacent rows of layers come
+    layer by layer."""
     sizes = _sizes(config)
     found: list[Group] = []
     for per_layer, rows in itertools.groupby(weights, key=lambda row: row.where != "model"):
@@ -181,7 +181,7 @@ def _side(axes: list[_Axis], sizes: Mapping[str, int]) -> Side:
 
 
 def leaf(params: Mapping[Any, Any], path: LeafPath) -> jax.Array | WeightKind:
-    """The weight at that place of a tree of parameters; whatever is written to a file comes through here."""
+    """Returns the weight at a path of a parameter tree; all weights that are written to files are read with it."""
     value: Any = params
     for key in path:
         value = value[key]
@@ -189,7 +189,7 @@ def leaf(params: Mapping[Any, Any], path: LeafPath) -> jax.Array | WeightKind:
 
 
 def misfits(table: Iterable[Group], params: Mapping[Any, Any]) -> list[str]:
-    """Where a table does not make the leaves of this tree, one by one: what it forgets would be lost in silence."""
+    """Returns where a table and the leaves of a tree differ: a leaf that the table lacks would be lost in silence."""
     made = {path: group.leaf.shape for group in table for path in group.paths}
     there = dict(_shapes(params, ()))
     problems = [f"no tensor has the parameter {_dotted(path)}" for path in there if path not in made]

@@ -152,9 +152,9 @@ def test_index_that_names_what_is_not_there(shards):
 
     edit_index(shards, change)
     assert sorted(refusal(shards)) == sorted([
-        f"{hf_dirs.INDEX} says {first} is in {last_file}; it is not",
-        f"unexpected: {first} in {first_file}, which {hf_dirs.INDEX} does not say",
-        f"unexpected: {last} in {last_file}, which {hf_dirs.INDEX} does not say",
+        f"{hf_dirs.INDEX} maps {first} to {last_file}, which does not have it",
+        f"unexpected: {first} in {first_file}, which {hf_dirs.INDEX} does not list",
+        f"unexpected: {last} in {last_file}, which {hf_dirs.INDEX} does not list",
         f"{hf_dirs.INDEX} names {extra}: {extra} is missing",
     ])
 

@@ -1,4 +1,4 @@
-"""The table of families, and `config.json` both ways: the file names its family, a model has the first that fits."""
+"""The table of families, and `config.json` both ways: a file names its family, a model gets the first that fits."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from lfm_jax.convert.families.family import Family
 from lfm_jax.convert.families.lfm2 import LFM2
 
 FAMILIES: list[Family] = [LFM2]
-"""In order of preference, where a file names only the model_type and where several can express a model."""
+"""In order of preference, for files that name only a model_type and for models that several can express."""
 
 
 def config_from_hf(hf: Mapping[str, Any], **overrides: Any) -> ModelConfig:
-    """Reads the dict of a Hugging Face `config.json`, old style or new.
+    """Reads the dict of a Hugging Face `config.json`, in the old style or the new.
 
-    Keys that do not change the network are ignored, as `transformers` ignores them.
+    Keys that do not change the network are ignored, as in `transformers`.
 
     Args:
       hf: the parsed config.json. Its family is the one with its `model_type` and one of its `architectures`; without
-        `architectures`, the first with its `model_type`.
+        `architectures`, the first one with its `model_type`.
       **overrides: ModelConfig fields that win over the file, for example `dtype`.
 
     Raises:
-      ValueError: no family has that model_type or architecture, a size is missing, something is not supported, or a
-        field is not valid.
+      ValueError: no family has that model_type or architecture, a size is missing, or a field is not supported or not
+        valid.
     """
     return ModelConfig(**(_named_family(hf).read(hf) | overrides))
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The dict of a config.json that `transformers` loads.
+    """Returns the dict of a config.json that `transformers` loads.
 
     Raises:
-      ValueError: no family can express the model; for each, everything that it lacks.
+      ValueError: no family can express the model; the message lists what each one lacks.
     """
     family = family_of(config)
     return {"architectures": [family.architectures[0]], "model_type": family.model_types[0]} | family.write(config)
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The first family that can express the model.
+    """Returns the first family that can express the model.
 
     Raises:
-      ValueError: there is none; for each, everything that it lacks.
+      ValueError: no family can; the message lists what each one lacks.
     """
     lacks = []
     for family in FAMILIES:

@@ -1,4 +1,4 @@
-"""What a family of published models is; `families.FAMILIES` has a row for each."""
+"""The description of a family of published models; `families.FAMILIES` has a row for each."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from lfm_jax.convert.weights import Weight
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """One row: how models of one kind are described in a `config.json` and stored in safetensors."""
+    """How the models of one family are described in a `config.json` and stored in safetensors."""
 
     name: str
-    """As messages call it."""
+    """The name in messages."""
     model_types: tuple[str, ...]
     architectures: tuple[str, ...]
-    """A checkpoint is of this family where `model_type` is one of the first and `architectures` has one of the second;
-    the first of each is written."""
+    """A checkpoint is of this family if its `model_type` is one of `model_types` and its `architectures` has one of
+    these; the first of each is written."""
     features: Mapping[str, tuple[Any, ...]]
-    """Fields of ModelConfig that may have these values only, each element of them where they are tuples; a field that
-    is not here is written to config.json, or does not concern one."""
+    """The only values that some fields of ModelConfig may have, or their elements if they are tuples. The other fields
+    are written to config.json, or do not belong there."""
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
-    """config.json -> fields of ModelConfig. Raises ValueError for what it cannot read."""
+    """config.json -> fields of ModelConfig. Raises ValueError if it cannot read the file."""
     write: Callable[[ModelConfig], dict[str, Any]]
-    """ModelConfig, its features found good -> config.json without these two keys."""
+    """ModelConfig with supported features -> config.json without `model_type` and `architectures`."""
     weights: tuple[Weight, ...]
-    """Its tensors, in the order of a file."""
+    """The table of tensors, in the order of a file."""
 
     def lacks(self, config: ModelConfig) -> list[str]:
-        """What the model has and this family cannot express."""
+        """Returns the features of the model that this family cannot express."""
         found = []
         for field, allowed in self.features.items():
             value = getattr(config, field)

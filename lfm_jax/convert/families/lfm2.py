@@ -79,7 +79,7 @@ def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    """What 4.54 and 5.x load."""
+    """Writes the keys that `transformers` 4.54 and 5.x load."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -112,7 +112,7 @@ def _or_default(value: Any, default: Any) -> Any:
 
 
 def _read_ffn_size(hf: Mapping[str, Any]) -> int:
-    """F as `Lfm2MLP` computes it from intermediate_size (or `block_ff_dim`, which overrides it)."""
+    """Returns F as `Lfm2MLP` computes it from intermediate_size (or `block_ff_dim`, which overrides it)."""
     size = hf.get("block_ff_dim", hf.get("intermediate_size"))
     if not hf.get("block_auto_adjust_ff_dim", True):
         return size
@@ -125,7 +125,7 @@ def _read_ffn_size(hf: Mapping[str, Any]) -> int:
 
 
 def _read_layer_types(hf: Mapping[str, Any]) -> tuple[Any, ...]:
-    """layer_types, else full_attn_idxs, else all attention: the order in which `Lfm2Config` decides."""
+    """Reads layer_types, else full_attn_idxs, else all layers are attention, as `Lfm2Config` does."""
     num_layers = hf["num_hidden_layers"]
     if hf.get("layer_types") is not None:
         types = tuple(hf["layer_types"])
