@@ -1,4 +1,4 @@
-"""The decode loop: a batch of prompts that advances by many tokens a dispatch, all on the device.
+"""The decode loop: a batch of prompts that advances by many tokens per dispatch, all on the device.
 
 Dimensions: B batch (one prompt a row), C tokens of one prefill chunk, N tokens of one dispatch, V vocabulary.
 """
@@ -22,13 +22,13 @@ from lfm_jax.sampling import Features, Sampling, SamplingArrays, sample, to_arra
 from lfm_jax.state import State
 
 PREFILL_CHUNK = 512
-"""Prompt tokens a row that go through the model at once; bounds the memory of a long prompt."""
+"""Prompt tokens of a row that go through the model at a time; bounds the memory of a long prompt."""
 DISPATCH = 32
-"""Most tokens a row that one dispatch generates."""
+"""The most tokens that one dispatch generates for a row."""
 
 
 class Decoding:
-    """A batch of prompts under way: prefilled on construction, then advanced by some tokens at a time.
+    """A batch of prompts, prefilled on construction and then advanced by some tokens at a time.
 
     Args:
       model, prompts, sampling, max_new_tokens: as in `generate`, prompts as token ids.
@@ -52,7 +52,7 @@ class Decoding:
         self._programs = _programs(graphdef)
         self._model_params = nnx.to_pure_dict(params)
         self._params, self._features = to_arrays(samplings, config.vocab_size)
-        # Filled up with an id that no token has, so that few different shapes occur.
+        # Padded with an id that no token has, so that few different shapes occur.
         self._stop_ids = jnp.asarray([*stop_ids] + [-1] * (8 - len(stop_ids) % 8), jnp.int32)
 
         longest = max(map(len, prompts))
@@ -67,18 +67,19 @@ class Decoding:
             seen_BV=_seen(prompts, config.vocab_size) if self._features.repetition_penalty else None,
         )
         self._first_B: jax.Array | None
-        """First token of each row, until it is handed out."""
+        """The first token of each row, until `advance` returns it."""
         self._carry, self._first_B = self._programs.first(
             self._carry, logits_BV, self._params, self._stop_ids, features=self._features
         )
 
     @property
     def done(self) -> bool:
-        """Every row has met a stop id, used up its tokens or been stopped, and its tokens are handed out."""
+        """Whether every row has met a stop id, used up its tokens or been stopped, and `advance` has returned its
+        tokens."""
         return self._first_B is None and not np.asarray(self._carry.left_B).any()
 
     def advance(self, steps: int) -> list[list[int]]:
-        """The next tokens of each row: the first one after the prompts, then up to `steps` (at most DISPATCH)."""
+        """Returns the next tokens of each row: one right after the prompts, then up to `steps` (at most DISPATCH)."""
         if self._first_B is not None:
             first_B = np.asarray(self._first_B)
             self._first_B = None
@@ -99,15 +100,15 @@ class Decoding:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Carry:
-    """What goes from one token to the next. A row that is finished stays as it is."""
+    """The state of the loop between tokens. A finished row does not change."""
 
     state: State
     token_B: jax.Array
-    """Sampled last and not yet in the state."""
+    """The token sampled last, which is not in the state yet."""
     left_B: jax.Array
-    """Tokens that the row may still generate; 0 when it is finished."""
+    """Tokens that the row may still generate; 0 if it is finished."""
     seen_BV: jax.Array | None
-    """Tokens of the prompt and of the text so far; None when no row has a repetition penalty."""
+    """Tokens of the prompt and of the text so far; None if no row has a repetition penalty."""
 
 
 class _Programs(NamedTuple):
@@ -125,7 +126,7 @@ def _programs(graphdef: nnx.GraphDef[LFM]) -> _Programs:
     def prefill(
         params: Any, state: State, logits_BV: jax.Array, tokens_BC: jax.Array, segment_ids_BC: jax.Array
     ) -> tuple[State, jax.Array]:
-        """Takes in a chunk; the logits of a row that ended in an earlier chunk stay."""
+        """Takes in a chunk; keeps the logits of rows that ended in an earlier chunk."""
         model = nnx.merge(graphdef, params)
         new_BV, state = _run(model, tokens_BC, segment_ids_BC, state)
         return state, jnp.where(segment_ids_BC[:, :1] != 0, new_BV, logits_BV)
@@ -142,7 +143,8 @@ def _programs(graphdef: nnx.GraphDef[LFM]) -> _Programs:
         model_params: Any, carry: _Carry, params: SamplingArrays, stop_ids: jax.Array, steps: jax.Array, *,
         features: Features,
     ) -> tuple[_Carry, jax.Array]:
-        """Up to `steps` tokens a row, tokens_NB, -1 where there is none; ends early when all rows are finished."""
+        """Generates up to `steps` tokens for each row: tokens_NB, -1 for none. Ends early when all rows are
+        finished."""
         model = nnx.merge(graphdef, model_params)
 
         def unfinished(loop: tuple[jax.Array, _Carry, jax.Array]) -> jax.Array:
@@ -151,7 +153,7 @@ def _programs(graphdef: nnx.GraphDef[LFM]) -> _Programs:
 
         def body(loop: tuple[jax.Array, _Carry, jax.Array]) -> tuple[jax.Array, _Carry, jax.Array]:
             n, carry, tokens_NB = loop
-            live_B1 = (carry.left_B > 0).astype(jnp.int32)[:, None]  # A finished row is fed padding.
+            live_B1 = (carry.left_B > 0).astype(jnp.int32)[:, None]  # A finished row gets padding.
             logits_BV, state = _run(model, carry.token_B[:, None], live_B1, carry.state)
             carry, token_B = _choose(dataclasses.replace(carry, state=state), logits_BV, params, stop_ids, features)
             return n + 1, carry, tokens_NB.at[n].set(token_B)
@@ -164,7 +166,7 @@ def _programs(graphdef: nnx.GraphDef[LFM]) -> _Programs:
 
 
 def _run(model: LFM, tokens_BC: jax.Array, segment_ids_BC: jax.Array, state: State) -> tuple[jax.Array, State]:
-    """Logits after each row's last real token, logits_BV, and the state there."""
+    """Returns the logits after each row's last real token, logits_BV, and the state there."""
     logits_B1V, new_state = model(tokens_BC, None, segment_ids_BC, state, "last", padding="right")
     assert new_state is not None  # It is None only when none was given.
     return logits_B1V[:, 0], new_state
@@ -173,7 +175,8 @@ def _run(model: LFM, tokens_BC: jax.Array, segment_ids_BC: jax.Array, state: Sta
 def _choose(
     carry: _Carry, logits_BV: jax.Array, params: SamplingArrays, stop_ids: jax.Array, features: Features
 ) -> tuple[_Carry, jax.Array]:
-    """Samples the next token of every unfinished row; returns it (-1 for the others) and the carry after it."""
+    """Samples the next token of every unfinished row; returns the carry after it and the token, -1 for finished
+    rows."""
     live_B = carry.left_B > 0
     # The token will follow all that the state holds.
     token_B = sample(logits_BV, params, features, carry.state.position_B, carry.seen_BV)
@@ -190,13 +193,13 @@ def _choose(
 
 
 def bucket(n: int) -> int:
-    """`n` rounded up so that few different shapes occur: multiples of 16, then four sizes an octave."""
+    """Rounds `n` up so that few different shapes occur: to multiples of 16, then to four sizes per power of 2."""
     step = max(16, (1 << (n - 1).bit_length()) // 8)
     return -(-n // step) * step
 
 
 def chunks(rows: Sequence[Sequence[int]], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Token ids and segment ids (1, or 0 for padding at the right), both int32 [B, C], C at most `size`."""
+    """Yields token ids and segment ids (1, or 0 for padding at the right), both int32 [B, C], C at most `size`."""
     for start in range(0, max(map(len, rows)), size):
         parts = [row[start : start + size] for row in rows]
         real_BC = np.arange(min(size, bucket(max(map(len, parts))))) < np.array([len(part) for part in parts])[:, None]
@@ -213,7 +216,8 @@ def _seen(prompts: Sequence[Sequence[int]], vocab_size: int) -> jax.Array:
 
 
 def resolve_stop_ids(stop_ids: Sequence[int] | None, config: ModelConfig) -> tuple[int, ...]:
-    """The ids that finish a row; None means `config.eos_ids`. Raises ValueError for ids that the model lacks."""
+    """Returns the ids that finish a row; None means `config.eos_ids`. Raises ValueError for ids that the model
+    lacks."""
     ids = config.eos_ids if stop_ids is None else tuple(stop_ids)
     bad = [i for i in ids if not 0 <= i < config.vocab_size]
     if bad:
@@ -224,7 +228,7 @@ def resolve_stop_ids(stop_ids: Sequence[int] | None, config: ModelConfig) -> tup
 def check(
     prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling], max_new_tokens: int, config: ModelConfig
 ) -> list[Sampling]:
-    """The sampling of each prompt; refuses what cannot run, all problems in one message."""
+    """Returns the sampling of each prompt; raises ValueError, with all problems, for arguments that cannot run."""
     if isinstance(prompts, str) or not len(prompts):
         raise ValueError(f"prompts is {prompts!r}; expected a list with at least one prompt")
     samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)

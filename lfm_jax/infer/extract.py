@@ -1,4 +1,4 @@
-"""Two things that a small model is for: data out of text, by a schema; and which of some labels fits a text.
+"""Extracts data that fits a schema from texts, and classifies texts by labels.
 
 Dimensions: B texts of a batch, L labels, T tokens, D width, V vocabulary.
 """
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 EXTRACTION = "Extract what the JSON schema asks for from the user's text. Answer with JSON only. Schema: {schema}"
 CLASSIFICATION = "Which of these labels fits the user's text? {labels}. Answer with the label only."
 SLOTS = 8
-"""Texts that `extract` works on at one time."""
+"""Texts that `extract` runs at a time."""
 CHUNK = 256
-"""Tokens of a prompt that go through the model at one time."""
+"""Tokens of a prompt that go through the model at a time."""
 ROWS = 32
-"""Pairs of text and label that `classify` looks at in one batch."""
+"""Pairs of text and label in one batch of `classify`."""
 
 
 @overload
@@ -57,25 +57,25 @@ def extract(
     model: LFM, tokenizer: Tokenizer, text: str | Sequence[str], schema: Mapping[str, Any], *,
     template: str | None = None, instruction: str = EXTRACTION, sampling: Sampling = GREEDY, max_new_tokens: int = 512,
 ) -> Any:
-    """Data that fits a JSON schema, as the model finds it in a text. Needs the extra `lfm_jax[grammar]`.
+    """Extracts data that fits a JSON schema from a text. Needs the extra `lfm_jax[grammar]`.
 
-    Every token is chosen among those that the schema allows, so that even a bad model gives valid data.
+    Every token is chosen among those that the schema allows, so that even a bad model returns valid data.
 
     Args:
       model, tokenizer: as `lfm.load` gives them.
-      text: one, or several.
-      schema: what is wanted. Texts and lists without a limit of their own get one (`json_schema.Bounds`).
+      text: one text, or several.
+      schema: the JSON schema. Strings and lists without a limit of their own get one (`json_schema.Bounds`).
       template: chat template (`lfm.convert.hf.chat_template`); None means DEFAULT_TEMPLATE.
-      instruction: the system's message; `{schema}` in it stands for the schema.
-      sampling: how tokens are chosen.
-      max_new_tokens: of the JSON.
+      instruction: the system message; the schema replaces `{schema}` in it.
+      sampling: sampling parameters.
+      max_new_tokens: the most tokens of the JSON.
 
     Returns:
       The data of a text, or a list of them.
 
     Raises:
-      ValueError: a schema that is not supported (`GrammarError`); an answer that max_new_tokens does not hold, or a
-        text too long for the model, with the number of the text.
+      ValueError: the schema is not supported (`GrammarError`); or, with the number of the text, its answer needs more
+        than max_new_tokens or the text is too long for the model.
     """
     from lfm_jax.structured.grammar import Grammar, grammar_tokenizer
 
@@ -130,22 +130,22 @@ def classify(
     model: LFM, tokenizer: Tokenizer, texts: str | Sequence[str], labels: Sequence[str], *,
     template: str | None = None, instruction: str = CLASSIFICATION,
 ) -> Any:
-    """How likely each label is as the whole answer, among these labels.
+    """Computes the probability of each label as the whole answer, among these labels.
 
-    The probability of a label is the model's for its tokens and the end of the turn, over the sum of all labels'. What
-    all prompts begin with goes through the model once, each text once, and then all labels side by side.
+    It is the model's probability of the label's tokens and the end of the turn, divided by the sum over all labels. The
+    common beginning of all prompts goes through the model once, then each text once, then all labels side by side.
 
     Args:
       model, tokenizer, template: as for `extract`.
-      texts: one, or several.
-      labels: at least two different ones.
-      instruction: the system's message; `{labels}` in it stands for the labels.
+      texts: one text, or several.
+      labels: at least two different labels.
+      instruction: the system message; the labels replace `{labels}` in it.
 
     Returns:
       {label: probability} for a text, or a list of them.
 
     Raises:
-      ValueError: labels that are not at least two different texts, or a text too long for the model.
+      ValueError: labels are not at least two different texts, or a text is too long for the model.
     """
     check_tokenizer(tokenizer, model.config)
     if isinstance(labels, str) or len(labels) < 2 or len(set(labels)) < len(labels) or "" in labels:
@@ -161,7 +161,7 @@ def classify(
     longest = max(map(len, answers))
     _check_lengths(model, prompts, longest)
     length = min(bucket(max(map(len, prompts)) + longest), model.config.max_position)
-    shared = min(_common(prompts), min(map(len, prompts)) - 1)  # Every text keeps a token to run.
+    shared = min(_common(prompts), min(map(len, prompts)) - 1)  # Every prompt keeps a token of its own to run.
 
     graphdef, params = nnx.split(model, nnx.Param)
     run, score = (functools.partial(program, nnx.to_pure_dict(params)) for program in _programs(graphdef))
@@ -182,7 +182,7 @@ def classify(
 
 
 def _common(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens all rows begin with."""
+    """Returns the number of tokens that all rows begin with."""
     shortest = min(map(len, rows))
     block = np.array([row[:shortest] for row in rows])
     same = (block == block[0]).all(axis=0)
@@ -202,7 +202,8 @@ def _programs(graphdef: Any) -> tuple[Any, Any]:
     def run(
         params: Any, last_BD: jax.Array, state: State, tokens_BT: jax.Array, segment_ids_BT: jax.Array
     ) -> tuple[jax.Array, State]:
-        """Takes in a chunk: the hidden state of each row's last token, `last_BD` where it has none, and the state."""
+        """Takes in a chunk; returns the hidden state of each row's last token (`last_BD` if it has none) and the
+        state."""
         hidden_BTD, state = hidden(params, state, tokens_BT, segment_ids_BT)
         index_B11 = jnp.maximum(jnp.sum(segment_ids_BT, axis=1) - 1, 0)[:, None, None]
         newest_BD = jnp.take_along_axis(hidden_BTD, index_B11, axis=1)[:, 0]
@@ -212,7 +213,7 @@ def _programs(graphdef: Any) -> tuple[Any, Any]:
     def score(
         params: Any, last_BD: jax.Array, state: State, tokens_BT: jax.Array, segment_ids_BT: jax.Array
     ) -> jax.Array:
-        """Log-probability of all real tokens of each row together, [B], after a token of hidden state `last_BD`."""
+        """Returns the log-probability of all real tokens of each row together, [B], after hidden state `last_BD`."""
         hidden_BTD, _ = hidden(params, state, tokens_BT, segment_ids_BT)
         before_BTD = jnp.concatenate([last_BD[:, None], hidden_BTD[:, :-1]], axis=1)
         head_VD = nnx.merge(graphdef, params).head_VD
@@ -224,7 +225,7 @@ def _programs(graphdef: Any) -> tuple[Any, Any]:
 def _label_probabilities(
     score: Any, last_BD: jax.Array, state: State, answers: Sequence[Sequence[int]]
 ) -> np.ndarray:
-    """Probability of each answer, [B, L], among them all."""
+    """Returns the probability of each answer among all answers, [B, L]."""
     B, L = len(last_BD), len(answers)
     ((tokens_LT, segment_ids_LT),) = chunks(answers, bucket(max(map(len, answers))))
     total_X = score(*_repeat((last_BD, state), L), np.tile(tokens_LT, (B, 1)), np.tile(segment_ids_LT, (B, 1)))

@@ -1,4 +1,4 @@
-"""Generation: prompts in; texts, tokens or a stream of text out."""
+"""Generates from prompts: texts, tokens or a stream of text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 STREAM_DISPATCH = 4
-"""Tokens of one dispatch when streaming: on a slow machine text should not come in bursts of 32."""
+"""Tokens of one dispatch when streaming: on a slow machine text should not arrive in bursts of 32."""
 
 Prompt = str | Sequence[int]
 
@@ -23,7 +23,7 @@ class Completion(NamedTuple):
     """The tokens generated for one prompt."""
 
     tokens: list[int]
-    """Ids, the stop id that ended them included."""
+    """Ids, including the stop id that ended them."""
     finish_reason: Literal["stop", "length"]
     """`stop`: the last token is a stop id. `length`: max_new_tokens were generated."""
 
@@ -48,25 +48,25 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     skip_special_tokens: bool = True,
 ) -> list[str]:
-    """Continues each prompt.
+    """Generates a continuation of each prompt.
 
     Args:
       model: the model.
-      tokenizer: of the model; it adds its own special tokens (bos) to prompts that are text.
+      tokenizer: the tokenizer of the model; it adds its own special tokens (bos) to prompts that are text.
       prompts: a text, or a list of texts and lists of token ids; they run as one batch.
-      sampling: for all prompts, or one for each. One prompt with one seed always gives one text: for several
-        different ones give each its own seed.
-      max_new_tokens: most tokens to generate for each prompt.
-      stop: a text ends before the first of these strings, which may be special tokens or hold some.
+      sampling: for all prompts, or one for each. The same prompt and seed always give the same text: for several
+        different texts, give each its own seed.
+      max_new_tokens: the most tokens to generate for each prompt.
+      stop: strings before the first of which a text ends; they may be or contain special tokens.
       stop_ids: tokens that end a text and are not part of it. None means `model.config.eos_ids`.
-      skip_special_tokens: leave special tokens out of the texts.
+      skip_special_tokens: leaves special tokens out of the texts.
 
     Returns:
-      The generated texts, without the prompts, in their order.
+      The generated texts, without the prompts, in the order of the prompts.
 
     Raises:
-      ValueError: no prompt, a prompt without tokens or with ids that the model lacks, prompt and max_new_tokens
-        together longer than `config.max_position`, a tokenizer that does not fit the model, or a bad option.
+      ValueError: there is no prompt, a prompt has no tokens or ids that the model lacks, a prompt and max_new_tokens
+        are together longer than `config.max_position`, the tokenizer does not fit the model, or an option is not valid.
     """
     check_tokenizer(tokenizer, model.config)
     stop, ids = _stop_strings(stop), resolve_stop_ids(stop_ids, model.config)
@@ -95,7 +95,7 @@ def stream(
     stop_ids: Sequence[int] | None = None,
     skip_special_tokens: bool = True,
 ) -> Iterator[str]:
-    """Continues one prompt and yields the text as it comes; arguments and errors as in `generate`.
+    """Generates a continuation of one prompt and yields its text in pieces; arguments and errors as in `generate`.
 
     A piece never holds half a character nor text that may still become part of a stop string. The pieces together
     are what `generate` returns for the prompt alone. Arguments are checked at the call, before anything runs.
@@ -141,7 +141,7 @@ def generate_tokens(
     *,
     stop_ids: Sequence[int] | None = None,
 ) -> list[Completion]:
-    """`generate` on token ids, without a tokenizer; arguments and errors as there."""
+    """Does as `generate` on token ids, without a tokenizer; arguments and errors as there."""
     ids = resolve_stop_ids(stop_ids, model.config)
     decoding = Decoding(model, prompts, sampling, max_new_tokens, ids)
     rows: list[list[int]] = [[] for _ in prompts]
@@ -154,5 +154,5 @@ def generate_tokens(
 def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
     strings = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(s, str) and s for s in strings):
-        raise ValueError(f"stop is {stop!r}; it must hold texts of at least one character")
+        raise ValueError(f"stop is {stop!r}; it must be strings of at least one character")
     return strings

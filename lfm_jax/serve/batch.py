@@ -68,7 +68,7 @@ def batch(
             finally:
                 service.engine.close(drain=False)
             if service.engine.failure is not None:
-                raise ValueError(f"the engine has failed: {service.engine.failure}; what is answered is kept in "
+                raise ValueError(f"the engine has failed: {service.engine.failure}; answers so far are kept in "
                                  f"{target}")
         results = sorted((json.loads(line) for line in _lines(target)), key=lambda r: int(r["id"].split("-")[1]))
         write_whole(target, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results))
