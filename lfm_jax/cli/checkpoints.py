@@ -21,8 +21,8 @@ def convert(
     Args:
       src: Hugging Face directory or run directory.
       dst: a new directory.
-      dtype: of the written weights; the stored one if left out.
-      max_shard_bytes: largest safetensors file; more weights become several files with an index.
+      dtype: dtype of the written weights; the stored one if left out.
+      max_shard_bytes: size of the largest safetensors file; larger weights become several files with an index.
     """
     from lfm_jax.convert.hf import convert as run
     from lfm_jax.convert.hf import save_hf

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def build(config: BuildConfig, args: Sequence[str]) -> int:
-    """Build a dataset of packed rows, or go on with one: `lfm data build [RECIPE.yaml] [--sources ... --out ...]`.
+    """Build a dataset of packed rows, or resume its build: `lfm data build [RECIPE.yaml] [--sources ... --out ...]`.
 
     Every key of the recipe is a flag.
     """
@@ -36,14 +36,14 @@ def show(
     row: int | None = None,
     verify: bool = False,
 ) -> int:
-    """Look into a built dataset: counts, packing, lengths, and rows as text with the borders of their pieces.
+    """Look into a built dataset: counts, packing, lengths, and rows as text with marked pieces.
 
     Args:
       path: directory of the dataset.
-      samples: how many rows, spread over the split.
-      split: of the rows shown.
-      row: show this row whole instead.
-      verify: read every byte of every shard and compare checksums.
+      samples: number of rows to show, spread over the split.
+      split: split of the rows.
+      row: number of one row to show whole instead.
+      verify: reads every byte of every shard and compares checksums.
     """
     manifest = load_manifest(path)
     manifest.check_files(content=verify)

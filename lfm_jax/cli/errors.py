@@ -1,4 +1,4 @@
-"""How a verb refuses."""
+"""How verbs report bad input."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import os
 from lfm_jax.files import say
 
 FAILED = 2
-"""Exit status of a verb that was given what it cannot use."""
+"""Exit status of a verb for bad input."""
 
 
 def refuse(error: Exception) -> int:
-    """One clear message; LFM_TRACEBACK=1 shows where it comes from."""
+    """Prints the message of an error and returns the exit status; LFM_TRACEBACK=1 raises the error instead."""
     if os.environ.get("LFM_TRACEBACK"):
         raise error
     say(str(error))

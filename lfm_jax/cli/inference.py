@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lfm_jax.model import LFM
 
 Flat = Annotated[Sampling, tyro.conf.arg(name="")]
-"""Its fields as flags without a prefix."""
+"""The fields are flags without a prefix."""
 
 
 def generate(
@@ -34,10 +34,10 @@ def generate(
     Args:
       path: Hugging Face directory or run directory.
       prompt: one or more texts.
-      sampling: how tokens are chosen.
-      max_new_tokens: most tokens to add to a prompt.
+      sampling: sampling parameters.
+      max_new_tokens: the most tokens to add to a prompt.
       stop: texts that end a continuation.
-      dtype: of parameters and computation; the stored one if left out.
+      dtype: dtype of parameters and computation; the stored one if left out.
     """
     from lfm_jax.infer.generate import generate as run
     from lfm_jax.infer.generate import stream
@@ -66,14 +66,14 @@ def chat(
     max_new_tokens: int = 512,
     dtype: DType | None = None,
 ) -> int:
-    """Talk with a model in the terminal, through its own chat template.
+    """Talk with a model in the terminal, with its own chat template.
 
     Enter sends, Alt-Enter makes a new line, Ctrl-C stops a reply, Ctrl-D leaves; /help lists the commands. What you
     type is kept for the next session in `chat_history`, beside the compiled programs (`lfm cache`).
 
     Args:
       path: Hugging Face directory or run directory.
-      sampling: how tokens are chosen; the defaults are those published for LFM2.5-350M.
+      sampling: sampling parameters; those published for LFM2.5-350M if left out.
       system: system message.
       max_new_tokens: longest reply; one also ends where the model's context is full.
       dtype: of parameters and computation; the stored one if left out.
@@ -105,10 +105,10 @@ def extract(
       path: Hugging Face directory or run directory.
       text: one or more texts.
       schema: file with the JSON schema.
-      sampling: how tokens are chosen.
-      instruction: the system's message, in which {schema} stands for the schema; a general one if left out.
-      max_new_tokens: longest answer.
-      dtype: of parameters and computation; the stored one if left out.
+      sampling: sampling parameters.
+      instruction: the system message, in which the schema replaces {schema}; a general one if left out.
+      max_new_tokens: the most tokens of an answer.
+      dtype: dtype of parameters and computation; the stored one if left out.
     """
     from lfm_jax.infer.extract import EXTRACTION
     from lfm_jax.infer.extract import extract as run
@@ -142,9 +142,9 @@ def classify(
     Args:
       path: Hugging Face directory or run directory.
       text: one or more texts.
-      labels: at least two different ones.
-      instruction: the system's message, in which {labels} stands for the labels; a general one if left out.
-      dtype: of parameters and computation; the stored one if left out.
+      labels: at least two different labels.
+      instruction: the system message, in which the labels replace {labels}; a general one if left out.
+      dtype: dtype of parameters and computation; the stored one if left out.
     """
     from lfm_jax.infer.extract import CLASSIFICATION
     from lfm_jax.infer.extract import classify as run
@@ -178,12 +178,12 @@ def _load(path: Path, dtype: str | None) -> tuple[LFM, Tokenizer]:
 
     model, tokenizer = load(path, dtype)
     if tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer.json; put the checkpoint's own beside its weights")
+        raise ValueError(f"{path} has no tokenizer.json; put that of the checkpoint beside its weights")
     return model, tokenizer
 
 
 def _load_chat(path: Path, dtype: str | None) -> tuple[LFM, Tokenizer, str]:
-    """Model, tokenizer and chat template."""
+    """Loads a model with its tokenizer and chat template."""
     from lfm_jax.convert.hf import chat_template
     from lfm_jax.text.chat import DEFAULT_TEMPLATE
 

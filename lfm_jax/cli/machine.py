@@ -19,7 +19,7 @@ else:
 def selfcheck() -> int:
     """Check every kernel and collective against its reference on this device, and print a table.
 
-    Under two minutes on two CPU cores. Exit status 1 if anything is off.
+    It takes under two minutes on two CPU cores. The exit status is 1 if a check fails.
     """
     from lfm_jax.selfcheck import selfcheck as run
 
@@ -40,11 +40,11 @@ def bench(
     Args:
       suite: model: prefill, decode and training step beside transformers; kernels: implementations of each kernel;
         train: training steps and their memory beside transformers, each side in a process of its own;
-        data: packed tokens a second from shards, beside packing text on the fly; serve: the engine's tokens a second
-        beside transformers or a roofline, and decoding by context.
+        data: packed tokens per second from shards, beside packing text on the fly; serve: the engine's tokens per
+        second beside transformers or a roofline, and decoding by context.
       preset: shape for the model, train and serve suites.
-      repeats: timed runs of which the median counts.
-      gguf: file of llama.cpp with a model of the preset's shape, F32: the serve suite decodes beside it too.
+      repeats: number of timed runs, whose median is reported.
+      gguf: F32 file of llama.cpp with a model of the preset's shape, which the serve suite then decodes too.
     """
     from lfm_jax.config import ModelConfig
 
@@ -77,7 +77,7 @@ def bench(
 
 
 def cache(clear: bool = False) -> int:
-    """Report where compiled programs are kept between starts, how many they are and how large, or remove them.
+    """Report where compiled programs are kept between starts, their number and size, or remove them.
 
     Every verb that compiles, except plan, looks there first, so that its second start is fast. The place is `compiled`
     below LFM_CACHE_DIR, or else XDG_CACHE_HOME/lfm_jax, or else ~/.cache/lfm_jax; it holds at most 1 GiB, and the
@@ -85,13 +85,13 @@ def cache(clear: bool = False) -> int:
     JAX_COMPILATION_CACHE_DIR is set, JAX keeps programs there instead, and this verb leaves them alone.
 
     Args:
-      clear: remove them all.
+      clear: removes them all.
     """
     from lfm_jax import compile_cache
 
     other, path = os.environ.get("JAX_COMPILATION_CACHE_DIR"), compile_cache.directory()
     if other is not None and clear:
-        raise ValueError("JAX_COMPILATION_CACHE_DIR is set, and what is there is not lfm's to remove; unset it, or "
+        raise ValueError("JAX_COMPILATION_CACHE_DIR is set, and lfm does not remove its files; unset it, or "
                          f"remove the files in {other!r} yourself")
     if other is not None:
         print(f"JAX_COMPILATION_CACHE_DIR is set: JAX keeps compiled programs in {other!r}")

@@ -37,16 +37,16 @@ def serve(
 
     Args:
       path: Hugging Face directory or run directory.
-      host: address to listen on; one that others reach needs a key.
-      port: to listen on.
-      name: of the model, to clients; the name of the directory if left out.
-      sampling: for what a request does not say; the defaults are those published for LFM2.5-350M.
+      host: address to listen on; one that other machines can reach needs a key.
+      port: port to listen on.
+      name: name of the model for clients; that of the directory if left out.
+      sampling: default sampling parameters; those published for LFM2.5-350M if left out.
       engine: slots and limits of the engine.
-      limits: of one request.
+      limits: limits of one request.
       data: replicas of the model.
       tensor: devices that each replica is split over.
-      dtype: of parameters and computation; the stored one if left out.
-      drain_seconds: how long what runs may take to end after SIGTERM.
+      dtype: dtype of parameters and computation; the stored one if left out.
+      drain_seconds: how long running requests may take to finish after SIGTERM.
     """
     launch = _serving("launch")
     launch.check_address(host, os.environ.get(launch.KEY_VARIABLE))
@@ -68,21 +68,22 @@ def batch(
     tensor: int = 1,
     dtype: DType | None = None,
 ) -> int:
-    """Answer a file of requests in OpenAI's batch format, one a line; the same command goes on. Needs `lfm_jax[serve]`.
+    """Answer a file of requests in OpenAI's batch format, one per line. Needs `lfm_jax[serve]`.
 
-    Exit status 1 if a line got an error; every line has an answer in any case.
+    The same command continues where an earlier one stopped. The exit status is 1 if a line got an error; every line
+    gets an answer in any case.
 
     Args:
       path: Hugging Face directory or run directory.
       source: lines `{"custom_id": ..., "url": "/v1/chat/completions", "body": {...}}`.
       target: one line of answer for each.
-      shard: I/N: only every N-th line from number I on, to spread a file over machines.
-      sampling: for what a request does not say; the defaults are those published for LFM2.5-350M.
+      shard: I/N answers only every N-th line from number I on, to spread a file over machines.
+      sampling: default sampling parameters; those published for LFM2.5-350M if left out.
       engine: slots and limits of the engine.
-      limits: of one line.
+      limits: limits of one line.
       data: replicas of the model.
       tensor: devices that each replica is split over.
-      dtype: of parameters and computation; the stored one if left out.
+      dtype: dtype of parameters and computation; the stored one if left out.
     """
     from lfm_jax.loading import recognise
 

@@ -20,7 +20,7 @@ def train(command: TrainCommand, args: Sequence[str]) -> int:
     """Train or resume a run: `lfm train RECIPE.yaml [--optimizer.peak-lr 1e-3 ...]`; every key is a flag.
 
     Exit status: 0 at the run's end, 130 when it was asked to stop (the same command resumes), 75 when a process of
-    many was lost (the same command resumes), 2 when something must be mended first.
+    many was lost (the same command resumes), 2 for bad input.
     """
     from lfm_jax.train.launch import FAILED, LOST, STOPPED, start
 
@@ -49,14 +49,15 @@ def train(command: TrainCommand, args: Sequence[str]) -> int:
 
 
 def plan(config: PlanConfig, args: Sequence[str]) -> int:
-    """What a run needs and costs on a machine: `lfm plan RECIPE.yaml --topology v5e:16x16`; every key is a flag."""
+    """Report what a run needs and costs on a machine: `lfm plan RECIPE.yaml --topology v5e:16x16`; every key is a
+    flag."""
     del args
     import jax
 
     from lfm_jax.plan import plan as run
 
     if not jax.config.jax_platforms:
-        jax.config.update("jax_platforms", "cpu")  # Nothing runs here; a TPU or GPU need not be taken for it.
+        jax.config.update("jax_platforms", "cpu")  # Nothing runs here, so no TPU or GPU is needed.
     result = run(config)
     print(result.to_json() if config.format == "json" else result)
     result.check()

@@ -1,4 +1,4 @@
-"""The table of verbs, and what `lfm --help` makes of it. Nothing here imports JAX."""
+"""The table of verbs, and the text of `lfm --help`. Nothing here imports JAX."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Verb:
-    """One verb: what `lfm --help` says of it, and where its function and its flags are."""
+    """One verb: its line in `lfm --help`, its function and its flags."""
 
     name: str
     """One word, or two (`data build`)."""
     group: str
     summary: str
     function: str
-    """`module:name` in this package, imported when the verb is called; it returns the exit status. Its flags are those
-    of its signature, or with a `config` those of that class."""
+    """`module:name` in this package, imported when the verb is called; it returns the exit status. Its signature
+    defines the flags, or its `config` does."""
     config: str | None = None
     """`module:class` in `lfm_jax`: the verb takes recipes (YAML files, later ones win), then every key as a flag; its
-    function is given the config and the arguments that it was read from."""
+    function gets the config and the arguments that it was read from."""
     keeps: bool = True
-    """Whether the programs that the verb compiles are kept on disk (`compile_cache`). Those of `plan` are for machines
-    that are not here, and could not be loaded again."""
+    """Whether the programs that the verb compiles are kept on disk (`compile_cache`). Those of `plan` are for other
+    machines, and this one could not load them again."""
 
     def resolve(self) -> tuple[Any, Any]:
-        """(function, config class or None)."""
+        """Imports and returns (function, config class or None)."""
         config = None if self.config is None else _named(f"lfm_jax.{self.config}")
         return _named(f"lfm_jax.cli.{self.function}"), config
 
@@ -60,17 +60,17 @@ examples:
 
 
 def find(args: Sequence[str]) -> Verb | None:
-    """The verb that a command line begins with."""
+    """Returns the verb that a command line begins with, if any."""
     return next((verb for verb in VERBS if verb.name.split() == list(args[: len(verb.name.split())])), None)
 
 
 def beginning_with(word: str) -> tuple[Verb, ...]:
-    """The verbs of two words of which the first is this one."""
+    """Returns the verbs of two words whose first word is this one."""
     return tuple(verb for verb in VERBS if verb.name.startswith(f"{word} "))
 
 
 def unknown(args: Sequence[str]) -> str:
-    """What to report where `find` found none: the nearest verb, if one is near."""
+    """Returns the message for an unknown verb, with the nearest verb if one is near."""
     several = beginning_with(args[0])
     given = " ".join(args[: 2 if several else 1])
     names = [verb.name for verb in several] or [verb.name.split()[0] for verb in VERBS]
@@ -80,7 +80,7 @@ def unknown(args: Sequence[str]) -> str:
 
 
 def overview(verbs: Sequence[Verb] = VERBS) -> str:
-    """The verbs in their groups, a line each."""
+    """Returns the text of `--help`: the verbs in their groups, a line each."""
     width = max(len(verb.name) for verb in verbs)
     lines = ["usage: lfm VERB ... [--flag value ...]"]
     for group in dict.fromkeys(verb.group for verb in verbs):

@@ -39,7 +39,7 @@ def open_service(path: Path, dtype: str | None, engine: EngineConfig, mesh: tupl
 
     model, tokenizer = load(path, dtype)
     if tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer.json; put the checkpoint's own beside its weights")
+        raise ValueError(f"{path} has no tokenizer.json; put that of the checkpoint beside its weights")
     data, tensor = mesh
     over = None if data * tensor == 1 else make_mesh(data=data, tensor=tensor)
     service = Service(model, tokenizer, chat_template(path), engine, over)

@@ -136,5 +136,5 @@ def test_the_verb_leaves_the_place_of_another_alone(place, tmp_path, monkeypatch
     assert run("cache") == 0
     assert str(tmp_path) in capsys.readouterr().out
     assert run("cache", "--clear") == 2
-    assert "not lfm's to remove" in capsys.readouterr().err
+    assert "lfm does not remove its files" in capsys.readouterr().err
     assert (tmp_path / "program-cache").exists()
