@@ -17,7 +17,7 @@ from lfm_jax.kinds import FEED_FORWARDS, ITEMSIZE, OPERATORS
 from lfm_jax.problems import raise_problems
 
 LayerType = Annotated[str, OPERATORS]
-"""A name of the table; flags read their choices from it (`recipe.py`)."""
+"""A name in the table, which also gives flags their choices (`recipe.py`)."""
 FfnType = Annotated[str, FEED_FORWARDS]
 DType = Literal["float32", "bfloat16", "float16"]
 ConvGates = Literal["none", "input", "output", "both"]
@@ -30,19 +30,19 @@ Remat = Literal["none", "ffn", "dots", "full"]
 
 
 class Layer(NamedTuple):
-    """What a layer is made of."""
+    """The kinds that a layer is made of."""
 
     operator: str
     feed_forward: str
 
 
 def hybrid_pattern(num_layers: int, attention_at: tuple[int, ...]) -> tuple[LayerType, ...]:
-    """Layer types with `full_attention` at the given indices and `conv` everywhere else."""
+    """Returns layer types with `full_attention` at the given indices and `conv` everywhere else."""
     return tuple("full_attention" if i in attention_at else "conv" for i in range(num_layers))
 
 
 def repeated_units[L](layers: tuple[L, ...]) -> list[tuple[tuple[L, ...], int]]:
-    """Layers as runs of a repeated unit, [(unit, repeats), ...], with as few of them as possible to compile.
+    """Returns layers as runs of a repeated unit, [(unit, repeats), ...], with as few units to compile as possible.
 
     LFM2-350M is `(c c a) x 3, (c a) x 3, (c) x 1`.
     """
@@ -72,15 +72,15 @@ class ModelConfig:
     """Shape, numerics and token ids of an LFM2-family model. The defaults are LFM2.5-350M.
 
     Raises:
-      ValueError: on construction, one message that lists every bad field and how to mend it.
+      ValueError: on construction; the message lists every bad field and how to fix it.
     """
 
     layer_types: tuple[LayerType, ...] = _PATTERN_16
-    """Operator of each layer, first to last; its length is the number of layers."""
+    """Operator of each layer, first to last; there are as many layers as entries."""
     ffn_types: tuple[FfnType, ...] = ("swiglu",)
-    """Feed-forward of each layer, first to last; a single one is that of all layers."""
+    """Feed-forward of each layer, first to last; a single one is for all layers."""
     vocab_size: int = 65_536
-    """V, rows of the embedding table."""
+    """V, number of rows of the embedding table."""
     hidden_size: int = 1024
     """D, width of the residual stream."""
     ffn_size: int = 4608
@@ -92,7 +92,7 @@ class ModelConfig:
     head_dim: int = 64
     """H, width of one head; even, because rotary embedding turns pairs."""
     conv_taps: int = 3
-    """W, taps of the short convolution: each output sees W - 1 earlier tokens."""
+    """W, number of taps of the short convolution: each output sees W - 1 earlier tokens."""
     conv_bias: bool = False
     """Bias on in_proj, conv and out_proj of the short convolution."""
     conv_gates: ConvGates = "both"
@@ -110,11 +110,11 @@ class ModelConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 1e6
     max_position: int = 128_000
-    """Longest context that `init_state` grants."""
+    """Longest context of a decode state."""
     init: Init = "normal"
-    """How random weights begin. normal: every matrix from N(0, init_std), as in `transformers`. scaled: each matrix
-    keeps the size of its input, N(0, 1 / inputs), those that write to the residual stream divided by sqrt(2 L);
-    embedding tables from N(0, init_std). docs/measurements/initialisation.md compares them."""
+    """How weights are initialised. normal: every matrix from N(0, init_std), as in `transformers`. scaled: each matrix
+    preserves the scale of its input, N(0, 1 / inputs), and those that write to the residual stream are divided by
+    sqrt(2 L); embedding tables from N(0, init_std). docs/measurements/initialisation.md compares them."""
     init_std: float = 0.02
     """Standard deviation of the normal initialisation."""
     pad_id: int = 0
@@ -123,21 +123,21 @@ class ModelConfig:
     param_dtype: DType = "float32"
     """Dtype in which parameters are stored."""
     dtype: DType = "bfloat16"
-    """Dtype of activations and matrix products. Norm variance, softmax and rotary are float32 always."""
+    """Dtype of activations and matrix products. Norm variance, softmax and rotary embedding are always float32."""
     logits_dtype: DType = "float32"
     conv_impl: ConvImpl = "auto"
     """Implementation of the depthwise convolution; see `kernels/causal_conv.py`."""
     scan_impl: ScanImpl = "auto"
     """Implementation of the linear recurrence; see `kernels/linear_scan.py`."""
     attention_impl: AttentionImpl = "auto"
-    """Implementation of attention in passes over whole rows; see `kernels/attention.py`. Attention to a decode state
-    is always chosen by platform and size."""
+    """Implementation of attention in passes over whole rows; see `kernels/attention.py`. The platform and the size
+    always choose that of attention to a decode state."""
     remat: Remat = "none"
-    """What a training step computes again in the backward pass instead of keeping it: none; ffn: the hidden layer of
-    each feed-forward; dots: all but the results of matrix products; full: all but the input of each layer."""
+    """What a training step recomputes in the backward pass instead of keeping it: none; ffn: the hidden layer of each
+    feed-forward; dots: all but the results of matrix products; full: all but the input of each layer."""
     scan_layers: bool = False
-    """A training step compiles each run of repeated layers once (`repeated_units`), as a loop over them; its parameters
-    and optimizer state are stacked (`stacking.py`), checkpoints never."""
+    """Whether a training step compiles each run of repeated layers once (`repeated_units`), as a loop over them. Its
+    parameters and optimizer state are then stacked (`stacking.py`); checkpoints never are."""
 
     def __post_init__(self) -> None:
         raise_problems("ModelConfig is not valid", _problems(self))
@@ -161,15 +161,15 @@ class ModelConfig:
 
     @property
     def cannot_roll_back(self) -> tuple[str, ...]:
-        """The operators of which a decode state cannot go back; with any, there are no drafts."""
+        """The operators whose decode state cannot go back; a model with any of them gets no drafts."""
         return tuple(kind for kind in dict.fromkeys(self.layer_types) if not OPERATORS[kind].rolls_back)
 
     def replace(self, **changes: Any) -> ModelConfig:
-        """A copy with some fields changed, validated again."""
+        """Returns a copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
 
     def with_layers(self, layers: Sequence[Layer]) -> ModelConfig:
-        """A copy made of these layers."""
+        """Returns a copy with these layers."""
         operators, ffns = zip(*layers, strict=True)
         return self.replace(layer_types=operators, ffn_types=ffns)
 
@@ -183,10 +183,10 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str) -> ModelConfig:
-        """A published dense model by name, for example `lfm2.5-350m`.
+        """Returns the config of a published dense model by name, for example `lfm2.5-350m`.
 
         Raises:
-          ValueError: unknown name; the message lists the known ones.
+          ValueError: the name is unknown; the message lists the known ones.
         """
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is not known; choose one of {', '.join(sorted(PRESETS))}")
@@ -195,7 +195,7 @@ class ModelConfig:
     # ---------------------------------------------------------------- counts
 
     def num_params(self) -> int:
-        """Number of parameters, the tied table counted once."""
+        """Returns the number of parameters, counting a tied table once."""
         embed = self.vocab_size * self.hidden_size * (1 if self.tie_embedding else 2)
         norms = (4 if self.post_norm else 2) * self.hidden_size
         return embed + self.hidden_size + sum(
@@ -203,7 +203,7 @@ class ModelConfig:
         )
 
     def flops_per_token(self, T: int) -> float:
-        """Forward FLOPs per token of a document of T tokens, two per multiply-add.
+        """Returns the forward FLOPs per token of a document of T tokens, two per multiply-add.
 
         Counts every matrix product (head included), the conv taps, the step `a h + b` of a recurrence and causal
         attention, whose token at position t meets t + 1 keys, but no more than a window holds. Elementwise work and
@@ -216,7 +216,7 @@ class ModelConfig:
         return 2 * macs
 
     def state_bytes(self, T: int, dtype: DType | None = None) -> int:
-        """Bytes of the decode state of one sequence with room for T tokens (see `state.py`)."""
+        """Returns the bytes of the decode state of one sequence with room for T tokens (see `state.py`)."""
         item = ITEMSIZE[dtype or self.dtype]
         return 4 + sum(OPERATORS[kind].state_bytes(self, T, item) for kind in self.layer_types)
 

@@ -1,4 +1,4 @@
-"""How a parameter is made, RMSNorm and rotary embedding: the parts every block shares.
+"""Makers of parameters, RMSNorm and rotary embedding: the parts that all blocks share.
 
 Dimensions: B batch, T time, D model width, N heads, H head width.
 """
@@ -15,12 +15,12 @@ from flax import nnx
 from lfm_jax.config import ModelConfig
 
 Axes = tuple[str | None, ...]
-"""Logical axes of a parameter, one a dimension (`sharding.LOGICAL_AXES`)."""
+"""Logical axes of a parameter, one for each dimension (`sharding.LOGICAL_AXES`)."""
 
 
 class Matrix(NamedTuple):
-    """Axes of a parameter as a matrix, counted from its last: those before them count matrices, as the streams of an
-    in_proj and stacked layers do."""
+    """The axes that make a parameter a matrix, counted from its last. Axes before them count matrices, as the streams
+    of an in_proj and stacked layers do."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -33,17 +33,17 @@ OUT_HEADS = Matrix(inputs=(-2, -1), outputs=(-3,))
 
 @dataclasses.dataclass(frozen=True)
 class Traits:
-    """What the rest of the package must know of a parameter beside its values: `traits` in its metadata."""
+    """Properties of a parameter besides its values, stored as `traits` in its metadata."""
 
     axes: Axes
     decay: bool
     """Whether weight decay applies to it by default: to matrices and tables, not to norms, taps, biases and vectors."""
     matrix: Matrix | None
-    """What Muon orthogonalises it as, a matrix between activations; None leaves it to AdamW."""
+    """The matrix between activations that Muon orthogonalises; None leaves the parameter to AdamW."""
 
 
 def param(w: jax.Array, axes: Axes, config: ModelConfig, *, decay: bool, matrix: Matrix | None) -> nnx.Param:
-    """A parameter in `param_dtype`, with its `Traits` as metadata (read by `model.param_traits`)."""
+    """Makes a parameter in `param_dtype`, with its `Traits` as metadata (read by `model.param_traits`)."""
     return nnx.Param(w.astype(config.param_dtype), traits=Traits(axes, decay, matrix))
 
 
@@ -51,12 +51,12 @@ def normal_param(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, config: ModelConfig, *, decay: bool, matrix: Matrix | None,
     fan_in: int | None = None, residual: bool = False,
 ) -> nnx.Param:
-    """A parameter drawn from a normal distribution (`ModelConfig.init`).
+    """Makes a parameter drawn from a normal distribution (`ModelConfig.init`).
 
     Args:
-      decay: see `Traits`, as of `matrix`.
-      fan_in: terms in the sum that makes one output; None where there is no sum (an embedding table).
-      residual: the matrix writes to the residual stream, one of 2 L that do.
+      decay, matrix: see `Traits`.
+      fan_in: number of terms in the sum of one output; None if there is no sum (an embedding table).
+      residual: whether the matrix writes to the residual stream, as 2 L matrices do.
     """
     std = config.init_std
     if config.init == "scaled" and fan_in is not None:
@@ -79,9 +79,9 @@ class RMSNorm(nnx.Module):
 
 
 def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Half-split (NeoX) rotary embedding over the whole head, angles and rotation in float32.
+    """Applies half-split (NeoX) rotary embedding to whole heads, with angles and rotation in float32.
 
-    Element i of the first half and element i of the second half are one pair, turned by
+    Element i of the first half and element i of the second half are a pair, which is rotated by
     `position * theta ** (-2 i / H)`.
     """
     half = x_BTNH.shape[-1] // 2

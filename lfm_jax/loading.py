@@ -1,4 +1,4 @@
-"""`lfm.load`: a model and its tokenizer from wherever they lie. `SOURCES`, and nothing else, decides what a path is."""
+"""`lfm.load`: loads a model and its tokenizer from a path. Only `SOURCES` decides what a path is."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Loaded = tuple[LFM, "Tokenizer | None"]
 
 
 class ModelSource(NamedTuple):
-    """Something that a model can be loaded from."""
+    """A kind of path that a model can be loaded from."""
 
     accepted: str
-    """How messages name it."""
+    """Its name in messages."""
     recognises: Callable[[Path], bool]
     load: Callable[[Path, Any], Loaded]
     """(path, dtype or None) -> (model, tokenizer), as `load`."""
@@ -33,25 +33,24 @@ def load(path: str | Path, dtype: Any = None) -> Loaded:
     """Loads weights and tokenizer.
 
     Args:
-      path: a Hugging Face directory (config.json and safetensors), or the run directory of `lfm train`,
-        whose latest checkpoint is taken.
-      dtype: of parameters and computation, for example jnp.bfloat16. None keeps what is stored.
+      path: a Hugging Face directory (config.json and safetensors), or a run directory of `lfm train`, whose latest
+        checkpoint is loaded.
+      dtype: dtype of parameters and computation, for example jnp.bfloat16. None keeps the stored dtype.
 
     Returns:
-      (model, tokenizer), the tokenizer without truncation and padding, None where the directory has none.
+      (model, tokenizer); the tokenizer neither truncates nor pads, and is None if the directory has none.
 
     Raises:
-      ValueError: none of these, or a checkpoint that is not whole and sound; the message lists everything that is
-        wrong with it.
+      ValueError: the path is neither, or its checkpoint is damaged; the message lists all problems.
     """
     return recognise(path).load(Path(path), dtype)
 
 
 def recognise(path: str | Path) -> ModelSource:
-    """The first of `SOURCES` that the path is.
+    """Returns the first of `SOURCES` that recognises the path.
 
     Raises:
-      ValueError: it is none of them; the message lists what is accepted.
+      ValueError: none does; the message lists the accepted ones.
     """
     for source in SOURCES:
         if source.recognises(Path(path)):

@@ -1,4 +1,4 @@
-"""The network: embed -> blocks -> norm -> head. One class for every LFM2-family model.
+"""The network: embed -> blocks -> norm -> head, in one class for all models of the LFM2 family.
 
 Dimensions: B batch, T time, D width, V vocabulary.
 """
@@ -30,21 +30,21 @@ Named = dict[str, jax.Array]
 
 
 class Aux(NamedTuple):
-    """What layers report beside their output, float32, so that those of parts of a batch add up.
+    """What layers report besides their output, in float32, as sums over tokens: those of parts of a batch add up.
 
-    Over the number of real tokens they are means of a token.
+    Divided by the number of real tokens they are means per token.
     """
 
     squares: Named
-    """Mean squares of what each kind of operator, and `feed_forward`, adds to the residual stream, before any post
-    norm: over width and layers, summed over real tokens; scalars without a gradient."""
+    """The mean square of what each kind of operator, and `feed_forward`, adds to the residual stream before any post
+    norm: a mean over width and layers, a sum over real tokens; scalars without a gradient."""
     reports: Named
-    """`KIND/NAME` of what feed-forwards report (`feed_forward.FeedForward`), summed over real tokens, [n, ...] with a
-    row for each of the n layers of that kind, first to last. Only those named `loss` have a gradient."""
+    """The reports of feed-forwards (`feed_forward.FeedForward`) by `KIND/NAME`, summed over real tokens: [n, ...] with
+    a row for each of the n layers of that kind, first to last. Only those named `loss` have a gradient."""
 
     @property
     def loss(self) -> jax.Array | None:
-        """What the layers add to what is minimised, summed over layers; None where none has a loss."""
+        """The sum of the losses of all layers, to be added to what is minimised; None if no layer has one."""
         losses = [jnp.sum(x) for name, x in self.reports.items() if name.endswith("/loss")]
         return sum(losses[1:], losses[0]) if losses else None
 
@@ -68,15 +68,14 @@ class Block(nnx.Module):
         self, x_BTD: jax.Array, squares: Named | None = None, *, positions_BT: jax.Array,
         segment_ids_BT: jax.Array | None, state: LayerState | None, only_B1: jax.Array | None = None,
     ) -> tuple[jax.Array, Aux | None, LayerState | None]:
-        """One layer.
+        """Runs one layer.
 
         Args:
-          squares: mean squares of the layers before, summed over them, [B, T] each; None where none are asked for.
-          only_B1: drops all but one token a row once the operator has seen them all: [B, 1, D] comes out.
+          squares: mean squares summed over the layers before, [B, T] each; None to compute none.
+          only_B1: the index of one token of each row; the others are dropped after the operator, and x is [B, 1, D].
 
-        Returns:
-          (x, aux, state). In aux `squares` have those of this layer added, `reports` are of this layer alone; None
-          where no squares came in.
+        Returns: (x, aux, state). The squares of aux include this layer, its reports are those of this layer alone; aux
+          is None if squares are.
         """
         with jax.named_scope("operator"), jax.named_scope(self.kind):
             out = self.operator(
@@ -106,10 +105,10 @@ class Block(nnx.Module):
 
 
 def _pair(out: Any, x_BTD: jax.Array, what: str, second: str) -> tuple[jax.Array, Any]:
-    """What an operator or a feed-forward has returned, if it is a pair; an array of two rows would unpack too.
+    """Returns the output of an operator or a feed-forward, if it is a pair; an array of two rows would unpack too.
 
     Raises:
-      TypeError: it is none, or the first is not of the shape of what went in.
+      TypeError: it is not a pair, or its first element does not have the shape of the input.
     """
     if not isinstance(out, tuple) or len(out) != 2:
         raise TypeError(f"{what} returns {type(out).__name__}; expected a tuple (y_BTD, {second})")
@@ -126,10 +125,10 @@ def _add_squares(squares: Named | None, name: str, y_BTD: jax.Array) -> Named | 
 
 
 def _summed(reports: Named, kind: str, x_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> Named:
-    """A feed-forward's reports summed over real tokens.
+    """Returns the reports of a feed-forward, summed over real tokens.
 
     Raises:
-      TypeError: one is not float32, or has no value for each token.
+      TypeError: a report is not float32, or does not have a value for each token.
     """
     found = {}
     for name, value in reports.items():
@@ -144,7 +143,7 @@ def _summed(reports: Named, kind: str, x_BTD: jax.Array, segment_ids_BT: jax.Arr
 
 
 def _with_state(block: Block, x_BTD: jax.Array, **inputs: Any) -> tuple[jax.Array, Aux | None, LayerState | None]:
-    """`block(x_BTD, **inputs)`; of equal blocks in one program only the first is traced."""
+    """Calls `block(x_BTD, **inputs)`; of equal blocks in one program only the first is traced."""
     if not isinstance(x_BTD, jax.core.Tracer):
         return block(x_BTD, **inputs)
     graphdef, params = nnx.split(block, nnx.Param)
@@ -157,11 +156,11 @@ def _traced(graphdef: nnx.GraphDef[Block], params: Any, x_BTD: jax.Array, inputs
 
 
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
-"""`ModelConfig.remat` of whole layers -> what a backward pass finds kept."""
+"""`ModelConfig.remat` of whole layers -> the policy for what is kept for the backward pass."""
 
 
 def abstract_model(config: ModelConfig, *, stacked: bool = False) -> tuple[nnx.GraphDef, Any]:
-    """(graphdef, parameters as a plain dict of shapes and dtypes) of a model, without making any array.
+    """Returns (graphdef, parameters as a plain dict of shapes and dtypes) of a model, without making any array.
 
     With `stacked`, the graphdef is that of a model whose parameters are stacked (`stacking.stack_layers`).
     """
@@ -173,10 +172,10 @@ def abstract_model(config: ModelConfig, *, stacked: bool = False) -> tuple[nnx.G
 
 
 def param_traits(config: ModelConfig, *, stacked: bool = False) -> Any:
-    """The `layers.Traits` of every parameter: the dict of parameters, read only.
+    """Returns the dict of parameters with the `layers.Traits` of each; it must not be changed.
 
     Raises:
-      TypeError: parameters that were made without them.
+      TypeError: parameters were made without them.
     """
     modules = [(OPERATORS[operator].find_module(), FEED_FORWARDS[ffn].find_module()) for operator, ffn in config.layers]
     return _param_traits(config, stacked, tuple(modules))
@@ -199,37 +198,37 @@ def _param_traits(config: ModelConfig, stacked: bool, modules: tuple[tuple[Any, 
 
 
 def param_axes(config: ModelConfig, *, stacked: bool = False) -> Any:
-    """The logical axes of every parameter (`sharding.LOGICAL_AXES`): the dict of parameters, tuples for weights."""
+    """Returns the dict of parameters with the logical axes of each, as tuples (`sharding.LOGICAL_AXES`)."""
     return jax.tree.map(lambda traits: traits.axes, param_traits(config, stacked=stacked))
 
 
 def _by_layer(of_run: list[Named]) -> Named:
-    """What the blocks of a repeated unit report, [repeats, ...] each, with the layers of the run in their order."""
+    """Puts the reports of the blocks of a repeated unit, [repeats, ...] each, in the order of the run's layers."""
     names = dict.fromkeys(name for block in of_run for name in block)
     stacks = {name: jnp.stack([block[name] for block in of_run if name in block], axis=1) for name in names}
     return {name: x.reshape(-1, *x.shape[2:]) for name, x in stacks.items()}
 
 
 class _Aligned(NamedTuple):
-    """Rows as the operators take them (`state.align`)."""
+    """Rows in the form that operators take (`state.align`)."""
 
     tokens_BT: jax.Array
     positions_BT: jax.Array
     segment_ids_BT: jax.Array | None
     gather_BT: jax.Array | None
-    """Aligned index -> index in the caller's row; None where nothing moved."""
+    """Aligned index -> index in the caller's row; None if nothing moved."""
     length_B: jax.Array
-    """Real tokens."""
+    """The number of real tokens of each row."""
 
 
 def _aligned(
     tokens_BT: jax.Array, positions_BT: jax.Array | None, segment_ids_BT: jax.Array | None, first_B: jax.Array,
     padding: str,
 ) -> _Aligned:
-    """Brings padding to the right end and counts documents and positions, in the caller's layout over a mesh."""
+    """Moves padding to the right end, and counts documents and positions; keeps the caller's layout over a mesh."""
     B, T = tokens_BT.shape
     split = spec_of(tokens_BT)
-    if parts(tokens_BT, 1) == 1:  # An axis of one device in the type would still be in the way of a gather.
+    if parts(tokens_BT, 1) == 1:  # An axis of one device in the type would still prevent a gather.
         split = P(split[0], None)
         tokens_BT = reshard(tokens_BT, split)
         positions_BT = None if positions_BT is None else reshard(positions_BT, split)
@@ -252,7 +251,7 @@ class LFM(nnx.Module):
 
     Args:
       config: shape and numerics.
-      rngs: streams for initialisation; nothing of it is kept.
+      rngs: streams for the initialisation; the model does not keep them.
       stacked: builds only the structure, one block for each entry of a stacked parameter tree, to be merged with such a
         tree. A call without a state scans over runs of layers; a call with one raises ValueError.
     """
@@ -270,11 +269,11 @@ class LFM(nnx.Module):
 
     @property
     def head_VD(self) -> jax.Array | WeightKind:
-        """The output matrix: the embedding table, unless the head is untied."""
+        """The output matrix: the embedding table, or the head if it is untied."""
         return self.embed[...] if self.config.tie_embedding else self.head[...]
 
     def init_state(self, batch: int, max_len: int, dtype: str | jnp.dtype | None = None) -> State:
-        """An empty decode state; see `lfm_jax.state.init_state`."""
+        """Makes an empty decode state; see `lfm_jax.state.init_state`."""
         return state_lib.init_state(self.config, batch, max_len, dtype)
 
     def __call__(
@@ -287,30 +286,30 @@ class LFM(nnx.Module):
         *,
         padding: Padding = "any",
     ) -> tuple[jax.Array, State | None]:
-        """Runs the model on whole rows, on a chunk that continues `state`, or on one token a row.
+        """Runs the model on whole rows, on a chunk that continues `state`, or on one token of each row.
 
         Args:
           tokens_BT: token ids, int32.
-          positions_BT: rotary positions. None counts within each document; the first document goes on
-            from the state.
+          positions_BT: rotary positions. None counts them within each document, the first of which continues the
+            state.
           segment_ids_BT: 0 for padding, another id for each document; a change of id starts a new
-            document. None means one document a row, no padding.
-          state: from `init_state` or an earlier call; None for a pass that keeps no state.
+            document. None means one document per row without padding.
+          state: from `init_state` or an earlier call; None for a pass without a state.
           logits: `all` for [B, T, V], `last` for [B, 1, V] at each row's last real token, None for the
             normed hidden states [B, T, D].
-          padding: `any` lets padding stand anywhere. `right` promises that it stands at the right end of
-            every row, and saves the gather that brings it there.
+          padding: with `any`, padding may be anywhere. `right` promises that it is at the right end of every row, and
+            saves the gather that moves it there.
 
-        Over a mesh of explicit axes (`jax.set_mesh`) rows may be split over devices, without a state, and time over the
-        axis `context`: then padding must be promised to be at the right, and logits are `all` or None. Parameters are
-        whole, or split as `param_axes` says.
+        Over a mesh of explicit axes (`jax.set_mesh`) a pass without a state may have rows split over devices, and time
+        split over the axis `context`: padding must then be `right`, and logits `all` or None. Parameters are whole, or
+        split by their `param_axes`.
 
         Returns:
-          (logits or hidden states, new state or None). Values at padding mean nothing. A row that
+          (logits or hidden states, new state or None). Values at padding are undefined. A row that
           outgrows the state's slots gives NaN.
 
         Raises:
-          ValueError: shapes or options that do not fit together.
+          ValueError: shapes or options do not fit together.
         """
         self._check(tokens_BT, positions_BT, segment_ids_BT, state, logits, padding)
         first_B = jnp.zeros((tokens_BT.shape[0],), jnp.int32) if state is None else state.position_B
@@ -345,10 +344,10 @@ class LFM(nnx.Module):
     def hidden(
         self, tokens_BT: jax.Array, positions_BT: jax.Array | None, segment_ids_BT: jax.Array | None
     ) -> tuple[jax.Array, Aux]:
-        """What a training step needs: as a call without logits and state, with padding at the right.
+        """Runs the model for a training step: as a call without logits and state, with padding at the right.
 
         Returns:
-          (normed hidden states [B, T, D], what the layers report).
+          (normed hidden states [B, T, D], reports of the layers).
         """
         self._check(tokens_BT, positions_BT, segment_ids_BT, None, None, "right")
         first_B = jnp.zeros((tokens_BT.shape[0],), jnp.int32)
@@ -367,7 +366,7 @@ class LFM(nnx.Module):
         return self.norm(x_BTD), Aux(squares, aux.reports)
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
-        """Rows of the table, in `config.dtype`."""
+        """Returns rows of the table, in `config.dtype`."""
         with jax.named_scope("embed"):
             return lookup(tokens_BT, self.embed[...], self.config.dtype)
 
@@ -375,7 +374,7 @@ class LFM(nnx.Module):
         self, x_BTD: jax.Array, squares: Named | None, positions_BT: jax.Array, segment_ids_BT: jax.Array | None,
         only_B1: jax.Array | None,
     ) -> tuple[jax.Array, Aux | None]:
-        """All layers without a state, with `config.remat`; runs of stacked layers as one scan each."""
+        """Runs all layers without a state, with `config.remat`; each run of stacked layers is one scan."""
 
         def run_block(block: Block, carry: Any, only_B1: jax.Array | None = None) -> tuple[Any, Named]:
             def layer(carry: Any) -> tuple[Any, Named]:
@@ -417,7 +416,7 @@ class LFM(nnx.Module):
         return x_BTD, None if squares is None else Aux(squares, together)
 
     def project(self, x_BTD: jax.Array) -> jax.Array:
-        """Logits of normed hidden states, accumulated and returned in `config.logits_dtype`."""
+        """Computes logits of normed hidden states, accumulated and returned in `config.logits_dtype`."""
         with jax.named_scope("head"):
             return linear(x_BTD, self.head_VD, dtype=self.config.logits_dtype)
 

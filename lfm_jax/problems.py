@@ -1,11 +1,11 @@
-"""Errors that list everything that is wrong at once."""
+"""Errors that list all problems at once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 MAX_PROBLEMS = 20
-"""How many problems one error spells out."""
+"""The most problems that one error lists by default."""
 
 
 def raise_problems(what: str, problems: Sequence[str], most: int | None = MAX_PROBLEMS) -> None:

@@ -1,4 +1,4 @@
-"""From logits to tokens: what a request asks for (`Sampling`) and pure functions over arrays of such requests.
+"""Samples tokens from logits: the parameters of a request (`Sampling`), and pure functions over arrays of them.
 
 Filters and their order are those of `transformers` (`generation/logits_process.py`): repetition penalty,
 temperature, top-k, top-p, min-p. Every row has its own parameters, and its token depends on nothing but its own
@@ -25,24 +25,25 @@ from lfm_jax.problems import raise_problems
 class Sampling:
     """How to choose each next token. The default is greedy.
 
-    The token at a position is drawn with the key `fold_in(seed, position)`, so that a request gives the same text in
-    any batch and at any number of steps per dispatch. (Logits of one row alone may differ in rounding from those in a
-    batch, about 1e-6: where two tokens are that close, another may win.)
+    The token at a position is drawn with the key `fold_in(seed, position)`, so that a request gets the same text in any
+    batch and with any number of steps per dispatch. (The logits of a row may differ from those in a batch by rounding,
+    about 1e-6: if two tokens are that close, the choice may differ.)
 
     Raises:
-      ValueError: on construction, one message that lists every bad field and how to mend it.
+      ValueError: on construction; the message lists every bad field and how to fix it.
     """
 
     temperature: float = 0.0
-    """Divides the logits. 0 is greedy: the most likely token, whatever the other filters say."""
+    """Divides the logits. 0 is greedy: the most likely token, with any filters."""
     top_k: int = 0
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
-    """Keep the fewest most likely tokens whose probabilities add up to top_p; 1 keeps all."""
+    """Keep the smallest set of most likely tokens whose probabilities add up to top_p; 1 keeps all."""
     min_p: float = 0.0
-    """Keep tokens at least min_p times as likely as the likeliest; 0 keeps all."""
+    """Keep tokens at least min_p times as likely as the most likely one; 0 keeps all."""
     repetition_penalty: float = 1.0
-    """Positive logits of tokens in the prompt or the text so far are divided by it, negative ones multiplied."""
+    """Divides positive logits of tokens in the prompt or the text so far, and multiplies negative ones; 1 changes
+    nothing."""
     seed: int = 0
     """Seed of the random numbers."""
 
@@ -76,7 +77,7 @@ PUBLISHED = Sampling(temperature=0.1, top_k=50, repetition_penalty=1.05)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingArrays:
-    """The fields of `Sampling` as arrays, one entry a row."""
+    """The fields of `Sampling` as arrays, with an entry for each row."""
 
     temperature_B: jax.Array
     top_k_B: jax.Array
@@ -87,13 +88,13 @@ class SamplingArrays:
 
 
 class Features(NamedTuple):
-    """What at least one row of a batch asks for; static under jit, so that nothing else is computed.
+    """The features that at least one row of a batch uses; static under jit, so that no others are computed.
 
-    A row's token does not depend on it: a filter that a row has switched off leaves its logits untouched.
+    The token of a row does not depend on them: a filter that a row does not use leaves its logits as they are.
     """
 
     sampled: bool
-    """Some row has a temperature above 0."""
+    """Whether some row has a temperature above 0."""
     top_k: bool
     top_p: bool
     min_p: bool
@@ -101,13 +102,14 @@ class Features(NamedTuple):
 
 
 ANYTHING = Features(*[True] * len(Features._fields))
-"""For batches whose rows change: one program for them all, in which a filter that no row wants costs little."""
+"""For batches whose rows change: a single program, in which a filter that no row uses costs little."""
 FEW = 64
-"""Largest top_k that is found by `lax.top_k`; beyond it all of the vocabulary is looked at again and again."""
+"""The largest top_k for which `lax.top_k` is used; a larger one takes many passes over the vocabulary."""
 
 
 def to_arrays(samplings: Sequence[Sampling], vocab_size: int) -> tuple[SamplingArrays, Features]:
-    """The parameters of a batch as NumPy arrays of float32, int32 (top_k) and uint32 (seed), and what they need."""
+    """Returns the parameters of a batch as NumPy arrays of float32, int32 (top_k) and uint32 (seed), and its
+    features."""
 
     def column(name: str, dtype: type) -> Any:
         return np.array([getattr(s, name) for s in samplings], dtype)
@@ -135,17 +137,17 @@ def sample(
     logits_BV: jax.Array, params: SamplingArrays, features: Features, position_B: jax.Array,
     seen_BV: jax.Array | None = None,
 ) -> jax.Array:
-    """The next token of each row.
+    """Chooses the next token of each row.
 
     Args:
-      logits_BV: of the next token.
-      params: per row.
-      features: of the batch, from `to_arrays`.
-      position_B: position that the token will have in its row; with the seed it fixes the random numbers.
-      seen_BV: bool, tokens of the prompt and of the text so far; needed when `features.repetition_penalty`.
+      logits_BV: logits of the next token.
+      params: parameters of each row.
+      features: features of the batch, from `to_arrays`.
+      position_B: position that the token will have in its row; with the seed it determines the random numbers.
+      seen_BV: bool; tokens of the prompt and of the text so far, needed for a repetition penalty.
 
     Returns:
-      token_B, int32. Of equally likely tokens greedy takes the first.
+      token_B, int32. Greedy takes the first of equally likely tokens.
 
     Raises:
       ValueError: the features need `seen_BV` and it is None.
@@ -156,7 +158,7 @@ def sample(
         return greedy_B
 
     def gumbel(seed: jax.Array, position: jax.Array) -> jax.Array:
-        # Named, because under jax's other generators the numbers of a key under vmap depend on the whole batch.
+        # The generator is named, because with others the numbers of a key under vmap depend on the whole batch.
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
         return jax.random.gumbel(key, logits_BV.shape[1:], jnp.float32)
 
@@ -168,7 +170,7 @@ def sample(
 def penalise_logits(
     logits_BV: jax.Array, params: SamplingArrays, features: Features, seen_BV: jax.Array | None = None
 ) -> jax.Array:
-    """The logits after the repetition penalty; a greedy row gets the largest. Arguments as for `sample`."""
+    """Returns the logits after the repetition penalty; a greedy row takes the largest. Arguments as for `sample`."""
     if not features.repetition_penalty:
         return logits_BV
     if seen_BV is None:
@@ -183,10 +185,10 @@ def penalise_logits(
 
 
 def filter_logits(logits_BV: jax.Array, params: SamplingArrays, features: Features) -> jax.Array:
-    """The logits whose softmax `sample` draws from, given the penalised ones: over the temperature, and -inf at tokens
-    that top_k, top_p or min_p leave out."""
+    """Returns the logits whose softmax `sample` draws from: the penalised ones, divided by the temperature, and -inf
+    for tokens that top_k, top_p or min_p leave out."""
     temperature_B1 = params.temperature_B[:, None]
-    # Below that the likeliest token has all, and quotients would overflow.
+    # With less, the most likely token has all the probability, and the quotient may overflow.
     logits_BV = logits_BV / jnp.where(temperature_B1 > 0, jnp.maximum(temperature_B1, 1e-6), 1)
     drawn_B = params.temperature_B > 0
     if features.top_k:
@@ -202,12 +204,12 @@ def filter_logits(logits_BV: jax.Array, params: SamplingArrays, features: Featur
 
 
 def _when(wanted: jax.Array, change: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """`change(x)` where any row wants it, else x."""
+    """Returns `change(x)` if any row wants it, else x."""
     return jax.lax.cond(jnp.any(wanted), change, lambda x: x, x)
 
 
 def _in_top_k(logits_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
-    """True at the k largest of each row and at those equal to the k-th; everywhere where k is 0."""
+    """Returns True for the k largest of each row and for those equal to the k-th; for all if k is 0."""
     V = logits_BV.shape[1]
 
     def few(logits_BV: jax.Array) -> jax.Array:
@@ -222,7 +224,7 @@ def _in_top_k(logits_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
 
 
 def _in_top_p(logits_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
-    """True at tokens such that what is likelier than they are has less than top_p of the probability."""
+    """Returns True for tokens if all more likely ones together have less than top_p of the probability."""
     probability_BV = jax.nn.softmax(logits_BV, axis=1)
 
     def enough(above_BV: jax.Array) -> jax.Array:
@@ -232,9 +234,10 @@ def _in_top_p(logits_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
 
 
 def _from_border(logits_BV: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """True from the lowest border on such that what lies above it is `enough` (bool [B, V] -> [B]).
+    """Returns True for logits from a border on, the lowest one for which the logits above it are `enough`.
 
-    The border is found bit by bit, 32 sums over the vocabulary: on a CPU 20 times as fast as sorting it.
+    `enough` is bool [B, V] -> [B]. The border is found bit by bit, with 32 sums over the vocabulary: on a CPU 20 times
+    as fast as sorting it.
     """
     bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.int32)
     order_BV = jnp.where(bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV)  # Integers in the order of the floats.
@@ -252,8 +255,8 @@ def _from_border(logits_BV: jax.Array, enough: Callable[[jax.Array], jax.Array])
 
 
 def _argmax(x_BV: jax.Array) -> jax.Array:
-    """Index of the first largest value, int32; on a CPU several times as fast as `jnp.argmax`."""
+    """Returns the index of the first largest value, int32; on a CPU several times as fast as `jnp.argmax`."""
     V = x_BV.shape[1]
     index_V = jnp.arange(V, dtype=jnp.int32)
     first_B = jnp.min(jnp.where(x_BV == jnp.max(x_BV, axis=1, keepdims=True), index_V, V), axis=1)
-    return jnp.minimum(first_B, V - 1)  # All NaN has no largest value; an index must still be one.
+    return jnp.minimum(first_B, V - 1)  # A row of NaN has no largest value, but needs a valid index.

@@ -1,8 +1,8 @@
-"""Meshes, and how an array is laid out over one.
+"""Meshes and the layout of arrays over them.
 
-Sharding is written for explicit mesh axes: how an array is split is part of its type. Where an array is made, one
-table of logical axes (`LOGICAL_AXES`, through `spec`) says how it is laid out; code that computes with it asks the
-array (`spec_of`). Without a mesh every answer is "not split".
+Mesh axes are explicit: the split of an array is part of its type. Where an array is made, one table of logical axes
+(`LOGICAL_AXES`, through `spec`) defines its layout; code that computes with it reads the layout from the array
+(`spec_of`). Without a mesh no array is split.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from lfm_jax.weight_kinds import WeightKind
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 CONTEXT = "context"
-"""The mesh axis that time is split over."""
+"""The mesh axis that splits time."""
 FSDP = "fsdp"
 """The mesh axis that splits rows of a batch and, between uses, parameters: each is gathered where it is used."""
 TENSOR = "tensor"
-"""The mesh axis that heads, channels, feed-forward units and the vocabulary are split over."""
+"""The mesh axis that splits heads, channels, feed-forward units and the vocabulary."""
 
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "batch": ("data", FSDP),  # Rows of a batch and of activations; decode state is whole along it.
@@ -37,17 +37,18 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "ffn": (TENSOR,),
     "vocab": (TENSOR,),
 }
-"""The one table: logical axis -> the mesh axes that split it. An axis without a name (None) is whole on every device.
-Optimizer state is laid out as the parameters it belongs to."""
+"""Logical axis -> the mesh axes that split it. An axis without a name (None) is whole on every device. Optimizer state
+has the layout of its parameters."""
 
 
 def make_mesh(
     *, data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh of explicit axes `data, fsdp, tensor, context`, for `jax.set_mesh`.
+    """Makes a mesh of explicit axes `data, fsdp, tensor, context`, for `jax.set_mesh`.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices, or are no products of a slice's dimensions.
+      ValueError: the product of the sizes is not the number of devices, or a size is not a product of dimensions of the
+        slice.
     """
     devices = jax.devices() if devices is None else devices
     sizes = (data, fsdp, tensor, context)
@@ -57,23 +58,23 @@ def make_mesh(
         raise ValueError(f"{named} make a mesh of {count} devices, but there are {len(devices)}; change a size")
     try:
         return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * len(sizes), devices=devices)
-    except NotImplementedError as error:  # JAX's word for a TPU slice that the axes would cut across.
+    except NotImplementedError as error:  # JAX raises it for axes that do not follow the dimensions of a TPU slice.
         raise ValueError(
-            f"mesh sizes {sizes} do not lie on this slice: each size must be the product of some of its dimensions; "
+            f"mesh sizes {sizes} do not fit this slice: each size must be the product of some of its dimensions; "
             f"change them ({error})"
         ) from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many devices each mesh axis has.
+    """The number of devices along each mesh axis.
 
     Raises:
-      ValueError: on construction, one message that lists every bad field.
+      ValueError: on construction; the message lists every bad field.
     """
 
     data: int = 0
-    """Copies of the model that share a batch's rows. 0: as many as the other axes leave devices for."""
+    """Copies of the model that share a batch's rows; 0 uses all devices that the other axes leave."""
     fsdp: int = 1
     """Devices that share rows and keep a part of every parameter and of its optimizer state."""
     tensor: int = 1
@@ -88,10 +89,10 @@ class MeshConfig:
         raise_problems("MeshConfig is not valid", problems)
 
     def sizes(self, num_devices: int) -> dict[str, int]:
-        """Devices along each axis, `data` filled in.
+        """Returns the number of devices along each axis, `data` included.
 
         Raises:
-          ValueError: the axes do not make up that number of devices.
+          ValueError: the product of the sizes is not the number of devices.
         """
         others = self.fsdp * self.tensor * self.context
         data = self.data or max(num_devices // others, 1)
@@ -101,15 +102,15 @@ class MeshConfig:
         return dict(zip(MESH_AXES, (data, self.fsdp, self.tensor, self.context), strict=True))
 
     def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-        """The mesh over `devices` (None: all there are)."""
+        """Makes the mesh over `devices` (None: all devices)."""
         devices = jax.devices() if devices is None else devices
         return make_mesh(**self.sizes(len(devices)), devices=devices)
 
 
 def spec(*logical: str | None) -> P | None:
-    """Layout of an array whose axes have these logical names, over the mesh in use; None without a mesh.
+    """Returns the layout of an array whose axes have these logical names over the mesh in use; None without a mesh.
 
-    Mesh axes of one device are left out: in an array's type they would only be in the way.
+    Mesh axes of one device are left out: in the type of an array they would only hinder.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or AxisType.Explicit not in mesh.axis_types:
@@ -122,18 +123,18 @@ def spec(*logical: str | None) -> P | None:
 
 
 def shardings(abstract: Any, axes: Any) -> Any:
-    """The layout of every array of a tree over the mesh in use (`jax.set_mesh`).
+    """Returns the layout of every array of a tree over the mesh in use (`jax.set_mesh`).
 
     Args:
       abstract: nested dicts of weights, as arrays or as their shapes.
-      axes: the same dicts with a tuple of logical names (or None) for each weight, one a dimension; of a `WeightKind`
-        they are those of the array that it stands for.
+      axes: the same dicts with a tuple of logical names (or None) for each weight, one for each dimension; for a
+        `WeightKind` they are those of the array that it represents.
 
     Returns:
       The tree with a NamedSharding for each array.
 
     Raises:
-      ValueError: dimensions that do not divide over their mesh axes, all in one message.
+      ValueError: dimensions do not divide over their mesh axes; the message lists them all.
     """
     mesh = jax.sharding.get_mesh()
     problems: dict[str, None] = {}
@@ -157,7 +158,7 @@ def shardings(abstract: Any, axes: Any) -> Any:
 
 
 def check_divides(B: int, T: int, micro_batches: int, mesh: Mesh | AbstractMesh) -> None:
-    """Raises ValueError where a batch of B rows of T tokens, in its micro-batches, does not divide over a mesh."""
+    """Raises ValueError if a batch of B rows of T tokens, in its micro-batches, does not divide over a mesh."""
     rows, context = mesh.shape["data"] * mesh.shape["fsdp"] * micro_batches, mesh.shape["context"]
     problems = []
     if B % rows:
@@ -169,7 +170,7 @@ def check_divides(B: int, T: int, micro_batches: int, mesh: Mesh | AbstractMesh)
 
 
 def whole(x: jax.Array, *axes: str) -> jax.Array:
-    """x gathered over some mesh axes; what else splits it stays. x itself where there is no explicit mesh."""
+    """Gathers x over some mesh axes and keeps its split over others; returns x itself without an explicit mesh."""
     if not is_sharded(x):
         return x
 
@@ -181,57 +182,58 @@ def whole(x: jax.Array, *axes: str) -> jax.Array:
 
 
 def spec_of(x: jax.Array) -> P:
-    """One entry for each axis of x: the mesh axis or axes it is split over, None where it is whole."""
+    """Returns an entry for each axis of x: the mesh axis or axes that split it, None if it is whole."""
     spec = tuple(jax.typeof(x).sharding.spec)
     return P(*spec, *(None,) * (x.ndim - len(spec)))
 
 
 def is_sharded(x: jax.Array) -> bool:
-    """Whether x lives on a mesh of explicit axes, split or whole; False inside a shard_map."""
+    """Returns whether x is on a mesh of explicit axes, split or whole; False inside a shard_map."""
     mesh = jax.typeof(x).sharding.mesh
     return not mesh.empty and AxisType.Explicit in mesh.axis_types
 
 
 def parts(x: jax.Array, axis: int) -> int:
-    """Into how many pieces an axis of x is split."""
+    """Returns the number of pieces that an axis of x is split into."""
     shape = jax.typeof(x).sharding.mesh.shape
     return math.prod(shape[name] for name in axis_names(spec_of(x)[axis]))
 
 
 def axis_names(entries: Any) -> tuple[str, ...]:
-    """The mesh axes named in an entry of a spec, or in several of them."""
+    """Returns the mesh axes in an entry of a spec, or in several entries."""
     if entries is None:
         return ()
     return (entries,) if isinstance(entries, str) else tuple(name for entry in entries for name in axis_names(entry))
 
 
 def reshard(x: jax.Array, spec: P) -> jax.Array:
-    """x laid out as `spec` says; x itself where there is no mesh of explicit axes."""
+    """Lays x out by `spec`; returns x itself without a mesh of explicit axes."""
     return jax.sharding.reshard(x, spec) if is_sharded(x) else x
 
 
 def over_mesh(
     body: Callable[..., Any], args: Mapping[str, jax.Array | None], specs: Mapping[str, P], out_specs: Any
 ) -> Any:
-    """`body(**args)` on every device's own part of arguments laid out as `specs` says; None is passed over."""
+    """Calls `body(**args)` on every device with its part of the arguments, laid out by `specs`; leaves out None."""
     given = {name: reshard(x, specs[name]) for name, x in args.items() if x is not None}
     in_specs = ({name: specs[name] for name in given},)
-    # Replication is not tracked: kernels with a derivative of their own and Pallas calls cannot declare it alike on
-    # jax 0.11 and 0.12. The gradient of what is whole on every device is summed over the devices either way.
+    # Replication is not tracked: kernels with their own derivative and Pallas calls cannot declare it in the same way
+    # on jax 0.11 and 0.12. Gradients of arrays that are whole on every device are summed over the devices either way.
     return jax.shard_map(lambda given: body(**given), in_specs=in_specs, out_specs=out_specs, check_vma=False)(given)
 
 
 def platform() -> str:
-    """`cpu`, `gpu` or `tpu`: that of the mesh in use, which ahead of time need not be this machine's."""
+    """Returns `cpu`, `gpu` or `tpu`: the platform of the mesh in use, which may differ from this machine's when
+    compiling ahead of time."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     name = getattr(device, "platform", None) or jax.default_backend()
     return "gpu" if name in ("cuda", "rocm") else name
 
 
 def nvidia_capability() -> float:
-    """Compute capability of the NVIDIA GPU in use, 9.0 for Hopper; 0.0 on anything else."""
+    """Returns the compute capability of the NVIDIA GPU in use, 9.0 for Hopper; 0.0 on other devices."""
     found = getattr(jax.devices()[0], "compute_capability", None) if platform() == "gpu" else None
     try:
         return float(found or 0)
-    except ValueError:  # AMD's are names.
+    except ValueError:  # Those of AMD are names.
         return 0.0

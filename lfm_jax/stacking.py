@@ -1,9 +1,9 @@
-"""Repeated layers stacked: parameters as a training step with `ModelConfig.scan_layers` holds them.
+"""Stacks the parameters of repeated layers, for training steps with `ModelConfig.scan_layers`.
 
-A pattern is runs of a repeated unit (`config.repeated_units`). In a stacked tree the layers of a run that stand at the
-same place of the unit share one entry of `blocks`, their arrays stacked along a new first axis; a run that is not
-repeated stays as it is. LFM2-350M, `(c c a) x 3, (c a) x 3, (c) x 1`, has 6 entries instead of 16, and its optimizer
-that many fewer arrays. Checkpoints hold trees unstacked.
+A pattern consists of runs of a repeated unit (`config.repeated_units`). In a stacked tree the layers of a run at the
+same position of the unit share one entry of `blocks`, with their arrays stacked along a new first axis; a run that is
+not repeated stays as it is. LFM2-350M, `(c c a) x 3, (c a) x 3, (c) x 1`, has 6 entries instead of 16, and its
+optimizer has fewer arrays in proportion. Trees in checkpoints are not stacked.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class RepeatedUnit(NamedTuple):
 
     first: int
     length: int
-    """Layers of the unit, and entries."""
+    """The number of layers of the unit, which is that of its entries."""
     repeats: int
 
 
 def runs(config: ModelConfig) -> list[RepeatedUnit]:
-    """The runs of a model's stacked form, first to last."""
+    """Returns the runs of a model's stacked form, first to last."""
     found, first = [], 0
     for unit, repeats in repeated_units(config.layers):
         found.append(RepeatedUnit(first, len(unit), repeats))
@@ -36,12 +36,12 @@ def runs(config: ModelConfig) -> list[RepeatedUnit]:
 
 
 def unit_layers(config: ModelConfig) -> tuple[Layer, ...]:
-    """What each entry of the stacked `blocks` is made of."""
+    """Returns the kinds of each entry of the stacked `blocks`."""
     return tuple(layer for unit, _ in repeated_units(config.layers) for layer in unit)
 
 
 def stack_layers(tree: Any, config: ModelConfig, stack: Callable[..., Any] = lambda *x: jnp.stack(x)) -> Any:
-    """A tree that holds dicts of parameters (such as an optimizer's state) with their layers stacked.
+    """Stacks the layers in all dicts of parameters of a tree, such as an optimizer's state.
 
     Args:
       tree: any pytree whose parameter dicts have `blocks` by the number of the layer. Layers may be missing, all that
@@ -59,7 +59,7 @@ def stack_layers(tree: Any, config: ModelConfig, stack: Callable[..., Any] = lam
 
 
 def unstack_layers(tree: Any, config: ModelConfig, pick: Callable[[Any, int], Any] = lambda x, i: x[i]) -> Any:
-    """What `stack_layers` was given; `pick` takes one layer's leaf out of a stacked one."""
+    """Inverts `stack_layers`; `pick` takes the leaf of one layer from a stacked leaf."""
 
     def unstacked(blocks: dict[int, Any]) -> dict[int, Any]:
         found = {

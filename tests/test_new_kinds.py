@@ -418,7 +418,7 @@ def test_what_is_taken_is_refused_and_what_is_unknown_named():
         OPERATORS.register(SHIFT)
     with pytest.raises(ValueError, match="letter is 'hh'; it must be one letter"):
         OPERATORS.register(dataclasses.replace(SHIFT, name="other", letter="hh", forms={}))
-    with pytest.raises(ValueError, match=r"'mamba' is no operator; choose from conv, full_attention, .*, shift"):
+    with pytest.raises(ValueError, match=r"'mamba' is not a known operator; choose from conv, .*, shift"):
         OPERATORS["mamba"]
     with pytest.raises(ValueError, match="ffn_types has moe; choose from swiglu, relu2"):
         tiny_config(ffn_types=("moe",))
@@ -440,7 +440,7 @@ def test_a_state_that_says_another_thing_of_rollbacks_is_refused(monkeypatch):
     stuck = type("Stuck", (Last,), {"rollback": state_lib.LayerState.rollback})
     with pytest.raises(TypeError, match="state Stuck of operator 'other' lacks rollback"):
         init_with(monkeypatch, state=stuck)
-    with pytest.raises(TypeError, match=r"is no subclass of state\.LayerState"):
+    with pytest.raises(TypeError, match=r"is not a subclass of state\.LayerState"):
         init_with(monkeypatch, state=dict)
 
 

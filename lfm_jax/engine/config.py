@@ -18,7 +18,7 @@ class EngineConfig:
     """Shape and limits of an engine.
 
     Raises:
-      ValueError: on construction, one message that lists every bad field.
+      ValueError: on construction; the message lists every bad field.
     """
 
     slots: tuple[tuple[int, int], ...] = ((16, 2048),)

@@ -26,7 +26,7 @@ class Request:
     """A prompt to continue n times.
 
     Raises:
-      ValueError: on construction, one message that lists every bad field and how to mend it.
+      ValueError: on construction; the message lists every bad field and how to fix it.
     """
 
     prompt: Sequence[int]

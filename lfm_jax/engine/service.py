@@ -47,7 +47,7 @@ class Service:
     """Runs requests and returns text.
 
     Args:
-      model, tokenizer: as `lfm.load` gives them.
+      model, tokenizer: as `lfm.load` returns them.
       template: chat template; None means DEFAULT_TEMPLATE.
       config, mesh: as for `Engine`.
 

@@ -62,7 +62,7 @@ def extract(
     Every token is chosen among those that the schema allows, so that even a bad model returns valid data.
 
     Args:
-      model, tokenizer: as `lfm.load` gives them.
+      model, tokenizer: as `lfm.load` returns them.
       text: one text, or several.
       schema: the JSON schema. Strings and lists without a limit of their own get one (`json_schema.Bounds`).
       template: chat template (`lfm.convert.hf.chat_template`); None means DEFAULT_TEMPLATE.

@@ -1,4 +1,5 @@
-"""The kinds of operators and feed-forwards that a layer can be made of: two tables that everything else folds over."""
+"""The kinds of operators and feed-forwards that layers are made of: two tables that the rest of the package folds
+over."""
 
 from lfm_jax.kinds.feed_forwards import FEED_FORWARDS
 from lfm_jax.kinds.kind import ITEMSIZE, FeedForwardKind, Kept, OperatorKind, Share, Table

@@ -18,7 +18,8 @@ OPERATORS: Table[OperatorKind] = Table("operator")
 # ---------------------------------------------------------------------------------------------------------------- conv
 
 GATES: dict[str, int] = {"none": 0, "input": 1, "output": 1, "both": 2}
-"""Gates around the convolution by `conv_gates`; in_proj makes one stream for each, and one for the input."""
+"""The number of gates around the convolution by `conv_gates`; in_proj makes a stream for each, and one for the
+input."""
 
 
 def _conv_matrices(c: ModelConfig) -> int:
@@ -78,7 +79,7 @@ def _attention_kept(c: ModelConfig, share: Share, scores: float) -> Kept:
 
 
 def _scores(c: ModelConfig, share: Share) -> float:
-    """Elements of `dtype` a token that attention keeps of its scores (`kernels/attention.py`)."""
+    """Returns the elements of `dtype` per token that attention keeps of its scores (`kernels/attention.py`)."""
     from lfm_jax.kernels.attention import CPU_SCORES, SCORE_BYTES
 
     held = c.num_heads / share.tensor * share.seq_len
@@ -91,7 +92,7 @@ def _scores(c: ModelConfig, share: Share) -> float:
 
 
 def _attention_traded(c: ModelConfig) -> float:
-    """Queries, keys, values and results trade time for heads."""
+    """Counts queries, keys, values and results, which are split over heads instead of time meanwhile."""
     return 2 * c.head_dim * (c.num_heads + c.num_kv_heads)
 
 
@@ -133,7 +134,7 @@ OPERATORS.register(OperatorKind(
 # ---------------------------------------------------------------------------------------------------------- recurrence
 
 RECURRENCE_VECTORS: dict[str, int] = {"rglru": 3, "liquid": 3, "lti": 1}
-"""Parameters a channel that each form of the recurrence has beside its matrices."""
+"""Parameters per channel of each form of the recurrence, besides its matrices."""
 
 
 def _recurrence_matrices(c: ModelConfig) -> int:
@@ -164,5 +165,5 @@ OPERATORS.register(OperatorKind(
 
 
 def _float32(c: ModelConfig) -> float:
-    """Elements of `dtype` that one of float32 takes."""
+    """Returns the elements of `dtype` that take as many bytes as one of float32."""
     return 4 / ITEMSIZE[c.dtype]

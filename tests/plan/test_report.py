@@ -71,7 +71,7 @@ def test_other_names_are_refused(name, problem):
 
 @tpu_aot.requires_libtpu
 def test_a_mesh_that_does_not_lie_on_the_torus_is_refused():
-    with pytest.raises(ValueError, match="do not lie on this slice: each size must be the product"):
+    with pytest.raises(ValueError, match="do not fit this slice: each size must be the product"):
         Topology.parse("v6e:8x8").mesh(MeshConfig(fsdp=16), for_compiling=True)
 
 
