@@ -1,8 +1,8 @@
 """Samples tokens from logits: the parameters of a request (`Sampling`), and pure functions over arrays of them.
 
 Filters and their order are those of `transformers` (`generation/logits_process.py`): repetition penalty,
-temperature, top-k, top-p, min-p. Every row has its own parameters, and its token depends on nothing but its own
-logits, parameters and position.
+temperature, top-k, top-p, min-p; OpenAI's penalties of what was generated follow the repetition penalty. Every row has
+its own parameters, and its token depends on nothing but its own logits, parameters and position.
 
 Dimensions: B batch, V vocabulary.
 """
@@ -42,8 +42,11 @@ class Sampling:
     min_p: float = 0.0
     """Keep tokens at least min_p times as likely as the most likely one; 0 keeps all."""
     repetition_penalty: float = 1.0
-    """Divides positive logits of tokens in the prompt or the text so far, and multiplies negative ones; 1 changes
-    nothing."""
+    """Positive logits of tokens in the prompt or the text so far are divided by it, negative ones multiplied."""
+    frequency_penalty: float = 0.0
+    """Taken from the logit of a token for each time that it was generated; the prompt does not count."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of a token that was generated at all."""
     seed: int = 0
     """Seed of the random numbers."""
 
@@ -58,6 +61,8 @@ def _problems(s: Sampling) -> list[str]:
         ("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1 (1 is off)"),
         ("min_p", lambda x: 0 <= x <= 1, "from 0 to 1 (0 is off)"),
         ("repetition_penalty", lambda x: x > 0, "above 0 (1 is off)"),
+        ("frequency_penalty", lambda x: -2 <= x <= 2, "from -2 to 2 (0 is off)"),
+        ("presence_penalty", lambda x: -2 <= x <= 2, "from -2 to 2 (0 is off)"),
     ):
         value = getattr(s, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not ok(value):
@@ -84,6 +89,8 @@ class SamplingArrays:
     top_p_B: jax.Array
     min_p_B: jax.Array
     repetition_penalty_B: jax.Array
+    frequency_penalty_B: jax.Array
+    presence_penalty_B: jax.Array
     seed_B: jax.Array
 
 
@@ -99,10 +106,14 @@ class Features(NamedTuple):
     top_p: bool
     min_p: bool
     repetition_penalty: bool
+    counts: bool
+    """Some row has a frequency or presence penalty."""
 
 
 ANYTHING = Features(*[True] * len(Features._fields))
-"""For batches whose rows change: a single program, in which a filter that no row uses costs little."""
+"""For batches whose rows change: one program for them all, in which a filter that no row wants costs little."""
+Count = Callable[[], jax.Array]
+"""Gives how often each token was generated."""
 FEW = 64
 """The largest top_k for which `lax.top_k` is used; a larger one takes many passes over the vocabulary."""
 
@@ -121,6 +132,8 @@ def to_arrays(samplings: Sequence[Sampling], vocab_size: int) -> tuple[SamplingA
         top_p_B=column("top_p", np.float32),
         min_p_B=column("min_p", np.float32),
         repetition_penalty_B=column("repetition_penalty", np.float32),
+        frequency_penalty_B=column("frequency_penalty", np.float32),
+        presence_penalty_B=column("presence_penalty", np.float32),
         seed_B=column("seed", np.uint32),
     )
     drawn = [s for s in samplings if s.temperature > 0]
@@ -130,29 +143,37 @@ def to_arrays(samplings: Sequence[Sampling], vocab_size: int) -> tuple[SamplingA
         top_p=any(s.top_p < 1 for s in drawn),
         min_p=any(s.min_p > 0 for s in drawn),
         repetition_penalty=any(s.repetition_penalty != 1 for s in samplings),
+        counts=any(counts_matter(s) for s in samplings),
     )
+
+
+def counts_matter(s: Sampling) -> bool:
+    """How often a token was generated changes its logit."""
+    return s.frequency_penalty != 0 or s.presence_penalty != 0
 
 
 def sample(
     logits_BV: jax.Array, params: SamplingArrays, features: Features, position_B: jax.Array,
-    seen_BV: jax.Array | None = None,
+    seen_BV: jax.Array | None = None, count: Count | None = None,
 ) -> jax.Array:
     """Chooses the next token of each row.
 
     Args:
-      logits_BV: logits of the next token.
-      params: parameters of each row.
-      features: features of the batch, from `to_arrays`.
-      position_B: position that the token will have in its row; with the seed it determines the random numbers.
-      seen_BV: bool; tokens of the prompt and of the text so far, needed for a repetition penalty.
+      logits_BV: of the next token.
+      params: per row.
+      features: of the batch, from `to_arrays`.
+      position_B: position that the token will have in its row; with the seed it fixes the random numbers.
+      seen_BV: bool, tokens of the prompt and of the text so far; needed when `features.repetition_penalty`.
+      count: gives how often each token was generated, int32 [B, V]; needed when `features.counts`. What it computes is
+        computed only while a row has such a penalty.
 
     Returns:
       token_B, int32. Greedy takes the first of equally likely tokens.
 
     Raises:
-      ValueError: the features need `seen_BV` and it is None.
+      ValueError: the features need `seen_BV` or `count` and it is None.
     """
-    logits_BV = penalise_logits(logits_BV.astype(jnp.float32), params, features, seen_BV)
+    logits_BV = penalise_logits(logits_BV.astype(jnp.float32), params, features, seen_BV, count)
     greedy_B = _argmax(logits_BV)
     if not features.sampled:
         return greedy_B
@@ -168,20 +189,31 @@ def sample(
 
 
 def penalise_logits(
-    logits_BV: jax.Array, params: SamplingArrays, features: Features, seen_BV: jax.Array | None = None
+    logits_BV: jax.Array, params: SamplingArrays, features: Features, seen_BV: jax.Array | None = None,
+    count: Count | None = None,
 ) -> jax.Array:
-    """Returns the logits after the repetition penalty; a greedy row takes the largest. Arguments as for `sample`."""
-    if not features.repetition_penalty:
-        return logits_BV
-    if seen_BV is None:
-        raise ValueError("a repetition penalty needs seen_BV, the tokens that each row holds already")
-    penalty_B1 = params.repetition_penalty_B[:, None]
+    """The logits after the penalties; a greedy row gets the largest. Arguments as for `sample`."""
+    if features.repetition_penalty:
+        if seen_BV is None:
+            raise ValueError("a repetition penalty needs seen_BV, the tokens that each row holds already")
+        penalty_B1 = params.repetition_penalty_B[:, None]
 
-    def penalise(logits_BV: jax.Array) -> jax.Array:
-        penalised_BV = jnp.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
-        return jnp.where(seen_BV, penalised_BV, logits_BV)
+        def penalise_seen(logits_BV: jax.Array) -> jax.Array:
+            penalised_BV = jnp.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
+            return jnp.where(seen_BV, penalised_BV, logits_BV)
 
-    return _when(penalty_B1 != 1, penalise, logits_BV)
+        logits_BV = _when(penalty_B1 != 1, penalise_seen, logits_BV)
+    if features.counts:
+        if count is None:
+            raise ValueError("a frequency or presence penalty needs count, how often each token was generated")
+        frequency_B1, presence_B1 = params.frequency_penalty_B[:, None], params.presence_penalty_B[:, None]
+
+        def penalise_generated(logits_BV: jax.Array) -> jax.Array:
+            count_BV = count()
+            return logits_BV - presence_B1 * (count_BV > 0) - frequency_B1 * count_BV
+
+        logits_BV = _when((frequency_B1 != 0) | (presence_B1 != 0), penalise_generated, logits_BV)
+    return logits_BV
 
 
 def filter_logits(logits_BV: jax.Array, params: SamplingArrays, features: Features) -> jax.Array:

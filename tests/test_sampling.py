@@ -1,5 +1,6 @@
 """Filters against the logits processors of `transformers`; draws against their distribution."""
 
+import dataclasses
 import functools
 
 import jax
@@ -15,8 +16,11 @@ sampled = jax.jit(sample, static_argnums=2)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def filtered(logits_BV, params, features, seen_BV=None):
-    return filter_logits(penalise_logits(logits_BV, params, features, seen_BV), params, features)
+def filtered(logits_BV, params, features, seen_BV=None, count_BV=0):
+    def count():
+        return jax.numpy.broadcast_to(count_BV, logits_BV.shape)
+
+    return filter_logits(penalise_logits(logits_BV, params, features, seen_BV, count), params, features)
 
 
 @functools.cache
@@ -91,9 +95,33 @@ def test_equal_logits_at_the_border_stay_together():
 
 def test_a_filter_that_is_off_changes_no_bit():
     logits_BV, _, seen_BV = problem(2)
-    busy = Sampling(temperature=1.0, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=1.5)
+    busy = Sampling(temperature=1.0, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=1.5, frequency_penalty=1.0)
     params, features = to_arrays([Sampling(temperature=1.0), busy], V)
-    np.testing.assert_array_equal(filtered(logits_BV, params, features, seen_BV)[0], logits_BV[0])
+    logits_BV = np.where(logits_BV < -3, np.float32(-0.0), logits_BV)
+    ours_BV = np.asarray(filtered(logits_BV, params, features, seen_BV, 3))
+    np.testing.assert_array_equal(ours_BV[0].view(np.int32), logits_BV[0].view(np.int32))
+
+
+@pytest.mark.parametrize("features", [None, ANYTHING])
+def test_penalties_of_what_was_generated(features):
+    """OpenAI's formula, after the repetition penalty and before the temperature, greedy rows included."""
+    rng = np.random.default_rng(11)
+    samplings = [Sampling(), Sampling(frequency_penalty=2.0), Sampling(presence_penalty=-2.0, temperature=0.5),
+                 Sampling(frequency_penalty=-0.3, presence_penalty=1.5, repetition_penalty=1.3, temperature=2.0)]
+    logits_BV, _, seen_BV = problem(4)
+    count_BV = rng.integers(0, 4, (4, V)) * rng.integers(0, 2, (4, V))
+    expected_BV = logits_BV.copy()
+    for row_V, s, seen_V, count_V in zip(expected_BV, samplings, seen_BV, count_BV, strict=True):
+        row_V[seen_V] = np.where(row_V < 0, row_V * s.repetition_penalty, row_V / s.repetition_penalty)[seen_V]
+        row_V -= s.presence_penalty * (count_V > 0) + s.frequency_penalty * count_V
+        row_V /= s.temperature or 1
+    params, found = to_arrays(samplings, V)
+    ours_BV = filtered(logits_BV, params, features or found, seen_BV, count_BV)
+    np.testing.assert_allclose(ours_BV, expected_BV, rtol=1e-5, atol=1e-5)
+    greedy, _ = to_arrays([dataclasses.replace(s, temperature=0.0) for s in samplings], V)
+    tokens_B = sample(logits_BV, greedy, features or found, np.arange(4), seen_BV, lambda: count_BV)
+    np.testing.assert_array_equal(tokens_B, expected_BV.argmax(axis=1))
+    assert (tokens_B != logits_BV.argmax(axis=1)).any()
 
 
 def test_greedy_takes_the_first_of_the_best_and_ignores_the_rest():
@@ -158,8 +186,9 @@ def test_nothing_sorts_the_vocabulary():
 
 def test_features_hold_only_what_some_row_needs():
     _, features = to_arrays([Sampling(top_k=5, top_p=0.5, min_p=0.5), Sampling(temperature=1.0, top_k=70)], 65_536)
-    assert features == (True, True, False, False, False)
-    assert to_arrays([Sampling(repetition_penalty=1.1)], V)[1] == (False, False, False, False, True)
+    assert features == (True, True, False, False, False, False)
+    assert to_arrays([Sampling(repetition_penalty=1.1)], V)[1] == (False, False, False, False, True, False)
+    assert to_arrays([Sampling(presence_penalty=-1.0)], V)[1] == (False, False, False, False, False, True)
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -178,10 +207,14 @@ def test_penalty_without_seen_tokens_is_refused():
     params, features = to_arrays([Sampling(repetition_penalty=1.1)], V)
     with pytest.raises(ValueError, match="seen_BV"):
         sample(problem(1)[0], params, features, np.zeros(1, np.int32))
+    params, features = to_arrays([Sampling(frequency_penalty=1.1)], V)
+    with pytest.raises(ValueError, match="count"):
+        sample(problem(1)[0], params, features, np.zeros(1, np.int32))
 
 
 def test_bad_fields_are_listed_together():
-    bad = dict(temperature=-1.0, top_k=2.5, top_p=0.0, min_p=2, repetition_penalty=float("nan"), seed=-1)
+    bad = dict(temperature=-1.0, top_k=2.5, top_p=0.0, min_p=2, repetition_penalty=float("nan"), seed=-1,
+               frequency_penalty=2.1, presence_penalty=-3)
     with pytest.raises(ValueError, match="Sampling is not valid") as error:
         Sampling(**bad)
     for name, value in bad.items():

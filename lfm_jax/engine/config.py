@@ -34,8 +34,8 @@ class EngineConfig:
     steps: int = 8
     """The most steps of generation in one turn of the engine, which looks for new requests between turns."""
     draft: int = 0
-    """Tokens drafted per step by prompt lookup; 0 drafts none. Drafts help where few requests run and answers repeat
-    the prompt. Requests with a grammar or a repetition penalty, which `lfm serve` has by default, get none."""
+    """Tokens drafted a step by prompt lookup; 0 for none. Pays where few requests run and answers repeat the prompt.
+    Requests with a grammar or a penalty, as `lfm serve` has by default, get none."""
     prefix_cache_bytes: int = 0
     """Bytes of device memory for cached states of prompt prefixes; 0 caches none. Each kind of slot gets an equal
     part."""

@@ -21,7 +21,7 @@ from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.prefix_cache import PrefixCache
 from lfm_jax.engine.request import Event, Listener, Request, TokenLogprob
 from lfm_jax.engine.slots import NOWHERE, Asked, Slots, SlotShape, Told, programs
-from lfm_jax.sampling import to_arrays
+from lfm_jax.sampling import Sampling, counts_matter, to_arrays
 
 if TYPE_CHECKING:
     from lfm_jax.structured.grammar import Matcher
@@ -417,13 +417,18 @@ def _send(told: Told, runs: list[tuple[int, Running]]) -> Sent:
 
 
 def _is_plain(request: Request) -> bool:
-    return (request.sampling.temperature == 0 and request.sampling.repetition_penalty == 1 and not request.logit_bias
+    return (request.sampling.temperature == 0 and not _looks_back(request.sampling) and not request.logit_bias
             and not request.min_new_tokens and request.logprobs is None)
 
 
 def _may_draft(request: Request) -> bool:
-    """Returns whether the next token depends on the tokens just before it only through the model."""
-    return request.grammar is None and request.sampling.repetition_penalty == 1
+    """What is chosen next may depend on the tokens just before only by way of the model."""
+    return request.grammar is None and not _looks_back(request.sampling)
+
+
+def _looks_back(sampling: Sampling) -> bool:
+    """The tokens so far change the logits."""
+    return sampling.repetition_penalty != 1 or counts_matter(sampling)
 
 
 def chunk_width(tokens: int, chunk: int) -> int:

@@ -132,6 +132,7 @@ class SlotShape:
         sampling = SamplingArrays(
             temperature_B=full(0, dtype=jnp.float32), top_k_B=full(0), top_p_B=full(1, dtype=jnp.float32),
             min_p_B=full(0, dtype=jnp.float32), repetition_penalty_B=full(1, dtype=jnp.float32),
+            frequency_penalty_B=full(0, dtype=jnp.float32), presence_penalty_B=full(0, dtype=jnp.float32),
             seed_B=full(0, dtype=jnp.uint32),
         )
         return Asked(
@@ -403,13 +404,15 @@ def _next_tokens(
         may_B1V = unpack(mask_BW, V)[:, None]
         free_BTV, allowed_BTV = (jnp.where(may_B1V, x, -jnp.inf) for x in (logits_BTV.astype(jnp.float32), allowed_BTV))
         allowed_BTV = jnp.where(jnp.any(allowed_BTV > -jnp.inf, axis=2, keepdims=True), allowed_BTV, free_BTV)
-    if T == 1:
-        token_BT = sample(allowed_BTV[:, 0], asked.sampling, features, position_BT[:, 0], slots.seen_BV)[:, None]
-    else:
-        repeated = jax.tree.map(lambda x: jnp.repeat(x, T, axis=0), asked.sampling)
-        seen_XV = jnp.repeat(slots.seen_BV, T, axis=0) if features.repetition_penalty else None
-        token_X = sample(allowed_BTV.reshape(B * T, V), repeated, features, position_BT.reshape(-1), seen_XV)
-        token_BT = token_X.reshape(B, T)
+    # Rows whose tokens depend on those just before have no drafts: what they hold is right for T = 1.
+    sampling, seen_XV = asked.sampling, slots.seen_BV if features.repetition_penalty else None
+    if T > 1:
+        sampling, seen_XV = jax.tree.map(lambda x: jnp.repeat(x, T, axis=0), (sampling, seen_XV))
+    token_X = sample(
+        allowed_BTV.reshape(B * T, V), sampling, features, position_BT.reshape(-1), seen_XV,
+        lambda: jnp.repeat(_generated(slots, first_B), T, axis=0),
+    )
+    token_BT = token_X.reshape(B, T)
     stops_BT = jnp.any(token_BT[:, :, None] == asked.stop_ids_BM[:, None], axis=2)
     right_BK = (token_BT[:, :-1] == drafts_BK) & ~stops_BT[:, :-1]
     right_BK &= jnp.arange(T - 1) < drafted_B[:, None]
@@ -428,6 +431,15 @@ def _next_tokens(
         token_B=jnp.where(live_B, jnp.take_along_axis(token_BT, right_B[:, None], axis=1)[:, 0], slots.token_B),
         left_B=jnp.where(live_B & ~stopped_B, slots.left_B - made_B, 0),
     ), told
+
+
+def _generated(slots: Slots, end_B: jax.Array) -> jax.Array:
+    """How often each token was generated before position `end_B`, int32 [B, V]."""
+    index_S = jnp.arange(slots.history_BS.shape[1], dtype=jnp.int32)
+    first_B = end_B - (slots.asked.budget_B - slots.left_B)
+    made_BS = (index_S >= first_B[:, None]) & (index_S < end_B[:, None])
+    rows_B1, tokens_BS = jnp.arange(len(end_B))[:, None], jnp.where(made_BS, slots.history_BS, NOWHERE)
+    return jnp.zeros(slots.seen_BV.shape, jnp.int32).at[rows_B1, tokens_BS].add(1, mode="drop")
 
 
 def _tell(logits_BTV: jax.Array, token_BT: jax.Array, most: int, wanted: jax.Array | bool = True) -> Told:

@@ -65,6 +65,7 @@ class Decoding:
             token_B=jnp.zeros((len(prompts),), jnp.int32),
             left_B=jnp.full((len(prompts),), max_new_tokens, jnp.int32),
             seen_BV=_seen(prompts, config.vocab_size) if self._features.repetition_penalty else None,
+            count_BV=jnp.zeros(logits_BV.shape, jnp.int32) if self._features.counts else None,
         )
         self._first_B: jax.Array | None
         """The first token of each row, until `advance` returns it."""
@@ -108,7 +109,9 @@ class _Carry:
     left_B: jax.Array
     """Tokens that the row may still generate; 0 if it is finished."""
     seen_BV: jax.Array | None
-    """Tokens of the prompt and of the text so far; None if no row has a repetition penalty."""
+    """Tokens of the prompt and of the text so far; None when no row has a repetition penalty."""
+    count_BV: jax.Array | None
+    """How often each token was generated; None when no row has a frequency or presence penalty."""
 
 
 class _Programs(NamedTuple):
@@ -179,14 +182,17 @@ def _choose(
     rows."""
     live_B = carry.left_B > 0
     # The token will follow all that the state holds.
-    token_B = sample(logits_BV, params, features, carry.state.position_B, carry.seen_BV)
+    seen_BV, count_BV, rows_B = carry.seen_BV, carry.count_BV, jnp.arange(carry.token_B.shape[0])
+    count = None if count_BV is None else lambda: count_BV
+    token_B = sample(logits_BV, params, features, carry.state.position_B, seen_BV, count)
     stopped_B = jnp.any(token_B[:, None] == stop_ids, axis=1)
-    seen_BV = carry.seen_BV
+    # Marking the token of a finished row is harmless: nothing reads what it holds again.
     if seen_BV is not None:
-        # Marking the token of a finished row is harmless: nothing reads its mask again.
-        seen_BV = seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
+        seen_BV = seen_BV.at[rows_B, token_B].set(True)
+    if count_BV is not None:
+        count_BV = count_BV.at[rows_B, token_B].add(1)
     left_B = jnp.where(live_B & ~stopped_B, carry.left_B - 1, 0)
-    return _Carry(carry.state, token_B, left_B, seen_BV), jnp.where(live_B, token_B, -1)
+    return _Carry(carry.state, token_B, left_B, seen_BV, count_BV), jnp.where(live_B, token_B, -1)
 
 
 # -------------------------------------------------------------------- on the host

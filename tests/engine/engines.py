@@ -34,6 +34,8 @@ def a_request(rng, **changes):
         temperature=float(rng.choice([0.3, 1.0])), top_k=int(rng.choice([0, 5, 80])), top_p=float(rng.choice([0.5, 1])),
         min_p=float(rng.choice([0, 0.05])), repetition_penalty=float(rng.choice([1, 1.2])), seed=int(rng.integers(99)),
     )
+    if sampling.seed % 3 == 2:
+        sampling = dataclasses.replace(sampling, frequency_penalty=0.8, presence_penalty=0.5)
     fields = dict(prompt=prompt, max_new_tokens=int(rng.integers(1, 24)), sampling=sampling, stop_ids=STOP)
     if rng.random() < 0.2:
         fields |= dict(min_new_tokens=int(rng.integers(fields["max_new_tokens"] + 1)))

@@ -162,6 +162,31 @@ def test_sampled_as_generate():
     assert heard.tokens[0] == theirs.tokens
 
 
+def test_penalties_of_what_was_generated_are_those_of_generate():
+    """From the first token on, in any slot: what came before in it, and what its neighbours ask for, are nothing."""
+    rng = np.random.default_rng(15)
+    requests = [
+        a_request(rng, prompt=[7, 8, 9, *rng.integers(0, V, 20 + i).tolist()], max_new_tokens=24, min_new_tokens=0,
+                  sampling=Sampling(temperature=float(i % 3 == 1), seed=i, frequency_penalty=(0, 0.8, -0.5)[i % 3],
+                                    presence_penalty=(1.5, 0, 0, 0)[i % 4]), stop_ids=())
+        for i in range(12)
+    ]
+    heard = run(engine(), *requests)
+    for each, request in zip(heard, requests, strict=True):
+        [theirs] = generate_tokens(model(), [request.prompt], request.sampling, 24, stop_ids=())
+        assert each.tokens[0] == theirs.tokens
+        plain = dataclasses.replace(request.sampling, frequency_penalty=0, presence_penalty=0)
+        [free] = generate_tokens(model(), [request.prompt], plain, 24, stop_ids=())
+        assert (free.tokens != theirs.tokens) == (plain != request.sampling)
+    several = dataclasses.replace(requests[4], n=3)
+    [together] = run(engine(), several)
+    assert together.tokens[0] == heard[4].tokens[0]
+    assert together.tokens == [
+        run(engine(), dataclasses.replace(several, n=1, sampling=several.choice_sampling(i)))[0].tokens[0]
+        for i in range(3)
+    ]
+
+
 def test_several_continuations_are_those_of_their_seeds():
     rng = np.random.default_rng(3)
     request = a_request(rng, sampling=Sampling(temperature=1.0, seed=2**32 - 2), n=4, max_new_tokens=12, logprobs=1)
@@ -266,7 +291,8 @@ def test_drafts_change_no_token(name, monkeypatch):
     requests = []
     for i in range(12):
         phrase = rng.integers(0, 10, rng.integers(2, 9)).tolist()
-        sampling = Sampling(temperature=0.7, seed=i) if i % 4 == 0 else Sampling(repetition_penalty=1 + (i % 5 == 0))
+        sampling = Sampling(temperature=0.7, seed=i) if i % 4 == 0 else Sampling(
+            repetition_penalty=1 + (i % 5 == 0), frequency_penalty=0.1 * (i == 7))
         # The bias leaves one program to compile.
         requests.append(Request(prompt=(phrase * 20)[: 40 + i], max_new_tokens=50, sampling=sampling,
                                 stop_ids=(3,) if i % 2 else (), logit_bias={9: 0.1}))
@@ -289,9 +315,10 @@ def test_drafts_change_no_token(name, monkeypatch):
     decode = pool._programs.decode
     with monkeypatch.context() as patch:
         patch.setattr(pool._programs, "decode", lambda *args, **kw: widths.append(kw["draft"]) or decode(*args, **kw))
-        for penalty, drafted in ((1.2, 0), (1.0, 4)):  # Where nobody may have any, nothing is spent on them.
+        # Where nobody may have any, nothing is spent on them.
+        for penalty, drafted in ((dict(repetition_penalty=1.2), 0), (dict(presence_penalty=0.1), 0), ({}, 4)):
             widths.clear()
-            run(drafting, dataclasses.replace(requests[2], sampling=Sampling(repetition_penalty=penalty)))
+            run(drafting, dataclasses.replace(requests[2], sampling=Sampling(**penalty)))
             assert set(widths) == {drafted}
 
 

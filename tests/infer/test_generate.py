@@ -251,6 +251,26 @@ def test_only_a_penalty_costs_a_mask():
     seen_BV = Decoding(model(), PROMPTS, Sampling(repetition_penalty=1.4), NEW, ())._carry.seen_BV
     assert seen_BV.shape == (3, VOCAB)
     assert seen_BV.dtype == jax.numpy.bool_
+    assert Decoding(model(), PROMPTS, DRAWN, NEW, ())._carry.count_BV is None
+    assert Decoding(model(), PROMPTS, Sampling(presence_penalty=1), NEW, ())._carry.count_BV.shape == (3, VOCAB)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(frequency_penalty=0.7, presence_penalty=0.4),
+                                      Sampling(frequency_penalty=-2.0, repetition_penalty=1.2)])
+def test_penalties_count_what_was_generated(sampling):
+    """As the whole text's logits and OpenAI's formula say, step by step; beside a row without them."""
+    samplings = [sampling, GREEDY, sampling]
+    out = generate_tokens(model(), PROMPTS, samplings, NEW, stop_ids=())
+    assert out[0].tokens != generate_tokens(model(), PROMPTS, GREEDY, NEW, stop_ids=())[0].tokens
+    for prompt, s, completion in zip(PROMPTS, samplings, out, strict=True):
+        for made in range(NEW):
+            text = [*prompt, *completion.tokens[:made]]
+            logits_V = np.array(model()(jax.numpy.asarray([text]))[0][0, -1])
+            seen_V, count_V = np.isin(np.arange(VOCAB), text), np.bincount(completion.tokens[:made], minlength=VOCAB)
+            penalised_V = np.where(logits_V < 0, logits_V * s.repetition_penalty, logits_V / s.repetition_penalty)
+            logits_V = np.where(seen_V, penalised_V, logits_V)
+            logits_V -= s.frequency_penalty * count_V + s.presence_penalty * (count_V > 0)
+            assert logits_V[completion.tokens[made]] > logits_V.max() - 1e-5
 
 
 def test_bucket_repeats_shapes_and_wastes_little():
