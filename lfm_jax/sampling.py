@@ -123,7 +123,9 @@ def to_arrays(samplings: Sequence[Sampling], vocab_size: int) -> tuple[SamplingA
     features."""
 
     def column(name: str, dtype: type) -> Any:
-        return np.array([getattr(s, name) for s in samplings], dtype)
+        values: Any = np.array([getattr(s, name) for s in samplings])
+        # The quotient of a token that is ruled out and of infinity, or of what has 0 for its inverse, would be NaN.
+        return (np.minimum(values, 1e30) if dtype is np.float32 else values).astype(dtype)
 
     top_k_B: Any = np.array([min(s.top_k, vocab_size) for s in samplings], np.int32)
     params = SamplingArrays(
@@ -258,6 +260,8 @@ def _in_top_k(logits_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
 def _in_top_p(logits_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
     """Returns True for tokens if all more likely ones together have less than top_p of the probability."""
     probability_BV = jax.nn.softmax(logits_BV, axis=1)
+    # Above 0 also where the device takes so small a number for 0: nothing is likelier than the likeliest.
+    top_p_B = jnp.maximum(top_p_B, np.finfo(np.float32).tiny)
 
     def enough(above_BV: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(above_BV, probability_BV, 0), axis=1) < top_p_B

@@ -124,6 +124,26 @@ def test_penalties_of_what_was_generated(features):
     assert (tokens_B != logits_BV.argmax(axis=1)).any()
 
 
+@pytest.mark.parametrize("extreme", [
+    dict(top_p=1e-45), dict(top_p=1e-46), dict(top_p=1e-300), dict(min_p=1.0), dict(top_k=1), dict(temperature=1e-300),
+    dict(top_p=1e-45, top_k=1, min_p=1.0), dict(top_p=1e-45, min_p=1e-46, top_k=2**40),
+])
+def test_the_likeliest_token_always_stays(extreme):
+    logits_BV, _, _ = problem(4)
+    params, features = to_arrays([Sampling(**dict(temperature=1.0, seed=i) | extreme) for i in range(4)], V)
+    for chosen in (features, ANYTHING):
+        token_B = sample(logits_BV, params, chosen, np.arange(4), np.zeros((4, V), bool), lambda: np.zeros((4, V)))
+        np.testing.assert_array_equal(token_B, logits_BV.argmax(axis=1))
+
+
+@pytest.mark.parametrize("extreme", [dict(temperature=1e300), dict(temperature=1e300, top_p=0.5, top_k=3, min_p=1e-46)])
+def test_no_parameter_lets_a_token_in_that_is_ruled_out(extreme):
+    logits_BV = np.where(np.arange(V) % 20 == 7, problem(4)[0], -np.inf)
+    params, features = to_arrays([Sampling(seed=i, **extreme) for i in range(4)], V)
+    token_B = np.asarray(sample(logits_BV, params, features, np.arange(4)))
+    assert (token_B % 20 == 7).all()
+
+
 def test_greedy_takes_the_first_of_the_best_and_ignores_the_rest():
     logits_BV = np.array([[0, 5, 5, 1], [-3, -2, -9, -2], [-np.inf, -np.inf, -np.inf, 0]], np.float32)
     params, features = to_arrays([GREEDY, Sampling(top_k=1, seed=4), Sampling(top_p=0.1, seed=5)], 4)
