@@ -44,7 +44,6 @@ class EngineConfig:
     max_logprobs: int = 0
     """How many of the likeliest tokens a request may ask for at most; 0 turns log-probabilities off."""
     max_stop_ids: int = 8
-    max_biases: int = 16
     fixed_rows: bool = False
     """Whether dispatches always have the same shape: all slots, with drafts, when they generate, and the same number of
     prompts when they take in prompts. This is slower, but what a request gets then does not depend on other requests
@@ -58,7 +57,7 @@ class EngineConfig:
             f"{name} is {getattr(self, name)!r}; it must be a whole number of at least {least}"
             for name, least in (("chunk", 16), ("prefill_rows", 1), ("steps", 1), ("draft", 0),
                                 ("prefix_cache_bytes", 0), ("max_queue", 1), ("max_logprobs", 0),
-                                ("max_stop_ids", 1), ("max_biases", 1), ("memory_bytes", 1))
+                                ("max_stop_ids", 1), ("memory_bytes", 1))
             if not (type(getattr(self, name)) is int and getattr(self, name) >= least)
             and not (name in ("prefill_rows", "memory_bytes") and getattr(self, name) is None)
         ]

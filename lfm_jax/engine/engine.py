@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import math
 import threading
 import time
 import traceback
@@ -142,8 +143,8 @@ class Engine:
             problems.append(f"n is {request.n}; there are {slots} slots of its length")
         if len(stop_ids) > config.max_stop_ids:
             problems.append(f"stop_ids names {len(stop_ids)} tokens; max_stop_ids is {config.max_stop_ids}")
-        if len(request.logit_bias) > config.max_biases:
-            problems.append(f"logit_bias has {len(request.logit_bias)} tokens; max_biases is {config.max_biases}")
+        if sum(x == -math.inf for x in request.logit_bias.values()) == self.model_config.vocab_size:
+            problems.append("logit_bias forbids every token; leave one")
         if request.logprobs is not None and (request.logprobs > config.max_logprobs or not config.max_logprobs):
             problems.append(f"logprobs is {request.logprobs}; the engine's max_logprobs is {config.max_logprobs}")
         if request.grammar is not None and request.grammar.tokenizer.vocab_size != self.model_config.vocab_size:

@@ -281,6 +281,8 @@ class Pool:
         for r, first in finished:
             self.prefilling.remove(first)
             runs = [run for run in first.ticket.runs if not run.over]
+            if first.request.logit_bias:
+                self._slots = self._programs.bias(self._slots, np.int32(first.row), _bias(first.request, self.shape))
             for some in _groups([run.row for run in runs if run is not first], n):
                 source_R, rows_R = np.full(n, first.row, np.int32), _filled(some, n, NOWHERE)
                 self._slots = self._programs.copy(self._slots, source_R, rows_R)
@@ -370,7 +372,7 @@ class Pool:
     def warm_up(self) -> int:
         """Compiles all programs and returns their number."""
         run, shape, config = self._programs, self.shape, self._config
-        count, started = 2, set()
+        count, started = 3, set()
         with jax.set_mesh(self.mesh):
             for width in chunk_widths(shape.length, config.chunk):
                 for R in self._rows_taken_in(width):
@@ -389,6 +391,7 @@ class Pool:
             nowhere_R = np.full(self._batch, NOWHERE, np.int32)
             self._slots = run.copy(self._slots, nowhere_R, nowhere_R)
             self._slots = run.stop(self._slots, nowhere_R)
+            self._slots = run.bias(self._slots, np.int32(NOWHERE), np.zeros(shape.config.vocab_size, np.float32))
             drafted = sorted({shape.draft} if shape.fixed_rows else {0, shape.draft})
             for rows in self.shape.row_counts:
                 for plain, draft in itertools.product((False, True), drafted):
@@ -445,25 +448,29 @@ def chunk_widths(most: int, chunk: int) -> list[int]:
 def _asked(runs: Sequence[Running], R: int, shape: SlotShape) -> Asked:
     """Returns the options of requests as arrays of R rows."""
     requests = [run.request for run in runs]
-    V, M, P = shape.config.vocab_size, shape.max_stop_ids, shape.max_biases
+    V, M = shape.config.vocab_size, shape.max_stop_ids
     samplings = [run.request.choice_sampling(run.choice) for run in runs]
     params, _ = to_arrays(samplings + [samplings[0]] * (R - len(runs)), V)
     # NumPy arrays: the programs take them as they are, and nothing else is compiled for them.
     stop_ids_RM: Any = np.full((R, M), -1, np.int32)
-    bias_ids_RP: Any = np.full((R, P), V, np.int32)
-    bias_RP: Any = np.zeros((R, P), np.float32)
     for r, request in enumerate(requests):
         ids = request.stop_ids or ()
         stop_ids_RM[r, : len(ids)] = ids
-        bias_ids_RP[r, : len(request.logit_bias)] = list(request.logit_bias)
-        bias_RP[r, : len(request.logit_bias)] = list(request.logit_bias.values())
     return Asked(
         sampling=params, budget_B=_filled([q.max_new_tokens for q in requests], R, 0),
         least_B=_filled([q.min_new_tokens for q in requests], R, 0), stop_ids_BM=stop_ids_RM,
-        bias_ids_BP=bias_ids_RP, bias_BP=bias_RP,
+        biased_B=_filled([bool(q.logit_bias) for q in requests], R, False),
         draft_B=_filled([_may_draft(q) for q in requests], R, False),
         logprobs_B=_filled([q.logprobs is not None for q in requests], R, False),
     )
+
+
+def _bias(request: Request, shape: SlotShape) -> np.ndarray:
+    """What a request adds to the logit of each token."""
+    bias_V = np.zeros(shape.config.vocab_size, np.float32)
+    # At most what float32 holds with a logit added.
+    bias_V[list(request.logit_bias)] = np.minimum(list(request.logit_bias.values()), 1e30)
+    return bias_V
 
 
 def _groups[X](items: Sequence[X], size: int) -> Iterable[Sequence[X]]:

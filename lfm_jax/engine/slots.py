@@ -5,14 +5,15 @@ requests come and go without a compilation. The values of a row never depend on 
 depend on the number of rows in a dispatch.
 
 Dimensions: B slots, S tokens of a slot, R rows and C tokens of a prefill, b <= B slots and N steps of a dispatch, T
-tokens of a step (1, and those drafted), V vocabulary, W = ceil(V / 32) words of a mask, M stop ids, P biased ids, L
-likeliest tokens whose log-probabilities are returned.
+tokens of a step (1, and those drafted), V vocabulary, W = ceil(V / 32) words of a mask, M stop ids, L likeliest tokens
+of which log-probabilities are told.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,15 +43,13 @@ class Asked:
 
     sampling: SamplingArrays
     budget_B: jax.Array
-    """The most tokens to generate; int32, as the fields below if not stated otherwise."""
+    """Tokens to generate at most; int32 like what follows."""
     least_B: jax.Array
     """The number of tokens before the first stop id."""
     stop_ids_BM: jax.Array
-    """Padded with -1."""
-    bias_ids_BP: jax.Array
-    """Tokens whose logits are changed, padded with V."""
-    bias_BP: jax.Array
-    """float32; added to their logits."""
+    """-1 fills up."""
+    biased_B: jax.Array
+    """bool; the row's `Slots.bias_BV` counts."""
     draft_B: jax.Array
     """bool; whether tokens may be drafted for the row."""
     logprobs_B: jax.Array
@@ -71,7 +70,10 @@ class Slots:
     seen_BV: jax.Array
     """bool; tokens of the prompt and the text so far."""
     history_BS: jax.Array
-    """Tokens of the prompt and the text so far, by position."""
+    """Tokens of prompt and text so far, by position."""
+    bias_BV: jax.Array | None
+    """float32, added to the logits of rows that are `biased_B`; stale in others. None within programs that leave it be:
+    so much is not to be copied at each dispatch."""
 
 
 @jax.tree_util.register_dataclass
@@ -104,7 +106,6 @@ class SlotShape:
     max_logprobs: int = 0
     """L."""
     max_stop_ids: int = 8
-    max_biases: int = 16
     fixed_rows: bool = False
     """Whether every dispatch that generates takes all slots."""
 
@@ -137,9 +138,7 @@ class SlotShape:
         )
         return Asked(
             sampling=sampling, budget_B=full(0), least_B=full(0), stop_ids_BM=full(-1, self.max_stop_ids),
-            bias_ids_BP=full(self.config.vocab_size, self.max_biases),
-            bias_BP=full(0, self.max_biases, dtype=jnp.float32), draft_B=full(False, dtype=bool),
-            logprobs_B=full(False, dtype=bool),
+            biased_B=full(False, dtype=bool), draft_B=full(False, dtype=bool), logprobs_B=full(False, dtype=bool),
         )
 
     def init(self) -> Slots:
@@ -149,6 +148,7 @@ class SlotShape:
             state=state_lib.init_state(self.config, B, self.length, rollback=self.draft), asked=self.asked(B),
             token_B=jnp.zeros((B,), jnp.int32), left_B=jnp.zeros((B,), jnp.int32),
             seen_BV=jnp.zeros((B, V), bool), history_BS=jnp.zeros((B, self.length), jnp.int32),
+            bias_BV=jnp.zeros((B, V), jnp.float32),
         )
 
     @property
@@ -171,7 +171,7 @@ def slot_shapes(engine: EngineConfig, model: ModelConfig) -> list[SlotShape]:
                          f"{', '.join(model.cannot_roll_back)} cannot; leave draft at 0")
     return [
         SlotShape(config=model, slots=number, length=length, draft=engine.draft, max_logprobs=engine.max_logprobs,
-                  max_stop_ids=engine.max_stop_ids, max_biases=engine.max_biases, fixed_rows=engine.fixed_rows)
+                  max_stop_ids=engine.max_stop_ids, fixed_rows=engine.fixed_rows)
         for number, length in sorted(engine.slots, key=lambda kind: kind[1])
     ]
 
@@ -179,14 +179,16 @@ def slot_shapes(engine: EngineConfig, model: ModelConfig) -> list[SlotShape]:
 class Programs:
     """The compiled functions of one `SlotShape`; parameters of the model are arguments, and slots are donated.
 
-    `prefill`, `score`, `start`, `decode`, `advance`, `choose`, `copy`, `stop`, `snapshot`, `restore`: see the methods.
+    `prefill`, `score`, `bias`, `start`, `decode`, `advance`, `choose`, `copy`, `stop`, `snapshot`, `restore`: see the
+    methods.
     """
 
     def __init__(self, graphdef: nnx.GraphDef[LFM], shape: SlotShape):
         self._graphdef, self._shape = graphdef, shape
         jit = functools.partial(jax.jit, donate_argnames="slots")
         self.prefill, self.score = jit(self._prefill), jit(self._score)
-        self.start, self.copy, self.stop = jit(self._start), jit(self._copy), jit(self._stop)
+        self.start, self.bias = jit(self._start), jit(self._bias)
+        self.copy, self.stop = jit(self._copy), jit(self._stop)
         self.decode = jit(self._decode, static_argnames=("rows", "plain", "draft"))
         self.advance = jit(self._advance, static_argnames="rows")
         self.choose = jit(self._choose, static_argnames="rows")
@@ -239,8 +241,15 @@ class Programs:
     ) -> tuple[Slots, Told]:
         """Starts to generate in some rows: sets their options and chooses the first token from `logits[source]`."""
         part = dataclasses.replace(_take(_light(slots), rows_R), asked=asked, left_B=asked.budget_B)
-        part, told = _next_tokens(part, logits_RV[source_R][:, None], None, ANYTHING, self._shape.max_logprobs, mask_RW)
-        return dataclasses.replace(_put(_light(slots), rows_R, part), state=slots.state), _as_one_step(told)
+        bias = functools.partial(_take, slots.bias_BV, rows_R)
+        part, told = _next_tokens(part, logits_RV[source_R][:, None], None, ANYTHING, self._shape.max_logprobs, mask_RW,
+                                  bias)
+        return _heavy(_put(_light(slots), rows_R, part), slots), _as_one_step(told)
+
+    def _bias(self, slots: Slots, row: jax.Array, bias_V: jax.Array) -> Slots:
+        """Sets what is added to a row's logits."""
+        assert slots.bias_BV is not None
+        return dataclasses.replace(slots, bias_BV=slots.bias_BV.at[row].set(bias_V))
 
     # ---------------------------------------------------------------- generation
 
@@ -255,6 +264,7 @@ class Programs:
         """
         shape = self._shape
         features, most = (GREEDY_FEATURES, 0) if plain else (ANYTHING, shape.max_logprobs)
+        bias = functools.partial(_first, slots.bias_BV, rows)
 
         def unfinished(loop: tuple[jax.Array, Slots, Told]) -> jax.Array:
             n, part, _ = loop
@@ -269,10 +279,12 @@ class Programs:
             logits_bTV, state = self._run(
                 params, tokens_bT, jnp.where(live_b, length_b, 0), part.state, "all" if draft else "last"
             )
-            part, new = _next_tokens(dataclasses.replace(part, state=state), logits_bTV, drafts, features, most)
+            part = dataclasses.replace(part, state=state)
+            part, new = _next_tokens(part, logits_bTV, drafts, features, most, None, bias)
             return n + 1, part, jax.tree.map(lambda all_, x: all_.at[n].set(x), told, new)
 
-        part = jax.tree.map(lambda x: x[:rows], slots)
+        lean = dataclasses.replace(slots, bias_BV=None)
+        part = _first(lean, rows)
         logits = jax.ShapeDtypeStruct((rows, 1 + draft, shape.config.vocab_size), jnp.float32)
         tokens = jax.ShapeDtypeStruct((rows, 1 + draft), jnp.int32)
         told = jax.eval_shape(lambda x, y: _tell(x, y, most), logits, tokens)
@@ -280,20 +292,21 @@ class Programs:
             told = dataclasses.replace(told, drafted=jax.ShapeDtypeStruct((rows,), jnp.int32))
         told = jax.tree.map(lambda x: jnp.full((STEPS, *x.shape), -1, x.dtype), told)
         _, part, told = jax.lax.while_loop(unfinished, body, (jnp.int32(0), part, told))
-        return _put_first(slots, part), told
+        return dataclasses.replace(_put_first(lean, part), bias_BV=slots.bias_BV), told
 
     def _advance(self, params: Any, slots: Slots, *, rows: int) -> tuple[Slots, jax.Array]:
-        """Runs the first half of one step of the first `rows` slots: takes in their tokens and returns logits_bV."""
-        part = jax.tree.map(lambda x: x[:rows], slots.state)
+        """The first half of one step of the first `rows` slots: takes in their tokens; logits_bV."""
+        part = _first(slots.state, rows)
         live_b = (slots.left_B[:rows] > 0).astype(jnp.int32)
         logits_b1V, part = self._run(params, slots.token_B[:rows, None], live_b, part, "last")
         return dataclasses.replace(slots, state=_put_first(slots.state, part)), logits_b1V[:, 0]
 
     def _choose(self, slots: Slots, logits_bV: jax.Array, mask_bW: jax.Array, *, rows: int) -> tuple[Slots, Told]:
-        """Runs the second half: chooses among the tokens that `mask_bW` allows."""
-        part = jax.tree.map(lambda x: x[:rows], _light(slots))
-        part, told = _next_tokens(part, logits_bV[:, None], None, ANYTHING, self._shape.max_logprobs, mask_bW)
-        return dataclasses.replace(_put_first(_light(slots), part), state=slots.state), _as_one_step(told)
+        """The second half: chooses among the tokens that `mask_bW` allows."""
+        part = _first(_light(slots), rows)
+        bias = functools.partial(_first, slots.bias_BV, rows)
+        part, told = _next_tokens(part, logits_bV[:, None], None, ANYTHING, self._shape.max_logprobs, mask_bW, bias)
+        return _heavy(_put_first(_light(slots), part), slots), _as_one_step(told)
 
     # ---------------------------------------------------------------- rows
 
@@ -345,13 +358,22 @@ def _put(tree: Any, rows_R: jax.Array, part: Any) -> Any:
     return jax.tree.map(lambda x, new: x.at[rows_R].set(new, mode="drop"), tree, part)
 
 
+def _first(tree: Any, rows: int) -> Any:
+    return jax.tree.map(lambda x: x[:rows], tree)
+
+
 def _put_first(tree: Any, part: Any) -> Any:
     return jax.tree.map(lambda x, new: new if new.shape == x.shape else x.at[: new.shape[0]].set(new), tree, part)
 
 
 def _light(slots: Slots) -> Slots:
-    """Returns the slots without the states of layers, which choosing a token does not need."""
-    return dataclasses.replace(slots, state=State((), slots.state.position_B))
+    """The slots without what choosing a token does not change: what layers keep, and the bias."""
+    return dataclasses.replace(slots, state=State((), slots.state.position_B), bias_BV=None)
+
+
+def _heavy(light: Slots, slots: Slots) -> Slots:
+    """The light ones with what `slots` have beside."""
+    return dataclasses.replace(light, state=slots.state, bias_BV=slots.bias_BV)
 
 
 def _forget(slots: Slots, rows_R: jax.Array, fresh_R: jax.Array) -> Slots:
@@ -380,15 +402,16 @@ def _remember(
 
 def _next_tokens(
     slots: Slots, logits_BTV: jax.Array, drafts: tuple[jax.Array, jax.Array] | None, features: Features, most: int,
-    mask_BW: jax.Array | None = None,
+    mask_BW: jax.Array | None, bias: Callable[[], jax.Array],
 ) -> tuple[Slots, Told]:
     """Chooses the next tokens of every live row, and returns the slots after them.
 
     Args:
-      logits_BTV: logits after the row's last token, and after each drafted one.
-      drafts: (drafts_BK, how many of them are in the state already), K = T - 1. Drafts are kept as far as they are the
-        tokens that are chosen anyway; the state goes back behind the others.
-      mask_BW: bits of the tokens that may be chosen. If bias or the ban on stop ids leaves none of them, the mask wins.
+      logits_BTV: after the row's last token, and after each drafted one.
+      drafts: (drafts_BK, how many of them are in the state already), K = T - 1. A draft counts as far as it is what is
+        chosen anyway; the state goes back behind the others.
+      mask_BW: bits of the tokens that may be chosen. Where bias or the ban on stop ids leave none of them, they yield.
+      bias: gives `Slots.bias_BV` of these rows, which do not have it; called upon where one is biased.
     """
     B, T, V = logits_BTV.shape
     asked, live_B = slots.asked, slots.left_B > 0
@@ -398,7 +421,7 @@ def _next_tokens(
     allowed_BTV = logits_BTV.astype(jnp.float32)
     if features == ANYTHING:
         made_BT = (asked.budget_B - slots.left_B)[:, None] + jnp.arange(T, dtype=jnp.int32)
-        allowed_BTV = _biased(allowed_BTV, asked)
+        allowed_BTV = _biased(allowed_BTV, asked.biased_B & live_B, bias)
         allowed_BTV = _without_stop_ids(allowed_BTV, asked, live_B[:, None] & (made_BT < asked.least_B[:, None]))
     if mask_BW is not None:
         may_B1V = unpack(mask_BW, V)[:, None]
@@ -468,13 +491,11 @@ def _as_one_step(told: Told) -> Told:
     return jax.tree.map(lambda x: x[None], told)
 
 
-def _biased(logits_BTV: jax.Array, asked: Asked) -> jax.Array:
+def _biased(logits_BTV: jax.Array, biased_B: jax.Array, bias: Callable[[], jax.Array]) -> jax.Array:
     def add(logits_BTV: jax.Array) -> jax.Array:
-        rows_B1 = jnp.arange(logits_BTV.shape[0])[:, None]
-        # The part that is indexed has the shape [B, P, T]: one bias for all tokens of a step.
-        return logits_BTV.at[rows_B1, :, asked.bias_ids_BP].add(asked.bias_BP[:, :, None], mode="drop")
+        return jnp.where(biased_B[:, None, None], logits_BTV + bias()[:, None], logits_BTV)
 
-    return jax.lax.cond(jnp.any(asked.bias_BP != 0), add, lambda x: x, logits_BTV)
+    return jax.lax.cond(jnp.any(biased_B), add, lambda x: x, logits_BTV)
 
 
 def _without_stop_ids(logits_BTV: jax.Array, asked: Asked, ban_BT: jax.Array) -> jax.Array:

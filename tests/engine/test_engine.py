@@ -370,6 +370,34 @@ def test_bias_and_least_tokens():
         assert (len(heard.tokens[0]), heard.finish[0]) == ((least + 1, "stop") if least < 8 else (8, "length"))
 
 
+def test_a_bias_is_its_rows_own_and_of_any_size(monkeypatch):
+    """In mixes, with several continuations, in slots that had another one before, and after a move to a lower slot."""
+    made = engine()
+    written = noted(monkeypatch, made, "bias", lambda args, _: int(args[1]))
+    rng = np.random.default_rng(16)
+    requests = []
+    for i in range(14):
+        bias = {int(t): float(x) for t, x in enumerate(rng.normal(0, 8, V)) if rng.random() < (0, 0.3, 1)[i % 3]}
+        requests.append(Request(
+            prompt=[7 + i, 8, 9], max_new_tokens=30 if i in (7, 12) else 4 + i % 5, stop_ids=(), n=1 + 2 * (i == 4),
+            sampling=Sampling(temperature=float(i % 2), seed=i), logit_bias=bias | ({i: -float("inf")} if bias else {}),
+        ))
+    alone = [run(made, request)[0].tokens for request in requests]
+    assert len(written) == sum(bool(request.logit_bias) for request in requests)  # Once for several continuations.
+    assert [heard.tokens for heard in run(made, *requests)] == alone
+    assert alone != [run(made, dataclasses.replace(request, logit_bias={}))[0].tokens for request in requests]
+    for i, (request, texts) in enumerate(zip(requests, alone, strict=True)):
+        assert not request.logit_bias or all(i not in tokens for tokens in texts)
+    for i in (1, 2, 5):  # As the whole text's logits say.
+        bias_V, text = np.zeros(V), [*requests[i].prompt]
+        bias_V[list(requests[i].logit_bias)] = list(requests[i].logit_bias.values())
+        [greedy] = run(made, dataclasses.replace(requests[i], sampling=Sampling()))
+        for token in greedy.tokens[0]:
+            logits_V = np.asarray(model()(jnp.asarray([text]))[0][0, -1]) + bias_V
+            assert logits_V[token] > logits_V.max() - 1e-5
+            text.append(token)
+
+
 def test_a_grammar_outranks_bias_and_least_tokens():
     """Where they leave none of the tokens that it allows; and what can be told of no token ends one request alone."""
     vocab = tiny_tokenizer().get_vocab_size() + 5

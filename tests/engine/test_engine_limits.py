@@ -143,7 +143,7 @@ def test_deadline_and_queue():
     (dict(prompt=list(range(90)) * 4), "prompt has 360 tokens, with max_new_tokens 5 more than the longest slot, 320"),
     (dict(n=7), "n is 7; there are 6 slots of its length"),
     (dict(stop_ids=tuple(range(9))), "max_stop_ids is 8"),
-    (dict(logit_bias=dict.fromkeys(range(17), 1.0)), "max_biases is 16"),
+    (dict(logit_bias=dict.fromkeys(range(97), -float("inf"))), "logit_bias forbids every token; leave one"),
     (dict(logprobs=6), "logprobs is 6; the engine's max_logprobs is 5"),
     (dict(prompt=[97]), r"prompt has \[97\]; token ids lie in 0..96"),
     (dict(stop_ids=(-1,)), r"stop_ids has \[-1\]"), (dict(logit_bias={99: 1.0}), r"logit_bias has \[99\]"),
@@ -216,7 +216,7 @@ def test_memory_is_counted_before_anything_is_made():
         assert taken < needed + 2**20  # That is for what the layers make.
     large = ModelConfig.preset("lfm2.5-350m")
     memory = memory_needed(EngineConfig(slots=((64, 1024), (2, 32_768))), large, abstract_model(large)[1])
-    beside = 4 + large.vocab_size + 4 * 32_768  # Tokens seen, history, and a little for what is asked.
+    beside = 4 + 5 * large.vocab_size + 4 * 32_768  # Tokens seen, bias, history, and a little for what is asked.
     assert 0 <= memory["2 slots of 32768 tokens"] / 2 - large.state_bytes(32_768) - beside < 1000
 
 
