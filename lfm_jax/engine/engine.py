@@ -30,7 +30,7 @@ from lfm_jax.engine.config import DEFAULT, EngineConfig
 from lfm_jax.engine.placement import check_memory, device_memory, memory_needed, place_replicas
 from lfm_jax.engine.pool import Pool, Running, Sent, Ticket, logprobs
 from lfm_jax.engine.prefix_cache import PrefixCache
-from lfm_jax.engine.request import Continuation, EngineFullError, Event, Finish, Listener, Request
+from lfm_jax.engine.request import Continuation, EngineFullError, Event, Finish, Listener, Request, TokenLogprob
 from lfm_jax.engine.slots import Told, slot_shapes
 from lfm_jax.model import LFM
 from lfm_jax.problems import raise_problems
@@ -242,6 +242,9 @@ class Engine:
             with jax.set_mesh(pool.mesh):
                 if pool.prefilling:
                     self._sent += pool.take_in()
+                    for run in pool.scored:
+                        self._say(run, [], finish="length")
+                    pool.scored.clear()
                 self._generate(pool)
         # Tokens of earlier turns are handed out now, while the device does the new work.
         old = [sent for sent in self._sent if sent in before]
@@ -334,25 +337,31 @@ class Engine:
                 self._hand_out(run, tokens, told, row)
 
     def _hand_out(self, run: Running, tokens: list[int], told: Told, row: int) -> None:
-        request, first = run.request, run.made == 0
-        run.made += len(tokens)
+        request = run.request
         finish: Finish | None = None
         reason = None if run.matcher is None else _follow(run.matcher, tokens)
         if reason is not None:
             finish = "failed"
         elif tokens[-1] in (request.stop_ids or ()):
             finish = "stop"
-        elif run.made >= request.max_new_tokens:
+        elif run.made + len(tokens) >= request.max_new_tokens:
             finish = "length"
-        event = Event(
-            run.choice, tokens, None if request.logprobs is None else
-            logprobs(told, row, np.asarray(told.token)[:, row] >= 0, request.logprobs),
-            run.scores if first and request.prompt_logprobs else None, finish, reason,
+        found = None if request.logprobs is None else logprobs(
+            told, row, np.asarray(told.token)[:, row] >= 0, request.logprobs
         )
+        self._say(run, tokens, found, finish, reason)
+
+    def _say(
+        self, run: Running, tokens: list[int], found: list[TokenLogprob] | None = None, finish: Finish | None = None,
+        reason: str | None = None,
+    ) -> None:
+        """Tells of new tokens, and of the end if this is it."""
+        scores = run.scores if run.made == 0 and run.request.prompt_logprobs else None
+        run.made += len(tokens)
         if finish is not None:
             run.pool.release(run, stop=finish == "failed")
             self.counts[finish] += 1
-        run.ticket.say(event)
+        run.ticket.say(Event(run.choice, tokens, found, scores, finish, reason))
 
     # ---------------------------------------------------------------- offline
 

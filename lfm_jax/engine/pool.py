@@ -113,6 +113,8 @@ class Pool:
         """Runs whose prompts are being taken in, oldest first."""
         self.live: set[Running] = set()
         """Runs that generate."""
+        self.scored: list[Running] = []
+        """Runs that were to generate nothing and whose prompts have been taken in, until the engine ends them."""
         self._batch = self._rows_taken_in(config.chunk)[0]
         """Rows of a dispatch that copies or stops rows; one that takes in prompts has at least as many."""
         self._shortest_first = False
@@ -164,6 +166,7 @@ class Pool:
                 self._vacate(run)
         self.prefilling.clear()
         self.live.clear()
+        self.scored.clear()
 
     def _vacate(self, run: Running) -> None:
         """Frees a run's slot, if it still has it."""
@@ -281,13 +284,16 @@ class Pool:
         for r, first in finished:
             self.prefilling.remove(first)
             runs = [run for run in first.ticket.runs if not run.over]
+            for run in runs:
+                run.scores = first.scores
+            if not first.request.max_new_tokens:
+                self.scored += runs
+                continue
             if first.request.logit_bias:
                 self._slots = self._programs.bias(self._slots, np.int32(first.row), _bias(first.request, self.shape))
             for some in _groups([run.row for run in runs if run is not first], n):
                 source_R, rows_R = np.full(n, first.row, np.int32), _filled(some, n, NOWHERE)
                 self._slots = self._programs.copy(self._slots, source_R, rows_R)
-            for run in runs:
-                run.scores = first.scores
             starts += [(r, run) for run in runs]
         sent = []
         for some in _groups(starts, R):

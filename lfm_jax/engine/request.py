@@ -32,6 +32,7 @@ class Request:
     prompt: Sequence[int]
     """Token ids, at least one."""
     max_new_tokens: int = 64
+    """0 takes in the prompt, for its `prompt_logprobs` or for the prefix cache, and generates nothing."""
     min_new_tokens: int = 0
     """The number of tokens before the first stop id, unless a grammar allows nothing else."""
     sampling: Sampling = GREEDY
@@ -56,7 +57,7 @@ class Request:
         object.__setattr__(self, "prompt", _ids(self.prompt))
         if self.prompt is None or not len(self.prompt):
             problems.append("prompt must be a list of at least one token id")
-        for name, least in (("max_new_tokens", 1), ("min_new_tokens", 0), ("n", 1)):
+        for name, least in (("max_new_tokens", 0), ("min_new_tokens", 0), ("n", 1)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 problems.append(f"{name} is {value!r}; it must be a whole number of at least {least}")

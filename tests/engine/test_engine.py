@@ -355,6 +355,24 @@ def test_log_probabilities_are_the_models_and_those_of_training(sampling):
         np.testing.assert_allclose([p for _, p in t.best], expected_V[best], atol=1e-4)
 
 
+def test_a_prompt_is_scored_and_nothing_generated(monkeypatch):
+    """It may fill its slot, and it takes no step; what runs beside it goes on, and its blocks are kept."""
+    made, pool = engine(), engine()._pools[0]
+    prompt, beside = [int(x) for x in np.random.default_rng(17).integers(0, V, 64)], Request(prompt=[1], stop_ids=())
+    [alone] = run(made, beside)
+    starts = noted(monkeypatch, made, "start", lambda args, _: int((args[3] < len(pool.rows)).sum()))
+    scored = Request(prompt=prompt, max_new_tokens=0, logprobs=2, prompt_logprobs=True, n=2)
+    tokens = made.counts["tokens"]
+    [heard, other, silent] = run(made, scored, beside, Request(prompt=prompt, max_new_tokens=0))
+    assert (heard.finish, heard.tokens) == (["length"] * 2, [[], []])
+    np.testing.assert_allclose([t.logprob for t in heard.prompt_logprobs[1]], log_probabilities(prompt)[1], atol=1e-5)
+    assert heard.prompt_logprobs[0] == heard.prompt_logprobs[1]
+    assert (silent.finish, silent.tokens, silent.prompt_logprobs) == (["length"], [[]], [None])
+    assert other.tokens == alone.tokens
+    assert (starts, made.counts["tokens"] - tokens) == ([1], 64)  # The neighbour's alone.
+    assert len(pool.cache.find([*prompt, 1])) == 4
+
+
 def test_bias_and_least_tokens():
     base = a_request(np.random.default_rng(9), prompt=[8, 9, 10], sampling=Sampling(), max_new_tokens=8, stop_ids=())
     [free] = run(engine(), base)

@@ -155,7 +155,7 @@ def test_what_the_engine_cannot_take(changes, message):
 
 
 def test_bad_requests_and_configs_list_every_field():
-    bad = dict(prompt="text", max_new_tokens=0, min_new_tokens=-1, n=0, logit_bias={1: float("nan")}, logprobs=-1,
+    bad = dict(prompt="text", max_new_tokens=-1, min_new_tokens=-1, n=0, logit_bias={1: float("nan")}, logprobs=-1,
                deadline=0)
     with pytest.raises(ValueError, match="Request is not valid") as error:
         Request(**bad)
