@@ -30,8 +30,17 @@ from lfm_jax.engine.config import DEFAULT, EngineConfig
 from lfm_jax.engine.placement import check_memory, device_memory, memory_needed, place_replicas
 from lfm_jax.engine.pool import Pool, Running, Sent, Ticket, logprobs
 from lfm_jax.engine.prefix_cache import PrefixCache
-from lfm_jax.engine.request import Continuation, EngineFullError, Event, Finish, Listener, Request, TokenLogprob
-from lfm_jax.engine.slots import Told, slot_shapes
+from lfm_jax.engine.request import (
+    LOGITS_NOT_FINITE,
+    Continuation,
+    EngineFullError,
+    Event,
+    Finish,
+    Listener,
+    Request,
+    TokenLogprob,
+)
+from lfm_jax.engine.slots import NOT_FINITE, Told, slot_shapes
 from lfm_jax.model import LFM
 from lfm_jax.problems import raise_problems
 
@@ -65,8 +74,9 @@ class Engine:
         """Bytes on a device, by purpose."""
         check_memory(self.memory, config.memory_bytes or device_memory())
         self.counts = collections.Counter[str]()
-        """Counts of prompt_tokens, cached_tokens, tokens, steps (each row counts its own), drafted_tokens and
-        accepted_tokens (of those), and of continuations by their finish."""
+        """prompt_tokens, cached_tokens, tokens, steps (row steps that made them), drafted_tokens, accepted_tokens (of
+        the drafted ones), continuations by their finish, not_finite (those among the failed ones whose logits were
+        not)."""
         self._pools = [
             Pool(graphdef, placed, part, shape, config,
                  PrefixCache(config.chunk, config.prefix_cache_bytes // len(shapes)), self.counts)
@@ -242,9 +252,9 @@ class Engine:
             with jax.set_mesh(pool.mesh):
                 if pool.prefilling:
                     self._sent += pool.take_in()
-                    for run in pool.scored:
-                        self._say(run, [], finish="length")
-                    pool.scored.clear()
+                    for run, reason in pool.ended:
+                        self._say(run, [], finish="length" if reason is None else "failed", reason=reason)
+                    pool.ended.clear()
                 self._generate(pool)
         # Tokens of earlier turns are handed out now, while the device does the new work.
         old = [sent for sent in self._sent if sent in before]
@@ -318,14 +328,14 @@ class Engine:
         for sent in ready:
             self._sent.remove(sent)
             told = jax.tree.map(np.asarray, sent.told)
-            # For all rows at once: thousands of them may wait for this thread.
-            real_NBT = np.asarray(told.token) >= 0
+            # For all rows at once: thousands of them wait for this thread.
+            real_NBT, spoilt_NBT = np.asarray(told.token) >= 0, np.asarray(told.token) == NOT_FINITE
             stepped_NB = real_NBT.any(axis=2)
             tokens_B = np.asarray(told.token).swapaxes(0, 1).reshape(real_NBT.shape[1], -1).tolist()
-            steps_B = stepped_NB.sum(axis=0).tolist()
+            steps_B, spoilt_B = stepped_NB.sum(axis=0).tolist(), spoilt_NBT.any(axis=(0, 2)).tolist()
             drafted_B = None if told.drafted is None else (told.drafted * stepped_NB).sum(axis=0).tolist()
             for row, run in sent.runs:
-                if run.over or not steps_B[row]:
+                if run.over or not (steps_B[row] or spoilt_B[row]):
                     continue
                 tokens = [token for token in tokens_B[row] if token >= 0]
                 self.counts["tokens"] += len(tokens)
@@ -334,12 +344,14 @@ class Engine:
                     self.counts["drafted_tokens"] += drafted_B[row]
                     self.counts["accepted_tokens"] += len(tokens) - steps_B[row]
                     run.pool.promise(run, len(tokens) - steps_B[row])
-                self._hand_out(run, tokens, told, row)
+                self._hand_out(run, tokens, told, row, spoilt=spoilt_B[row])
 
-    def _hand_out(self, run: Running, tokens: list[int], told: Told, row: int) -> None:
+    def _hand_out(self, run: Running, tokens: list[int], told: Told, row: int, *, spoilt: bool) -> None:
         request = run.request
         finish: Finish | None = None
         reason = None if run.matcher is None else _follow(run.matcher, tokens)
+        if reason is None and spoilt:
+            reason = LOGITS_NOT_FINITE
         if reason is not None:
             finish = "failed"
         elif tokens[-1] in (request.stop_ids or ()):
@@ -356,11 +368,12 @@ class Engine:
         reason: str | None = None,
     ) -> None:
         """Tells of new tokens, and of the end if this is it."""
-        scores = run.scores if run.made == 0 and run.request.prompt_logprobs else None
+        scores = run.scores if run.made == 0 and run.request.prompt_logprobs and finish != "failed" else None
         run.made += len(tokens)
         if finish is not None:
             run.pool.release(run, stop=finish == "failed")
             self.counts[finish] += 1
+            self.counts["not_finite"] += reason == LOGITS_NOT_FINITE
         run.ticket.say(Event(run.choice, tokens, found, scores, finish, reason))
 
     # ---------------------------------------------------------------- offline

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.prefix_cache import PrefixCache
-from lfm_jax.engine.request import Event, Listener, Request, TokenLogprob
+from lfm_jax.engine.request import LOGITS_NOT_FINITE, Event, Listener, Request, TokenLogprob
 from lfm_jax.engine.slots import NOWHERE, Asked, Slots, SlotShape, Told, programs
 from lfm_jax.sampling import Sampling, counts_matter, to_arrays
 
@@ -113,8 +113,9 @@ class Pool:
         """Runs whose prompts are being taken in, oldest first."""
         self.live: set[Running] = set()
         """Runs that generate."""
-        self.scored: list[Running] = []
-        """Runs that were to generate nothing and whose prompts have been taken in, until the engine ends them."""
+        self.ended: list[tuple[Running, str | None]] = []
+        """Runs that end with their prompts, and why they fail, until the engine has said so: those that were to
+        generate nothing, and those with scores that are not finite."""
         self._batch = self._rows_taken_in(config.chunk)[0]
         """Rows of a dispatch that copies or stops rows; one that takes in prompts has at least as many."""
         self._shortest_first = False
@@ -166,7 +167,7 @@ class Pool:
                 self._vacate(run)
         self.prefilling.clear()
         self.live.clear()
-        self.scored.clear()
+        self.ended.clear()
 
     def _vacate(self, run: Running) -> None:
         """Frees a run's slot, if it still has it."""
@@ -247,14 +248,17 @@ class Pool:
             told = jax.tree.map(np.asarray, told)
             for r, run in enumerate(runs):
                 # Nothing follows the prompt's last token.
-                known = length_R[r] - (run.taken_in == len(run.request.prompt))
-                run.scores += logprobs(told, r, np.arange(width)[None] < known, run.request.logprobs)
+                known_1T = np.arange(width)[None] < length_R[r] - (run.taken_in == len(run.request.prompt))
+                run.scores += logprobs(told, r, known_1T, run.request.logprobs)
+                if not all(np.isfinite(x[:, r][known_1T]).all() for x in (told.logprob, told.best_logprob)):
+                    self.prefilling.remove(run)
+                    self.ended += [(one, LOGITS_NOT_FINITE) for one in run.ticket.runs if not one.over]
         else:
             self._slots, logits_RV = self._programs.prefill(*args)
-        for run in runs:
+        good = [(r, run) for r, run in enumerate(runs) if run in self.prefilling]
+        for _, run in good:
             self._keep(run)
-        finished = [(r, run) for r, run in enumerate(runs) if run.taken_in == len(run.request.prompt)]
-        return self._begin(logits_RV, finished)
+        return self._begin(logits_RV, [(r, run) for r, run in good if run.taken_in == len(run.request.prompt)])
 
     def _chunk_shape(self, run: Running) -> tuple[int, bool]:
         """Returns (tokens, whether they are scored) for the dispatch that takes in the next chunk of a prompt."""
@@ -287,7 +291,7 @@ class Pool:
             for run in runs:
                 run.scores = first.scores
             if not first.request.max_new_tokens:
-                self.scored += runs
+                self.ended += [(run, None) for run in runs]
                 continue
             if first.request.logit_bias:
                 self._slots = self._programs.bias(self._slots, np.int32(first.row), _bias(first.request, self.shape))

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from lfm_jax.structured.grammar import Matcher
 
 Finish = Literal["stop", "length", "cancelled", "deadline", "failed"]
-"""`stop`: a stop id. `length`: max_new_tokens. `cancelled` and `deadline` may come at any time, also while a request
-waits. `failed`: no token fits the grammar, or the engine has failed; the event has the reason."""
+"""`stop`: a stop id. `length`: max_new_tokens. `cancelled` and `deadline` may come at any time, also while it waits.
+`failed`: the grammar could be followed no further, the model's logits were not finite, or the engine has failed; the
+event says why."""
+LOGITS_NOT_FINITE = "the model's logits are not finite: its weights are damaged, or its dtype is too narrow for them"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,8 @@ from lfm_jax.state import State
 NGRAM = 2
 """How many last tokens must have occurred before, for the tokens after them to be drafted."""
 GREEDY_FEATURES = Features(*[False] * len(Features._fields))
+NOT_FINITE = -2
+"""Told in place of a token where the logits are not finite."""
 NOWHERE = 2**30
 """An index beyond every array: writes to it are dropped."""
 
@@ -82,7 +84,7 @@ class Told:
     """Chosen tokens and their log-probabilities, [steps, rows, tokens]."""
 
     token: jax.Array
-    """-1 for none."""
+    """-1 where there is none, or NOT_FINITE: the end of its row."""
     drafted: jax.Array | None
     """int32 [steps, rows], the number of drafted tokens; None in programs without drafts."""
     logprob: jax.Array | None
@@ -435,8 +437,9 @@ def _next_tokens(
         allowed_BTV.reshape(B * T, V), sampling, features, position_BT.reshape(-1), seen_XV,
         lambda: jnp.repeat(_generated(slots, first_B), T, axis=0),
     )
-    token_BT = token_X.reshape(B, T)
-    stops_BT = jnp.any(token_BT[:, :, None] == asked.stop_ids_BM[:, None], axis=2)
+    finite_BT = jnp.all(jnp.isfinite(logits_BTV), axis=2)
+    token_BT = jnp.where(finite_BT, token_X.reshape(B, T), NOT_FINITE)
+    stops_BT = jnp.any(token_BT[:, :, None] == asked.stop_ids_BM[:, None], axis=2) | ~finite_BT
     right_BK = (token_BT[:, :-1] == drafts_BK) & ~stops_BT[:, :-1]
     right_BK &= jnp.arange(T - 1) < drafted_B[:, None]
     right_B = jnp.sum(jnp.cumprod(right_BK.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
@@ -444,14 +447,15 @@ def _next_tokens(
     told = _tell(logits_BTV, token_BT, most, wanted=jnp.any(asked.logprobs_B & live_B))
     told = dataclasses.replace(told, token=jnp.where(jnp.arange(T) < made_B[:, None], token_BT, -1),
                                drafted=None if drafts is None else drafted_B)
-    slots = _remember(slots, jnp.arange(B), first_B, token_BT, made_B)
-    stopped_B = jnp.take_along_axis(stops_BT, right_B[:, None], axis=1)[:, 0]
+    last_B, stopped_B = (jnp.take_along_axis(x, right_B[:, None], axis=1)[:, 0] for x in (token_BT, stops_BT))
+    chosen_B = last_B != NOT_FINITE
+    slots = _remember(slots, jnp.arange(B), first_B, token_BT, made_B - (live_B & ~chosen_B))
     state = slots.state
     if drafts is not None:
         state = state_lib.rollback(state, jnp.where(live_B, drafted_B - right_B, 0))
     return dataclasses.replace(
         slots, state=state,
-        token_B=jnp.where(live_B, jnp.take_along_axis(token_BT, right_B[:, None], axis=1)[:, 0], slots.token_B),
+        token_B=jnp.where(live_B & chosen_B, last_B, slots.token_B),
         left_B=jnp.where(live_B & ~stopped_B, slots.left_B - made_B, 0),
     ), told
 

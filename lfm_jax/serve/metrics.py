@@ -16,6 +16,7 @@ PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/
 """Other paths are counted together, so that clients cannot create any number of series."""
 TOKENS = {"prompt_tokens": "Tokens of prompts", "cached_tokens": "Tokens of prompts found in the prefix cache",
           "drafted_tokens": "Tokens drafted by prompt lookup", "accepted_tokens": "Drafted tokens that were right",
+          "not_finite": "Continuations that failed since the model's logits were not finite",
           "tokens": "Tokens generated", "steps": "Steps of rows that generated them"}
 
 

@@ -8,16 +8,18 @@ import jax
 import numpy as np
 import pytest
 from engines import CONFIG, Heard, V, a_request, assert_slots_are_whole, engine, model, run
+from flax import nnx
 
 from lfm_jax.config import ModelConfig
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.engine import Engine
 from lfm_jax.engine.placement import memory_needed
 from lfm_jax.engine.pool import chunk_width, chunk_widths
-from lfm_jax.engine.request import EngineFullError, Request
+from lfm_jax.engine.request import LOGITS_NOT_FINITE, EngineFullError, Request
 from lfm_jax.infer.generate import generate_tokens
 from lfm_jax.model import abstract_model
-from lfm_jax.testing import tiny_model
+from lfm_jax.structured.grammar import Grammar, grammar_tokenizer
+from lfm_jax.testing import tiny_model, tiny_tokenizer
 
 
 def test_a_short_prompt_need_not_wait_for_a_long_one():
@@ -248,6 +250,41 @@ def test_closing_without_draining_ends_everything():
     assert "cancelled" in {each.finish[0] for each in heard}
     assert made.running() == made.waiting() == 0
     assert_slots_are_whole(made)
+
+
+def broken_model(vocab_size, token):
+    """A small model with logits that are NaN once `token` is in the text."""
+    broken = tiny_model(vocab_size=vocab_size, tie_embedding=False, layer_types=("conv", "full_attention"))
+    broken.embed[...] = broken.embed[...].at[token].set(np.nan)
+    return broken
+
+
+def test_logits_that_are_not_finite_end_their_request_alone():
+    """In a prompt, in its scores, at the first token, at a later one, with drafts, and under a grammar."""
+    vocab = tiny_tokenizer().get_vocab_size()
+    broken, bad = broken_model(vocab, 80), Request(prompt=[4, 80, 6], max_new_tokens=9, stop_ids=(), logprobs=2)
+    beside = [Request(prompt=[7, 8, 9], max_new_tokens=20, stop_ids=(), logit_bias={80: -float("inf")}),
+              Request(prompt=[9, 8] * 9, max_new_tokens=20, stop_ids=(), logit_bias={80: -float("inf")})]
+    late = Request(prompt=[7, 8, 9], max_new_tokens=9, stop_ids=(), logprobs=2, logit_bias={80: 1e4})
+    tokens = grammar_tokenizer(tiny_tokenizer(), vocab, (3,))
+    for draft in (0, 2):
+        made = Engine(broken, dataclasses.replace(CONFIG, slots=((6, 64),), draft=draft))
+        alone = [run(made, request)[0] for request in beside]
+        asked = [bad, late, dataclasses.replace(bad, n=2), dataclasses.replace(bad, prompt_logprobs=True, n=2),
+                 dataclasses.replace(bad, stop_ids=(3,), grammar=tokens.matcher(Grammar.regex("[a-f]{5}"))),
+                 dataclasses.replace(late, stop_ids=(3,), grammar=tokens.matcher(
+                     Grammar.regex(tiny_tokenizer().decode([80]) + "[a-f]{5}")), logit_bias={})]
+        counts, failed = [0, 1, 0, 0, 0, 1], 0
+        for request, made_tokens in zip(asked, counts, strict=True):
+            heard, *others = run(made, request, *beside)
+            assert heard.finish == ["failed"] * request.n
+            assert heard.reason == [LOGITS_NOT_FINITE] * request.n
+            assert heard.tokens == [[80] * made_tokens] * request.n
+            assert all(np.isfinite(t.logprob) for told in heard.logprobs for t in told)
+            assert heard.prompt_logprobs == [None] * request.n
+            assert [(o.tokens, o.finish) for o in others] == [(o.tokens, o.finish) for o in alone]
+            failed += request.n
+            assert made.counts["not_finite"] == made.counts["failed"] == failed
 
 
 def test_a_listener_that_raises_harms_nobody(capsys):
