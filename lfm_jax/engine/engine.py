@@ -368,13 +368,14 @@ class Engine:
         reason: str | None = None,
     ) -> None:
         """Tells of new tokens, and of the end if this is it."""
-        scores = run.scores if run.made == 0 and run.request.prompt_logprobs and finish != "failed" else None
+        first = run.made == 0
+        scores = run.scores if first and run.request.prompt_logprobs and finish != "failed" else None
         run.made += len(tokens)
         if finish is not None:
             run.pool.release(run, stop=finish == "failed")
             self.counts[finish] += 1
             self.counts["not_finite"] += reason == LOGITS_NOT_FINITE
-        run.ticket.say(Event(run.choice, tokens, found, scores, finish, reason))
+        run.ticket.say(Event(run.choice, tokens, found, scores, run.cached if first else None, finish, reason))
 
     # ---------------------------------------------------------------- offline
 

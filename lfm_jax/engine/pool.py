@@ -70,7 +70,9 @@ class Running:
         self.promised = 0
         """Tokens generated so far, and those that dispatches under way will generate unless the text ends first."""
         self.taken_in = 0
-        """Tokens of the prompt in the state, if this run takes in the prompt of its ticket."""
+        """Tokens of the prompt in the state, if this is the one of its ticket that takes it in."""
+        self.cached = 0
+        """Those of them that came from the prefix cache; of the prompt, once it has been taken in."""
         self.scores: list[TokenLogprob] = []
         """Log-probabilities of the prompt, until the first event."""
 
@@ -190,6 +192,7 @@ class Pool:
                     self._slots, np.int32(run.row), np.int32(run.taken_in), part, tokens_C, fresh=run.taken_in == 0
                 )
                 run.taken_in += C
+                run.cached += C
                 self._counts["cached_tokens"] += C
 
     def take_in(self) -> list[Sent]:
@@ -289,7 +292,7 @@ class Pool:
             self.prefilling.remove(first)
             runs = [run for run in first.ticket.runs if not run.over]
             for run in runs:
-                run.scores = first.scores
+                run.scores, run.cached = first.scores, first.cached
             if not first.request.max_new_tokens:
                 self.ended += [(run, None) for run in runs]
                 continue

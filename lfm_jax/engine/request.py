@@ -127,6 +127,8 @@ class Event:
     """One for each new token, if they were asked for."""
     prompt_logprobs: list[TokenLogprob] | None = None
     """Of the prompt's tokens from the second on; with the first event, if they were asked for."""
+    cached_tokens: int | None = None
+    """Tokens of the prompt that came from the prefix cache; with the first event, once the prompt is taken in."""
     finish: Finish | None = None
     """Set with the last event of a continuation."""
     reason: str | None = None

@@ -38,6 +38,8 @@ class Piece:
     """New tokens, a stop id included; their text may come with a later piece."""
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
+    cached_tokens: int | None = None
+    """As with `Event`."""
     finish: Finish | None = None
     reason: str | None = None
     """Why it failed."""
@@ -166,6 +168,7 @@ class Answers:
                     del self._replies[choice]
                 # Tokens after those of the stop string are not part of the answer.
                 logprobs = None if event.logprobs is None else event.logprobs[:taken]
-                yield Piece(choice, text, event.tokens[:taken], logprobs, event.prompt_logprobs, finish, event.reason)
+                yield Piece(choice, text, event.tokens[:taken], logprobs, event.prompt_logprobs, event.cached_tokens,
+                            finish, event.reason)
         finally:
             self.cancel()

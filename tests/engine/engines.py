@@ -52,13 +52,16 @@ class Heard:
     def __init__(self, n=1):
         self.tokens, self.finish = [[] for _ in range(n)], [None] * n
         self.logprobs, self.prompt_logprobs = [[] for _ in range(n)], [None] * n
-        self.reason = [None] * n
+        self.reason, self.cached = [None] * n, [None] * n
 
     def __call__(self, event):
         assert self.finish[event.choice] is None
         self.tokens[event.choice] += event.tokens
         self.logprobs[event.choice] += event.logprobs or []
         self.prompt_logprobs[event.choice] = event.prompt_logprobs or self.prompt_logprobs[event.choice]
+        if event.cached_tokens is not None:
+            assert self.cached[event.choice] is None
+            self.cached[event.choice] = event.cached_tokens
         self.finish[event.choice], self.reason[event.choice] = event.finish, event.reason
 
 

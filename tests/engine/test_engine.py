@@ -220,11 +220,13 @@ def test_what_the_prefix_cache_holds_changes_nothing():
     longer = dataclasses.replace(request, prompt=[*request.prompt[:40], 7, 7, 7])
     cached = [engine().counts["cached_tokens"]]
     first = run(engine(), request, longer)
-    cached.append(engine().counts["cached_tokens"])
+    assert [heard.cached for heard in first] == [[0], [32]]
+    before = engine().counts["cached_tokens"]
     again = run(engine(), request, longer)
-    cached.append(engine().counts["cached_tokens"])
-    assert cached[1] - cached[0] <= 32  # What `longer` shares with the other, which was new itself.
-    assert cached[2] - cached[1] == 48 + 32
+    assert engine().counts["cached_tokens"] - before == 48 + 32
+    assert [heard.cached for heard in again] == [[48], [32]]
+    [several] = run(engine(), dataclasses.replace(request, n=3))
+    assert several.cached == [48] * 3
     assert [heard.tokens for heard in first] == [heard.tokens for heard in again]
     uncached = Engine(model(), dataclasses.replace(CONFIG, prefix_cache_bytes=0))
     assert [heard.tokens for heard in run(uncached, request, longer)] == [heard.tokens for heard in first]

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 from engines import CONFIG, Heard, V, a_request, assert_slots_are_whole, engine, model, run
-from flax import nnx
 
 from lfm_jax.config import ModelConfig
 from lfm_jax.engine.config import EngineConfig
