@@ -32,6 +32,7 @@ from lfm_jax.engine.pool import Pool, Running, Sent, Ticket, logprobs
 from lfm_jax.engine.prefix_cache import PrefixCache
 from lfm_jax.engine.request import (
     LOGITS_NOT_FINITE,
+    ContextLengthError,
     Continuation,
     EngineFullError,
     Event,
@@ -107,7 +108,8 @@ class Engine:
         """Queues a request; the engine's thread calls `listener` with its events.
 
         Raises:
-          ValueError: the request fits no slot, has ids that the model lacks, or exceeds a limit of the engine.
+          ContextLengthError: the request fits no slot.
+          ValueError: it names ids that the model lacks, or asks for more than the engine grants.
           EngineFullError: `max_queue` requests wait.
           RuntimeError: the engine is closed, or has failed.
         """
@@ -145,11 +147,10 @@ class Engine:
     def _check(self, request: Request) -> None:
         request.check(self.model_config)
         config, stop_ids = self.config, request.stop_ids or ()
-        problems = []
         if request.size > self.longest:
-            problems.append(f"prompt has {len(request.prompt)} tokens, with max_new_tokens {request.max_new_tokens} "
-                            f"more than the longest slot, {self.longest}; shorten one of them")
-        elif request.n > (slots := self._pools_for(request)[0].shape.slots):
+            raise ContextLengthError(self.longest, len(request.prompt), request.max_new_tokens)
+        problems = []
+        if request.n > (slots := self._pools_for(request)[0].shape.slots):
             problems.append(f"n is {request.n}; there are {slots} slots of its length")
         if len(stop_ids) > config.max_stop_ids:
             problems.append(f"stop_ids names {len(stop_ids)} tokens; max_stop_ids is {config.max_stop_ids}")

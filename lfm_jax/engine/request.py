@@ -151,4 +151,16 @@ Listener = Callable[[Event], None]
 
 
 class EngineFullError(RuntimeError):
-    """The queue of waiting requests is full."""
+    """As many requests wait as may."""
+
+
+class ContextLengthError(ValueError):
+    """More tokens than a slot can hold, in the words that client libraries of OpenAI's look for."""
+
+    def __init__(self, limit: int, prompt_tokens: int, max_new_tokens: int):
+        self.limit, self.prompt_tokens, self.max_new_tokens = limit, prompt_tokens, max_new_tokens
+        super().__init__(
+            f"This model's maximum context length is {limit} tokens. However, you requested "
+            f"{prompt_tokens + max_new_tokens} tokens ({prompt_tokens} in the messages, {max_new_tokens} in the "
+            "completion). Please reduce the length of the messages or completion."
+        )

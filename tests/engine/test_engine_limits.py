@@ -14,7 +14,7 @@ from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.engine import Engine
 from lfm_jax.engine.placement import memory_needed
 from lfm_jax.engine.pool import chunk_width, chunk_widths
-from lfm_jax.engine.request import LOGITS_NOT_FINITE, EngineFullError, Request
+from lfm_jax.engine.request import LOGITS_NOT_FINITE, ContextLengthError, EngineFullError, Request
 from lfm_jax.infer.generate import generate_tokens
 from lfm_jax.model import abstract_model
 from lfm_jax.structured.grammar import Grammar, grammar_tokenizer
@@ -141,7 +141,6 @@ def test_deadline_and_queue():
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    (dict(prompt=list(range(90)) * 4), "prompt has 360 tokens, with max_new_tokens 5 more than the longest slot, 320"),
     (dict(n=7), "n is 7; there are 6 slots of its length"),
     (dict(stop_ids=tuple(range(9))), "max_stop_ids is 8"),
     (dict(logit_bias=dict.fromkeys(range(97), -float("inf"))), "logit_bias forbids every token; leave one"),
@@ -153,6 +152,18 @@ def test_what_the_engine_cannot_take(changes, message):
     with pytest.raises(ValueError, match=message):
         engine().submit(Request(**dict(prompt=[1], max_new_tokens=5) | changes), Heard())
     assert engine().waiting() == 0
+
+
+def test_too_long_a_request_is_told_in_openais_words():
+    for prompt, new in ((list(range(90)) * 4, 5), ([1] * 320, 1), ([1], 320)):
+        with pytest.raises(ContextLengthError) as error:
+            engine().submit(Request(prompt=prompt, max_new_tokens=new), Heard())
+        assert str(error.value) == (
+            f"This model's maximum context length is 320 tokens. However, you requested {len(prompt) + new} tokens "
+            f"({len(prompt)} in the messages, {new} in the completion). Please reduce the length of the messages or "
+            "completion."
+        )
+        assert (error.value.limit, error.value.prompt_tokens, error.value.max_new_tokens) == (320, len(prompt), new)
 
 
 def test_bad_requests_and_configs_list_every_field():
