@@ -148,7 +148,7 @@ def serve(args):
 
     asked = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "open_service", lambda path, dtype, engine, mesh: asked.update(slots=engine.slots))
+        patch.setattr(launch, "open_service", lambda path, dtype, engine, mesh, **_: asked.update(slots=engine.slots))
         patch.setattr(launch, "serve", lambda service, name, *rest: asked.update(name=name))
         code = status(args)
     assert asked == {"slots": ((16, 2048), (1, 32768)), "name": CHECKPOINT}

@@ -29,6 +29,7 @@ def serve(
     data: int = 1,
     tensor: int = 1,
     dtype: DType | None = None,
+    warm_up: Literal["first", "all"] = "first",
     drain_seconds: int = 60,
 ) -> int:
     """Serve a model over HTTP with the API of OpenAI, and a page to try it at /. Needs `lfm_jax[serve]`.
@@ -45,12 +46,13 @@ def serve(
       limits: limits of one request.
       data: replicas of the model.
       tensor: devices that each replica is split over.
-      dtype: dtype of parameters and computation; the stored one if left out.
-      drain_seconds: how long running requests may take to finish after SIGTERM.
+      dtype: of parameters and computation; the stored one if left out.
+      warm_up: programs to compile before it serves: what a first request needs, and the others beside the work, or all.
+      drain_seconds: how long what runs may take to end after SIGTERM.
     """
     launch = _serving("launch")
     launch.check_address(host, os.environ.get(launch.KEY_VARIABLE))
-    service = launch.open_service(path, dtype, engine, (data, tensor))
+    service = launch.open_service(path, dtype, engine, (data, tensor), everything=warm_up == "all")
     launch.serve(service, name or path.resolve().name, host, port, sampling, limits, drain_seconds)
     return 0
 

@@ -14,11 +14,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -42,6 +43,7 @@ from lfm_jax.engine.request import (
     TokenLogprob,
 )
 from lfm_jax.engine.slots import NOT_FINITE, Told, slot_shapes
+from lfm_jax.engine.variants import STAGES, Variant, variants
 from lfm_jax.model import LFM
 from lfm_jax.problems import raise_problems
 
@@ -99,6 +101,11 @@ class Engine:
         self._admitted: set[Ticket] = set()
         self._sent: collections.deque[Sent] = collections.deque()
         self._thread: threading.Thread | None = None
+        self._compiler: threading.Thread | None = None
+        self._uncompiled: collections.deque[tuple[Pool, Variant]] = collections.deque()
+        self._compiled: collections.deque[tuple[Pool, Variant]] = collections.deque()
+        """Ready, and not yet known to their pools."""
+        self._tell: Callable[[str], None]
         self.failure: str | None = None
         """The error that ended the thread, if one did."""
 
@@ -181,15 +188,61 @@ class Engine:
 
     # ---------------------------------------------------------------- the thread
 
-    def warm_up(self) -> int:
-        """Compiles all programs before any request runs, and returns their number."""
-        return sum(pool.warm_up() for pool in self._pools)
+    def warm_up(self, *, everything: bool = True, tell: Callable[[str], None] = lambda _: None) -> int:
+        """Compiles programs before anything runs.
+
+        Args:
+          everything: all of them, as always with `fixed_rows`. Else those that a first, short request needs: `serve`
+            compiles the others beside its work. Until a program is ready, a wider one does its work; one without a
+            substitute is compiled by whoever needs it first.
+          tell: hears what is compiled, a line each, from here or from a thread of its own.
+
+        Returns:
+          How many are ready.
+        """
+        pools = sorted(self._pools, key=lambda pool: pool.shape.length)
+        of_pools = [(pool, variants(pool.shape, self.config)) for pool in pools]
+        stages = [[(pool, variant) for pool, of_pool in of_pools for variant in of_pool[n]] for n in range(STAGES)]
+        for pool in pools:
+            pool.ready = set()
+        self._uncompiled, self._tell = collections.deque(itertools.chain(*stages)), tell
+        needed = sum(pool.shape.length == pools[0].shape.length for pool, _ in stages[0])
+        count = len(self._uncompiled) if everything or self.config.fixed_rows else needed
+        for _ in range(count):
+            self._compile_next()
+        self._take_over()
+        return count
+
+    def _compile_next(self) -> None:
+        pool, variant = self._uncompiled.popleft()
+        self._tell(f"compiling {variant} for slots of {pool.shape.length} tokens, {len(self._uncompiled)} more to come")
+        pool.compile(variant)
+        self._compiled.append((pool, variant))
+
+    def _compile_rest(self) -> None:
+        try:
+            while self._uncompiled and not self._closing:
+                self._compile_next()
+            if not self._uncompiled:
+                self._tell("every program is compiled")
+        except Exception:  # What is not ready now is compiled where it is called.
+            traceback.print_exc()
+
+    def _take_over(self) -> None:
+        """Lets pools use what has been compiled; by the thread that runs them, so that a turn has one choice."""
+        while self._compiled:
+            pool, variant = self._compiled.popleft()
+            if pool.ready is not None:
+                pool.ready.add(variant)
 
     def serve(self) -> None:
-        """Starts a thread that runs turns until `close`."""
+        """Starts a thread that does the work until `close`, and one that compiles what `warm_up` has left."""
         assert self._thread is None
         self._thread = threading.Thread(target=self._serve, name="lfm-engine", daemon=True)
         self._thread.start()
+        if self._uncompiled:
+            self._compiler = threading.Thread(target=self._compile_rest, name="lfm-compile", daemon=True)
+            self._compiler.start()
 
     def _serve(self) -> None:
         try:
@@ -230,6 +283,9 @@ class Engine:
         if thread is not None:
             thread.join()
             self._thread = None
+        if self._compiler is not None:  # To the end of the program that it is at: it cannot be stopped within.
+            self._compiler.join()
+            self._compiler = None
         while self.failure is None and self.step():
             pass
 
@@ -245,7 +301,8 @@ class Engine:
     # ---------------------------------------------------------------- a turn
 
     def step(self) -> bool:
-        """Runs one turn; returns whether there is more to do."""
+        """One turn; whether there is more to do."""
+        self._take_over()
         self._listen()
         self._admit()
         before = list(self._sent)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-import itertools
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -21,6 +20,7 @@ from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.prefix_cache import PrefixCache
 from lfm_jax.engine.request import LOGITS_NOT_FINITE, Event, Listener, Request, TokenLogprob
 from lfm_jax.engine.slots import NOWHERE, Asked, Slots, SlotShape, Told, programs
+from lfm_jax.engine.variants import Variant, cache_variants, chunk_widths, general_decode, lower
 from lfm_jax.sampling import Sampling, counts_matter, to_arrays
 
 if TYPE_CHECKING:
@@ -107,6 +107,12 @@ class Pool:
         self._programs = programs(graphdef, shape)
         with jax.set_mesh(mesh):
             self._slots: Slots = shape.init()
+        self._shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if x.committed else None), self._slots
+        )
+        self.ready: set[Variant] | None = None
+        """Programs to be called where there is a choice, and those that were called where there was none. None: what
+        suits best is called, and compiled where that is its first time."""
         self.rows: list[Running | None] = [None] * shape.slots
         self._free = list(range(shape.slots))
         """Slots without a run, as a heap: low ones are used first, because a dispatch takes all up to the highest in
@@ -208,7 +214,7 @@ class Pool:
                 chosen = min(self.prefilling, key=lambda run: len(run.request.prompt) - run.taken_in)
             self._restore(chosen)  # Blocks that another prompt has added since.
             runs, R = self._beside(chosen)
-            left -= R * self._chunk_shape(chosen)[0]
+            left -= R * self._chunk_shape(chosen)[1]
             if left < 0:
                 break
             self._shortest_first = not self._shortest_first
@@ -219,11 +225,15 @@ class Pool:
         """Returns the numbers of prompts of `width` tokens that a dispatch may take in, in ascending order."""
         return self._config.prompts_at_once((self.shape.slots, self.shape.length), width)
 
+    def _rows_ready(self, name: str, width: int) -> list[int]:
+        """Those for which the programs are ready."""
+        return [R for R in self._rows_taken_in(width) if self._is_ready(Variant(name, R, width), Variant("start", R))]
+
     def _beside(self, chosen: Running) -> tuple[list[Running], int]:
         """Returns a prompt with others whose next chunk has the same shape, and the number of rows of their
         dispatch."""
         shape = self._chunk_shape(chosen)
-        counts, runs = self._rows_taken_in(shape[0]), [chosen]
+        counts, runs = self._rows_ready(*shape) or self._rows_taken_in(shape[1])[:1], [chosen]
         for run in self.prefilling[: LOOKED_AT * counts[-1]]:
             if len(runs) == counts[-1]:
                 break
@@ -235,8 +245,9 @@ class Pool:
         return runs[:R], R
 
     def _take_in(self, runs: Sequence[Running], R: int) -> list[Sent]:
-        """Takes in one chunk of each of these prompts, all of one shape, in a dispatch of R rows."""
-        C, (width, scored) = self._config.chunk, self._chunk_shape(runs[0])
+        """One chunk of each of these prompts, which must have one shape, in a dispatch of R rows."""
+        C, (name, width) = self._config.chunk, self._chunk_shape(runs[0])
+        self._choose([(Variant(name, R, width), Variant("start", R))])
         rows_R, length_R, fresh_R = np.full(R, NOWHERE, np.int32), np.zeros(R, np.int32), np.zeros(R, bool)
         tokens_RC, targets_RC = np.zeros((R, width), np.int32), np.zeros((R, width), np.int32)
         for r, run in enumerate(runs):
@@ -246,7 +257,7 @@ class Pool:
             tokens_RC[r, : len(part)], targets_RC[r, : len(following)] = part, following
             run.taken_in += len(part)
         args = (self._params, self._slots, rows_R, tokens_RC, length_R, fresh_R)
-        if scored:
+        if name == "score":
             self._slots, logits_RV, told = self._programs.score(*args, targets_RC)
             told = jax.tree.map(np.asarray, told)
             for r, run in enumerate(runs):
@@ -263,24 +274,29 @@ class Pool:
             self._keep(run)
         return self._begin(logits_RV, [(r, run) for r, run in good if run.taken_in == len(run.request.prompt)])
 
-    def _chunk_shape(self, run: Running) -> tuple[int, bool]:
-        """Returns (tokens, whether they are scored) for the dispatch that takes in the next chunk of a prompt."""
-        left = len(run.request.prompt) - run.taken_in
-        return chunk_width(left, self._config.chunk), run.request.prompt_logprobs
+    def _chunk_shape(self, run: Running) -> tuple[str, int]:
+        """(program, tokens) of the dispatch that takes in the next chunk of a prompt."""
+        name = "score" if run.request.prompt_logprobs else "prefill"
+        left = min(len(run.request.prompt) - run.taken_in, self._config.chunk)
+        widths = [width for width in chunk_widths(self.shape.length, self._config.chunk) if width >= left]
+        return name, next((width for width in widths if self._rows_ready(name, width)), widths[-1])
 
     def _is_coming(self, run: Running, runs: Sequence[Running]) -> bool:
         """Returns whether the cache is about to get the next block of a prompt from another of `runs`."""
         after, prompt = run.taken_in + self._config.chunk, run.request.prompt
         return (
-            after < len(prompt) and not run.request.prompt_logprobs
-            and self.cache.wants(prompt, after // self._config.chunk)
+            after < len(prompt) and not run.request.prompt_logprobs and self._wants(prompt, after)
             and any(other.taken_in == run.taken_in and other.request.prompt[:after] == prompt[:after] for other in runs)
         )
+
+    def _wants(self, prompt: Sequence[int], after: int) -> bool:
+        """The cache is to get the block of a prompt that ends after so many tokens."""
+        return self._is_ready(*cache_variants(self._config)) and self.cache.wants(prompt, after // self._config.chunk)
 
     def _keep(self, run: Running) -> None:
         """Adds the block that was just taken in to the cache, if it is whole."""
         C, prompt = self._config.chunk, run.request.prompt
-        if run.taken_in % C == 0 and self.cache.wants(prompt, run.taken_in // C):
+        if run.taken_in % C == 0 and self._wants(prompt, run.taken_in):
             part = self._programs.snapshot(self._slots, np.int32(run.row), np.int32(run.taken_in - C), length=C)
             self.cache.add(prompt, run.taken_in // C, part)
 
@@ -334,17 +350,21 @@ class Pool:
             steps = min(steps, left[min(self._batch, len(left)) - 1])
         self._close_up()
         highest = max(run.row for run in self.live) + 1
-        rows = next(n for n in self.shape.row_counts if n >= highest)
+        counts = [n for n in self.shape.row_counts if n >= highest]
         if self.matching:
+            rows = self._choose([(Variant("advance", n), Variant("choose", n)) for n in counts]).rows
             self._slots, logits_bV = self._programs.advance(self._params, self._slots, rows=rows)
             by_row = {run.row: run.matcher for run in self.live}
             masks_bW = _masks([by_row.get(row) for row in range(rows)], rows, self.shape.mask_words)
             self._slots, told = self._programs.choose(self._slots, logits_bV, masks_bW, rows=rows)
         else:
+            draft = self._drafted()
+            plain = all(_is_plain(run.request) for run in self.live)
+            options = [Variant("decode", n, plain=p, draft=d) for n in counts
+                       for p in sorted({plain, False}, reverse=True) for d in sorted({draft, 0}, reverse=True)]
+            chosen = self._choose([(option,) for option in [*options, general_decode(self.shape)]])
             self._slots, told = self._programs.decode(
-                self._params, self._slots, np.int32(steps), rows=rows,
-                plain=all(_is_plain(run.request) for run in self.live),
-                draft=self._drafted(),
+                self._params, self._slots, np.int32(steps), rows=chosen.rows, plain=chosen.plain, draft=chosen.draft
             )
         sent = _send(told, [(run.row, run) for run in self.live])
         for run in list(self.live):
@@ -380,50 +400,23 @@ class Pool:
         if run.promised >= run.request.max_new_tokens:
             self._vacate(run)
 
-    # ---------------------------------------------------------------- before anything runs
+    # ---------------------------------------------------------------- programs
 
-    def warm_up(self) -> int:
-        """Compiles all programs and returns their number."""
-        run, shape, config = self._programs, self.shape, self._config
-        count, started = 3, set()
+    def compile(self, variant: Variant) -> None:
+        """Compiles a program before it is called; in any thread."""
         with jax.set_mesh(self.mesh):
-            for width in chunk_widths(shape.length, config.chunk):
-                for R in self._rows_taken_in(width):
-                    nowhere_R, no_R = np.full(R, NOWHERE, np.int32), np.zeros(R, np.int32)
-                    tokens_RC = np.zeros((R, width), np.int32)
-                    args = (nowhere_R, tokens_RC, no_R, no_R != 0)
-                    self._slots, logits_RV = run.prefill(self._params, self._slots, *args)
-                    if config.max_logprobs:
-                        self._slots, logits_RV, _ = run.score(self._params, self._slots, *args, tokens_RC)
-                    count += 1 + bool(config.max_logprobs)
-                    if R not in started:
-                        masks_RW = _masks([None] * R, R, shape.mask_words)
-                        self._slots, _ = run.start(self._slots, logits_RV, no_R, nowhere_R, shape.asked(R), masks_RW)
-                        started.add(R)
-                        count += 1
-            nowhere_R = np.full(self._batch, NOWHERE, np.int32)
-            self._slots = run.copy(self._slots, nowhere_R, nowhere_R)
-            self._slots = run.stop(self._slots, nowhere_R)
-            self._slots = run.bias(self._slots, np.int32(NOWHERE), np.zeros(shape.config.vocab_size, np.float32))
-            drafted = sorted({shape.draft} if shape.fixed_rows else {0, shape.draft})
-            for rows in self.shape.row_counts:
-                for plain, draft in itertools.product((False, True), drafted):
-                    self._slots, _ = run.decode(self._params, self._slots, np.int32(0), rows=rows, plain=plain,
-                                                draft=draft)
-                    count += 1
-                self._slots, logits_bV = run.advance(self._params, self._slots, rows=rows)
-                masks_bW = _masks([None] * rows, rows, shape.mask_words)
-                self._slots, _ = run.choose(self._slots, logits_bV, masks_bW, rows=rows)
-                count += 2
-            C = config.chunk
-            if config.prefix_cache_bytes and shape.length > C:
-                part = run.snapshot(self._slots, np.int32(0), np.int32(0), length=C)
-                for fresh in (True, False):
-                    self._slots = run.restore(self._slots, np.int32(NOWHERE), np.int32(0), part, np.zeros(C, np.int32),
-                                              fresh=fresh)
-                count += 3
-        jax.block_until_ready(self._slots)
-        return count
+            lower(self._programs, variant, self._params, self._shapes, self.shape).compile()
+
+    def _is_ready(self, *needed: Variant) -> bool:
+        return self.ready is None or self.ready.issuperset(needed)
+
+    def _choose(self, options: Sequence[tuple[Variant, ...]]) -> Variant:
+        """The first of those that are ready, the best one coming first; or else the last one, which does for all and
+        is compiled for that. Of several programs the first, by whose shape the others go."""
+        chosen = next((option for option in options if self._is_ready(*option)), options[-1])
+        if self.ready is not None:
+            self.ready.update(chosen)
+        return chosen[0]
 
 
 def _send(told: Told, runs: list[tuple[int, Running]]) -> Sent:
@@ -445,17 +438,6 @@ def _may_draft(request: Request) -> bool:
 def _looks_back(sampling: Sampling) -> bool:
     """The tokens so far change the logits."""
     return sampling.repetition_penalty != 1 or counts_matter(sampling)
-
-
-def chunk_width(tokens: int, chunk: int) -> int:
-    """Returns the width of the chunk that takes in the next `tokens` tokens of a prompt: a power of 2 from 16 to
-    `chunk`."""
-    return min(chunk, max(16, 1 << (tokens - 1).bit_length()))
-
-
-def chunk_widths(most: int, chunk: int) -> list[int]:
-    """Returns all widths of chunks of prompts with up to `most` tokens."""
-    return sorted({chunk_width(n, chunk) for n in (*(1 << i for i in range(most.bit_length())), most)})
 
 
 def _asked(runs: Sequence[Running], R: int, shape: SlotShape) -> Asked:

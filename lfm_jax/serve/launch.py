@@ -24,11 +24,14 @@ TELL_SECONDS = 5
 """Time for the final errors of answers that are ended at the shutdown."""
 
 
-def open_service(path: Path, dtype: str | None, engine: EngineConfig, mesh: tuple[int, int]) -> Service:
-    """Opens a service of the model at `path` and compiles its programs; reports progress on stderr.
+def open_service(
+    path: Path, dtype: str | None, engine: EngineConfig, mesh: tuple[int, int], *, everything: bool = False
+) -> Service:
+    """A service of the model at `path`, ready for a first request; says what it does on stderr.
 
     Args:
-      mesh: (replicas, devices of each).
+      mesh: replicas, and devices of each one.
+      everything: compile all programs, and not only those that a first request needs.
 
     Raises:
       ValueError: the path has no model or no tokenizer, or see `Engine`.
@@ -46,8 +49,7 @@ def open_service(path: Path, dtype: str | None, engine: EngineConfig, mesh: tupl
     for name, size in service.engine.memory.items():
         say(f"{size / 2**20:10,.1f} MiB  {name}")
     began = time.monotonic()
-    say("compiling")
-    count = service.engine.warm_up()
+    count = service.engine.warm_up(everything=everything, tell=say)
     say(f"{count} programs ready after {time.monotonic() - began:.0f} s")
     return service
 

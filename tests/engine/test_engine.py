@@ -14,6 +14,7 @@ from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.engine import Engine
 from lfm_jax.engine.prefix_cache import PrefixCache
 from lfm_jax.engine.request import Request
+from lfm_jax.engine.variants import Variant, cache_variants, variants
 from lfm_jax.infer.generate import generate_tokens
 from lfm_jax.kernels.logprobs import token_logprobs
 from lfm_jax.sampling import Sampling
@@ -33,7 +34,13 @@ def test_mixes_give_each_request_what_it_gets_alone(mixes, fixed_rows):
     cached = made.counts["cached_tokens"]
     alone = [run(made, request)[0] for request in requests]
     made.warm_up()  # Again, where other modules have had it before: what they compiled is gone.
-    sizes = {name: program._cache_size() for name, program in programs_of(made)}
+    compiled = []
+
+    def note(event, _, **__):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
     for _ in range(mixes):
         picked = rng.choice(len(requests), rng.integers(2, 10), replace=False)
         arrivals = sorted(rng.integers(0, 6, len(picked)).tolist())
@@ -62,7 +69,8 @@ def test_mixes_give_each_request_what_it_gets_alone(mixes, fixed_rows):
     assert made.running() == made.waiting() == 0
     assert_slots_are_whole(made)
     assert made.counts["cached_tokens"] > cached
-    assert {name: program._cache_size() for name, program in programs_of(made)} == sizes  # Nothing was compiled.
+    jax.monitoring.unregister_event_duration_listener(note)
+    assert compiled == []
 
 
 def assert_same_logprobs(ours, theirs, tolerance):
@@ -133,11 +141,6 @@ def test_masks_are_made_while_the_device_takes_in_the_last_token(monkeypatch):
     starts = [i for i, name in enumerate(done) if name == "advance"]
     assert len(starts) >= len(heard.tokens[0]) - 1
     assert {tuple(done[i : i + 3]) for i in starts} == {("advance", "masks", "choose")}
-
-
-def programs_of(made):
-    return [(f"{pool.shape.length} {name}", program) for pool in made._pools
-            for name, program in vars(pool._programs).items() if hasattr(program, "_cache_size")]
 
 
 def test_as_generate_where_the_best_two_are_apart():
@@ -220,7 +223,7 @@ def test_what_the_prefix_cache_holds_changes_nothing():
     longer = dataclasses.replace(request, prompt=[*request.prompt[:40], 7, 7, 7])
     cached = [engine().counts["cached_tokens"]]
     first = run(engine(), request, longer)
-    assert [heard.cached for heard in first] == [[0], [32]]
+    assert first[0].cached == [0]
     before = engine().counts["cached_tokens"]
     again = run(engine(), request, longer)
     assert engine().counts["cached_tokens"] - before == 48 + 32
@@ -549,3 +552,47 @@ def test_what_is_left_moves_to_low_slots(monkeypatch):
     assert_slots_are_whole(made)
     assert heard[5].finish == ["cancelled"]
     assert [h.tokens for h in heard if h is not heard[5]] == [tokens for i, tokens in enumerate(alone) if i != 5]
+
+
+def test_an_engine_that_is_still_warming_up_gives_the_same_tokens(monkeypatch):
+    """Whatever is ready: of that the best is called, where there is a choice, and else the widest of all."""
+    two = tiny_model(vocab_size=tiny_tokenizer().get_vocab_size(), layer_types=("conv", "full_attention"))
+    made = Engine(two, EngineConfig(slots=((8, 128),), chunk=64, max_logprobs=2, prefix_cache_bytes=1 << 20))
+    grammar = grammar_tokenizer(tiny_tokenizer(), two.config.vocab_size, STOP).matcher(Grammar.regex("[a-f]{5}"))
+    rng = np.random.default_rng(18)
+    requests = [a_request(rng, max_new_tokens=8, min_new_tokens=0, logprobs=2 if i % 3 else None,
+                          sampling=Sampling(temperature=float(i % 4 == 1), seed=i)) for i in range(12)]
+    requests = [dataclasses.replace(request, prompt=request.prompt[:118]) for request in requests]
+    requests += [dataclasses.replace(requests[0], grammar=grammar, n=2),
+                 dataclasses.replace(requests[1], logprobs=2, prompt_logprobs=True, prompt=requests[1].prompt[-9:])]
+    [pool], found = made._pools, []
+    alone = [run(made, request)[0].tokens for request in requests]
+    for name, of_call in (("prefill", lambda args, _: Variant("prefill", *args[3].shape)),
+                          ("score", lambda args, _: Variant("score", *args[3].shape)),
+                          ("start", lambda args, _: Variant("start", len(args[3]))),
+                          ("decode", lambda _, kwargs: Variant("decode", **kwargs)),
+                          ("advance", lambda _, kwargs: Variant("advance", **kwargs)),
+                          ("choose", lambda _, kwargs: Variant("choose", **kwargs))):
+        found.append(noted(monkeypatch, made, name, of_call))
+    stages = variants(pool.shape, made.config)
+    every = {variant for stage in stages for variant in stage}
+    for mix in range(8):
+        ready = {variant for variant in every if rng.random() < (0, 0.3, 0.7)[mix % 3]} | set(stages[0])
+        pool.ready = set(ready)
+        pool.cache.clear()
+        for calls in found:
+            calls.clear()
+        picked = [*rng.choice(12, 6, replace=False), *((12, 13) if mix % 2 else ())]
+        heard = run(made, *(requests[i] for i in picked))
+        assert [each.tokens for each in heard] == [alone[i] for i in picked]
+        called = {variant for calls in found for variant in calls}
+        general = {Variant("score", 1, 64), Variant("advance", 8), Variant("choose", 8)}
+        assert called <= ready | general
+        assert pool.ready == ready | (called & general)
+        assert not len(pool.cache) or set(cache_variants(made.config)) <= ready
+    pool.ready = every
+    for calls in found:
+        calls.clear()
+    run(made, *(Request(prompt=[i] * 9, max_new_tokens=3, stop_ids=()) for i in range(4)))
+    assert set().union(*map(set, found)) == {Variant("prefill", 4, 16), Variant("start", 4),
+                                             Variant("decode", 4, plain=True)}  # The best of all.

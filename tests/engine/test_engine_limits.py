@@ -13,8 +13,8 @@ from lfm_jax.config import ModelConfig
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.engine import Engine
 from lfm_jax.engine.placement import memory_needed
-from lfm_jax.engine.pool import chunk_width, chunk_widths
 from lfm_jax.engine.request import LOGITS_NOT_FINITE, ContextLengthError, EngineFullError, Request
+from lfm_jax.engine.variants import chunk_width, chunk_widths
 from lfm_jax.infer.generate import generate_tokens
 from lfm_jax.model import abstract_model
 from lfm_jax.structured.grammar import Grammar, grammar_tokenizer
