@@ -14,7 +14,7 @@ from lfm_jax.engine.config import EngineConfig
 from lfm_jax.sampling import PUBLISHED, Sampling
 from lfm_jax.serve.limits import LIMITS, OFFLINE, Limits
 
-SERVER = EngineConfig(max_logprobs=20, prefix_cache_bytes=2**28)
+SERVER = EngineConfig(slots=(), max_logprobs=20, prefix_cache_bytes=2**28)
 
 
 def serve(

@@ -23,7 +23,7 @@ class EngineConfig:
 
     slots: tuple[tuple[int, int], ...] = ((16, 2048),)
     """(number, tokens) of each kind of slot, on each replica. A request goes to the shortest kind that holds prompt
-    and max_new_tokens."""
+    and max_new_tokens. Empty: 16 of 2048, and one as long as the model was trained for, or as memory allows."""
     chunk: int = 256
     """Tokens of a prompt that are taken in at a time, and of a block of the prefix cache. While prompts are taken in,
     running requests get a token after each chunk."""
@@ -65,7 +65,7 @@ class EngineConfig:
             problems.append(f"chunk is {self.chunk}; it must be a power of 2")
         if type(self.steps) is int and self.steps > STEPS:
             problems.append(f"steps is {self.steps}; at most {STEPS}")
-        if not _is_list(self.slots) or not all(_is_list(kind) and len(kind) == 2
+        if not isinstance(self.slots, (tuple, list)) or not all(_is_list(kind) and len(kind) == 2
                                                and all(type(x) is int and x > 0 for x in kind) for kind in self.slots):
             problems.append(f"slots is {self.slots!r}; it must list (number, tokens), both above 0")
         elif len({length for _, length in self.slots}) < len(self.slots):

@@ -28,7 +28,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lfm_jax.engine.config import DEFAULT, EngineConfig
-from lfm_jax.engine.placement import check_memory, device_memory, memory_needed, place_replicas
+from lfm_jax.engine.placement import (
+    check_memory,
+    device_memory,
+    fit_slots,
+    give_back_memory,
+    memory_needed,
+    place_replicas,
+)
 from lfm_jax.engine.pool import Pool, Running, Sent, Ticket, logprobs
 from lfm_jax.engine.prefix_cache import PrefixCache
 from lfm_jax.engine.request import (
@@ -69,13 +76,15 @@ class Engine:
     """
 
     def __init__(self, model: LFM, config: EngineConfig = DEFAULT, mesh: Mesh | None = None):
-        self.config, self.model_config = config, model.config
-        shapes = slot_shapes(config, model.config)
         graphdef, state = nnx.split(model, nnx.Param)
         params = nnx.to_pure_dict(state)
+        limit = config.memory_bytes or device_memory()
+        config = fit_slots(config, model.config, params, mesh, limit)
+        self.config, self.model_config = config, model.config
+        shapes = slot_shapes(config, model.config)
         self.memory = memory_needed(config, model.config, params, mesh)
-        """Bytes on a device, by purpose."""
-        check_memory(self.memory, config.memory_bytes or device_memory())
+        """Bytes on a device, by what they are for."""
+        check_memory(self.memory, limit)
         self.counts = collections.Counter[str]()
         """prompt_tokens, cached_tokens, tokens, steps (row steps that made them), drafted_tokens, accepted_tokens (of
         the drafted ones), continuations by their finish, not_finite (those among the failed ones whose logits were
@@ -211,6 +220,7 @@ class Engine:
         for _ in range(count):
             self._compile_next()
         self._take_over()
+        give_back_memory()
         return count
 
     def _compile_next(self) -> None:
@@ -224,6 +234,7 @@ class Engine:
             while self._uncompiled and not self._closing:
                 self._compile_next()
             if not self._uncompiled:
+                give_back_memory()
                 self._tell("every program is compiled")
         except Exception:  # What is not ready now is compiled where it is called.
             traceback.print_exc()

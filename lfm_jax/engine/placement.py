@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -43,6 +45,33 @@ def place_replicas(params: Any, config: ModelConfig, mesh: Mesh | None) -> list[
     return replicas
 
 
+TRAINED = 32_768
+"""Tokens of context that models of this family were trained for."""
+SHARE = 0.75
+"""Of a device's memory, for slots of our own choice: on a CPU the process and others need the rest."""
+
+
+def fit_slots(engine: EngineConfig, model: ModelConfig, params: Any, mesh: Mesh | None, limit: int) -> EngineConfig:
+    """The config with the most room that fits, where it names no slots.
+
+    Args:
+      params: the model's parameters, or their shapes.
+      limit: bytes of a device that may be used.
+    """
+    if engine.slots:
+        return engine
+    longest = min(TRAINED, model.max_position)
+    short = min(2048, longest)
+    choices: list[tuple[tuple[int, int], ...]] = [
+        ((16, short), (1, longest // part)) for part in (1, 2, 4, 8) if longest // part > short
+    ]
+    choices += [((number, short // part),) for number, part in ((16, 1), (8, 1), (4, 1), (4, 2), (4, 4), (1, 4))]
+    configs = [dataclasses.replace(engine, slots=slots) for slots in choices]
+    needed = (sum(memory_needed(config, model, params, mesh).values()) for config in configs)
+    # The smallest one where none fits: what is too much is then told with a table.
+    return next((config for config, size in zip(configs, needed, strict=True) if size <= SHARE * limit), configs[-1])
+
+
 def device_memory() -> int:
     """Returns the bytes of memory of the first device, as its driver reports them; for a CPU those of the machine or
     its container."""
@@ -80,6 +109,12 @@ def memory_needed(
         copied = max(2 * taken_in, *[n for n in shape.row_counts if n < shape.slots], 0)
         working = max(working, (state // tensor + rest) * copied // shape.slots)
     return found | {"prefix cache": engine.prefix_cache_bytes, "working": working + 3 * logits}
+
+
+def give_back_memory() -> None:
+    """Has the allocator return to the system what it keeps of freed memory: after compiling, a hundred MiB."""
+    with contextlib.suppress(OSError, AttributeError):  # Other libraries than glibc have no such call.
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _bytes(tree: Any) -> int:

@@ -12,7 +12,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from lfm_jax.config import ModelConfig
 from lfm_jax.engine.config import EngineConfig
+from lfm_jax.engine.placement import TRAINED
 from lfm_jax.engine.service import Service
 from lfm_jax.files import say
 from lfm_jax.sampling import Sampling
@@ -46,12 +48,31 @@ def open_service(
     data, tensor = mesh
     over = None if data * tensor == 1 else make_mesh(data=data, tensor=tensor)
     service = Service(model, tokenizer, chat_template(path), engine, over)
-    for name, size in service.engine.memory.items():
-        say(f"{size / 2**20:10,.1f} MiB  {name}")
+    _say_memory(service, model.config)
     began = time.monotonic()
     count = service.engine.warm_up(everything=everything, tell=say)
-    say(f"{count} programs ready after {time.monotonic() - began:.0f} s")
+    say(f"{count} programs ready after {time.monotonic() - began:.0f} s{_resident()}")
     return service
+
+
+def _say_memory(service: Service, config: ModelConfig) -> None:
+    """A table of what the engine takes on a device, and what it has room for."""
+    memory, longest, trained = service.engine.memory, service.engine.longest, min(TRAINED, config.max_position)
+    for name, size in {**memory, "in all, on each device": sum(memory.values())}.items():
+        say(f"{size / 2**20:10,.1f} MiB  {name}")
+    say("not counted: the process itself, its libraries, compiled programs, and what compiling them takes")
+    if longest < trained:
+        say(f"the longest request has {longest:,} tokens, of {trained:,} that the model was trained for: name longer "
+            "slots in --engine.slots where there is memory for them")
+
+
+def _resident() -> str:
+    """What the process takes now, where the system tells."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return ""
+    return f", {pages * os.sysconf('SC_PAGE_SIZE') / 2**20:,.1f} MiB resident in this process"
 
 
 def check_address(host: str, api_key: str | None) -> None:

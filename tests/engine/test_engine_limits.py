@@ -12,7 +12,7 @@ from engines import CONFIG, Heard, V, a_request, assert_slots_are_whole, engine,
 from lfm_jax.config import ModelConfig
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.engine import Engine
-from lfm_jax.engine.placement import memory_needed
+from lfm_jax.engine.placement import fit_slots, memory_needed
 from lfm_jax.engine.request import LOGITS_NOT_FINITE, ContextLengthError, EngineFullError, Request
 from lfm_jax.engine.variants import chunk_width, chunk_widths
 from lfm_jax.infer.generate import generate_tokens
@@ -230,6 +230,29 @@ def test_memory_is_counted_before_anything_is_made():
     memory = memory_needed(EngineConfig(slots=((64, 1024), (2, 32_768))), large, abstract_model(large)[1])
     beside = 4 + 5 * large.vocab_size + 4 * 32_768  # Tokens seen, bias, history, and a little for what is asked.
     assert 0 <= memory["2 slots of 32768 tokens"] / 2 - large.state_bytes(32_768) - beside < 1000
+
+
+def test_slots_of_our_own_choice_have_room_for_the_trained_context():
+    """Beside short ones, as far as memory goes, and never beyond the model's positions."""
+    free = EngineConfig(slots=())
+
+    def slots(config, gib):
+        return fit_slots(free, config, abstract_model(config)[1], None, int(gib * 2**30)).slots
+
+    large = ModelConfig.preset("lfm2.5-350m")
+    assert slots(large, 16) == ((16, 2048), (1, 32_768))
+    assert slots(large, 3.5) == ((16, 2048), (1, 16_384))
+    assert slots(large, 2.5) == ((8, 2048),)
+    assert slots(large, 0.1) == ((1, 512),)
+    assert slots(tiny_model(max_position=4096).config, 16) == ((16, 2048), (1, 4096))
+    assert slots(tiny_model(max_position=1024).config, 16) == ((16, 1024),)
+    made = Engine(model(), dataclasses.replace(free, chunk=16))
+    assert made.config.slots == ((16, 2048), (1, 4096))
+    assert made.longest == 4096
+    with pytest.raises(ValueError, match=r"the engine needs .* MiB .* and may use 0.1; take fewer"):
+        Engine(model(), dataclasses.replace(free, memory_bytes=100_000))
+    given = EngineConfig(slots=((3, 64),))
+    assert fit_slots(given, large, abstract_model(large)[1], None, 1) is given
 
 
 def test_served_from_many_threads():
