@@ -7,12 +7,15 @@ number is a small JSON schema of its own.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lfm_jax.structured.json_schema import ANY_VALUE, OPTIONS, Bounds, bounded, compiled, refusal
-from lfm_jax.structured.schema import IN_PLACE, KEYWORDS, OF_TYPE, GrammarError, Schema, resolved, types
+from lfm_jax.structured.json_schema import ANY_VALUE, MALFORMED, OPTIONS, Bounds, bounded, compiled, refusal
+from lfm_jax.structured.relaxed import relaxed
+from lfm_jax.structured.schema import IN_PLACE, KEYWORDS, OF_TYPE, GrammarError, Schema, plain, resolved, types
+from lfm_jax.structured.size import check_size
 from lfm_jax.text.tools import is_pythonic
 
 _PYTHON = {None: "None", True: "True", False: "False"}
@@ -31,6 +34,8 @@ class CallRules:
     def __init__(self, bounds: Bounds):
         self.bodies: dict[str, str] = {}
         """Right-hand sides by name."""
+        self.relaxed: list[str] = []
+        """Places of what tools ask for that is not strict and cannot be said."""
         self._bounds = bounds
         self._names: dict[str, str] = {}
         self._references: dict[str, str] = {}
@@ -39,14 +44,33 @@ class CallRules:
         self._words = _PYTHON
 
     def call(self, tool: Mapping[str, Any]) -> str:
-        """A call of a tool, given as `tool_schemas` gives it."""
-        name, place = tool["name"], f"tool {tool['name']!r}: parameters"
+        """A call of a tool, given as `tool_schemas` gives it; of one that is not `strict`, as far as can be said."""
+        name, parameters, before = tool["name"], tool["parameters"], (dict(self.bodies), dict(self._names))
+        place = f"tool {name!r}: parameters"
         try:
-            compiled(tool["parameters"], self._bounds)
-            # Of strings without a limit of their own see `_string`.
-            root = bounded({"properties": {}} | tool["parameters"], dataclasses.replace(self._bounds, string=None))
+            try:
+                return self._call(name, parameters, place)
+            except (GrammarError, *MALFORMED):
+                if tool.get("strict"):
+                    raise
+            self.bodies, self._names = before
+            root = plain(parameters)
+            check_size(root)
+            left, places = relaxed(root, functools.partial(_sayable, bounds=self._bounds))
+            self.relaxed += [f"{place}{at.removeprefix('#')}" for at in places]
+            return self._call(name, left, place)
+        except MALFORMED as error:
+            raise GrammarError(f"{place} are malformed: {type(error).__name__}: {error}") from None
+        except RecursionError:
+            raise GrammarError(f"{place} are nested too deeply") from None
         except GrammarError as error:
-            raise GrammarError(f"{place}: {error}") from None
+            raise error if str(error).startswith(place) else GrammarError(f"{place}: {error}") from None
+
+    def _call(self, name: str, parameters: Schema, place: str) -> str:
+        self._todo = []
+        compiled(parameters, self._bounds)
+        # Of strings without a limit of their own see `_string`.
+        root = bounded({"properties": {}} | parameters, dataclasses.replace(self._bounds, string=None))
         self._only(root, {"type"} | OF_TYPE["object"] - {"patternProperties"}, place)
         pythonic = is_pythonic(name, [*root["properties"], *root.get("required", ())])
         self._references, self._words = {}, _PYTHON if pythonic else _JSON
@@ -168,6 +192,15 @@ class CallRules:
         if isinstance(value, dict):
             return f"{{{', '.join(f'{self._literal(k)}: {self._literal(v)}' for k, v in value.items())}}}"
         return json.dumps(value, ensure_ascii=False).replace("<|", "<\\u007c")
+
+
+def _sayable(parameters: Schema, bounds: Bounds) -> bool:
+    """Whether calls can promise arguments that fit these parameters."""
+    try:
+        CallRules(bounds).call({"name": "f", "parameters": parameters, "strict": True})
+    except GrammarError:
+        return False
+    return True
 
 
 def _json_rule(schema: Schema) -> str:

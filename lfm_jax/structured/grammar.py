@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lfm_jax.structured.call_grammar import CallRules
-from lfm_jax.structured.json_schema import MALFORMED, Bounds, accepted, compiled, llguidance, one_line
+from lfm_jax.structured.json_schema import Bounds, accepted, compiled, llguidance, one_line
 from lfm_jax.structured.schema import GrammarError
 from lfm_jax.structured.size import check_pattern
 from lfm_jax.text.tokenizer import without_limits
@@ -50,6 +50,8 @@ class Grammar:
 
     text: str
     """As llguidance takes it."""
+    relaxed: tuple[str, ...] = ()
+    """Places of what tools that are not strict ask for and their calls do not promise, each with the tool's name."""
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | bool | str, *, bounds: Bounds = BOUNDS) -> Grammar:
@@ -99,6 +101,10 @@ class Grammar:
         `{"name": "f", "arguments": {...}}`. Objects have no keys beyond their `properties`, where they have any. No
         string holds `<|`, lest it read as a marker.
 
+        A tool may be `strict` (a key beside its name). Of one that is not, what cannot be promised is left out:
+        keywords that llguidance lacks, `patternProperties`, tuples, and some where schemas meet (`allOf`, siblings of
+        `anyOf`, `oneOf` and `$ref`). `Grammar.relaxed` says which.
+
         Args:
           tools: as for `tool_schemas`.
           required: calls and nothing else. Otherwise free text, then calls if the model begins them, then text again.
@@ -107,28 +113,25 @@ class Grammar:
           bounds: as for `json_schema`.
 
         Raises:
-          GrammarError: no tool, or none of that name; parameters that `json_schema` refuses, that combine schemas
-            (`allOf`, siblings of `anyOf`, `oneOf` and `$ref`), or that have `patternProperties` or `prefixItems`. It
-            names the tool, the place and the keyword.
+          GrammarError: no tool, or none of that name; parameters that are no schema, or too much work; something that
+            a strict tool asks for and that cannot be promised. It names the tool, the place and the keyword.
           ValueError: see `tool_schemas`.
         """
         chosen = [tool for tool in tool_schemas(tools) if name in (None, tool["name"])]
         if not chosen:
             raise GrammarError("there are no tools" if name is None else f"there is no tool {name!r}")
         rules = CallRules(bounds)
-        try:
-            calls = [rules.call(tool) for tool in chosen]
-        except MALFORMED as error:
-            raise GrammarError(f"the parameters of a tool are malformed: {type(error).__name__}: {error}") from None
+        calls = [rules.call(tool) for tool in chosen]
         more = f'(", " call){{0,{MAX_CALLS - 1}}}' if parallel else ""
         block = f'{START} "[" call {more} "]" {END}'
-        return cls.lark("\n".join([
+        text = accepted("\n".join([
             f"start: {block}" if required or name is not None else f"start: TEXT ({block} TEXT)?",
             # Markers that are spelled out would be read like the tokens, and as calls that nothing has checked.
             r"TEXT: /(?s:.*)/ & ~/(?s:.*)<\|tool_call_(start|end)\|>(?s:.*)/",
             f"call: {' | '.join(calls)}",
             *(f"{rule}: {body}" for rule, body in rules.bodies.items()),
         ]))
+        return cls(text, tuple(rules.relaxed))
 
 
 # -------------------------------------------------------------------- following a request

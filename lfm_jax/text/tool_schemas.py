@@ -1,6 +1,6 @@
 """Schemas of the functions that a model may call: made from Python functions, or given as data and checked.
 
-A schema is plain data, `{"name", "description", "parameters"}`, its parameters a JSON schema of an object.
+A schema is plain data, `{"name", "description", "parameters", "strict"}`, its parameters a JSON schema of an object.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def tool_schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
 
     Args:
       tools: Python functions (see `function_schema`), such schemas, or those in OpenAI's
-        `{"type": "function", "function": schema}`. A tool without `parameters` takes none.
+        `{"type": "function", "function": schema}`. A tool without `parameters`, or with none in them, takes none.
 
     Raises:
       ValueError: one message that lists every problem.
@@ -58,7 +58,8 @@ def _schema(tool: Tool) -> dict[str, Any]:
         schema = schema["function"]
     if not isinstance(schema, dict):
         raise ValueError(f"it must be a function or a schema, not {schema!r}")
-    schema.setdefault("parameters", {"type": "object", "properties": {}})
+    if schema.get("parameters") in (None, {}):
+        schema["parameters"] = {"type": "object", "properties": {}}
     return schema
 
 
@@ -68,7 +69,9 @@ def _schema_problems(schema: Mapping[str, Any]) -> Iterator[str]:
         yield f"its name is {name!r}; it must be made of letters, digits, _, - and dots"
     if not isinstance(schema.get("description", ""), str):
         yield "its description must be a text"
-    if not isinstance(parameters, dict) or parameters.get("type") != "object":
+    if not isinstance(schema.get("strict"), bool | None):
+        yield f"strict is {schema['strict']!r:.40}; it must be true or false"
+    if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
         yield 'its parameters must be a JSON schema with "type": "object"'
         return
     properties, required = parameters.get("properties", {}), parameters.get("required", [])

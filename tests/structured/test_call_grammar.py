@@ -156,6 +156,7 @@ def test_a_tool_whose_name_is_no_identifier_is_called_by_that_name(name):
         (False, "/properties/x"),
     ],
 )
-def test_parameters_that_calls_cannot_have_are_refused(schema, message):
+def test_parameters_that_calls_cannot_have_are_refused_of_a_strict_tool(schema, message):
     with pytest.raises(GrammarError, match=f"tool 'f': parameters.*{message}"):
-        Grammar.tool_calls([{"name": "f", "parameters": {"type": "object", "properties": {"x": schema}}}])
+        Grammar.tool_calls([
+            {"name": "f", "parameters": {"type": "object", "properties": {"x": schema}}, "strict": True}])

@@ -159,6 +159,9 @@ def test_tools_in_every_form():
     got[1]["parameters"]["properties"]["x"] = False
     assert parameters["properties"]["x"] is True  # A copy.
     assert tool_schemas([]) == []
+    nothing = {"type": "object", "properties": {}}
+    for given_as in ({}, {"parameters": None}, {"parameters": {}}):
+        assert tool_schemas([{"name": "f"} | given_as]) == [{"name": "f", "parameters": nothing}]
 
 
 @given(st.data())
@@ -198,17 +201,17 @@ def test_every_problem_of_the_tools_is_told():
         {"name": "k", "parameters": parameters | {"required": "x"}},
         {"name": "l", "parameters": parameters | {"properties": {"x": 1}}}, "m",
         {"name": "n", "parameters": {"x": {1}}}, loop, {"type": "function", "function": 1},
-        {"type": "web_search", "function": {"name": "o"}}, lambda x: x, lambda: 0, {"name": "p", "parameters": None},
-        {"name": "q", "x": math.nan}, {"name": "r", "parameters": parameters},
+        {"type": "web_search", "function": {"name": "o"}}, lambda x: x, lambda: 0, {"name": "p", "parameters": []},
+        {"name": "q", "x": math.nan}, {"name": "r", "parameters": parameters}, {"name": "s", "strict": "yes"},
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"^tools are not valid:\n") as error:
         tool_schemas(tools)
     lines = str(error.value).splitlines()[1:]
     told = [(int(line.split(":")[0].split()[-1]), line) for line in lines]
-    assert [i for i, _ in told] == [1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]
+    assert [i for i, _ in told] == [1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18]
     for (_, line), words in zip(told, [
         "another tool has the name 'f'", "its name is 'g h'", '"type": "object"', "its name is None", "description",
         "properties", "required", "properties", "not 'm'", "plain data", "plain data", "not 1", "its name is None",
-        "no type hint", "<lambda>", '"type": "object"', "plain data",
+        "no type hint", "<lambda>", '"type": "object"', "plain data", "strict is 'yes'",
     ], strict=True):  # fmt: skip
         assert words in line
