@@ -180,9 +180,10 @@ class CallRules:
         return self._leaf(leaf if refusal(_json_rule(limited)) else limited, place)
 
     def _leaf(self, schema: Schema, place: str) -> str:
-        if why := refusal(_json_rule(schema)):
+        body = _json_rule(schema).removeprefix("start: ")
+        if body not in self._names and (why := refusal(f"start: {body}")):
             raise GrammarError(f"{place}: {why}")
-        return self._rule(_json_rule(schema).removeprefix("start: "))
+        return self._rule(body)
 
     def _literal(self, value: Any) -> str:
         if value is None or isinstance(value, bool):

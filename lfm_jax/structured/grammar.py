@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lfm_jax.structured.call_grammar import CallRules
 from lfm_jax.structured.json_schema import Bounds, accepted, compiled, llguidance, one_line
+from lfm_jax.structured.kept import Kept
 from lfm_jax.structured.schema import GrammarError
 from lfm_jax.structured.size import check_pattern
 from lfm_jax.text.tokenizer import without_limits
@@ -41,7 +43,7 @@ _SLICES = [r'[^"\\<|\x00-\x1F\x7F]{1,10}', r'[^"\\<|\x00-\x1F\x7F]{1,30}']
 
 @dataclasses.dataclass(frozen=True)
 class Grammar:
-    """A grammar for any tokenizer. The class methods make one, checked.
+    """A grammar for any tokenizer. The class methods make one, checked; what was made last is kept.
 
     Raises:
       GrammarError: from each class method, for what llguidance refuses.
@@ -64,7 +66,7 @@ class Grammar:
           GrammarError: keywords and formats that llguidance does not support (none is ignored), `oneOf` whose choices
             are not provably distinct, numbers that a float cannot hold, a schema that nothing fits.
         """
-        return cls(compiled(schema, bounds))
+        return _kept("schema", [schema, dataclasses.astuple(bounds)], lambda: cls(compiled(schema, bounds)))
 
     @classmethod
     def json_object(cls, *, bounds: Bounds = BOUNDS) -> Grammar:
@@ -75,12 +77,12 @@ class Grammar:
     def regex(cls, pattern: str) -> Grammar:
         """Text that the whole of `pattern` matches, in the syntax of Rust's `regex`, without lookaround."""
         check_pattern(pattern)
-        return cls(accepted(llguidance().LLMatcher.grammar_from_regex(pattern)))
+        return _kept("regex", pattern, lambda: cls(accepted(llguidance().LLMatcher.grammar_from_regex(pattern))))
 
     @classmethod
     def lark(cls, text: str) -> Grammar:
         """Text of the rule `start` in llguidance's variant of Lark, where `<|name|>` is a special token."""
-        return cls(accepted(text))
+        return _kept("lark", text, lambda: cls(accepted(text)))
 
     @classmethod
     def choice(cls, choices: Sequence[str]) -> Grammar:
@@ -120,18 +122,37 @@ class Grammar:
         chosen = [tool for tool in tool_schemas(tools) if name in (None, tool["name"])]
         if not chosen:
             raise GrammarError("there are no tools" if name is None else f"there is no tool {name!r}")
-        rules = CallRules(bounds)
-        calls = [rules.call(tool) for tool in chosen]
-        more = f'(", " call){{0,{MAX_CALLS - 1}}}' if parallel else ""
-        block = f'{START} "[" call {more} "]" {END}'
-        text = accepted("\n".join([
-            f"start: {block}" if required or name is not None else f"start: TEXT ({block} TEXT)?",
-            # Markers that are spelled out would be read like the tokens, and as calls that nothing has checked.
-            r"TEXT: /(?s:.*)/ & ~/(?s:.*)<\|tool_call_(start|end)\|>(?s:.*)/",
-            f"call: {' | '.join(calls)}",
-            *(f"{rule}: {body}" for rule, body in rules.bodies.items()),
-        ]))
-        return cls(text, tuple(rules.relaxed))
+        needed = required or name is not None
+        return _kept("tools", [chosen, needed, parallel, dataclasses.astuple(bounds)],
+                     lambda: _of_calls(chosen, needed, parallel, bounds))
+
+
+def _of_calls(tools: Sequence[Mapping[str, Any]], needed: bool, parallel: bool, bounds: Bounds) -> Grammar:
+    """The grammar of `Grammar.tool_calls`."""
+    rules = CallRules(bounds)
+    calls = [rules.call(tool) for tool in tools]
+    more = f'(", " call){{0,{MAX_CALLS - 1}}}' if parallel else ""
+    block = f'{START} "[" call {more} "]" {END}'
+    text = "\n".join([
+        f"start: {block}" if needed else f"start: TEXT ({block} TEXT)?",
+        # Markers that are spelled out would be read like the tokens, and as calls that nothing has checked.
+        r"TEXT: /(?s:.*)/ & ~/(?s:.*)<\|tool_call_(start|end)\|>(?s:.*)/",
+        f"call: {' | '.join(calls)}",
+        *(f"{rule}: {body}" for rule, body in rules.bodies.items()),
+    ])
+    return Grammar(accepted(text), tuple(rules.relaxed))
+
+
+_GRAMMARS: Kept[Grammar] = Kept(256, 2**24, lambda _, grammar: len(grammar.text) + sum(map(len, grammar.relaxed)))
+
+
+def _kept(kind: str, content: Any, make: Callable[[], Grammar]) -> Grammar:
+    """The grammar of some content, made once; the order of keys counts, for calls and answers follow it."""
+    try:
+        key = json.dumps([kind, content])
+    except (TypeError, ValueError, RecursionError):  # No JSON; it is refused with better words.
+        return make()
+    return _GRAMMARS.get(hashlib.sha256(key.encode()).hexdigest(), make)
 
 
 # -------------------------------------------------------------------- following a request
@@ -161,13 +182,17 @@ class GrammarTokenizer:
         self.handle = llguidance().LLTokenizer(text, vocab_size, list(eos_ids), _SLICES)
         self.known_W = _packed([*ids, *eos_ids], vocab_size)
         self.eos_W = _packed(eos_ids, vocab_size)
+        self._matchers: Kept[Matcher] = Kept(64, 2**20, lambda text, _: len(text))
 
     def matcher(self, grammar: Grammar) -> Matcher:
-        """A matcher at the start of the grammar.
+        """A matcher at the start of the grammar, of which the last ones are kept and copied.
 
         Raises:
           GrammarError: the grammar names a special token that the tokenizer lacks, or is too large.
         """
+        return self._matchers.get(grammar.text, lambda: self._compiled(grammar)).copy()
+
+    def _compiled(self, grammar: Grammar) -> Matcher:
         limits = llguidance().LLParserLimits(step_lexer_fuel=STEP_FUEL, verbose_errors=False)
         matcher = llguidance().LLMatcher(self.handle, grammar.text, log_level=0, limits=limits)
         if matcher.is_error():

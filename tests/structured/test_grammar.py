@@ -1,7 +1,11 @@
 """Text follows its grammar token by token: masks, special tokens, the end, copies and rollback."""
 
+import copy
 import re
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -11,6 +15,7 @@ from grammars import EOS, SMALL, START, TOOLS, V, allowed, matcher, pick, sample
 from lfm_jax.engine.slots import unpack
 from lfm_jax.structured.grammar import Grammar, GrammarTokenizer, Matcher, fill_masks, grammar_tokenizer
 from lfm_jax.structured.json_schema import GrammarError
+from lfm_jax.structured.kept import Kept
 from lfm_jax.testing import tiny_tokenizer
 
 
@@ -45,7 +50,7 @@ def test_broken_grammars_are_refused(make):
 def test_without_llguidance_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ImportError, match=re.escape("pip install lfm_jax[grammar]")):
-        Grammar.json_object()
+        Grammar.regex("asked for here only")
 
 
 # ------------------------------------------------------------------ matchers and masks
@@ -207,3 +212,82 @@ def test_padding_and_truncation_do_not_matter():
         m.consume(id)
     assert m.done
     assert other.padding is not None
+
+
+# ------------------------------------------------------------------ what is kept
+
+
+def makers(order):
+    """Each kind of grammar twice over, from content that is equal and not the same; `order` is that of two keys."""
+    schema = {"type": "object", "properties": {name: {"type": "boolean"} for name in order}, "required": [*order]}
+    return [
+        lambda: Grammar.json_schema(copy.deepcopy(schema)), lambda: Grammar.regex(f"[{order}]+"),
+        lambda: Grammar.lark(f'start: "{order}"'), lambda: Grammar.choice([*order]),
+        lambda: Grammar.tool_calls([{"name": "f", "parameters": copy.deepcopy(schema)}], required=True),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", range(5))
+def test_a_grammar_is_compiled_once(kind, monkeypatch):
+    names = f"ab{kind}"
+    made, first = (makers(order)[kind]() for order in (names, names[::-1]))
+    assert made.text != first.text
+    m = matcher(made)
+    size = len(samples(made, 3))
+    monkeypatch.setattr("lfm_jax.structured.json_schema.refusal", None)  # Whatever would compile fails.
+    monkeypatch.setattr("lfm_jax.structured.call_grammar.refusal", None)
+    monkeypatch.setattr(GrammarTokenizer, "_compiled", None)
+    assert makers(names)[kind]() is made
+    assert len(samples(made, 3)) == size
+    # What one request does to its matcher is nothing to the next.
+    m.consume(pick(allowed(m), np.random.default_rng(0)))
+    assert set(allowed(matcher(made))) != set(allowed(m))
+
+
+def test_options_make_other_grammars():
+    tools, schema = [{"name": "f"}, {"name": "g"}], {"type": "string"}
+    grammars = [
+        Grammar.tool_calls(tools), Grammar.tool_calls(tools, required=True), Grammar.tool_calls(tools, parallel=False),
+        Grammar.tool_calls(tools, name="f"), Grammar.tool_calls(tools[::-1]), Grammar.json_schema(schema),
+        Grammar.json_schema(schema, bounds=SMALL), Grammar.json_schema(True),
+    ]  # fmt: skip
+    assert len({grammar.text for grammar in grammars}) == len(grammars)
+    assert Grammar.json_schema(True) == Grammar.json_schema({})
+
+
+def test_what_is_kept_is_bounded():
+    made = []
+
+    def get(kept, key):
+        return kept.get(key, lambda: made.append(key) or key)
+
+    kept = Kept(3, 10, lambda key, value: len(value))
+    for key in ("a", "b", "c", "a", "d", "a", "c", "b"):  # The least used one goes: b at d, d at b.
+        assert get(kept, key) == key
+    assert made == ["a", "b", "c", "d", "b"]
+    made.clear()
+    for key in ("x" * 8, "a", "b", "x" * 8, "y" * 11, "y" * 11, "b"):
+        assert get(kept, key) == key
+    assert made == ["x" * 8, "a", "y" * 11, "y" * 11]  # What weighs too much pushes nothing out.
+
+
+def test_threads_that_ask_at_once_make_it_once():
+    made, kept, ready = [], Kept(3, 10, lambda key, value: 1), threading.Barrier(8)
+
+    def make():
+        made.append(1)
+        time.sleep(0.05)
+        if len(made) == 1:
+            raise ValueError("the first time")
+        return "value"
+
+    def ask(_):
+        ready.wait()
+        try:
+            return kept.get("key", make)
+        except ValueError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sorted(pool.map(ask, range(8))) == ["the first time", *["value"] * 7]
+    assert len(made) == 2
