@@ -68,15 +68,19 @@ class ToolCallParser:
     - A lone surrogate, escaped or not, becomes U+FFFD: every text can be encoded.
 
     Args:
-      tools: as for `tool_schemas`. Positional arguments get the names of the properties, in the schema's order. The
-        parser does not check whether a tool exists and its arguments fit.
+      tools: as for `tool_schemas`. Positional arguments get the names of the properties, in the schema's order. Whether
+        a tool exists and its arguments fit is not looked at.
+      at_start: a reply that does not begin with the start marker is content as a whole, markers and all.
 
     Raises:
       ValueError: on construction, for `tools` that are not valid. No text raises anything.
     """
 
-    def __init__(self, tools: Sequence[Tool] = ()):
+    def __init__(self, tools: Sequence[Tool] = (), *, at_start: bool = False):
         self._parameters = {t["name"]: list(t["parameters"].get("properties", ())) for t in tool_schemas(tools)}
+        self._at_start = at_start
+        self._is_content: bool | None = None
+        """The reply is content as a whole; None while that is not known."""
         self._events: list[Event] = []
         self._content: list[str] = []  # In pieces, not yet an event.
         self._tail = ""  # What may still become a marker.
@@ -87,8 +91,38 @@ class ToolCallParser:
         self._ends = _extent()
 
     def push(self, text: str) -> list[Event]:
-        """Returns the events that this piece completes."""
-        text = self._tail + _SURROGATE.sub("\ufffd", text)
+        """The events that have become certain with this piece."""
+        text, self._tail = self._tail + _SURROGATE.sub("\ufffd", text), ""
+        if self._is_content is None and (not self._at_start or len(text) >= len(START) or not START.startswith(text)):
+            self._is_content = self._at_start and not text.startswith(START)
+        if self._is_content is None:
+            self._tail = text
+        elif self._is_content:
+            self._content.append(text)
+        else:
+            self._split(text)
+        return self._taken()
+
+    def finish(self, *, cut: bool = False) -> list[Event]:
+        """The rest of the events, of a reply that ends here. The parser can then take another.
+
+        Args:
+          cut: the reply was not ended by who wrote it: what was begun of a block and is no call is left out.
+        """
+        if cut and self._state != "content":
+            self._state, self._held, self._tail = "content", [], ""
+        self._read(self._tail)
+        self._close("")
+        self._tail, self._is_content = "", None
+        return self._taken()
+
+    def _taken(self) -> list[Event]:
+        self._give()
+        events, self._events = self._events, []
+        return events
+
+    def _split(self, text: str) -> None:
+        """Takes text, all but an end of it that may still become a marker."""
         begun = _BEGUN.search(text)
         cut = begun.start() if begun else len(text)
         self._tail = text[cut:]
@@ -99,16 +133,6 @@ class ToolCallParser:
                     self._state, self._listed, self._held = "start", False, [START]
             else:
                 self._read(part)
-        self._give()
-        events, self._events = self._events, []
-        return events
-
-    def finish(self) -> list[Event]:
-        """Ends the reply and returns its remaining events; the parser can then take another reply."""
-        self._read(self._tail)
-        self._close("")
-        self._tail = ""
-        return self.push("")
 
     def _close(self, marker: str) -> None:
         """Ends the block; without one, the marker is content."""

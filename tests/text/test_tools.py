@@ -177,6 +177,54 @@ def test_events_come_as_soon_as_they_are_certain():
     assert parser.finish() == []
 
 
+@pytest.mark.parametrize("block", FORMS)
+def test_of_a_reply_that_is_cut_the_calls_stay_and_what_was_begun_goes(block):
+    text = f"a<{START}{block}{END}\nb<|tool_call_st"
+    calls = [ToolCall(name, arguments) for name, arguments in FORMS[block]]
+    start, end = text.index(START), text.index(END)
+    for at in range(len(text) + 1):
+        parser = ToolCallParser()
+        events = [event for piece in text[:at] for event in parser.push(piece)] + parser.finish(cut=True)
+        content = "".join(event.text for event in events if isinstance(event, Content))
+        found = [event for event in events if isinstance(event, ToolCall)]
+        assert found == calls[: len(found)]
+        if start + len(START) <= at < end + len(END):  # Markers are tokens, which are not cut.
+            assert content == "a<"
+        elif at <= start or at >= end + len(END):
+            assert content == text[:at] if at <= start else content == "a<" + text[end + len(END) : at]
+            assert found == ([] if at <= start else calls)
+        assert whole([f"b{START}[f()]{END}"]) == ["b", ToolCall("f", {})]  # And of what comes next everything.
+        assert parser.push("b") == [Content("b")]
+
+
+def test_what_was_no_call_before_the_cut_stays_content():
+    parser = ToolCallParser()
+    for text in (f"{START}?{END} and <|tool", f"{START}[f(1)", "<"):
+        events = parser.push(text) + parser.finish(cut=True)
+        assert "".join(event.text for event in events) == text
+
+
+def replies_at_start(pieces):
+    parser = ToolCallParser(at_start=True)
+    return [e for piece in pieces for e in parser.push(piece)] + parser.finish()
+
+
+@given(st.lists(st.sampled_from([START, END, "[f()]", "{", "<", START[:7], " ", "x"]), max_size=6), st.data())
+def test_at_the_start_or_nowhere(parts, data):
+    text = "".join(parts)
+    for pieces in ([text], text, pieces_of(text, data)):
+        found = replies_at_start(pieces)
+        calls = [e for e in found if isinstance(e, ToolCall)]
+        content = "".join(e.text for e in found if isinstance(e, Content))
+        assert (content, calls) == (parse_tool_calls(text) if text.startswith(START) else (text, []))
+
+
+def test_every_reply_has_its_own_start():
+    parser = ToolCallParser(at_start=True)
+    for text, events in ((f"a{START}[f()]", None), (f"{START}[f()]{END}", [ToolCall("f", {})]), (START[:5], None)) * 2:
+        assert parser.push(text) + parser.finish() == (events or [Content(text)])
+
+
 fragments = st.lists(
     st.sampled_from([
         START, END, START[:9], END[5:], "<|tool_call_", "<", "<|im_end|>", "[", "]", "(", ")", "{", "}", ",", ":",
