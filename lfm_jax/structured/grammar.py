@@ -94,7 +94,7 @@ class Grammar:
     @classmethod
     def tool_calls(
         cls, tools: Sequence[Tool], *, required: bool = False, parallel: bool = True, name: str | None = None,
-        bounds: Bounds = BOUNDS,
+        answer: Mapping[str, Any] | bool | str | None = None, bounds: Bounds = BOUNDS,
     ) -> Grammar:
         """Calls that fit the tools, as LFM2 writes them: `<|tool_call_start|>[f(a="x", b=1), g()]<|tool_call_end|>`.
 
@@ -112,32 +112,46 @@ class Grammar:
           required: calls and nothing else. Otherwise free text, then calls if the model begins them, then text again.
           parallel: up to MAX_CALLS calls instead of one.
           name: of the only tool that may be called; implies `required`.
+          answer: instead of free text, the JSON schema of what is written where nothing is called; calls are then all
+            that a reply holds. Its strings may hold the letters of markers: read replies by `ToolCallParser(tools,
+            at_start=True)`. With `required` it is checked and nothing else.
           bounds: as for `json_schema`.
 
         Raises:
           GrammarError: no tool, or none of that name; parameters that are no schema, or too much work; something that
-            a strict tool asks for and that cannot be promised. It names the tool, the place and the keyword.
+            a strict tool asks for and that cannot be promised; an answer that `json_schema` refuses. It names the
+            tool, the place and the keyword.
           ValueError: see `tool_schemas`.
         """
         chosen = [tool for tool in tool_schemas(tools) if name in (None, tool["name"])]
         if not chosen:
             raise GrammarError("there are no tools" if name is None else f"there is no tool {name!r}")
-        needed = required or name is not None
-        return _kept("tools", [chosen, needed, parallel, dataclasses.astuple(bounds)],
-                     lambda: _of_calls(chosen, needed, parallel, bounds))
+        otherwise = None if answer is None else cls.json_schema(answer, bounds=bounds)
+        if required or name is not None:
+            form, rules = "{block}", []
+        elif otherwise is None:
+            # Markers that are spelled out would be read like the tokens, and as calls that nothing has checked.
+            form = "TEXT ({block} TEXT)?"
+            rules = [r"TEXT: /(?s:.*)/ & ~/(?s:.*)<\|tool_call_(start|end)\|>(?s:.*)/"]
+        else:
+            (compiled_answer,) = json.loads(otherwise.text)["grammars"]
+            form, rules = "{block} | answer", [f"answer: %json {json.dumps(compiled_answer['json_schema'])}"]
+        return _kept("tools", [chosen, form, rules, parallel, dataclasses.astuple(bounds)],
+                     lambda: _of_calls(chosen, form, rules, parallel, bounds))
 
 
-def _of_calls(tools: Sequence[Mapping[str, Any]], needed: bool, parallel: bool, bounds: Bounds) -> Grammar:
-    """The grammar of `Grammar.tool_calls`."""
+def _of_calls(
+    tools: Sequence[Mapping[str, Any]], form: str, others: Sequence[str], parallel: bool, bounds: Bounds
+) -> Grammar:
+    """A grammar of the form, which has a place for a block of calls and may name other rules."""
     rules = CallRules(bounds)
     calls = [rules.call(tool) for tool in tools]
     more = f'(", " call){{0,{MAX_CALLS - 1}}}' if parallel else ""
     block = f'{START} "[" call {more} "]" {END}'
     text = "\n".join([
-        f"start: {block}" if needed else f"start: TEXT ({block} TEXT)?",
-        # Markers that are spelled out would be read like the tokens, and as calls that nothing has checked.
-        r"TEXT: /(?s:.*)/ & ~/(?s:.*)<\|tool_call_(start|end)\|>(?s:.*)/",
+        f"start: {form.format(block=block)}",
         f"call: {' | '.join(calls)}",
+        *others,
         *(f"{rule}: {body}" for rule, body in rules.bodies.items()),
     ])
     return Grammar(accepted(text), tuple(rules.relaxed))

@@ -23,7 +23,7 @@ from grammars import (
 
 from lfm_jax.structured.grammar import MAX_CALLS, Grammar
 from lfm_jax.structured.json_schema import GrammarError
-from lfm_jax.text.tools import ToolCall, parse_tool_calls, render_calls
+from lfm_jax.text.tools import Content, ToolCall, ToolCallParser, parse_tool_calls, render_calls
 
 PARAMETERS = {
     "get_weather": WEATHER["parameters"], "trees.plant": PLANT["function"]["parameters"], "ping": {"properties": {}},
@@ -160,3 +160,49 @@ def test_parameters_that_calls_cannot_have_are_refused_of_a_strict_tool(schema, 
     with pytest.raises(GrammarError, match=f"tool 'f': parameters.*{message}"):
         Grammar.tool_calls([
             {"name": "f", "parameters": {"type": "object", "properties": {"x": schema}}, "strict": True}])
+
+
+ANSWER = {"type": "object", "required": ["text", "done"], "additionalProperties": False, "properties": {
+    "text": {"type": "string", "maxLength": 60}, "done": {"type": "boolean"}}}
+
+
+def test_calls_or_an_answer_that_fits():
+    grammar = Grammar.tool_calls(TOOLS, answer=ANSWER, bounds=SMALL)
+    m = matcher(grammar)
+    assert not m.accepts_eos
+    assert {"{", START} == {tokenizer().id_to_token(i) for i in allowed(m)}
+    kinds = set()
+    for text in filter(None, samples(grammar, 60)):
+        kinds.add(text.startswith(START))
+        if text.startswith(START):
+            assert_fits(text)
+        else:
+            assert faults(ANSWER, json.loads(text)) == []
+    assert kinds == {True, False}
+    call = f"{START}[ping(), ping()]{END}"
+    assert accepts(grammar, call)
+    answer = '{"text": "a", "done": true}'
+    assert accepts(grammar, answer)
+    for text in ("", "a", answer + call, call + answer, '{"text": "a"}'):
+        assert not accepts(grammar, text)
+    assert not accepts(Grammar.tool_calls(TOOLS, answer=ANSWER, parallel=False), call)
+
+
+def test_the_letters_of_a_marker_in_an_answer_are_no_call():
+    grammar = Grammar.tool_calls([PING], answer=ANSWER)
+    m, text = matcher(grammar), json.dumps({"text": f"{START}[ping()]{END}", "done": True})
+    ids = [i for c in text for i in tokenizer().encode(c, add_special_tokens=False).ids]
+    for i in ids:
+        m.consume(i)
+    assert m.done
+    parser = ToolCallParser([PING], at_start=True)
+    assert parser.push(text) + parser.finish() == [Content(text)]
+
+
+def test_an_answer_is_checked_and_needed_calls_leave_no_room_for_it():
+    for options in ({"required": True}, {"name": "ping"}):
+        plain, with_answer = (Grammar.tool_calls(TOOLS, **options, **more) for more in ({}, {"answer": ANSWER}))
+        assert plain == with_answer
+    with pytest.raises(GrammarError, match="the JSON schema is refused"):
+        Grammar.tool_calls([PING], answer={"not": {}})
+    assert accepts(Grammar.tool_calls([PING], answer=True), '["{}"]')
