@@ -16,7 +16,7 @@ from lfm_jax.structured.json_schema import ANY_VALUE, MALFORMED, OPTIONS, Bounds
 from lfm_jax.structured.relaxed import relaxed
 from lfm_jax.structured.schema import IN_PLACE, KEYWORDS, OF_TYPE, GrammarError, Schema, plain, resolved, types
 from lfm_jax.structured.size import check_size
-from lfm_jax.text.tools import is_pythonic
+from lfm_jax.text.call_literals import is_pythonic
 
 _PYTHON = {None: "None", True: "True", False: "False"}
 _JSON = {None: "null", True: "true", False: "false"}

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lfm_jax.text.argument_writer import ArgumentWriter
+from lfm_jax.text.call_literals import ESCAPE, MAX_DEPTH, SURROGATE, NotACall, is_name, is_pythonic, number_of, unescape
 from lfm_jax.text.tool_schemas import Tool, tool_schemas
 
 START, END = "<|tool_call_start|>", "<|tool_call_end|>"
-MAX_DEPTH = 64
-"""How deep lists and dicts may be nested in the arguments of a call."""
-
-
 @dataclasses.dataclass(frozen=True)
 class ToolCall:
     """A call of a tool: its name, perhaps dotted, and its arguments by name."""
@@ -36,7 +33,31 @@ class Content:
     text: str
 
 
-Event = Content | ToolCall
+@dataclasses.dataclass(frozen=True)
+class CallStart:
+    """A call has begun, and its name is known."""
+
+    index: int
+    """Of the reply's calls."""
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CallPiece:
+    """A piece of the arguments of a call that has begun, as JSON text."""
+
+    index: int
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CallCut:
+    """What had begun as a call is none, or was cut: its pieces stay as they are."""
+
+    index: int
+
+
+Event = Content | ToolCall | CallStart | CallPiece | CallCut
 
 
 def parse_tool_calls(text: str, tools: Sequence[Tool] = ()) -> tuple[str, list[ToolCall]]:
@@ -71,14 +92,21 @@ class ToolCallParser:
       tools: as for `tool_schemas`. Positional arguments get the names of the properties, in the schema's order. Whether
         a tool exists and its arguments fit is not looked at.
       at_start: a reply that does not begin with the start marker is content as a whole, markers and all.
+      growing: tell of calls while they are written too. A `CallStart` and each `CallPiece` come as soon as they are
+        certain; then the `ToolCall`, whose arguments are what its pieces make when joined and read as JSON, or a
+        `CallCut`. The pieces are what `json.dumps` writes, but that a key may come twice, where the last counts. What
+        is unusual (positional arguments, tuples, literals in a row, arguments before the name) is told of at the end.
 
     Raises:
       ValueError: on construction, for `tools` that are not valid. No text raises anything.
     """
 
-    def __init__(self, tools: Sequence[Tool] = (), *, at_start: bool = False):
+    def __init__(self, tools: Sequence[Tool] = (), *, at_start: bool = False, growing: bool = False):
         self._parameters = {t["name"]: list(t["parameters"].get("properties", ())) for t in tool_schemas(tools)}
-        self._at_start = at_start
+        self._at_start, self._growing = at_start, growing
+        self._index = 0  # Of the call that is told of, or of the next.
+        self._is_told = False  # Its name is.
+        self._writer: ArgumentWriter | None = None
         self._is_content: bool | None = None
         """The reply is content as a whole; None while that is not known."""
         self._events: list[Event] = []
@@ -92,7 +120,7 @@ class ToolCallParser:
 
     def push(self, text: str) -> list[Event]:
         """The events that have become certain with this piece."""
-        text, self._tail = self._tail + _SURROGATE.sub("\ufffd", text), ""
+        text, self._tail = self._tail + SURROGATE.sub("\ufffd", text), ""
         if self._is_content is None and (not self._at_start or len(text) >= len(START) or not START.startswith(text)):
             self._is_content = self._at_start and not text.startswith(START)
         if self._is_content is None:
@@ -110,13 +138,16 @@ class ToolCallParser:
           cut: the reply was not ended by who wrote it: what was begun of a block and is no call is left out.
         """
         if cut and self._state != "content":
-            self._state, self._held, self._tail = "content", [], ""
+            self._held, self._tail = [], ""
+            self._give_back("")
         self._read(self._tail)
         self._close("")
         self._tail, self._is_content = "", None
-        return self._taken()
+        events, self._index = self._taken(), 0
+        return events
 
     def _taken(self) -> list[Event]:
+        self._tell()
         self._give()
         events, self._events = self._events, []
         return events
@@ -143,7 +174,9 @@ class ToolCallParser:
             self._give_back(marker)
 
     def _give_back(self, text: str) -> None:
-        """Turns the held text, and then `text`, into content."""
+        """What is held, and then `text`, is content."""
+        self._tell()
+        self._break_off()
         self._content += [*self._held, text]
         self._state, self._held = "content", []
 
@@ -154,6 +187,34 @@ class ToolCallParser:
         self._events += calls
         self._content = []
 
+    def _tell(self, call: ToolCall | None = None) -> None:
+        """Makes events of what is known of the call that is being written, or of all of a call that is complete."""
+        if self._writer is None:
+            return
+        rest = self._writer.take()
+        if call is not None:
+            more = self._writer.rest(call.name, call.arguments)
+            rest += more or ""
+            if more is None:  # Of a key that came twice the first was told of.
+                self._break_off()
+                rest = json.dumps(call.arguments, ensure_ascii=False)
+        name = self._writer.name if call is None else call.name
+        if name is not None and not self._is_told:
+            self._give()
+            self._events.append(CallStart(self._index, name))
+            self._is_told = True
+        if rest:
+            self._events.append(CallPiece(self._index, rest))
+        if call is not None:
+            self._index, self._is_told, self._writer = self._index + 1, False, None
+
+    def _break_off(self) -> None:
+        """Ends the call that is being written, of which nothing more is told."""
+        if self._is_told:
+            self._events.append(CallCut(self._index))
+            self._index, self._is_told = self._index + 1, False
+        self._writer = None
+
     def _read(self, text: str) -> None:
         """Takes text without markers."""
         start = 0  # Of the text that is neither held nor handled.
@@ -161,10 +222,13 @@ class ToolCallParser:
             if self._state == "content":
                 break
             if self._state == "call":
+                if self._writer is not None:
+                    self._writer.send(c)
                 if self._ends.send(c):
                     call = _read_call("".join([*self._held, text[start : i + 1]])[self._lead :], self._parameters)
                     if call is None:
                         break
+                    self._tell(call)
                     self._give(call)
                     self._state, self._held, start = "after" if self._listed else "bare", [], i + 1
             elif not c.isspace():
@@ -176,6 +240,9 @@ class ToolCallParser:
                     self._ends = _extent()
                     next(self._ends)
                     self._ends.send(c)
+                    if self._growing:
+                        self._writer = ArgumentWriter()
+                        self._writer.send(c)
                 elif state == "done":
                     self._held, start = [], i + 1
                 self._state, self._listed = state, self._listed or c == "["
@@ -185,7 +252,6 @@ class ToolCallParser:
         self._give_back(text[start:])
 
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _MARKER = re.compile(f"({re.escape(START)}|{re.escape(END)})")
 _BEGUN = re.compile(f"(?:{'|'.join({re.escape(m[:n]) for m in (START, END) for n in range(1, len(m))})})\\Z")
 _STEPS: dict[str, dict[str, str]] = {
@@ -221,10 +287,6 @@ def _extent() -> Generator[bool, str]:
         c = yield c in ")]}" and depth <= 0
 
 
-class _NotACall(Exception):
-    pass
-
-
 def _read_call(text: str, parameters: Mapping[str, Sequence[str]]) -> ToolCall | None:
     """Parses a whole text as one call, or returns None; `parameters` are names by tool, for positional arguments."""
     try:
@@ -232,7 +294,7 @@ def _read_call(text: str, parameters: Mapping[str, Sequence[str]]) -> ToolCall |
         call = _json_call(reader.value()) if text.startswith("{") else reader.call(parameters)
         reader.need(r"\Z")
         return call
-    except _NotACall:
+    except NotACall:
         return None
 
 
@@ -240,14 +302,14 @@ def _json_call(value: dict[str, Any]) -> ToolCall:
     name = value.get("name")
     keys = value.keys() - {"name", "id", "type"}
     if not isinstance(name, str) or not name or len(keys) > 1 or not keys <= {"arguments", "parameters"}:
-        raise _NotACall
+        raise NotACall
     arguments = value[keys.pop()] if keys else None
     if isinstance(arguments, str):
         reader = _Reader(arguments)
         arguments = reader.value()
         reader.need(r"\Z")
     if not isinstance(arguments, dict | None):
-        raise _NotACall
+        raise NotACall
     return ToolCall(name, arguments or {})
 
 
@@ -265,13 +327,13 @@ class _Reader:
     def need(self, pattern: str) -> re.Match[str]:
         if match := self.take(pattern):
             return match
-        raise _NotACall
+        raise NotACall
 
     def call(self, parameters: Mapping[str, Sequence[str]]) -> ToolCall:
         """Reads a call in Python's syntax."""
         name = self.need(r"([\w.]+)\s*\(")[1]
-        if not _is_name(name):
-            raise _NotACall
+        if not is_name(name):
+            raise NotACall
         positional = iter(parameters.get(name, ()))
         arguments: dict[str, Any] = {}
         for keyword, value in self._items(r"\)", self._argument):
@@ -279,14 +341,14 @@ class _Reader:
                 positional = iter(())  # None may follow a keyword.
             key = keyword or next(positional, None)
             if key is None or key in arguments:
-                raise _NotACall
+                raise NotACall
             arguments[key] = value
         return ToolCall(name, arguments)
 
     def _argument(self) -> tuple[str | None, Any]:
         keyword = self.take(r"(\w+)\s*=")
         if keyword and not keyword[1].isidentifier():
-            raise _NotACall
+            raise NotACall
         return keyword and keyword[1], self.value()
 
     def _items[T](self, close: str, item: Callable[[], T]) -> Iterator[T]:
@@ -309,7 +371,7 @@ class _Reader:
             return key, inner()
 
         if depth > MAX_DEPTH:
-            raise _NotACall
+            raise NotACall
         if bracket := self.take(r"([\[{(])"):
             if bracket[1] == "[":
                 return list(self._items(r"\]", inner))
@@ -323,65 +385,21 @@ class _Reader:
             self.need(",")
             return [first, *self._items(r"\)", inner)]
         if number := self.take(r"([-+]?)\s*(\.?[0-9](?:[eE][-+]|[0-9A-Za-z_.])*)"):
-            return _number(number[1], number[2])
+            return number_of(number[1], number[2])
         if word := self.take(r"(True|true|False|false|None|null)\b"):
             return {"t": True, "f": False, "n": None}[word[1][0].lower()]
         return self._string()
 
     def _string(self) -> str:
         literal, pieces = self.need(_STRING), []
-        while literal:  # Adjacent literals are one, as in Python.
-            pieces.append(_ESCAPE.sub(_unescape, literal[2]))
+        while literal:  # Those that follow each other are one, as in Python.
+            pieces.append(ESCAPE.sub(unescape, literal[2]))
             literal = self.take(_STRING)
         # Two surrogates are one character, as in JSON.
         return "".join(pieces).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 _STRING = r"""((?>"{3}|'{3}|"|'))((?:(?!\1)[^\\]|\\.)*+)\1"""
-_ESCAPE = re.compile(r"\\(?:x(H{2})|u(H{4})|U(H{8})|([0-7]{1,3})|(.))".replace("H", "[0-9a-fA-F]"), re.DOTALL)
-_LETTERS: dict[str, str] = dict(zip("abfnrtv\\'\"/\n", [*"\a\b\f\n\r\t\v\\'\"/", ""], strict=True))
-
-
-def _unescape(match: re.Match[str]) -> str:
-    hexadecimal, octal, other = match[1] or match[2] or match[3], match[4], match[5]
-    if other:
-        if other in "xuUN":
-            raise _NotACall
-        return _LETTERS.get(other, match[0])  # Python keeps the backslash where it escapes nothing.
-    code = int(hexadecimal, 16) if hexadecimal else int(octal, 8)
-    if code > 0x10FFFF:
-        raise _NotACall
-    return chr(code)
-
-
-def _number(sign: str, digits: str) -> int | float:
-    is_float = bool(set(digits) & set(".eE")) and digits[1:2] not in ("x", "X")
-    try:
-        number = float(digits) if is_float else int(digits, 0)
-        str(number)  # Python refuses to print integers that are too long, and JSON then cannot hold them.
-    except ValueError:
-        raise _NotACall from None
-    if number == math.inf:
-        raise _NotACall
-    return -number if sign == "-" else number
-
-
-def _is_name(name: str) -> bool:
-    return all(_is_word(part) for part in name.split("."))
-
-
-def is_pythonic(name: str, keys: Iterable[Any]) -> bool:
-    """Returns whether a call is written in Python's syntax: its name, perhaps dotted, and its keys are identifiers.
-
-    Identifiers with combining marks do not count, because the parser's words have none.
-    """
-    return _is_name(name) and all(isinstance(key, str) and _is_word(key) for key in keys)
-
-
-def _is_word(name: str) -> bool:
-    return name.isidentifier() and re.fullmatch(r"\w+", name) is not None
-
-
 def render_call(call: ToolCall) -> str:
     """Writes a call as LFM2 does, `f(a="x", b=1)`, or as a JSON object if its name or a key is not an identifier.
 

@@ -17,6 +17,9 @@ from lfm_jax.text.tools import (
     END,
     MAX_DEPTH,
     START,
+    CallCut,
+    CallPiece,
+    CallStart,
     Content,
     ToolCall,
     ToolCallParser,
@@ -36,6 +39,37 @@ def whole(pieces, tools=()):
         assert event != Content("")
         order += event.text if isinstance(event, Content) else [event]
     return order
+
+
+def grown(pieces, tools=(), cut=False):
+    """What `whole` gives, as a parser tells of it that tells of calls as they grow; and the pieces of each call.
+
+    Everything that it promises of the order of events is checked.
+    """
+    parser, order, told, index, name = ToolCallParser(tools, growing=True), [], [], 0, None
+    events = [event for piece in pieces for event in parser.push(piece)]
+    for event in [*events, *parser.finish(cut=cut)]:
+        match event:
+            case CallStart(i, name):
+                assert i == index == len(told)
+                told.append([])
+            case CallPiece(i, text):
+                assert (i, len(told), bool(text)) == (index, index + 1, True)
+                told[-1].append(text)
+            case CallCut(i):
+                assert (i, len(told)) == (index, index + 1)
+                index += 1
+            case ToolCall():
+                assert (event.name, len(told)) == (name, index + 1)
+                # Equality lets True pass for 1 and 1.0.
+                assert repr(json.loads("".join(told[-1]))) == repr(event.arguments)
+                index += 1
+                order.append(event)
+            case Content(text):
+                assert len(told) == index
+                order += text
+    assert len(told) == index
+    return order, told
 
 
 def pieces_of(text, data):
@@ -187,6 +221,7 @@ def test_of_a_reply_that_is_cut_the_calls_stay_and_what_was_begun_goes(block):
         events = [event for piece in text[:at] for event in parser.push(piece)] + parser.finish(cut=True)
         content = "".join(event.text for event in events if isinstance(event, Content))
         found = [event for event in events if isinstance(event, ToolCall)]
+        assert [e for e in grown(text[:at], cut=True)[0] if isinstance(e, ToolCall)] == found
         assert found == calls[: len(found)]
         if start + len(START) <= at < end + len(END):  # Markers are tokens, which are not cut.
             assert content == "a<"
@@ -242,6 +277,8 @@ anything = st.one_of(fragments, fragments.map(lambda t: START + t), st.text(max_
 def test_any_text_in_any_pieces_gives_what_the_whole_gives(text, data):
     found = whole([text])
     assert whole(pieces_of(text, data)) == whole(text) == found
+    for pieces in (text, pieces_of(text, data)):
+        assert repr(grown(pieces)[0]) == repr(found)
     content, calls = parse_tool_calls(text)
     assert content == "".join(e for e in found if isinstance(e, str))
     assert calls == [e for e in found if isinstance(e, ToolCall)]
@@ -285,6 +322,10 @@ def test_rendered_calls_come_back(calls, data):
     assert parse_tool_calls(text) == ("beforeafter", calls)
     assert repr(parse_tool_calls(text)[1]) == repr(calls)  # True is not 1 there, nor 0.0 -0.0.
     assert whole(pieces_of(text, data)) == [*"before", *calls, *"after"]
+    for pieces in ([text], pieces_of(text, data)):
+        order, told = grown(pieces)
+        assert order == [*"before", *calls, *"after"]
+        assert ["".join(each) for each in told] == [json.dumps(c.arguments, ensure_ascii=False) for c in calls]
     for call in calls:
         assert parse_tool_calls(START + render_call(call)) == ("", [call])
         if render_call(call).startswith("{"):
@@ -395,6 +436,7 @@ def test_python_agrees_about_its_own_literals(source, changes):
     source = f"[{source}]"
     expected = python_calls(source)
     content, calls = parse_tool_calls(START + source + END)
+    assert repr(grown(START + source + END)[0]) == repr([*calls, *content])
     if expected is not None:
         assert (content, repr(calls)) == ("", repr(expected))
     else:  # The calls before the fault, and everything from there on.
@@ -428,6 +470,73 @@ def test_every_character_is_content_or_part_of_a_call(parts, data):
     assert whole([text]) == whole(pieces_of(text, data)) == expected
 
 
+def test_a_call_is_told_of_as_it_is_written():
+    parser = ToolCallParser(growing=True)
+    for piece, events in [
+        (f"Let me. {START}[get", [Content("Let me. ")]),
+        ("_it", []),
+        ('(city="', [CallStart(0, "get_it"), CallPiece(0, '{"city": "')]),
+        ("Pa", [CallPiece(0, "Pa")]),
+        ("ris\\", [CallPiece(0, "ris")]),
+        ('n\\u00e9\\"', [CallPiece(0, '\\né\\"')]),
+        ('"', []),  # Another literal would be part of it.
+        (", n=[1", [CallPiece(0, '", "n": [')]),
+        ("2, Tr", [CallPiece(0, "12, ")]),
+        ("ue], o={'a': None, ", [CallPiece(0, 'true], "o": {"a": null')]),
+        ("})", [CallPiece(0, "}}"), ToolCall("get_it", {"city": 'Paris\né"', "n": [12, True], "o": {"a": None}})]),
+        (', {"name": "g-h"', []),
+        (', "arguments": {"a": fal', [CallStart(1, "g-h"), CallPiece(1, '{"a": ')]),
+        ("se}}", [CallPiece(1, "false}"), ToolCall("g-h", {"a": False})]),
+        (f", p()]{END}", [CallStart(2, "p"), CallPiece(2, "{}"), ToolCall("p", {})]),
+        (f"{START}q(a='b", [CallStart(3, "q"), CallPiece(3, '{"a": "b')]),
+    ]:
+        assert parser.push(piece) == events
+    assert parser.finish(cut=True) == [CallCut(3)]
+    assert parser.push(f"{START}q(") == [CallStart(0, "q"), CallPiece(0, "{")]  # Of the next reply.
+    assert parser.finish() == [CallCut(0), Content(f"{START}q(")]
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        ("f(a=1, a=2)", ['{"a": 1']),
+        ("f(a=1 b", ['{"a": 1']),
+        ("f(a='\\N{DASH}')", ['{"a": "']),
+        ("f(a={1: 2})", ['{"a": {']),
+        ("f(a=1 if", ['{"a": 1']),
+        (f"f(a='{END}')", ['{"a": "']),
+    ],
+)
+def test_what_turns_out_to_be_no_call_is_cut(call, told):
+    text = START + call
+    order, pieces = grown(text)
+    assert order == [*text]
+    assert ["".join(each) for each in pieces] == told
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        ("f(a='x' 'y', b=(1, 2), c=0x10)", ['{"a": "xy", "b": [1, 2], "c": 16}']),
+        ("f('x', 'y', c=1)", ['{"a": "x", "b": "y", "c": 1}']),
+        ("f(a={'k': 1, 'l': 2, 'k': 3})", ['{"a": {"k": 1, "l": 2, "k": 3}}']),
+        ("f(a={'k': 1, 'k': 3}, b=())", ['{"a": {"k": 1, "k": 3}, "b": ', '{"a": {"k": 3}, "b": []}']),
+        ('{"arguments": {"a": 1}, "name": "f"}', ['{"a": 1}']),
+        ('{"name": "f", "arguments": "{\\"a\\": 1}"}', ['{"a": 1}']),
+        ('{"name": "f", "arguments": {"a": 1}, "id": "x"}', ['{"a": 1}']),
+        ('{"name": "g", "arguments": {"a": 1}, "name": "f"}', ['{"a": 1}', '{"a": 1}']),
+    ],
+)
+def test_unusual_calls_are_told_of_too(call, told):
+    tools = [{"name": "f", "parameters": {"properties": {"a": {}, "b": {}}}}]
+    text = START + call
+    for pieces, expected in (([text], told[-1:]), (text, told)):
+        order, found = grown(pieces, tools)
+        assert order == whole([text], tools)
+        assert isinstance(order[0], ToolCall)
+        assert ["".join(each) for each in found] == expected
+
+
 N = 60_000
 LONG = {
     "string": lambda n: "[f(a='" + "x" * n + "')]",
@@ -455,12 +564,14 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("form", LONG)
-def test_time_is_linear_in_the_text_and_in_the_number_of_pieces(form):
+@pytest.mark.parametrize(
+    ("form", "growing"), [*((form, False) for form in LONG), *((form, True) for form in ("escapes", "digits", "items"))]
+)
+def test_time_is_linear_in_the_text_and_in_the_number_of_pieces(form, growing):
     def seconds(n, size):
         text = START + LONG[form](n)
         pieces = [text[i : i + size] for i in range(0, len(text), size)]
-        parser = ToolCallParser()
+        parser = ToolCallParser(growing=growing)
         start = time.process_time()
         for piece in pieces:
             parser.push(piece)
