@@ -8,14 +8,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from lfm_jax.config import ModelConfig
 from lfm_jax.problems import raise_problems
 from lfm_jax.text.codec import encoded
-from lfm_jax.text.tools import ToolCall, render_calls
+from lfm_jax.text.contents import encode_contents_plainly
+from lfm_jax.text.tools import END, START, ToolCall, render_calls
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -182,36 +183,44 @@ def special_tokens(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
 
 def encode_chat(
     tokenizer: Tokenizer, config: ModelConfig, template: str | None, messages: Sequence[Message],
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None, *, plain_contents: bool = False,
 ) -> list[int]:
     """Encodes a conversation up to the opening of the assistant's turn; template None means DEFAULT_TEMPLATE.
 
     Calls in earlier turns (`tool_calls`, each with `name` and `arguments`, itself or in its `function`) are written as
     the model writes them, unless the template writes them.
 
+    Args:
+      plain_contents: the names of special tokens in messages and tools are encoded as plain text, so that only the
+        template writes special tokens. What holds no such name has the same ids either way.
+
     Raises:
-      ValueError: see `render_chat`, or calls that are not dicts with a name and arguments.
+      ValueError: see `render_chat`; calls without name or arguments; with `plain_contents`, the name of a special token
+        in a content on which the template works, as by a length, so that it is not known in the prompt.
     """
     template = template or DEFAULT_TEMPLATE
-    messages = with_calls(template, messages)
-    text = render_chat(template, messages, tools=tools, **special_tokens(tokenizer, config))
-    return encoded(tokenizer, text, add_special_tokens=False).ids
+    # One moment, however often it is rendered.
+    specials: dict[str, Any] = {"strftime_now": datetime.now().strftime} | special_tokens(tokenizer, config)
+    if not plain_contents:
+        text = render_chat(template, with_calls(template, messages), tools=tools, **specials)
+        return encoded(tokenizer, text, add_special_tokens=False).ids
+    messages, tools = _plain("messages", messages), _plain("tools", tools)
+    return encode_contents_plainly(tokenizer, [messages, tools], lambda change: render_chat(
+        template, with_calls(template, messages, change), tools=change(tools), **specials
+    ))
 
 
-def with_calls(template: str, messages: Sequence[Message]) -> list[Message]:
-    """Writes the calls of messages as text, unless the template writes them (see `encode_chat`).
+def with_calls(
+    template: str, messages: Sequence[Message], change: Callable[[Any], Any] = lambda value: value
+) -> list[Message]:
+    """Messages whose calls are written as text, unless the template writes them (see `encode_chat`).
 
-    Raises:
-      ValueError: messages or calls that are not valid, by the numbers of the messages from 0.
+    Args:
+      change: what is done to all that messages hold, with calls as they are written.
     """
-    return _for_each(_with_calls_in_full if "tool_calls" in template else _with_calls_as_text, messages)
-
-
-def _calls(message: Message) -> Sequence[Mapping[str, Any]]:
-    calls = message.get("tool_calls") or ()
-    if not isinstance(calls, Sequence) or not all(isinstance(call, Mapping) for call in calls):
-        raise ValueError(f"its tool_calls is {calls!r:.80}; expected a list of dicts, each with a name and arguments")
-    return calls
+    if "tool_calls" in template:
+        return [change(_with_calls_in_full(message)) for message in messages]
+    return [_with_calls_as_text(message, change) for message in messages]
 
 
 def _with_calls_in_full(message: Message) -> Message:
@@ -224,14 +233,13 @@ def _with_calls_in_full(message: Message) -> Message:
     return dict(message) | {"tool_calls": full}
 
 
-def _with_calls_as_text(message: Message) -> Message:
-    calls, content = _calls(message), message.get("content") or ""
+def _with_calls_as_text(message: Message, change: Callable[[Any], Any]) -> Message:
+    calls = message.get("tool_calls")
     if not calls:
-        return message
-    if not isinstance(content, str):
-        raise ValueError(f"its content is {content!r:.80}; expected a text before its calls")
-    rest = {key: value for key, value in message.items() if key != "tool_calls"}
-    return rest | {"content": content + render_calls(map(_tool_call, calls))}
+        return change(message)
+    text = render_calls(map(_tool_call, calls)).removeprefix(START).removesuffix(END)
+    rest = change({key: value for key, value in message.items() if key != "tool_calls"})
+    return rest | {"content": (rest.get("content") or "") + START + change(text) + END}
 
 
 def _tool_call(call: Mapping[str, Any]) -> ToolCall:

@@ -116,3 +116,13 @@ def _unlimited_copy(tokenizer: Tokenizer) -> Tokenizer:
     copy.no_truncation()
     copy.no_padding()
     return copy
+
+
+@functools.lru_cache(maxsize=4)
+def without_specials(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy to which the names of special tokens are text like any other, and that neither truncates nor pads."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    copy.encode_special_tokens = True
+    return copy
