@@ -6,7 +6,6 @@ A template is a program that comes with the weights: it runs in a sandbox, on co
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -16,18 +15,15 @@ from lfm_jax.config import ModelConfig
 from lfm_jax.problems import raise_problems
 from lfm_jax.text.codec import encoded
 from lfm_jax.text.contents import encode_contents_plainly
+from lfm_jax.text.templates import GENERATION_OPENS, compiled_template, render
 from lfm_jax.text.tools import END, START, ToolCall, render_calls
 
 if TYPE_CHECKING:
-    from jinja2 import Template
     from tokenizers import Tokenizer
 
 Message = Mapping[str, Any]
 
 START_OF_TURN, END_OF_TURN = "<|im_start|>", "<|im_end|>"
-GENERATION_OPENS, GENERATION_CLOSES = "generation_opens", "generation_closes"
-"""Variables of a template with `{% generation %}` blocks: the texts written at their beginnings and ends, none in
-prompts."""
 
 DEFAULT_TEMPLATE = """\
 {{- bos_token -}}
@@ -71,20 +67,18 @@ def render_chat(
       Text that already has bos: encode it without special tokens.
 
     Raises:
-      ValueError: the template is not valid, is stopped by the sandbox or refuses these messages, the messages are not
-        plain data, or there are tools for a template that takes none.
+      ValueError: a broken template, one that the sandbox or the bounds of `templates` stop, one that refuses these
+        messages, messages that are not plain data, or tools for a template without them.
     """
-    messages = _for_each(_without_none, _plain("messages", messages))
-    tools = _plain("tools", tools)
-    compiled, variables = _compile(template)
-    if tools and "tools" not in variables:
+    messages, tools = _plain("messages", messages), _plain("tools", tools)
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
+        raise ValueError("messages must be a list of dicts, each with a 'role'")
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    if tools and "tools" not in compiled_template(template)[1]:
         raise ValueError("the chat template takes no tools; leave them out or use a checkpoint whose template does")
-    try:
-        return compiled.render(
-            messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **specials
-        )
-    except Exception as error:  # Foreign code may raise anything; callers get one kind of error.
-        raise ValueError(f"the chat template failed on these messages: {type(error).__name__}: {error}") from error
+    return render(template, {
+        "messages": messages, "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt
+    } | specials)
 
 
 def _without_none(message: Message) -> Message:
@@ -115,54 +109,8 @@ def _plain(name: str, value: Any) -> Any:
     """Returns a copy made of JSON types only: a template must not get objects with methods."""
     try:
         return json.loads(json.dumps(value))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{name} must be plain data (dicts, lists, texts, numbers): {error}") from error
-
-
-@functools.lru_cache(maxsize=16)
-def _compile(template: str) -> tuple[Template, frozenset[str]]:
-    """Returns the compiled template and the names of its variables; the environment is that of `transformers`."""
-    import jinja2
-    import jinja2.ext
-    import jinja2.meta
-    import jinja2.nodes
-    import jinja2.parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(jinja2.ext.Extension):
-        """Writes the text of a `{% generation %}` block between two variables, which are undefined in prompts."""
-
-        tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
-
-        def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            opens, closes = (jinja2.nodes.Output([jinja2.nodes.Name(name, "load")], lineno=line)
-                             for name in (GENERATION_OPENS, GENERATION_CLOSES))
-            return [opens, jinja2.nodes.Scope(body, lineno=line), closes]
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def strftime_now(form: str) -> str:
-        return datetime.now().strftime(form)
-
-    def tojson(
-        value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    functions = {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    try:
-        variables = jinja2.meta.find_undeclared_variables(environment.parse(template))
-        return environment.from_string(template, globals=functions), frozenset(variables)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template is not valid Jinja: {error}") from error
 
 
 def has_generation(template: str) -> bool:
@@ -171,7 +119,7 @@ def has_generation(template: str) -> bool:
     Raises:
       ValueError: the template is not valid.
     """
-    return GENERATION_OPENS in _compile(template)[1]
+    return GENERATION_OPENS in compiled_template(template)[1]
 
 
 def special_tokens(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:

@@ -24,8 +24,6 @@ from lfm_jax.config import ModelConfig
 from lfm_jax.text.chat import (
     DEFAULT_TEMPLATE,
     END_OF_TURN,
-    GENERATION_CLOSES,
-    GENERATION_OPENS,
     START_OF_TURN,
     Message,
     has_generation,
@@ -34,6 +32,7 @@ from lfm_jax.text.chat import (
     with_calls,
 )
 from lfm_jax.text.codec import encoded
+from lfm_jax.text.templates import GENERATION_CLOSES, GENERATION_OPENS
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
