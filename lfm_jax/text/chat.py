@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -70,10 +70,8 @@ def render_chat(
       ValueError: a broken template, one that the sandbox or the bounds of `templates` stop, one that refuses these
         messages, messages that are not plain data, or tools for a template without them.
     """
-    messages, tools = _plain("messages", messages), _plain("tools", tools)
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
-        raise ValueError("messages must be a list of dicts, each with a 'role'")
-    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    messages = _for_each(_without_none, _plain("messages", messages))
+    tools = _plain("tools", tools)
     if tools and "tools" not in compiled_template(template)[1]:
         raise ValueError("the chat template takes no tools; leave them out or use a checkpoint whose template does")
     return render(template, {
@@ -161,14 +159,24 @@ def encode_chat(
 def with_calls(
     template: str, messages: Sequence[Message], change: Callable[[Any], Any] = lambda value: value
 ) -> list[Message]:
-    """Messages whose calls are written as text, unless the template writes them (see `encode_chat`).
+    """Writes the calls of messages as text, unless the template writes them (see `encode_chat`).
 
     Args:
-      change: what is done to all that messages hold, with calls as they are written.
+      change: applied to everything in the messages, and to calls as they are written.
+
+    Raises:
+      ValueError: messages or calls that are not valid, by the numbers of the messages from 0.
     """
     if "tool_calls" in template:
-        return [change(_with_calls_in_full(message)) for message in messages]
-    return [_with_calls_as_text(message, change) for message in messages]
+        return _for_each(lambda message: change(_with_calls_in_full(message)), messages)
+    return _for_each(lambda message: _with_calls_as_text(message, change), messages)
+
+
+def _calls(message: Message) -> Sequence[Mapping[str, Any]]:
+    calls = message.get("tool_calls") or ()
+    if not isinstance(calls, Sequence) or not all(isinstance(call, Mapping) for call in calls):
+        raise ValueError(f"its tool_calls is {calls!r:.80}; expected a list of dicts, each with a name and arguments")
+    return calls
 
 
 def _with_calls_in_full(message: Message) -> Message:
@@ -182,9 +190,11 @@ def _with_calls_in_full(message: Message) -> Message:
 
 
 def _with_calls_as_text(message: Message, change: Callable[[Any], Any]) -> Message:
-    calls = message.get("tool_calls")
+    calls, content = _calls(message), message.get("content") or ""
     if not calls:
         return change(message)
+    if not isinstance(content, str):
+        raise ValueError(f"its content is {content!r:.80}; expected a text before its calls")
     text = render_calls(map(_tool_call, calls)).removeprefix(START).removesuffix(END)
     rest = change({key: value for key, value in message.items() if key != "tool_calls"})
     return rest | {"content": (rest.get("content") or "") + START + change(text) + END}

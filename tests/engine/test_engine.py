@@ -221,7 +221,6 @@ def test_a_continuation_may_be_cancelled_and_the_others_go_on():
 def test_what_the_prefix_cache_holds_changes_nothing():
     request = a_request(np.random.default_rng(5), prompt=list(range(96, 46, -1)), max_new_tokens=14)
     longer = dataclasses.replace(request, prompt=[*request.prompt[:40], 7, 7, 7])
-    cached = [engine().counts["cached_tokens"]]
     first = run(engine(), request, longer)
     assert first[0].cached == [0]
     before = engine().counts["cached_tokens"]
