@@ -10,7 +10,7 @@ project = "lfm_jax"
 html_title = "lfm_jax"
 extensions = [
     "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton",
-    "docstrings", "config_table", "module_list", "verb_help",  # in _ext
+    "docstrings", "config_table", "module_list", "request_fields", "verb_help",  # in _ext
 ]
 exclude_patterns = ["**/reading.md"]
 

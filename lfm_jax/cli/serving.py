@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +30,7 @@ def serve(
     dtype: DType | None = None,
     warm_up: Literal["first", "all"] = "first",
     drain_seconds: int = 60,
+    cors_origins: tuple[str, ...] = (),
 ) -> int:
     """Serve a model over HTTP with the API of OpenAI, and a page to try it at /. Needs `lfm_jax[serve]`.
 
@@ -39,7 +39,7 @@ def serve(
     Args:
       path: Hugging Face directory or run directory.
       host: address to listen on; one that other machines can reach needs a key.
-      port: port to listen on.
+      port: port to listen on; 0 takes any free one.
       name: name of the model for clients; that of the directory if left out.
       sampling: default sampling parameters; those published for LFM2.5-350M if left out.
       engine: slots and limits of the engine.
@@ -49,11 +49,12 @@ def serve(
       dtype: of parameters and computation; the stored one if left out.
       warm_up: programs to compile before it serves: what a first request needs, and the others beside the work, or all.
       drain_seconds: how long what runs may take to end after SIGTERM.
+      cors_origins: origins whose pages may use the server, as https://example.org; * is any.
     """
     launch = _serving("launch")
-    launch.check_address(host, os.environ.get(launch.KEY_VARIABLE))
+    address = launch.listen(host, port)  # What can be refused is refused before anything is loaded.
     service = launch.open_service(path, dtype, engine, (data, tensor), everything=warm_up == "all")
-    launch.serve(service, name or path.resolve().name, host, port, sampling, limits, drain_seconds)
+    launch.serve(service, name or path.resolve().name, address, sampling, limits, drain_seconds, cors_origins)
     return 0
 
 

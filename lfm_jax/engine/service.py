@@ -72,9 +72,11 @@ class Service:
         """Returns the token ids of a prompt, with bos."""
         return encode(self.tokenizer, text, self.config.bos_id)
 
-    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
-        """Returns the token ids of a conversation; see `chat.encode_chat`."""
-        return encode_chat(self.tokenizer, self.config, self._template, messages, tools)
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
+    ) -> list[int]:
+        """Encodes a conversation; options as those of `chat.encode_chat`."""
+        return encode_chat(self.tokenizer, self.config, self._template, messages, tools, **options)
 
     def matcher(self, grammar: Grammar) -> Matcher:
         """Returns a matcher for `Request.grammar`.

@@ -10,14 +10,17 @@ import functools
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from importlib.resources import files
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from lfm_jax.engine import request as engine_request
@@ -25,24 +28,29 @@ from lfm_jax.engine.request import EngineFullError
 from lfm_jax.engine.service import Answers, Piece, Service
 from lfm_jax.sampling import GREEDY, Sampling
 from lfm_jax.serve.errors import ERROR_TYPES, RefusalError
-from lfm_jax.serve.formats import ChatFormat, TextFormat, streamed_answer, whole_answer
-from lfm_jax.serve.gate import Gate
+from lfm_jax.serve.fields import UNKNOWN_HEADER, Body, UnknownFieldLog
+from lfm_jax.serve.formats import ChatForm, Form, TextForm, dumped, streamed_answer, whole_answer
+from lfm_jax.serve.gate import REQUEST_ID, Gate
 from lfm_jax.serve.limits import LIMITS, Limits
 from lfm_jax.serve.metrics import Metrics
-from lfm_jax.serve.protocol import ChatBody, CompletionBody, plain_messages
+from lfm_jax.serve.protocol import ChatBody, CompletionBody, Shared, place, plain_messages
+from lfm_jax.serve.responses import ResponsesBody, ResponsesForm
+from lfm_jax.structured.grammar import Grammar, Matcher
 
 
 def make_app(
-    service: Service, name: str, *, api_key: str | None = None, sampling: Sampling = GREEDY, limits: Limits = LIMITS
+    service: Service, name: str, *, api_key: str | None = None, sampling: Sampling = GREEDY, limits: Limits = LIMITS,
+    cors_origins: Sequence[str] = (),
 ) -> FastAPI:
     """Makes the application for a service.
 
     Args:
-      service: its engine runs in a thread of its own while the app is up, and finishes running requests at the end.
-      name: the name of the model.
-      api_key: the bearer token that clients must send; None asks for none.
-      sampling: default sampling parameters.
-      limits: limits of one request.
+      service: its engine serves in a thread of its own while the app is up; what runs at the end is let end.
+      name: of the model.
+      api_key: what clients must send as a bearer token; None: nothing.
+      sampling: for what requests do not say.
+      limits: of one request.
+      cors_origins: origins whose pages may read answers; "*": any.
     """
     metrics = Metrics(service.engine)
 
@@ -55,6 +63,10 @@ def make_app(
 
     app = FastAPI(title="lfm_jax", version="1", lifespan=life, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Gate, api_key=api_key, limits=limits, metrics=metrics)
+    if cors_origins:
+        # Around the gate: a browser asks first, without the key, what it may send.
+        app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"],
+                           expose_headers=[REQUEST_ID, UNKNOWN_HEADER])
     app.add_exception_handler(RefusalError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
@@ -76,18 +88,38 @@ def _document(app: FastAPI) -> dict[str, Any]:
 
 async def _refused(request: Request, error: Any) -> Response:
     del request
-    return JSONResponse(error.body(), error.status)
+    return JSONResponse(error.body(), error.status, error.headers)
 
 
 async def _invalid(request: Request, error: Any) -> Response:
-    problems = "; ".join(f"{'.'.join(str(x) for x in e['loc'][1:]) or 'body'}: {e['msg']}" for e in error.errors()[:8])
-    return await _refused(request, RefusalError(400, problems))
+    problems = [_problem(problem, error.body) for problem in error.errors()[:8]]
+    field = next((field for field, _ in problems if field), None)
+    message = "; ".join(f"{field}: {what}" if field else what for field, what in problems)
+    return await _refused(request, RefusalError(400, message, param=field))
+
+
+def _problem(problem: Mapping[str, Any], body: Any) -> tuple[str | None, str]:
+    """The field that an error of validation is about, and what is wrong."""
+    kind, location = problem["type"], problem["loc"][1:]
+    if kind == "json_invalid":
+        at, text = location[0], body if isinstance(body, str) else ""
+        line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
+        return None, f"the body is not JSON: {problem['ctx']['error']} at line {line}, column {column}"
+    if not location:
+        if kind == "missing":
+            return None, "the body is missing; send a JSON object"
+        return None, "the body is not a JSON object; send one, with the header content-type: application/json"
+    what = "is missing" if kind == "missing" else problem["msg"].removeprefix("Value error, ")
+    return place(location) or None, what
 
 
 async def _http(request: Request, error: Any) -> Response:
-    response = await _refused(request, RefusalError(error.status_code, str(error.detail)))
-    response.headers.update(error.headers or {})
-    return response
+    message = str(error.detail)
+    if error.status_code in (404, 405):
+        there = ", ".join(f"{' or '.join(sorted((route.methods or set()) - {'HEAD'}))} {route.path}"
+                          for route in request.app.routes if isinstance(route, APIRoute))
+        message = f"there is no {request.method} {request.url.path[:100]}; this server has {there}"
+    return await _refused(request, RefusalError(error.status_code, message, headers=error.headers))
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -97,7 +129,8 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def _about(service: Service, name: str, metrics: Metrics) -> APIRouter:
     """Makes the routes of the page, health, metrics and the model."""
     router = APIRouter()
-    entry = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "lfm_jax"}
+    entry = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "lfm_jax",
+             "max_model_len": service.engine.longest}
 
     @router.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> str:
@@ -127,11 +160,12 @@ def _about(service: Service, name: str, metrics: Metrics) -> APIRouter:
 
 def _check_model(wanted: str, name: str) -> None:
     if wanted != name:
-        raise RefusalError(404, f"there is no model {wanted[:100]!r}; this server has {name!r}", "model_not_found")
+        raise RefusalError(404, f"there is no model {wanted[:100]!r}; this server has {name!r}", "model_not_found",
+                           param="model")
 
 
 def _completions(desk: _Desk) -> APIRouter:
-    """Makes the two routes that generate."""
+    """The endpoints that generate."""
     router = APIRouter()
     errors = _errors(400, 401, 404, 408, 413, 429, 500, 503, 504)
 
@@ -143,6 +177,10 @@ def _completions(desk: _Desk) -> APIRouter:
     async def chat(body: ChatBody, request: Request) -> Response:
         return await desk.chat(body, request)
 
+    @router.post("/v1/responses", responses=errors)
+    async def responses(body: ResponsesBody, request: Request) -> Response:
+        return await desk.respond(body, request)
+
     return router
 
 
@@ -153,6 +191,7 @@ class _Desk:
         self._service, self._name, self._sampling = service, name, sampling
         self._limits, self._metrics = limits, metrics
         self._preparing = 0
+        self._unknown = UnknownFieldLog()
 
     async def complete(self, body: CompletionBody, request: Request) -> Response:
         """Answers POST /v1/completions."""
@@ -160,35 +199,43 @@ class _Desk:
         self._check(body, len(body.prompts()))
 
         def prepare() -> list[engine_request.Request]:
+            matcher = self._matcher(body.grammar, [value for _, value in body.constraints()])
             prompts = [self._service.encode(p) if isinstance(p, str) else p for p in body.prompts()]
-            return [
-                self._ask(prompt, body, body.max_tokens or 16, body.logprobs,
-                          prompt_logprobs=bool(body.echo and body.logprobs is not None))
-                for prompt in prompts
-            ]
+            most = 16 if body.max_tokens is None else body.max_tokens
+            return [self._ask(prompt, body, most, body.logprobs, matcher, "prompt",
+                              prompt_logprobs=bool(body.echo and body.logprobs is not None)) for prompt in prompts]
 
         asked = await self._in_thread(prepare)
-        form = TextFormat(self._service, self._name, body, [list(one.prompt) for one in asked])
-        return await self._answer(form, asked, body, request, arrived)
+        form = TextForm(self._service, self._name, body, [list(one.prompt) for one in asked])
+        return await self._answer(form, asked, body, body, request, arrived)
 
     async def chat(self, body: ChatBody, request: Request) -> Response:
         """Answers POST /v1/chat/completions."""
         arrived = time.monotonic()
         self._check(body, 1)
+        asked = await self._in_thread(lambda: [self._ask_chat(body)])
+        return await self._answer(ChatForm(self._service, self._name, body), asked, body, body, request, arrived)
 
-        def prepare() -> list[engine_request.Request]:
-            self._check_schemas(body)
-            grammar = body.grammar()
-            matcher = None if grammar is None else self._service.matcher(grammar)
-            tools = body.schemas if body.tool_choice != "none" else None
-            prompt = self._service.encode_chat(plain_messages(body.messages), tools)
-            room = self._service.engine.longest - len(prompt)
-            most = body.max_completion_tokens or body.max_tokens or max(min(room, self._limits.tokens), 1)
-            logprobs = (body.top_logprobs or 0) if body.logprobs else None
-            return [self._ask(prompt, body, most, logprobs, matcher=matcher)]
+    async def respond(self, body: ResponsesBody, request: Request) -> Response:
+        """Answers POST /v1/responses, as the chat that it stands for."""
+        arrived = time.monotonic()
+        try:
+            chat = body.as_chat()
+        except ValidationError as error:
+            raise RefusalError(400, "; ".join(f"{place(e['loc'])}: {e['msg']}" for e in error.errors()[:8])) from None
+        self._check(chat, 1)
+        asked = await self._in_thread(lambda: [self._ask_chat(chat)])
+        form = ResponsesForm(self._service, self._name, body, chat)
+        return await self._answer(form, asked, chat, body, request, arrived)
 
-        asked = await self._in_thread(prepare)
-        return await self._answer(ChatFormat(self._service, self._name, body), asked, body, request, arrived)
+    def _ask_chat(self, body: ChatBody) -> engine_request.Request:
+        matcher = self._matcher(body.grammar, [body.functions_offered, *(value for _, value in body.constraints())])
+        tools = body.schemas if body.tool_choice != "none" else None
+        prompt = self._service.encode_chat(
+            plain_messages(body.messages), tools, continue_final=body.continues, variables=body.chat_template_kwargs)
+        most = body.max_completion_tokens or body.max_tokens or self._limits.tokens
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        return self._ask(prompt, body, most, logprobs, matcher, "messages")
 
     async def _in_thread(self, prepare: Callable[[], list[engine_request.Request]]) -> list[engine_request.Request]:
         """Prepares requests in a thread, because long texts and large schemas take a while."""
@@ -204,39 +251,46 @@ class _Desk:
         finally:
             self._preparing -= 1
 
-    def _check(self, body: ChatBody | CompletionBody, prompts: int) -> None:
+    def _check(self, body: Shared, prompts: int) -> None:
         _check_model(body.model, self._name)
         if prompts * (body.n or 1) > self._limits.choices:
             raise RefusalError(400, f"n is {body.n or 1} for {prompts} prompts; at most {self._limits.choices} "
-                                    "continuations in all")
+                                    "continuations in all", param="n")
 
-    def _check_schemas(self, body: ChatBody) -> None:
-        given: list[Any] = [tool.function.parameters for tool in body.tools or ()]
-        if body.response_format is not None and body.response_format.json_schema is not None:
-            given.append(body.response_format.json_schema.schema_)
+    def _matcher(self, grammar: Callable[[], Grammar | None], given: Sequence[Any]) -> Matcher | None:
+        """A matcher of what the answer must follow; `given` is what the client sent of it."""
         size = len(json.dumps(given))
         if size > self._limits.schema_bytes:
             raise ValueError(f"schemas take {size} bytes; at most {self._limits.schema_bytes}")
+        made = grammar()
+        return None if made is None else self._service.matcher(made)
 
     def _ask(
-        self, prompt: list[int], body: ChatBody | CompletionBody, most: int, logprobs: int | None, *,
-        prompt_logprobs: bool = False, matcher: Any = None,
+        self, prompt: list[int], body: Shared, most: int, logprobs: int | None, matcher: Matcher | None, param: str, *,
+        prompt_logprobs: bool = False,
     ) -> engine_request.Request:
+        """A request of the engine; it ends where the context does."""
+        room = self._service.engine.longest - len(prompt)
+        if room < min(most, 1):
+            error = engine_request.ContextLengthError(self._service.engine.longest, len(prompt), most)
+            raise RefusalError(400, str(error), "context_length_exceeded", param=param)
+        most = min(most, room)
+        own = () if body.ignore_eos and matcher is None else self._service.stop_ids
         return engine_request.Request(
-            prompt=prompt, max_new_tokens=most, min_new_tokens=body.min_tokens or 0,
+            prompt=prompt, max_new_tokens=most, min_new_tokens=min(body.min_tokens or 0, most),
             sampling=body.sampling(self._sampling, secrets.randbits(32)), n=body.n or 1,
-            stop_ids=self._service.stop_ids, logit_bias=body.biases(), logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs, grammar=matcher, deadline=self._limits.seconds,
+            stop_ids=tuple(dict.fromkeys([*own, *(body.stop_token_ids or ())])), logit_bias=body.logit_bias or {},
+            logprobs=logprobs, prompt_logprobs=prompt_logprobs, grammar=matcher, deadline=self._limits.seconds,
         )
 
     async def _answer(
-        self, form: TextFormat | ChatFormat, asked: Sequence[engine_request.Request],
-        body: ChatBody | CompletionBody, request: Request, arrived: float,
+        self, form: Form, asked: Sequence[engine_request.Request], body: Shared, sent: Body, request: Request,
+        arrived: float,
     ) -> Response:
         """Runs requests and answers whole or as a stream; cancels them when the client disconnects."""
         skip = body.skip_special_tokens is not False and not form.keeps_markers
         try:
-            answers = self._service.submit(asked, body.stops(), skip_special_tokens=skip)
+            answers = self._service.submit(asked, body.stop or (), skip_special_tokens=skip)
         except EngineFullError as error:
             raise RefusalError(429, str(error), "queue_full") from None
         except RuntimeError as error:
@@ -246,17 +300,17 @@ class _Desk:
         # Started here, so that a disconnect is noticed while the request waits for a slot too.
         leaving = asyncio.ensure_future(_cancel_when_gone(request, answers))
         pieces = self._observed(answers, leaving, arrived)
+        headers = self._unknown.headers(sent)
         if body.stream:
-            usage = body.stream_options is not None and body.stream_options.include_usage
-            return StreamingResponse(streamed_answer(form, pieces, asked, usage=usage), media_type="text/event-stream",
-                                     headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+            return StreamingResponse(streamed_answer(form, pieces, asked), media_type="text/event-stream",
+                                     headers=headers | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         answer = await whole_answer(form, pieces, asked)
-        return JSONResponse(answer)
+        return Response(dumped(answer), media_type="application/json", headers=headers)
 
     async def _observed(
         self, answers: Answers, leaving: asyncio.Future[None], arrived: float
     ) -> AsyncGenerator[Piece]:
-        """Yields the pieces, records the time to the first piece, and stops watching the client after the last one."""
+        """The pieces; records the time to the first piece, and stops watching the client after the last one."""
         first = True
         try:
             async with aclosing(answers.pieces()) as pieces:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lfm_jax.engine.service import Piece
@@ -15,16 +16,25 @@ ERROR_TYPES = {
 
 
 class RefusalError(Exception):
-    """The error that a request gets instead of an answer."""
+    """A request that gets an error instead of an answer.
 
-    def __init__(self, status: int, message: str, code: str | None = None):
+    Args:
+      code: a word that programs look for.
+      param: the field that the error is about.
+      headers: of the answer.
+    """
+
+    def __init__(
+        self, status: int, message: str, code: str | None = None, *, param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
         super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+        self.status, self.message, self.code, self.param, self.headers = status, message, code, param, headers
 
     def body(self) -> dict[str, Any]:
-        """Returns the body of the error response."""
-        error_type = ERROR_TYPES.get(self.status, "server_error")
-        return {"error": {"message": self.message, "type": error_type, "param": None, "code": self.code}}
+        """As clients read it."""
+        kind = ERROR_TYPES.get(self.status, "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def broken(piece: Piece) -> RefusalError | None:

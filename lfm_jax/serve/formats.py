@@ -1,4 +1,4 @@
-"""Answers in the two formats of OpenAI's API, whole or in the chunks of a stream."""
+"""Answers in the two forms of OpenAI's completions, whole and in chunks of a stream."""
 
 from __future__ import annotations
 
@@ -7,105 +7,188 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Protocol
 
 from lfm_jax.engine.request import Request, TokenLogprob
 from lfm_jax.engine.service import Piece, Service
-from lfm_jax.serve.errors import broken
+from lfm_jax.serve.errors import RefusalError, broken
 from lfm_jax.serve.protocol import ChatBody, CompletionBody
 from lfm_jax.text.codec import Detokenizer, token_bytes
-from lfm_jax.text.tools import Content, ToolCallParser
+from lfm_jax.text.tools import Content, ToolCall, ToolCallParser
+
+_BREAKS = {ord(c): f"\\u{ord(c):04x}" for c in "\u0085\u2028\u2029"}
+"""Clients that split a stream with `str.splitlines` would break lines at these characters."""
 
 
 class Choice:
-    """What one continuation has produced so far."""
+    """What has come of one continuation."""
 
     def __init__(self) -> None:
         self.text = ""
         self.tokens = 0
+        self.cached_tokens = 0
+        """Tokens of its prompt that the prefix cache had."""
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob] | None = None
         self.finish: str | None = None
         self.calls: list[dict[str, Any]] = []
 
     def note(self, piece: Piece) -> None:
-        """Adds a piece, except its text, which the format splits."""
+        """Counts a piece in; its text is the format's to split."""
         self.tokens += len(piece.tokens)
         self.logprobs += piece.logprobs or []
         if piece.prompt_logprobs is not None:
             self.prompt_logprobs = piece.prompt_logprobs
+        self.cached_tokens = piece.cached_tokens or self.cached_tokens
         self.finish = piece.finish
 
 
-async def whole_answer(form: TextFormat | ChatFormat, pieces: AsyncGenerator[Piece], asked: Sequence[Request]) -> Any:
-    """Returns the body of an answer that is not streamed.
+Choices = dict[int, Choice]
+
+
+class Form(Protocol):
+    """The form of an answer."""
+
+    keeps_markers: bool
+    """Special tokens are needed in the text."""
+
+    def whole(self, choices: Choices, asked: Sequence[Request]) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+        ...
+
+    def opening(self, choice: int) -> Iterator[dict[str, Any]]:
+        """The chunks before the first piece of a continuation."""
+        ...
+
+    def deltas(self, piece: Piece, choice: Choice) -> Iterator[dict[str, Any]]:
+        """The chunks of a piece."""
+        ...
+
+    def closing(self, choices: Choices, asked: Sequence[Request]) -> Iterator[dict[str, Any]]:
+        """The chunks after the last piece of all continuations."""
+        ...
+
+    def event(self, chunk: dict[str, Any], choices: Choices, asked: Sequence[Request]) -> str:
+        """A chunk as a server-sent event."""
+        ...
+
+    def failure(self, refusal: RefusalError) -> str:
+        """The last event of a stream that ends with an error."""
+        ...
+
+    end: str
+    """The last event of a stream that ends well."""
+
+
+async def whole_answer(form: Form, pieces: AsyncGenerator[Piece], asked: Sequence[Request]) -> dict[str, Any]:
+    """The body of an answer that is not streamed.
 
     Raises:
-      RefusalError: a continuation ended without an answer.
+      RefusalError: a continuation came to no answer.
     """
-    choices: dict[int, Choice] = {}
+    choices: Choices = {}
     async with aclosing(pieces):
         async for piece in pieces:
             choice = choices.setdefault(piece.choice, Choice())
             if (refusal := broken(piece)) is not None:
                 raise refusal
             choice.note(piece)
-            for _ in form.deltas(piece, choice):  # To split the text into content and calls.
+            for _ in form.deltas(piece, choice):  # So that text is split into content and calls.
                 pass
     return form.whole(choices, asked)
 
 
 async def streamed_answer(
-    form: TextFormat | ChatFormat, pieces: AsyncGenerator[Piece], asked: Sequence[Request], *, usage: bool
+    form: Form, pieces: AsyncGenerator[Piece], asked: Sequence[Request]
 ) -> AsyncIterator[str]:
-    """Yields an answer as server-sent events; a continuation that ends without an answer ends it with an error.
-
-    Args:
-      usage: report token counts at the end.
-    """
-    choices: dict[int, Choice] = {}
-
-    def event(chunk: dict[str, Any]) -> str:
-        return f"data: {json.dumps(chunk | ({'usage': None} if usage else {}), ensure_ascii=False)}\n\n"
-
+    """Server-sent events of an answer; a continuation that comes to none ends it with an error."""
+    choices: Choices = {}
     async with aclosing(pieces):
         async for piece in pieces:
             if piece.choice not in choices:
                 choices[piece.choice] = Choice()
                 for chunk in form.opening(piece.choice):
-                    yield event(chunk)
+                    yield form.event(chunk, choices, asked)
             if (refusal := broken(piece)) is not None:
-                yield f"data: {json.dumps(refusal.body())}\n\n"
+                yield form.failure(refusal)
                 return
             choice = choices[piece.choice]
             choice.note(piece)
             for chunk in form.deltas(piece, choice):
-                yield event(chunk)
-    if usage:
-        yield f"data: {json.dumps(form.frame([]) | {'usage': _usage(choices, asked)})}\n\n"
-    yield "data: [DONE]\n\n"
+                yield form.event(chunk, choices, asked)
+    for chunk in form.closing(choices, asked):
+        yield form.event(chunk, choices, asked)
+    if form.end:
+        yield form.end
 
 
-def _usage(choices: dict[int, Choice], asked: Sequence[Request]) -> dict[str, int]:
+def dumped(value: Any) -> str:
+    """JSON of one line, whatever a client takes for the end of one."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).translate(_BREAKS)
+
+
+def usage_of(choices: Choices, asked: Sequence[Request]) -> dict[str, Any]:
+    """The numbers of tokens so far."""
     prompt, made = sum(len(one.prompt) for one in asked), sum(choice.tokens for choice in choices.values())
-    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+    firsts = range(0, sum(one.n for one in asked), asked[0].n)  # The continuations of a prompt share it.
+    cached = sum(choices[i].cached_tokens for i in firsts if i in choices)
+    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
+            "prompt_tokens_details": {"cached_tokens": cached}}
 
 
-class TextFormat:
-    """Answers of /v1/completions."""
+def logprob_entry(tokenizer: Any, told: TokenLogprob) -> dict[str, Any]:
+    """A token with its log-probability and those of the likeliest ones, as chats have them."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        raw = token_bytes(tokenizer, token)
+        return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
+
+    return entry(told.token, told.logprob) | {"top_logprobs": [entry(*best) for best in told.best]}
+
+
+class _Completion:
+    """What both kinds of completion have in common."""
 
     keeps_markers = False
+    end = "data: [DONE]\n\n"
+    kind: str
+    """The object of a chunk."""
 
-    def __init__(self, service: Service, name: str, body: CompletionBody, prompts: list[list[int]]):
-        self._tokenizer, self._name, self._body, self._prompts = service.tokenizer, name, body, prompts
-        self._id, self._created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
-        self._skip = body.skip_special_tokens is not False
-        self._places: dict[int, tuple[Detokenizer, int]] = {}
-        """By continuation: its detokenizer, and where in the text its next token begins."""
+    def __init__(self, service: Service, name: str, body: CompletionBody | ChatBody, prefix: str):
+        self._tokenizer, self._name = service.tokenizer, name
+        self._id, self._created = f"{prefix}-{secrets.token_hex(12)}", int(time.time())
+        options = body.stream_options
+        self._usage = options is not None and bool(options.include_usage)
+        self._usage_always = self._usage and options is not None and bool(options.continuous_usage_stats)
 
     def frame(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self._id, "object": "text_completion", "created": self._created, "model": self._name,
+        return {"id": self._id, "object": self.kind, "created": self._created, "model": self._name,
                 "choices": choices}
+
+    def event(self, chunk: dict[str, Any], choices: Choices, asked: Sequence[Request]) -> str:
+        if self._usage and "usage" not in chunk:
+            chunk = chunk | {"usage": usage_of(choices, asked) if self._usage_always else None}
+        return f"data: {dumped(chunk)}\n\n"
+
+    def closing(self, choices: Choices, asked: Sequence[Request]) -> Iterator[dict[str, Any]]:
+        if self._usage:
+            yield self.frame([]) | {"usage": usage_of(choices, asked)}
+
+    def failure(self, refusal: RefusalError) -> str:
+        return f"data: {dumped(refusal.body())}\n\n"
+
+
+class TextForm(_Completion):
+    """Answers of /v1/completions."""
+
+    kind = "text_completion"
+
+    def __init__(self, service: Service, name: str, body: CompletionBody, prompts: list[list[int]]):
+        super().__init__(service, name, body, "cmpl")
+        self._body, self._prompts = body, prompts
+        self._skip = body.skip_special_tokens is not False
+        self._places: dict[int, tuple[Detokenizer, int]] = {}
+        """By continuation: where in the text its next token begins."""
 
     def _echoed(self, choice: int) -> str:
         if not self._body.echo:
@@ -119,14 +202,14 @@ class TextFormat:
     def deltas(self, piece: Piece, choice: Choice) -> Iterator[dict[str, Any]]:
         choice.text += piece.text
         logprobs = None
-        if piece.logprobs is not None:
-            told = (piece.prompt_logprobs or []) + piece.logprobs
+        if piece.logprobs is not None or piece.prompt_logprobs is not None:
+            told = (piece.prompt_logprobs or []) + (piece.logprobs or [])
             logprobs = self._logprobs(piece.choice, told, first=piece.prompt_logprobs is not None)
         if piece.text or piece.finish or logprobs:
             yield self.frame([{"index": piece.choice, "text": piece.text, "logprobs": logprobs,
                                "finish_reason": piece.finish}])
 
-    def whole(self, choices: dict[int, Choice], asked: Sequence[Request]) -> dict[str, Any]:
+    def whole(self, choices: Choices, asked: Sequence[Request]) -> dict[str, Any]:
         entries = []
         for i, choice in sorted(choices.items()):
             logprobs = None
@@ -136,13 +219,16 @@ class TextFormat:
                 logprobs = self._logprobs(i, told, first=choice.prompt_logprobs is not None)
             entries.append({"index": i, "text": self._echoed(i) + choice.text, "logprobs": logprobs,
                             "finish_reason": choice.finish})
-        return self.frame(entries) | {"usage": _usage(choices, asked)}
+        return self.frame(entries) | {"usage": usage_of(choices, asked)}
 
     def _logprobs(self, choice: int, told: list[TokenLogprob], *, first: bool) -> dict[str, Any]:
-        """Returns log-probabilities as parallel lists, the format of completions; the prompt's first token has none."""
+        """In the old form: parallel lists; the prompt's first token has no probability."""
         ids = [t.token for t in told]
         values: list[float | None] = [t.logprob for t in told]
-        best: list[dict[str, float] | None] = [{self._token(token): p for token, p in t.best} for t in told]
+        # The chosen token is always among them, however unlikely it was.
+        best: list[dict[str, float] | None] = [
+            {self._token(token): p for token, p in (*t.best, (t.token, t.logprob))} for t in told
+        ]
         if first:
             ids.insert(0, self._prompts[choice // (self._body.n or 1)][0])
             values.insert(0, None)
@@ -157,8 +243,7 @@ class TextFormat:
                 "text_offset": offsets}
 
     def _token(self, token: int) -> str:
-        """Returns a token's text, or its bytes as OpenAI's API writes them where they are part of a character: as
-        U+FFFD, different tokens would be equal."""
+        """A token's text; its bytes, as in OpenAI's API, where they are part of a character: else several were one."""
         raw = token_bytes(self._tokenizer, token)
         try:
             return raw.decode()
@@ -166,20 +251,40 @@ class TextFormat:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-class ChatFormat:
+# -------------------------------------------------------------------- chats
+
+
+class ChatReply:
+    """Splits the pieces of one continuation into text and calls.
+
+    Args:
+      body: says which tools may be called; none: all of it is text.
+    """
+
+    def __init__(self, body: ChatBody):
+        tools = body.schemas or [] if body.calls_tools else []
+        self._parser = ToolCallParser(tools, at_start=body.constraint() is not None) if tools else None
+
+    def push(self, piece: Piece) -> list[Content | ToolCall]:
+        """What has become certain with a piece; text that may still become a call is kept back."""
+        if self._parser is None:
+            return [Content(piece.text)] if piece.text else []
+        events = self._parser.push(piece.text)
+        # The grammar ends each call: one that is open was cut, by the limit or by a stop text.
+        return events if piece.finish is None else [*events, *self._parser.finish(cut=True)]
+
+
+class ChatForm(_Completion):
     """Answers of /v1/chat/completions."""
 
-    def __init__(self, service: Service, name: str, body: ChatBody):
-        self._tokenizer, self._name, self._body = service.tokenizer, name, body
-        self._id, self._created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
-        self.keeps_markers = body.calls_tools
-        """Whether special tokens stay in the text: calls are found by their markers, which are special tokens."""
-        self._schemas = body.schemas or [] if body.calls_tools else []
-        self._parsers: dict[int, ToolCallParser] = {}
+    kind = "chat.completion.chunk"
 
-    def frame(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self._id, "object": "chat.completion.chunk", "created": self._created, "model": self._name,
-                "choices": choices}
+    def __init__(self, service: Service, name: str, body: ChatBody):
+        super().__init__(service, name, body, "chatcmpl")
+        self._body = body
+        self.keeps_markers = body.calls_tools
+        """Calls are found by their markers, which are special tokens."""
+        self._replies: dict[int, ChatReply] = {}
 
     def _chunk(self, choice: int, delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> Any:
         return self.frame([{"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish}])
@@ -188,47 +293,36 @@ class ChatFormat:
         yield self._chunk(choice, {"role": "assistant", "content": ""})
 
     def deltas(self, piece: Piece, choice: Choice) -> Iterator[dict[str, Any]]:
-        text, calls = self._split(piece)
+        if (reply := self._replies.get(piece.choice)) is None:
+            reply = self._replies[piece.choice] = ChatReply(self._body)
+        logprobs = None
+        if piece.logprobs is not None:
+            logprobs = {"content": [logprob_entry(self._tokenizer, told) for told in piece.logprobs]}
+        events = reply.push(piece)
+        text = "".join(event.text for event in events if isinstance(event, Content))
         choice.text += text
-        logprobs = None if piece.logprobs is None else {"content": [self._logprob(t) for t in piece.logprobs]}
         if text or logprobs:
             yield self._chunk(piece.choice, {"content": text}, logprobs=logprobs)
-        for call in calls:
+        for call in (event for event in events if isinstance(event, ToolCall)):
             entry = {"id": f"call_{secrets.token_hex(12)}", "type": "function",
                      "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}}
             yield self._chunk(piece.choice, {"tool_calls": [{"index": len(choice.calls)} | entry]})
             choice.calls.append(entry)
         if piece.finish is not None:
-            yield self._chunk(piece.choice, {}, self._reason(choice))
+            yield self._chunk(piece.choice, {}, _reason(choice))
 
-    def _reason(self, choice: Choice) -> str | None:
-        return "tool_calls" if choice.calls and choice.finish == "stop" else choice.finish
-
-    def _split(self, piece: Piece) -> tuple[str, list[Any]]:
-        """Returns the text and the calls of a piece; text that may still become a call is held back."""
-        if not self._body.calls_tools:
-            return piece.text, []
-        parser = self._parsers.setdefault(piece.choice, ToolCallParser(self._schemas))
-        events = parser.push(piece.text)
-        if piece.finish is not None:
-            events = [*events, *parser.finish()]
-        text = "".join(e.text for e in events if isinstance(e, Content))
-        return text, [e for e in events if not isinstance(e, Content)]
-
-    def whole(self, choices: dict[int, Choice], asked: Sequence[Request]) -> dict[str, Any]:
+    def whole(self, choices: Choices, asked: Sequence[Request]) -> dict[str, Any]:
         entries = []
         for i, choice in sorted(choices.items()):
             message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
             if choice.calls:
                 message |= {"content": choice.text or None, "tool_calls": choice.calls}
-            logprobs = {"content": [self._logprob(t) for t in choice.logprobs]} if self._body.logprobs else None
-            entries.append({"index": i, "message": message, "logprobs": logprobs,
-                            "finish_reason": self._reason(choice)})
-        return self.frame(entries) | {"object": "chat.completion", "usage": _usage(choices, asked)}
+            logprobs = None
+            if self._body.logprobs:
+                logprobs = {"content": [logprob_entry(self._tokenizer, told) for told in choice.logprobs]}
+            entries.append({"index": i, "message": message, "logprobs": logprobs, "finish_reason": _reason(choice)})
+        return self.frame(entries) | {"object": "chat.completion", "usage": usage_of(choices, asked)}
 
-    def _logprob(self, told: TokenLogprob) -> dict[str, Any]:
-        def entry(token: int, logprob: float) -> dict[str, Any]:
-            raw = token_bytes(self._tokenizer, token)
-            return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
 
-        return entry(told.token, told.logprob) | {"top_logprobs": [entry(*best) for best in told.best]}
+def _reason(choice: Choice) -> str | None:
+    return "tool_calls" if choice.calls and choice.finish == "stop" else choice.finish

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
+import secrets
 import time
 import traceback
 
@@ -17,6 +18,8 @@ from lfm_jax.serve.errors import RefusalError
 from lfm_jax.serve.limits import Limits
 from lfm_jax.serve.metrics import Metrics
 
+REQUEST_ID = "x-request-id"
+"""Header of every answer with a name that the log calls the request by."""
 OPEN = ("/", "/health")
 """Paths that need no key."""
 
@@ -38,11 +41,13 @@ class Gate:
             await self._app(scope, receive, send)
             return
         began, status, size, whole = time.monotonic(), 0, 0, False
+        name = f"req_{secrets.token_hex(12)}"
 
         async def told(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message.setdefault("headers", []).append((REQUEST_ID.encode(), name.encode()))
             await send(message)
 
         async def counted() -> Message:
@@ -64,13 +69,13 @@ class Gate:
             if refusal is None:
                 await self._app(scope, counted, told)
             else:
-                await JSONResponse(refusal.body(), refusal.status)(scope, receive, told)
+                await JSONResponse(refusal.body(), refusal.status, refusal.headers)(scope, receive, told)
         except Exception as error:
             # Its message may hold text of a user; its traceback does not.
             where = "".join(traceback.format_tb(error.__traceback__))
-            say(f"a request has failed: {type(error).__name__}\n{where}")
+            say(f"request {name} has failed: {type(error).__name__}\n{where}")
             if not status:
-                refusal = RefusalError(500, "the server has failed at this request")
+                refusal = RefusalError(500, f"the server has failed at request {name}; its log says where")
                 await JSONResponse(refusal.body(), refusal.status)(scope, receive, told)
         finally:
             self._metrics.request(scope["path"], status, time.monotonic() - began)
@@ -83,13 +88,19 @@ class Gate:
                 return RefusalError(400, f"host {host[:100]!r} is not this machine; without an API key only its own "
                                          "names are answered: localhost, 127.0.0.1")
         elif scope["path"] not in OPEN:
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, b"Bearer " + self._key.encode()):
-                return RefusalError(401, "the API key is missing or wrong; send it as a bearer token")
+            given = [value for name, value in scope["headers"] if name == b"authorization"]
+            if len(given) > 1:
+                return self._unauthorised(f"there are {len(given)} Authorization headers; send one")
+            scheme, _, key = (given[0] if given else b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._key.encode()):
+                return self._unauthorised("the API key is missing or wrong; send it as a bearer token")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._limits.body_bytes:
             return RefusalError(413, self._too_large())
         return None
+
+    def _unauthorised(self, message: str) -> RefusalError:
+        return RefusalError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     def _too_large(self) -> str:
         return f"the body is larger than {self._limits.body_bytes} bytes"

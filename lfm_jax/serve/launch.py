@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lfm_jax.config import ModelConfig
@@ -75,21 +76,56 @@ def _resident() -> str:
     return f", {pages * os.sysconf('SC_PAGE_SIZE') / 2**20:,.1f} MiB resident in this process"
 
 
-def check_address(host: str, api_key: str | None) -> None:
-    """Raises ValueError for an address that other machines can reach, if there is no key."""
+def api_key() -> str | None:
+    """The key of KEY_VARIABLE that clients must send, or None.
+
+    Raises:
+      ValueError: one that no header can carry.
+    """
+    key = os.environ.get(KEY_VARIABLE) or None
+    if key is not None and not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise ValueError(f"the key in {KEY_VARIABLE} cannot be sent in a header: use printable ASCII characters, with "
+                         "no blank at either end")
+    return key
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket of an address, taken before a model is loaded; clients are refused until `serve` listens on it.
+
+    Raises:
+      ValueError: an address that others reach, without a key; no such address; a port that is taken.
+    """
+    if not 0 <= port < 65536:
+        raise ValueError(f"port is {port}; it must be from 0 to 65535 (0: any free one)")
     try:
         private = ipaddress.ip_address(host).is_loopback
     except ValueError:
         private = host == "localhost"
-    if not private and not api_key:
+    if api_key() is None and not private:
         raise ValueError(f"host {host} can be reached from elsewhere: set a key in {KEY_VARIABLE}, or keep 127.0.0.1")
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
+                                                       flags=socket.AI_PASSIVE)[0]
+        taken = socket.socket(family, kind)
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(address)
+    except OSError as error:
+        why = {errno.EADDRINUSE: "another program has it; choose another with --port",
+               errno.EACCES: "this user may not; choose one above 1023 with --port"}
+        reason = why.get(error.errno or 0, error.strerror)
+        raise ValueError(f"cannot listen on port {port} of {host}: {reason}") from None
+    return taken
 
 
 def serve(
-    service: Service, name: str, host: str, port: int, sampling: Sampling, limits: Limits, drain_seconds: int
+    service: Service, name: str, address: socket.socket, sampling: Sampling, limits: Limits, drain_seconds: int,
+    cors_origins: Sequence[str] = (),
 ) -> None:
-    """Serves until SIGINT or SIGTERM; then takes no more requests, lets running ones finish within `drain_seconds`, and
-    ends the rest with an error that says so."""
+    """Serves on an address of `listen` until SIGINT or SIGTERM.
+
+    Then it takes no more requests, lets what runs end within `drain_seconds`, and ends the rest with an error that says
+    so.
+    """
     import uvicorn
 
     from lfm_jax.serve.connections import room_for, with_head_timer
@@ -117,15 +153,15 @@ def serve(
             await asyncio.sleep(drain_seconds)
             await asyncio.to_thread(service.engine.close, drain=False)
 
-    api_key = os.environ.get(KEY_VARIABLE) or None
-    check_address(host, api_key)
-    app = make_app(service, name, api_key=api_key, sampling=sampling, limits=limits)
-    say(f"serving {name} on http://{host}:{port}{'' if api_key else ', no key asked for'}")
+    key = api_key()
+    app = make_app(service, name, api_key=key, sampling=sampling, limits=limits, cors_origins=cors_origins)
+    host, port = address.getsockname()[:2]
+    say(f"serving {name} on http://{f'[{host}]' if ':' in host else host}:{port}{'' if key else ', no key asked for'}")
     Server(uvicorn.Config(
-        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=drain_seconds + TELL_SECONDS,
+        app, log_level="warning", timeout_graceful_shutdown=drain_seconds + TELL_SECONDS,
         server_header=False, http=with_head_timer(limits.body_seconds), h11_max_incomplete_event_size=2**16,
         # For each request that can run or wait two connections: its own, and one for a quick question such as /health.
         limit_concurrency=room_for(
             2 * (service.engine.slots + service.engine.config.max_queue + limits.prepared)
         ),
-    )).run()
+    )).run(sockets=[address])

@@ -12,8 +12,8 @@ from lfm_jax.engine.engine import Engine
 from lfm_jax.engine.request import Finish
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
-PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
-"""Other paths are counted together, so that clients cannot create any number of series."""
+PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/responses")
+"""Others are counted together, lest a client makes up series without end."""
 TOKENS = {"prompt_tokens": "Tokens of prompts", "cached_tokens": "Tokens of prompts found in the prefix cache",
           "drafted_tokens": "Tokens drafted by prompt lookup", "accepted_tokens": "Drafted tokens that were right",
           "not_finite": "Continuations that failed since the model's logits were not finite",

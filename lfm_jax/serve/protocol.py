@@ -1,181 +1,390 @@
-"""Bodies of requests, as OpenAI's clients send them, and their translation for the engine.
-
-A field that is unknown, or has a value that the engine cannot honour, is refused: nothing is ignored.
-"""
+"""Bodies of requests, as OpenAI's clients send them, and what they ask of the engine. See `fields` for the rule."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    Tag,
+    model_validator,
+)
 
 from lfm_jax.sampling import Sampling
+from lfm_jax.serve.fields import Body, Ignored, Refused
 from lfm_jax.structured.grammar import Grammar
 from lfm_jax.text.tool_schemas import tool_schemas
 
 MAX_STOPS = 8
+MAX_STOP = 256
+"""Characters of a stop text."""
 MAX_TOP_LOGPROBS = 20
+MAX_ID = 2**31
 
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
-Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+ECHO = "what an answer or a client library brings back"
+ACCOUNT = "it is about the client's account, not about the answer"
+CACHE = "prompts with a common beginning are cached by themselves"
+HINT = "a hint; the model has no such setting"
+STORAGE = "nothing is stored"
+
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+TokenId = Annotated[int, Field(ge=0, lt=MAX_ID)]
+Prompt = str | list[int]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+def one_of(kind: Callable[[Any], str | None], expected: str) -> Discriminator:
+    """Chooses the one member of a union that a value is meant to be, so that errors are about that one alone.
+
+    Tags are in brackets: `place` leaves them out.
+    """
+    return Discriminator(kind, custom_error_type="unexpected", custom_error_message=f"expected {expected}")
 
 
-class StreamOptions(_Body):
-    include_usage: bool = False
-    include_obfuscation: Literal[False, None] = None
+def place(location: Sequence[str | int]) -> str:
+    """A field as OpenAI's errors name it, `messages[0].content`, from the location of an error."""
+    text = ""
+    for part in location:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif not part.startswith("("):
+            text += f".{part}" if text else part
+    return text
 
 
-class _Shared(_Body):
-    """Fields that both kinds of completion share."""
+def _stop_texts(value: Any) -> Any:
+    """Stop texts as a list; an empty one would stop nothing."""
+    texts = [value] if isinstance(value, str) else value
+    if texts is None or texts == []:
+        return None
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("expected a text, or a list of texts")
+    texts = [text for text in texts if text]
+    if len(texts) > MAX_STOPS or any(len(text) > MAX_STOP for text in texts):
+        raise ValueError(f"expected at most {MAX_STOPS} texts of at most {MAX_STOP} characters")
+    return texts
+
+
+def _biases(value: Any) -> Any:
+    """As in OpenAI's API, -100 forbids a token."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not all(
+        isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10
+        and isinstance(bias, (int, float)) and not isinstance(bias, bool) and -100 <= bias <= 100
+        for key, bias in value.items()
+    ):
+        raise ValueError("expected an object of token ids (as texts) and numbers from -100 to 100")
+    return {int(key): -float("inf") if bias == -100 else float(bias) for key, bias in value.items()}
+
+
+class StreamOptions(Body):
+    """How an answer is streamed."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: Annotated[Any, Ignored("streams are not padded")] = None
+
+
+class StructuredOutputs(Body):
+    """Constraints on the answer, as vLLM's clients send them."""
+
+    json_: dict[str, Any] | str | bool | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: Annotated[Any, Refused("use json, regex, choice or grammar")] = None
+
+
+class Shared(Body):
+    """Fields that both kinds of completion have."""
 
     model: str
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stream_options: StreamOptions | None = Field(None, description="`include_usage`, `continuous_usage_stats`")
+    stop: Annotated[list[str] | None, BeforeValidator(_stop_texts, json_schema_input_type=str | list[str] | None)] = (
+        Field(None, description=f"at most {MAX_STOPS} texts; special tokens may be among them"))
     seed: Seed | None = None
     temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    logit_bias: dict[str, Bias] | None = None
-    # Extensions that other servers of open models have too.
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
+    logit_bias: Annotated[
+        dict[int, float] | None, BeforeValidator(_biases, json_schema_input_type=dict[str, float] | None)
+    ] = Field(None, description="of any size")
+    # Of other servers of open models.
+    top_k: Annotated[int, Field(ge=-1, lt=MAX_ID)] | None = Field(None, description="0 or -1 keeps all")
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10, allow_inf_nan=False)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
+    stop_token_ids: list[TokenId] | None = Field(None, description="end the answer beside the model's own")
+    ignore_eos: bool | None = Field(None, description="the model's own stop ids do not end the answer")
     skip_special_tokens: bool | None = None
-    # These do not change the answer.
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    # Accepted only with the value that changes nothing.
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
-
-    @model_validator(mode="after")
-    def _streaming(self) -> _Shared:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream: true")
-        if self.logit_bias and not all(key.isascii() and key.isdigit() and len(key) < 10 for key in self.logit_bias):
-            raise ValueError("logit_bias must map token ids (as texts) to numbers")
-        return self
-
-    def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-    def biases(self) -> dict[int, float]:
-        """Returns the biases by token id; as in OpenAI's API, -100 forbids a token."""
-        return {int(key): -float("inf") if value == -100 else value for key, value in (self.logit_bias or {}).items()}
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="one of `json`, `regex`, `choice`, `grammar` (Lark), `json_object`")
+    guided_json: dict[str, Any] | str | bool | None = Field(None, description="as `structured_outputs.json`")
+    guided_regex: str | None = Field(None, description="as `structured_outputs.regex`")
+    guided_choice: list[str] | None = Field(None, description="as `structured_outputs.choice`")
+    guided_grammar: str | None = Field(None, description="as `structured_outputs.grammar`")
+    use_beam_search: Annotated[Any, Refused("answers are sampled; ask for several with n")] = None
+    user: Annotated[Any, Ignored(ACCOUNT)] = None
 
     def sampling(self, default: Sampling, seed: int) -> Sampling:
-        """Returns the sampling parameters: those of the body, else of `default`, and `seed` where the body has none."""
-        given: dict[str, Any] = {
-            "temperature": self.temperature, "top_p": self.top_p, "min_p": self.min_p,
-            "repetition_penalty": self.repetition_penalty, "top_k": None if self.top_k is None else max(self.top_k, 0),
-            "seed": seed if self.seed is None else self.seed % 2**32,
-        }
+        """How to choose tokens: the server's default where a field is left out; `seed` where none is given."""
+        given: dict[str, Any] = {name: getattr(self, name) for name in (
+            "temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")}
+        given["top_k"] = None if self.top_k is None else max(self.top_k, 0)
+        given["seed"] = seed if self.seed is None else self.seed % 2**32
         fields: dict[str, Any] = {name: getattr(default, name) for name in Sampling.__dataclass_fields__}
         return Sampling(**fields | {name: value for name, value in given.items() if value is not None})
 
+    def constraints(self) -> list[tuple[str, Any]]:
+        """The constraints on the answer, by kind: `json` (a schema), `regex`, `choice`, `grammar`."""
+        given = self.structured_outputs or StructuredOutputs()
+        pairs = [
+            ("json", given.json_), ("regex", given.regex), ("choice", given.choice), ("grammar", given.grammar),
+            ("json", {"type": "object"} if given.json_object else None), ("json", self.guided_json),
+            ("regex", self.guided_regex), ("choice", self.guided_choice), ("grammar", self.guided_grammar),
+        ]
+        return [(kind, value) for kind, value in pairs if value is not None]
 
-Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, fail_fast=True)]
-"""Fails fast, because collecting an error for every element of a long list takes seconds."""
+    def constraint(self) -> tuple[str, Any] | None:
+        """The one constraint on the answer.
+
+        Raises:
+          ValueError: there are several.
+        """
+        found = self.constraints()
+        if len(found) > 1:
+            raise ValueError(f"the answer has {len(found)} constraints ({', '.join(kind for kind, _ in found)}); "
+                             "send one of response_format, structured_outputs and the guided_* fields")
+        return found[0] if found else None
+
+    def grammar(self) -> Grammar | None:
+        """What the answer must follow.
+
+        Raises:
+          ValueError: several constraints.
+          GrammarError: one that is not supported.
+        """
+        return _grammar(self.constraint())
 
 
-class CompletionBody(_Shared):
+def _grammar(constraint: tuple[str, Any] | None) -> Grammar | None:
+    if constraint is None:
+        return None
+    makers: dict[str, Callable[[Any], Grammar]] = {
+        "json": Grammar.json_schema, "regex": Grammar.regex, "choice": Grammar.choice, "grammar": Grammar.lark}
+    kind, value = constraint
+    return makers[kind](value)
+
+
+# -------------------------------------------------------------------- completions
+
+
+Ids = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+"""Errors of every element of a long list would take seconds to collect."""
+MAX_PROMPTS = 256
+
+
+def _prompt_kind(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "(text)"
+    if not isinstance(value, list):
+        return None
+    first = value[0] if value else ""
+    return "(texts)" if isinstance(first, str) else "(lists)" if isinstance(first, list) else "(ids)"
+
+
+class CompletionBody(Shared):
     """POST /v1/completions."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=256, fail_fast=True)] | Ids | Annotated[
-        list[Ids], Field(min_length=1, max_length=256, fail_fast=True)]
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    prompt: Annotated[
+        Annotated[str, Tag("(text)")]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("(texts)")]
+        | Annotated[Ids, Tag("(ids)")]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("(lists)")],
+        one_of(_prompt_kind, "a text, a list of texts, a list of token ids, or a list of such lists"),
+    ] = Field(description="texts or token ids, one or several")
+    max_tokens: Annotated[int, Field(ge=0, lt=MAX_ID)] | None = Field(
+        None, description="16 where it is left out; ends with `length` where the context ends; 0 with `echo` scores")
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    best_of: int | None = None
-    suffix: Literal[""] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
+        None, description="the chosen token is always among them")
+    best_of: int | None = Field(None, description="must be `n`: every continuation is given back")
+    suffix: Annotated[Any, Refused("the model cannot fill in; put everything into the prompt")] = None
 
     @model_validator(mode="after")
-    def _one_of_each(self) -> CompletionBody:
+    def _best(self) -> Self:
         if self.best_of not in (None, self.n or 1):
-            raise ValueError("best_of must equal n: every continuation is returned")
+            raise ValueError("best_of must be n: every continuation is given back")
         return self
 
-    def prompts(self) -> list[str | list[int]]:
-        """Returns the prompts, texts or lists of ids."""
+    def prompts(self) -> list[Prompt]:
+        """Texts and lists of ids."""
         prompt: Any = self.prompt
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
 
 
-class TextPart(_Body):
-    type: Literal["text"]
+# -------------------------------------------------------------------- chats
+
+
+class TextPart(Body):
+    """A part of a content."""
+
+    type: Literal["text", "input_text", "output_text"]
     text: str
+    annotations: Annotated[Any, Ignored(ECHO)] = None
+    logprobs: Annotated[Any, Ignored(ECHO)] = None
+    prompt_cache_breakpoint: Annotated[Any, Ignored(CACHE)] = None
+    cache_control: Annotated[Any, Ignored(CACHE)] = None
 
 
-class CalledFunction(_Body):
+class RefusalPart(Body):
+    """What another model gave instead of an answer."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
+_FOREIGN = {"image_url": "images", "input_image": "images", "image": "images", "input_audio": "audio",
+            "audio_url": "audio", "video_url": "video", "file": "files", "input_file": "files"}
+
+
+class ForeignPart(Body):
+    """A part that the model cannot read."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, value: Any) -> Any:
+        kind = value.get("type") if isinstance(value, Mapping) else None
+        if kind in _FOREIGN:
+            raise ValueError(f"{_FOREIGN[kind]} are not supported; the model reads text only")
+        raise ValueError(f'a part has the type "text" and a text, not {json.dumps(kind)[:40]}')
+
+    text: str = ""
+
+
+def _part_kind(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
+    tags = {"text": "(text)", "input_text": "(text)", "output_text": "(text)", "refusal": "(refusal)"}
+    return tags.get(str(kind), "(other)")
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("(text)")] | Annotated[RefusalPart, Tag("(refusal)")]
+    | Annotated[ForeignPart, Tag("(other)")],
+    Discriminator(_part_kind),
+]
+Content = Annotated[
+    Annotated[str, Tag("(text)")] | Annotated[list[Part], Field(max_length=1024, fail_fast=True), Tag("(parts)")],
+    one_of(lambda value: "(text)" if isinstance(value, str) else "(parts)" if isinstance(value, list) else None,
+           "a text or a list of parts"),
+]
+
+
+def joined(content: str | Sequence[Any] | None) -> str | None:
+    """The text of a content."""
+    return content if content is None or isinstance(content, str) else "".join(part.text for part in content)
+
+
+class CalledFunction(Body):
+    """The function of a call."""
+
     name: str
-    arguments: str
+    arguments: str | dict[str, Any] | None = None
+    parsed_arguments: Annotated[Any, Ignored(ECHO)] = None
+
+    def plain(self) -> dict[str, Any]:
+        """Name and arguments as templates take them."""
+        arguments: Any = self.arguments
+        if not isinstance(arguments, dict):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except (ValueError, RecursionError):
+                arguments = None
+        if not isinstance(arguments, dict):
+            raise ValueError(f"arguments of the call of {self.name!r} are not a JSON object")
+        return {"name": self.name, "arguments": arguments}
 
 
-class CalledTool(_Body):
-    id: str
-    type: Literal["function"] = "function"
+class CalledTool(Body):
+    """A call in a message."""
+
+    id: str | None = None
+    type: Literal["function"] | None = None
     function: CalledFunction
+    index: Annotated[Any, Ignored(ECHO)] = None
 
 
-class ChatMessage(_Body):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(max_length=1024, fail_fast=True)] | None = None
+class ChatMessage(Body):
+    """A message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"] = Field(
+        description="`developer` is `system`, `function` is `tool`")
+    content: Content | None = Field(None, description="a text, or parts of type `text` (or `refusal`)")
     name: str | None = None
     tool_calls: Annotated[list[CalledTool], Field(max_length=128, fail_fast=True)] | None = None
     tool_call_id: str | None = None
-    refusal: None = None
-    # Clients send back the messages that they got.
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    audio: None = None
-    function_call: None = None
+    function_call: CalledFunction | None = Field(None, description="as one of `tool_calls`")
+    refusal: str | None = Field(None, description="the content, where there is none")
+    prefix: bool | None = Field(None, description="of the last message: the answer continues it")
+    audio: Annotated[Any, Refused("the model reads text only")] = None
+    annotations: Annotated[Any, Ignored(ECHO)] = None
+    parsed: Annotated[Any, Ignored(ECHO)] = None
+    reasoning: Annotated[Any, Ignored(ECHO)] = None
+    reasoning_content: Annotated[Any, Ignored(ECHO)] = None
+    provider_specific_fields: Annotated[Any, Ignored(ECHO)] = None
+    id: Annotated[Any, Ignored(ECHO)] = None
+    index: Annotated[Any, Ignored(ECHO)] = None
+    tool_name: Annotated[Any, Ignored(ECHO)] = None
+    tokens: Annotated[Any, Ignored(ECHO)] = None
+    status: Annotated[Any, Ignored(ECHO)] = None
 
     def plain(self) -> dict[str, Any]:
-        """Returns the message as templates take it: text for content, calls with parsed arguments."""
-        content = self.content
-        if isinstance(content, list):
-            content = "".join(part.text for part in content)
-        if content is None and not self.tool_calls:
-            raise ValueError(f"a message of role {self.role} has no content")
-        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role,
-                                   "content": content or ""}
-        if self.tool_calls:
+        """As templates take it: text for content, calls with parsed arguments.
+
+        Raises:
+          ValueError: calls that are none, or of another role than the assistant's.
+        """
+        calls = [{"id": call.id, **call.function.plain()} for call in self.tool_calls or ()]
+        calls += [self.function_call.plain()] if self.function_call is not None else []
+        content = joined(self.content)
+        if content is None:
+            content = self.refusal or ""
+            if self.role in ("system", "developer", "user"):
+                raise ValueError(f"a message of role {self.role} has no content")
+        role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
+        message: dict[str, Any] = {"role": role, "content": content}
+        if calls:
             if self.role != "assistant":
                 raise ValueError(f"a message of role {self.role} has tool_calls; only the assistant's may")
-            message["tool_calls"] = [
-                {"id": call.id, "name": call.function.name, "arguments": _arguments(call.function)}
-                for call in self.tool_calls
-            ]
-        rest = {"name": self.name, "tool_call_id": self.tool_call_id}
-        return message | {key: value for key, value in rest.items() if value is not None}
+            message["tool_calls"] = [{key: value for key, value in call.items() if value is not None}
+                                     for call in calls]
+        given = {"name": self.name, "tool_call_id": self.tool_call_id}
+        return message | {key: value for key, value in given.items() if value is not None}
 
 
-def _arguments(function: CalledFunction) -> dict[str, Any]:
-    try:
-        arguments = json.loads(function.arguments or "{}")
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise ValueError(f"arguments of the call of {function.name!r} are not a JSON object")
-    return arguments
+class FunctionTool(Body):
+    """A function that the model may call."""
 
-
-class FunctionTool(_Body):
     name: str
     description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
+    parameters: dict[str, Any] | None = Field(None, description="a JSON schema; none, or `{}`, means no parameters")
+    strict: bool | None = Field(
+        None, description="true: refused where the schema cannot be kept; else what cannot be kept is relaxed")
     _keys: tuple[str, ...] = PrivateAttr(())
 
     @model_validator(mode="wrap")
@@ -186,27 +395,79 @@ class FunctionTool(_Body):
         return made
 
     def plain(self) -> dict[str, Any]:
-        """Returns the tool as the template shows it: the fields that the client sent, in the client's order."""
-        shown = self.model_dump(exclude_none=True, exclude={"strict"})
-        return {key: shown[key] for key in self._keys if key in shown}
+        """What the client wrote, in the client's order."""
+        shown = {"name": self.name, "description": self.description, "parameters": self.parameters or None,
+                 "strict": self.strict}
+        return {key: shown[key] for key in self._keys if shown.get(key) is not None}
 
 
-class ToolEntry(_Body):
-    type: Literal["function"]
+def _tool_kind(value: Any) -> str:
+    kind = value.get("type", "function") if isinstance(value, Mapping) else getattr(value, "type", None)
+    return "(function)" if kind in ("function", None) else "(other)"
+
+
+class ToolEntry(Body):
+    """An entry of `tools`."""
+
+    type: Literal["function"] | None = None
     function: FunctionTool
 
 
-class NamedFunction(_Body):
+class ForeignTool(Body):
+    """A tool that is no function."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, value: Any) -> Any:
+        kind = value.get("type") if isinstance(value, Mapping) else None
+        raise ValueError(f"tools of type {json.dumps(kind)[:40]} are not supported; describe a function instead")
+
+    function: Any = None
+
+
+class NamedFunction(Body):
+    """The function of a choice."""
+
     name: str
 
 
-class NamedTool(_Body):
+class NamedTool(Body):
+    """A choice of one tool."""
+
     type: Literal["function"]
     function: NamedFunction
 
 
-class JsonSchemaFormat(_Body):
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+class AllowedTools(Body):
+    """Tools that may be called, of all that are shown."""
+
+    mode: Literal["auto", "required"] = "auto"
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=128)]
+
+
+class AllowedChoice(Body):
+    """A choice among some tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def _choice_kind(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "(word)"
+    kind = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
+    return {"function": "(function)", "allowed_tools": "(allowed)"}.get(str(kind))
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("(word)")] | Annotated[NamedTool, Tag("(function)")]
+    | Annotated[AllowedChoice, Tag("(allowed)")],
+    one_of(_choice_kind, 'none, auto, required, {"type": "function", ...} or {"type": "allowed_tools", ...}'),
+]
+
+
+class JsonSchemaFormat(Body):
+    """A schema that the answer fits."""
 
     name: str | None = None
     description: str | None = None
@@ -214,40 +475,86 @@ class JsonSchemaFormat(_Body):
     strict: bool | None = None
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(Body):
+    """The form of the answer."""
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
+    schema_: dict[str, Any] | bool | None = Field(None, alias="schema", description="of `json_object`")
 
     @model_validator(mode="after")
-    def _schema(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("response_format must have json_schema if its type is json_schema, and only then")
+    def _schema(self) -> Self:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("json_schema is missing; a response_format of that type has it")
         return self
 
+    def schema_asked(self) -> Any:
+        """The schema of the answer; None: any text."""
+        if self.type == "json_schema" and self.json_schema is not None:
+            return self.json_schema.schema_
+        if self.type == "json_object":
+            return {"type": "object"} if self.schema_ is None else self.schema_
+        return None
 
-class ChatBody(_Shared):
+
+class ChatBody(Shared):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=MAX_ID)] | None = Field(
+        None, description="ends with `length` where the context ends")
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=MAX_ID)] | None = Field(None, description="as `max_tokens`")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: Annotated[list[ToolEntry], Field(max_length=128, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tools: Annotated[
+        list[Annotated[
+            Annotated[ToolEntry, Tag("(function)")] | Annotated[ForeignTool, Tag("(other)")], Discriminator(_tool_kind)
+        ]], Field(max_length=128, fail_fast=True),
+    ] | None = Field(None, description="functions")
+    tool_choice: ToolChoice | None = Field(
+        None, description="`none`, `auto`, `required`, one function, or `allowed_tools`")
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
-    modalities: list[Literal["text"]] | None = None
+    response_format: ResponseFormat | None = Field(
+        None, description="with `tools`: calls, or an answer in the format")
+    # Of other servers of open models.
+    add_generation_prompt: bool | None = Field(None, description="false only with `continue_final_message`")
+    continue_final_message: bool | None = Field(None, description="the answer continues the last message")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="variables of the chat template")
+    # Of no consequence here.
+    modalities: Annotated[Any, Refused("the model answers in text", ["text"])] = None
+    audio: Annotated[Any, Refused("the model answers in text")] = None
+    functions: Annotated[Any, Refused("describe them in tools")] = None
+    function_call: Annotated[Any, Refused("use tool_choice", "none", "auto")] = None
+    web_search_options: Annotated[Any, Refused("the server reaches nothing; offer a search in tools")] = None
+    moderation: Annotated[Any, Refused("the server moderates nothing")] = None
+    reasoning_effort: Annotated[Any, Ignored(HINT)] = None
+    verbosity: Annotated[Any, Ignored(HINT)] = None
+    prediction: Annotated[Any, Ignored("it can only make an answer faster")] = None
+    metadata: Annotated[Any, Ignored(STORAGE)] = None
+    store: Annotated[Any, Ignored(STORAGE)] = None
+    service_tier: Annotated[Any, Ignored(ACCOUNT)] = None
+    safety_identifier: Annotated[Any, Ignored(ACCOUNT)] = None
+    prompt_cache_key: Annotated[Any, Ignored(CACHE)] = None
+    prompt_cache_options: Annotated[Any, Ignored(CACHE)] = None
+    prompt_cache_retention: Annotated[Any, Ignored(CACHE)] = None
 
     @model_validator(mode="after")
-    def _fits_together(self) -> ChatBody:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+    def _fits_together(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs goes with logprobs: true")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
-            raise ValueError("tool_choice asks for a tool, but there are no tools")
-        if self.calls_tools and self.response_format is not None and self.response_format.type != "text":
-            raise ValueError("tools and response_format can be combined only with tool_choice none")
+            raise ValueError("tool_choice asks for a tool and tools has none")
+        if self.add_generation_prompt is False and not self.continues:
+            raise ValueError("without a generation prompt the answer continues the last message: send "
+                             "continue_final_message: true too")
+        if self.continues and self.messages[-1].role != "assistant":
+            raise ValueError("only a last message of the assistant can be continued")
         return self
+
+    @property
+    def continues(self) -> bool:
+        """Whether the answer continues the last message."""
+        return bool(self.continue_final_message or self.messages[-1].prefix)
 
     @property
     def calls_tools(self) -> bool:
@@ -255,33 +562,50 @@ class ChatBody(_Shared):
         return bool(self.tools) and self.tool_choice != "none"
 
     @functools.cached_property
+    def functions_offered(self) -> list[dict[str, Any]]:
+        """The tools, with `strict` where the client wrote it."""
+        return tool_schemas([tool.function.plain() for tool in self.tools or ()])
+
+    @property
     def schemas(self) -> list[dict[str, Any]] | None:
-        """The schemas of the tools as the template shows them, None without tools."""
-        tools = [tool.function.plain() for tool in self.tools or ()]
-        return tool_schemas(tools) if tools else None
+        """The tools as the template shows them."""
+        return [{key: value for key, value in tool.items() if key != "strict"}
+                for tool in self.functions_offered] or None
+
+    def constraints(self) -> list[tuple[str, Any]]:
+        schema = None if self.response_format is None else self.response_format.schema_asked()
+        return [*([("json", schema)] if schema is not None else []), *super().constraints()]
 
     def grammar(self) -> Grammar | None:
-        """Returns the grammar that the answer must follow, if any.
+        if not self.calls_tools:
+            return super().grammar()
+        kind, schema = self.constraint() or ("json", None)
+        if kind != "json":
+            raise ValueError(f"tools go together with a JSON schema for the answer, not with a {kind}; send "
+                             "tool_choice: none to have the answer alone")
+        required, name, tools = self.tool_choice == "required", None, self.functions_offered
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+        elif isinstance(self.tool_choice, AllowedChoice):
+            allowed = self.tool_choice.allowed_tools
+            names = {tool.function.name for tool in allowed.tools}
+            if missing := names - {tool["name"] for tool in tools}:
+                raise ValueError(f"tool_choice allows {', '.join(sorted(missing))}; tools has no such function")
+            required, tools = allowed.mode == "required", [tool for tool in tools if tool["name"] in names]
+        return Grammar.tool_calls(tools, required=required, name=name, answer=schema,
+                                  parallel=self.parallel_tool_calls is not False)
 
-        Raises:
-          GrammarError: a schema or a tool is not supported.
-        """
-        if self.calls_tools:
-            name = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
-            return Grammar.tool_calls(self.schemas or (), required=self.tool_choice == "required", name=name,
-                                      parallel=self.parallel_tool_calls is not False)
-        form = self.response_format
-        if form is None or form.type == "text":
-            return None
-        if form.json_schema is None:
-            return Grammar.json_object()
-        return Grammar.json_schema(form.json_schema.schema_)
 
-
-def plain_messages(messages: Sequence[ChatMessage]) -> list[Mapping[str, Any]]:
-    """Returns messages as `Service.encode_chat` takes them.
+def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """As `Service.encode_chat` takes them.
 
     Raises:
-      ValueError: a message has no content, or its calls are not valid.
+      ValueError: the first message that is not valid, by its number.
     """
-    return [message.plain() for message in messages]
+    plain = []
+    for i, message in enumerate(messages):
+        try:
+            plain.append(message.plain())
+        except ValueError as error:
+            raise ValueError(f"messages[{i}]: {error}") from None
+    return plain

@@ -25,6 +25,11 @@ Message = Mapping[str, Any]
 
 START_OF_TURN, END_OF_TURN = "<|im_start|>", "<|im_end|>"
 
+_OWN_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt"}
+"""Variables of a template that `render_chat` sets."""
+_END_OF_CONTENT = "\U00100000end\U00100000"
+"""Stands, while a template renders, where the content of a message ends that is to be continued."""
+
 DEFAULT_TEMPLATE = """\
 {{- bos_token -}}
 {%- if tools -%}
@@ -129,7 +134,8 @@ def special_tokens(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
 
 def encode_chat(
     tokenizer: Tokenizer, config: ModelConfig, template: str | None, messages: Sequence[Message],
-    tools: Sequence[Mapping[str, Any]] | None = None, *, plain_contents: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None, *, plain_contents: bool = False, continue_final: bool = False,
+    variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Encodes a conversation up to the opening of the assistant's turn; template None means DEFAULT_TEMPLATE.
 
@@ -139,21 +145,39 @@ def encode_chat(
     Args:
       plain_contents: the names of special tokens in messages and tools are encoded as plain text, so that only the
         template writes special tokens. What holds no such name has the same ids either way.
+      continue_final: ends with the content of the last message, which the model then continues.
+      variables: further variables of the template.
 
     Raises:
       ValueError: see `render_chat`; calls without name or arguments; with `plain_contents`, the name of a special token
-        in a content on which the template works, as by a length, so that it is not known in the prompt.
+        in a content on which the template works, as by a length, so that it is not known in the prompt; a last message
+        without content to continue, or whose content the template leaves out; variables that `render_chat` sets itself.
     """
     template = template or DEFAULT_TEMPLATE
     # One moment, however often it is rendered.
-    specials: dict[str, Any] = {"strftime_now": datetime.now().strftime} | special_tokens(tokenizer, config)
+    given: dict[str, Any] = {"strftime_now": datetime.now().strftime} | special_tokens(tokenizer, config)
+    given |= dict(variables or {})
+    if taken := sorted(_OWN_VARIABLES & given.keys()):
+        raise ValueError(f"{', '.join(taken)} cannot be set as a variable of the chat template")
+
+    def text(change: Callable[[Any], Any]) -> str:
+        written = with_calls(template, messages, change)
+        if not continue_final:
+            return render_chat(template, written, tools=change(tools), **given)
+        *earlier, last = written
+        if not last.get("content"):
+            raise ValueError("the last message has no content to continue")
+        marked = dict(last) | {"content": last["content"] + _END_OF_CONTENT}
+        whole = render_chat(template, [*earlier, marked], tools=change(tools), add_generation_prompt=False, **given)
+        begun, found, _ = whole.rpartition(_END_OF_CONTENT)
+        if not found:
+            raise ValueError("the last message cannot be continued: the chat template leaves its content out")
+        return begun
+
     if not plain_contents:
-        text = render_chat(template, with_calls(template, messages), tools=tools, **specials)
-        return encoded(tokenizer, text, add_special_tokens=False).ids
+        return encoded(tokenizer, text(lambda value: value), add_special_tokens=False).ids
     messages, tools = _plain("messages", messages), _plain("tools", tools)
-    return encode_contents_plainly(tokenizer, [messages, tools], lambda change: render_chat(
-        template, with_calls(template, messages, change), tools=change(tools), **specials
-    ))
+    return encode_contents_plainly(tokenizer, [messages, tools], text)
 
 
 def with_calls(

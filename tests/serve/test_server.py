@@ -42,7 +42,8 @@ def client(server):
 
 
 def test_models(client):
-    assert [m.id for m in client.models.list()] == ["tiny"]
+    [model] = client.models.list()
+    assert (model.id, model.max_model_len) == ("tiny", 1024)
     assert client.models.retrieve("tiny").owned_by == "lfm_jax"
     with pytest.raises(openai.NotFoundError, match="there is no model 'other'"):
         client.models.retrieve("other")
@@ -217,46 +218,99 @@ def test_tools_may_be_left_alone(client):
 
 
 BAD = {
-    "unknown field": (dict(nonsense=1), "nonsense"),
-    "penalty": (dict(frequency_penalty=0.5), "frequency_penalty"),
-    "temperature": (dict(temperature=-1), "temperature"),
-    "too many": (dict(n=7), "n is 7 for 1 prompts; at most 6"),
-    "too long": (dict(max_tokens=9999), "maximum context length is 1024 tokens"),
-    "bias": (dict(logit_bias={"x": 1}), "logit_bias"),
-    "bias beyond": (dict(logit_bias={"99999": 1}), "token ids lie in"),
-    "stop": (dict(stop=""), "stop"),
-    "top": (dict(top_logprobs=2), "top_logprobs needs"),
-    "schema": (dict(response_format={"type": "json_schema", "json_schema": {"schema": {"type": "strange"}}}), "schema"),
-    "no schema": (dict(response_format={"type": "json_schema"}), "must have json_schema"),
+    "temperature": (dict(temperature=-1), "temperature", "temperature"),
+    "too many": (dict(n=7), "n is 7 for 1 prompts; at most 6", "n"),
+    "bias": (dict(logit_bias={"x": 1}), "logit_bias", "logit_bias"),
+    "bias beyond": (dict(logit_bias={"99999": 1}), "token ids lie in", None),
+    "top": (dict(top_logprobs=2), "top_logprobs goes with", None),
+    "schema": (dict(response_format={"type": "json_schema", "json_schema": {"schema": {"type": "strange"}}}), "schema",
+               None),
+    "no schema": (dict(response_format={"type": "json_schema"}), "json_schema is missing", "response_format"),
     "schema size": (dict(response_format={"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 70_000]}}}),
-                    "larger than 20000"),
-    "tool": (dict(tools=[{"type": "function", "function": {"name": "a b"}}]), "a b"),
-    "no tool": (dict(tool_choice="required"), "there are no tools"),
+                    "larger than 20000", None),
+    "tool": (dict(tools=[{"type": "function", "function": {"name": "a b"}}]), "a b", None),
+    "no tool": (dict(tool_choice="required"), "tools has none", None),
     "image": (dict(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
-              "content"),
-    "no content": (dict(messages=[{"role": "user"}]), "has no content"),
-    "role": (dict(messages=[{"role": "king", "content": "x"}]), "role"),
-    "nobody": (dict(messages=[]), "messages"),
+              "images are not supported", "messages[0].content[0]"),
+    "no content": (dict(messages=[{"role": "user"}]), "messages[0]: a message of role user has no content", None),
+    "role": (dict(messages=[{"role": "king", "content": "x"}]), "role", "messages[0].role"),
+    "nobody": (dict(messages=[]), "messages", "messages"),
+    "two constraints": (dict(guided_regex="a", guided_choice=["b"]), "2 constraints", None),
+    "a pattern with tools": (dict(tools=TOOLS, guided_regex="a"), "not with a regex", None),
+    "nothing to continue": (dict(continue_final_message=True), "only a last message of the assistant", None),
+    "an unknown function": (dict(tools=TOOLS, tool_choice={"type": "allowed_tools", "allowed_tools": {
+        "mode": "auto", "tools": [{"type": "function", "function": {"name": "zap"}}]}}), "allows zap", None),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_requests_say_why(server, name):
-    changes, message = BAD[name]
+    changes, message, param = BAD[name]
     answer = httpx.post(f"{server}/v1/chat/completions", headers={"Authorization": f"Bearer {KEY}"},
                         json=dict(model="tiny", messages=HELLO, max_tokens=5) | changes)
     assert answer.status_code == (413 if name == "schema size" else 400)
     error = answer.json()["error"]
     assert error["type"] == "invalid_request_error"
     assert message in error["message"]
+    assert error["param"] == param
+
+
+def test_a_prompt_beyond_the_context_is_called_what_clients_look_for(client):
+    messages = [{"role": "user", "content": "hello " * 2000}]
+    for ask in (lambda: client.chat.completions.create(model="tiny", messages=messages),
+                lambda: client.responses.create(model="tiny", input=messages),
+                lambda: client.completions.create(model="tiny", prompt=[7] * 1024, max_tokens=1)):
+        with pytest.raises(openai.BadRequestError, match="maximum context length is 1024 tokens") as caught:
+            ask()
+        assert caught.value.code == "context_length_exceeded"
+        assert caught.value.param in ("messages", "prompt")
+
+
+def test_an_answer_ends_where_the_context_does(client):
+    answer = client.completions.create(model="tiny", prompt=[7] * 1020, max_tokens=10**6,
+                                       logit_bias={str(i): -100 for i in (2, 7)})
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 4
+
+
+def test_unknown_fields_are_named_in_the_answer(client):
+    raw = client.chat.completions.with_raw_response.create(
+        model="tiny", messages=[HELLO[0] | {"mood": "good"}], max_tokens=2, extra_body={"colour": 1, "size": None},
+        reasoning_effort="low", verbosity="low", store=True, prompt_cache_key="x", service_tier="flex")
+    assert raw.headers["x-lfm-unknown-fields"] == "colour, messages[].mood"
+    assert raw.headers["x-request-id"].startswith("req_")
+    assert raw.parse().choices
+
+
+def test_bodies_that_are_none_say_where(server):
+    headers = {"Authorization": f"Bearer {KEY}"}
+    for content, kind, message in (
+        (b'{"model": "tiny",\n  "messages": [}', "application/json", "not JSON: Expecting value at line 2, column 16"),
+        (b"[1]", "application/json", "not a JSON object"), (b"", "application/json", "body is missing"),
+        (b'{"model": "tiny"}', "text/plain", "content-type: application/json"),
+        (b'{"messages": []}', "application/json", "model: is missing"),
+    ):
+        answer = httpx.post(f"{server}/v1/chat/completions", headers=headers | {"Content-Type": kind}, content=content)
+        assert answer.status_code == 400
+        assert message in answer.json()["error"]["message"]
+    for method, path, status in (("GET", "/v1/embeddings", 404), ("PUT", "/v1/models", 405)):
+        answer = httpx.request(method, f"{server}{path}", headers=headers)
+        assert answer.status_code == status
+        message = answer.json()["error"]["message"]
+        assert message.startswith(f"there is no {method} {path}; this server has ")
+        assert "POST /v1/chat/completions" in message
 
 
 def test_the_key(server):
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}):
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"},
+                    [("Authorization", f"Bearer {KEY}"), ("Authorization", f"Bearer {KEY}")]):
         for path in ("/v1/models", "/metrics", "/openapi.json"):
             answer = httpx.get(f"{server}{path}", headers=headers)
             assert answer.status_code == 401
+            assert answer.headers["www-authenticate"] == "Bearer"
             assert answer.json()["error"]["type"] == "authentication_error"
+    for scheme in ("bearer", "BEARER"):
+        assert httpx.get(f"{server}/v1/models", headers={"Authorization": f"{scheme} {KEY}"}).status_code == 200
     assert httpx.get(f"{server}/health").json() == {"status": "ok"}
     assert "<title>lfm_jax</title>" in httpx.get(f"{server}/").text
 
@@ -488,7 +542,19 @@ def test_metrics(server, client):
 @pytest.fixture(scope="module")
 def without_key(start_server):
     """(process, address) of a server of its own, which the last test that has it ends."""
-    return start_server("--limits.body-seconds", "0.5", key=None)
+    return start_server("--limits.body-seconds", "0.5", "--cors-origins", "https://a.example", key=None)
+
+
+def test_pages_of_some_origins_may_use_the_server(without_key, server, key):
+    _, base = without_key
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, content-type"}
+    for origin, allowed in (("https://a.example", "https://a.example"), ("https://b.example", None)):
+        before = httpx.options(f"{base}/v1/chat/completions", headers=asked | {"Origin": origin})
+        assert before.headers.get("access-control-allow-origin") == allowed
+        answer = httpx.get(f"{base}/v1/models", headers={"Origin": origin})
+        assert answer.headers.get("access-control-allow-origin") == allowed
+    answer = httpx.get(f"{server}/v1/models", headers={"Origin": "https://a.example", "Authorization": f"Bearer {key}"})
+    assert "access-control-allow-origin" not in answer.headers
 
 
 def test_another_host_needs_a_key(without_key, server):

@@ -1,0 +1,404 @@
+"""OpenAI's Responses API: its bodies, which ask for the same as a chat, and the form of its answers."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from lfm_jax.engine.request import Request
+from lfm_jax.engine.service import Piece, Service
+from lfm_jax.serve.errors import RefusalError
+from lfm_jax.serve.fields import Body, Ignored, Refused
+from lfm_jax.serve.formats import ChatReply, Choice, Choices, dumped, logprob_entry, usage_of
+from lfm_jax.serve.protocol import (
+    ACCOUNT,
+    CACHE,
+    ECHO,
+    HINT,
+    MAX_ID,
+    MAX_TOP_LOGPROBS,
+    STORAGE,
+    ChatBody,
+    Content,
+    ForeignTool,
+    FunctionTool,
+    joined,
+    one_of,
+)
+from lfm_jax.text.tools import Content as Text
+from lfm_jax.text.tools import ToolCall
+
+ONE_AT_A_TIME = "nothing is stored; send the whole conversation in input"
+
+
+class InputMessage(Body):
+    """A message among the items of an input."""
+
+    type: Literal["message"] | None = None
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Content
+    id: Annotated[Any, Ignored(ECHO)] = None
+    status: Annotated[Any, Ignored(ECHO)] = None
+    phase: Annotated[Any, Ignored(ECHO)] = None
+
+
+class FunctionCall(Body):
+    """A call that the model made before."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    id: Annotated[Any, Ignored(ECHO)] = None
+    status: Annotated[Any, Ignored(ECHO)] = None
+    parsed_arguments: Annotated[Any, Ignored(ECHO)] = None
+
+
+class FunctionOutput(Body):
+    """What came of a call."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Content
+    id: Annotated[Any, Ignored(ECHO)] = None
+    status: Annotated[Any, Ignored(ECHO)] = None
+
+
+class ReasoningItem(Body):
+    """A thought of another model: it is left out."""
+
+    type: Literal["reasoning"]
+    id: Annotated[Any, Ignored(ECHO)] = None
+    summary: Annotated[Any, Ignored(ECHO)] = None
+    content: Annotated[Any, Ignored(ECHO)] = None
+    encrypted_content: Annotated[Any, Ignored(ECHO)] = None
+    status: Annotated[Any, Ignored(ECHO)] = None
+
+
+class ForeignItem(Body):
+    """An item that the server cannot take."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, value: Any) -> Any:
+        kind = value.get("type") if isinstance(value, dict) else None
+        hint = f": {ONE_AT_A_TIME}" if kind == "item_reference" else ""
+        raise ValueError(f"items of type {json.dumps(kind)[:40]} are not supported{hint}")
+
+
+def _item_kind(value: Any) -> str:
+    kind = value.get("type", "message") if isinstance(value, dict) else getattr(value, "type", None) or "message"
+    known = ("message", "function_call", "function_call_output", "reasoning")
+    return f"({kind})" if kind in known else "(other)"
+
+
+Item = Annotated[
+    Annotated[InputMessage, Tag("(message)")] | Annotated[FunctionCall, Tag("(function_call)")]
+    | Annotated[FunctionOutput, Tag("(function_call_output)")] | Annotated[ReasoningItem, Tag("(reasoning)")]
+    | Annotated[ForeignItem, Tag("(other)")],
+    Discriminator(_item_kind),
+]
+
+
+class ResponseTool(FunctionTool):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+
+
+class NamedChoice(Body):
+    """A choice of one function."""
+
+    type: Literal["function"]
+    name: str
+
+
+class AllowedChoice(Body):
+    """A choice among some functions."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"] = "auto"
+    tools: Annotated[list[NamedChoice], Field(min_length=1, max_length=128)]
+
+
+class TextFormat(Body):
+    """The form of the text."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _schema(self) -> TextFormat:
+        if self.type == "json_schema" and self.schema_ is None:
+            raise ValueError("schema is missing; a format of type json_schema has it")
+        return self
+
+
+class TextConfig(Body):
+    """How the text is to be."""
+
+    format: TextFormat | None = None
+    verbosity: Annotated[Any, Ignored(HINT)] = None
+
+
+class StreamOptions(Body):
+    """How an answer is streamed."""
+
+    include_obfuscation: Annotated[Any, Ignored("streams are not padded")] = None
+
+
+def _tool_kind(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return "(function)" if kind == "function" else "(other)"
+
+
+class ResponsesBody(Body):
+    """POST /v1/responses."""
+
+    model: str
+    input: Annotated[
+        Annotated[str, Tag("(text)")]
+        | Annotated[list[Item], Field(min_length=1, max_length=4096, fail_fast=True), Tag("(items)")],
+        one_of(lambda v: "(text)" if isinstance(v, str) else "(items)" if isinstance(v, list) else None,
+               "a text or a list of items"),
+    ] = Field(description="a text, or messages, calls, outputs of calls and reasoning (which is left out)")
+    instructions: str | None = Field(None, description="a system message before the input")
+    max_output_tokens: Annotated[int, Field(ge=1, lt=MAX_ID)] | None = Field(
+        None, description="ends as incomplete where the context ends")
+    temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
+        None, description="with `include: [\"message.output_text.logprobs\"]`")
+    include: list[str] | None = Field(None, description="`message.output_text.logprobs`; others have nothing to show")
+    text: TextConfig | None = Field(None, description="`format`: text, json_object or json_schema")
+    tools: Annotated[
+        list[Annotated[Annotated[ResponseTool, Tag("(function)")] | Annotated[ForeignTool, Tag("(other)")],
+                       Discriminator(_tool_kind)]], Field(max_length=128, fail_fast=True),
+    ] | None = Field(None, description="functions")
+    tool_choice: Annotated[
+        Annotated[Literal["none", "auto", "required"], Tag("(word)")] | Annotated[NamedChoice, Tag("(function)")]
+        | Annotated[AllowedChoice, Tag("(allowed)")],
+        one_of(lambda v: "(word)" if isinstance(v, str) else {"function": "(function)", "allowed_tools": "(allowed)"}
+               .get(str(v.get("type"))) if isinstance(v, dict) else None,
+               'none, auto, required, {"type": "function", ...} or {"type": "allowed_tools", ...}'),
+    ] | None = Field(None, description="`none`, `auto`, `required`, one function, or `allowed_tools`")
+    parallel_tool_calls: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    previous_response_id: Annotated[Any, Refused(ONE_AT_A_TIME)] = None
+    conversation: Annotated[Any, Refused(ONE_AT_A_TIME)] = None
+    prompt: Annotated[Any, Refused("the server has no stored prompts; send instructions and input")] = None
+    background: Annotated[Any, Refused("wait for the answer, or stream it")] = None
+    background_options: Annotated[Any, Refused("wait for the answer, or stream it")] = None
+    context_management: Annotated[Any, Refused("shorten the input yourself")] = None
+    truncation: Annotated[Any, Refused("shorten the input yourself", "disabled")] = None
+    moderation: Annotated[Any, Refused("the server moderates nothing")] = None
+    image: Annotated[Any, Refused("the model answers in text")] = None
+    access_programs: Annotated[Any, Refused("the server runs nothing")] = None
+    reasoning: Annotated[Any, Ignored(HINT)] = None
+    max_tool_calls: Annotated[Any, Ignored("it is about tools that a server runs; this one runs none")] = None
+    metadata: dict[str, Any] | None = Field(None, description="comes back in the answer")
+    store: Annotated[Any, Ignored(STORAGE)] = None
+    service_tier: Annotated[Any, Ignored(ACCOUNT)] = None
+    safety_identifier: Annotated[Any, Ignored(ACCOUNT)] = None
+    user: Annotated[Any, Ignored(ACCOUNT)] = None
+    prompt_cache_key: Annotated[Any, Ignored(CACHE)] = None
+    prompt_cache_options: Annotated[Any, Ignored(CACHE)] = None
+    prompt_cache_retention: Annotated[Any, Ignored(CACHE)] = None
+
+    def as_chat(self) -> ChatBody:
+        """The chat that asks for the same."""
+        messages: list[dict[str, Any]] = []
+        if self.instructions is not None:
+            messages.append({"role": "system", "content": self.instructions})
+        for item in [InputMessage(role="user", content=self.input)] if isinstance(self.input, str) else self.input:
+            if isinstance(item, InputMessage):
+                messages.append({"role": item.role, "content": joined(item.content)})
+            elif isinstance(item, FunctionCall):
+                if not (messages and messages[-1]["role"] == "assistant"):
+                    messages.append({"role": "assistant", "content": ""})
+                messages[-1].setdefault("tool_calls", []).append(
+                    {"id": item.call_id, "type": "function",
+                     "function": {"name": item.name, "arguments": item.arguments}})
+            elif isinstance(item, FunctionOutput):
+                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": joined(item.output)})
+        if not messages:
+            raise RefusalError(400, "input has no message", param="input")
+        shown = self.include or ()
+        given = {
+            "tools": [{"type": "function", "function": tool.plain()}
+                      for tool in self.tools or () if isinstance(tool, ResponseTool)] or None,
+            "tool_choice": self._choice(), "parallel_tool_calls": self.parallel_tool_calls,
+            "response_format": self._format(), "max_completion_tokens": self.max_output_tokens,
+            "temperature": self.temperature, "top_p": self.top_p, "stream": self.stream,
+        }
+        if "message.output_text.logprobs" in shown:
+            given |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
+        return ChatBody.model_validate({"model": self.model, "messages": messages}
+                                       | {key: value for key, value in given.items() if value is not None})
+
+    def _choice(self) -> Any:
+        def named(choice: NamedChoice) -> dict[str, Any]:
+            return {"type": "function", "function": {"name": choice.name}}
+
+        if isinstance(self.tool_choice, NamedChoice):
+            return named(self.tool_choice)
+        if isinstance(self.tool_choice, AllowedChoice):
+            return {"type": "allowed_tools", "allowed_tools": {
+                "mode": self.tool_choice.mode, "tools": [named(tool) for tool in self.tool_choice.tools]}}
+        return self.tool_choice
+
+    def _format(self) -> dict[str, Any] | None:
+        form = None if self.text is None else self.text.format
+        if form is None:
+            return None
+        if form.type == "json_schema":
+            return {"type": form.type, "json_schema": {"schema": form.schema_, "strict": form.strict}}
+        return {"type": form.type} | ({"schema": form.schema_} if form.type == "json_object" else {})
+
+
+# -------------------------------------------------------------------- answers
+
+
+class ResponsesForm:
+    """Answers of /v1/responses.
+
+    The output is one message, then calls, as they come; text after a call makes another message.
+    """
+
+    end = ""
+
+    def __init__(self, service: Service, name: str, body: ResponsesBody, chat: ChatBody):
+        self._tokenizer, self._body = service.tokenizer, body
+        self.keeps_markers = chat.calls_tools
+        self._reply = ChatReply(chat)
+        self._logprobs = bool(chat.logprobs)
+        self._items: list[dict[str, Any]] = []
+        self._open: dict[str, Any] | None = None
+        """The item that is being written."""
+        self._number = 0
+        self._frame = {
+            "id": _id("resp"), "object": "response", "created_at": int(time.time()), "status": "in_progress",
+            "error": None, "incomplete_details": None, "instructions": body.instructions, "model": name, "output": [],
+            "max_output_tokens": body.max_output_tokens, "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "previous_response_id": None, "reasoning": {"effort": None, "summary": None}, "store": False,
+            "temperature": body.temperature, "text": {"format": self._format()}, "top_p": body.top_p,
+            "tool_choice": "auto" if body.tool_choice is None else _plain(body.tool_choice),
+            "tools": [_plain(tool) for tool in body.tools or ()], "truncation": "disabled", "usage": None,
+            "metadata": body.metadata or {},
+        }
+
+    def _format(self) -> Any:
+        form = None if self._body.text is None else self._body.text.format
+        return {"type": "text"} if form is None else _plain(form)
+
+    def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
+        event = {"type": f"response.{kind}", "sequence_number": self._number} | fields
+        self._number += 1
+        return event
+
+    def event(self, chunk: dict[str, Any], choices: Choices, asked: Sequence[Request]) -> str:
+        del choices, asked
+        return f"event: {chunk['type']}\ndata: {dumped(chunk)}\n\n"
+
+    def failure(self, refusal: RefusalError) -> str:
+        error = {"code": refusal.code or "server_error", "message": refusal.message}
+        failed = self._frame | {"status": "failed", "error": error, "output": self._items}
+        return self.event(self._event("failed", response=failed), {}, [])
+
+    def opening(self, choice: int) -> Iterator[dict[str, Any]]:
+        del choice
+        yield self._event("created", response=dict(self._frame))
+        yield self._event("in_progress", response=dict(self._frame))
+
+    def deltas(self, piece: Piece, choice: Choice) -> Iterator[dict[str, Any]]:
+        logprobs = [logprob_entry(self._tokenizer, told) for told in piece.logprobs or ()] if self._logprobs else []
+        for event in self._reply.push(piece):
+            if isinstance(event, Text):
+                choice.text += event.text
+                yield from self._text(event.text, logprobs)
+                logprobs = []
+            else:
+                yield from self._call(event)
+        if piece.finish is not None:
+            if not self._items and self._open is None:  # An answer without a word is a message too.
+                yield from self._text("", logprobs)
+            yield from self._close("completed" if choice.finish == "stop" else "incomplete")
+
+    def _text(self, text: str, logprobs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        if self._open is None:
+            self._open = {"id": _id("msg"), "type": "message", "role": "assistant", "status": "in_progress",
+                          "content": []}
+            yield self._event("output_item.added", output_index=len(self._items), item=dict(self._open))
+            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+            yield self._event("content_part.added", **self._place(), content_index=0, part=dict(part))
+            self._open["content"] = [part]
+        part = self._open["content"][0]
+        part["text"] += text
+        part["logprobs"] += logprobs
+        if text:
+            yield self._event("output_text.delta", **self._place(), content_index=0, delta=text, logprobs=logprobs)
+
+    def _call(self, call: ToolCall) -> Iterator[dict[str, Any]]:
+        yield from self._close("completed")
+        arguments = json.dumps(call.arguments, ensure_ascii=False)
+        item = {"id": _id("fc"), "type": "function_call", "call_id": _id("call"), "name": call.name, "arguments": "",
+                "status": "in_progress"}
+        self._open = item
+        yield self._event("output_item.added", output_index=len(self._items), item=dict(item))
+        item["arguments"] = arguments
+        yield self._event("function_call_arguments.delta", **self._place(), delta=arguments)
+        yield from self._close("completed")
+
+    def _place(self) -> dict[str, Any]:
+        assert self._open is not None
+        return {"item_id": self._open["id"], "output_index": len(self._items)}
+
+    def _close(self, status: str) -> Iterator[dict[str, Any]]:
+        """Ends the item that is being written."""
+        item = self._open
+        if item is None:
+            return
+        item["status"] = status
+        if item["type"] == "message":
+            [part] = item["content"]
+            yield self._event("output_text.done", **self._place(), content_index=0, text=part["text"],
+                              logprobs=part["logprobs"])
+            yield self._event("content_part.done", **self._place(), content_index=0, part=part)
+        else:
+            yield self._event("function_call_arguments.done", **self._place(), name=item["name"],
+                              arguments=item["arguments"])
+        yield self._event("output_item.done", output_index=len(self._items), item=item)
+        self._items.append(item)
+        self._open = None
+
+    def closing(self, choices: Choices, asked: Sequence[Request]) -> Iterator[dict[str, Any]]:
+        answer = self.whole(choices, asked)
+        yield self._event("completed" if answer["status"] == "completed" else "incomplete", response=answer)
+
+    def whole(self, choices: Choices, asked: Sequence[Request]) -> dict[str, Any]:
+        cut = choices[0].finish != "stop"
+        used = usage_of(choices, asked)
+        usage = {"input_tokens": used["prompt_tokens"], "input_tokens_details": used["prompt_tokens_details"],
+                 "output_tokens": used["completion_tokens"], "output_tokens_details": {"reasoning_tokens": 0},
+                 "total_tokens": used["total_tokens"]}
+        return self._frame | {
+            "status": "incomplete" if cut else "completed", "output": self._items, "usage": usage,
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+        }
+
+
+def _id(prefix: str) -> str:
+    return f"{prefix}_{secrets.token_hex(12)}"
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str) else value.model_dump(by_alias=True, exclude_none=True)
