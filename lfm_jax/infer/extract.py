@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, Self, overload
 
 import jax
 import jax.numpy as jnp
@@ -39,54 +39,82 @@ ROWS = 32
 """Pairs of text and label in one batch of `classify`."""
 
 
+class DataModel(Protocol):
+    """A class of pydantic, as far as `extract` knows it."""
+
+    @classmethod
+    def model_json_schema(cls) -> dict[str, Any]: ...
+
+    @classmethod
+    def model_validate(cls, obj: Any) -> Self: ...
+
+
+@overload
+def extract[M: DataModel](
+    model: LFM, tokenizer: Tokenizer, text: str, schema: type[M], *, template: str | None = None,
+    instruction: str = EXTRACTION, sampling: Sampling = GREEDY, max_new_tokens: int = 512, plain_contents: bool = True,
+) -> M: ...
+
+
+@overload
+def extract[M: DataModel](
+    model: LFM, tokenizer: Tokenizer, text: Sequence[str], schema: type[M], *, template: str | None = None,
+    instruction: str = EXTRACTION, sampling: Sampling = GREEDY, max_new_tokens: int = 512, plain_contents: bool = True,
+) -> list[M]: ...
+
+
 @overload
 def extract(
     model: LFM, tokenizer: Tokenizer, text: str, schema: Mapping[str, Any], *, template: str | None = None,
-    instruction: str = EXTRACTION, sampling: Sampling = GREEDY, max_new_tokens: int = 512,
+    instruction: str = EXTRACTION, sampling: Sampling = GREEDY, max_new_tokens: int = 512, plain_contents: bool = True,
 ) -> Any: ...
 
 
 @overload
 def extract(
     model: LFM, tokenizer: Tokenizer, text: Sequence[str], schema: Mapping[str, Any], *, template: str | None = None,
-    instruction: str = EXTRACTION, sampling: Sampling = GREEDY, max_new_tokens: int = 512,
+    instruction: str = EXTRACTION, sampling: Sampling = GREEDY, max_new_tokens: int = 512, plain_contents: bool = True,
 ) -> list[Any]: ...
 
 
 def extract(
-    model: LFM, tokenizer: Tokenizer, text: str | Sequence[str], schema: Mapping[str, Any], *,
+    model: LFM, tokenizer: Tokenizer, text: str | Sequence[str], schema: Mapping[str, Any] | type[DataModel], *,
     template: str | None = None, instruction: str = EXTRACTION, sampling: Sampling = GREEDY, max_new_tokens: int = 512,
+    plain_contents: bool = True,
 ) -> Any:
     """Extracts data that fits a JSON schema from a text. Needs the extra `lfm_jax[grammar]`.
 
     Every token is chosen among those that the schema allows, so that even a bad model returns valid data.
 
     Args:
-      model, tokenizer: as `lfm.load` returns them.
-      text: one text, or several.
-      schema: the JSON schema. Strings and lists without a limit of their own get one (`json_schema.Bounds`).
+      model, tokenizer: as `lfm.load` gives them.
+      text: one, or several.
+      schema: what is wanted, as a JSON schema or a class of pydantic. Texts and lists without a limit of their own get
+        one (`json_schema.Bounds`).
       template: chat template (`lfm.convert.hf.chat_template`); None means DEFAULT_TEMPLATE.
-      instruction: the system message; the schema replaces `{schema}` in it.
-      sampling: sampling parameters.
-      max_new_tokens: the most tokens of the JSON.
+      instruction: the system's message; `{schema}` in it stands for the schema.
+      sampling: how tokens are chosen.
+      max_new_tokens: of the JSON.
+      plain_contents: the names of special tokens in a text are text like any other (see `chat.encode_chat`).
 
     Returns:
-      The data of a text, or a list of them.
+      The data of a text, an instance where the schema is a class; or a list of them.
 
     Raises:
-      ValueError: the schema is not supported (`GrammarError`); or, with the number of the text, its answer needs more
-        than max_new_tokens or the text is too long for the model.
+      ValueError: arguments of another type; a schema that is not supported (`GrammarError`); an answer that
+        max_new_tokens does not hold, data that the class refuses, or a text too long for the model, with the number of
+        the text.
     """
     from lfm_jax.structured.grammar import Grammar, grammar_tokenizer
 
+    texts, (wanted, read) = _texts("text", text), _wanted(schema)
     check_tokenizer(tokenizer, model.config)
     stop_ids = _stop_ids(model, tokenizer)
-    grammar = grammar_tokenizer(tokenizer, model.config.vocab_size, stop_ids).matcher(Grammar.json_schema(schema))
-    texts = [text] if isinstance(text, str) else list(text)
+    grammar = grammar_tokenizer(tokenizer, model.config.vocab_size, stop_ids).matcher(Grammar.json_schema(wanted))
     if not texts:
         return []
-    system = instruction.replace("{schema}", json.dumps(schema, ensure_ascii=False))
-    prompts = [_prompt(model, tokenizer, template, system, each) for each in texts]
+    system = instruction.replace("{schema}", json.dumps(wanted, ensure_ascii=False))
+    prompts = [_prompt(model, tokenizer, template, system, each, plain_contents) for each in texts]
     _check_lengths(model, prompts, max_new_tokens)
     length = min(bucket(max(map(len, prompts)) + max_new_tokens), model.config.max_position)
     config = EngineConfig(slots=((min(SLOTS, max(2, len(texts))), length),), chunk=CHUNK,
@@ -102,8 +130,33 @@ def extract(
         if answer.finish != "stop":
             raise ValueError(f"the answer for text {number} needs more than max_new_tokens {max_new_tokens}; raise it, "
                              "or bound the schema (maxLength, maxItems)")
-        results.append(json.loads(tokenizer.decode([i for i in answer.tokens if i not in stop_ids])))
+        data = json.loads(tokenizer.decode([i for i in answer.tokens if i not in stop_ids]))
+        try:
+            results.append(read(data))
+        except ValueError as error:
+            raise ValueError(f"the data for text {number} is refused by its class: {error}") from error
     return results[0] if isinstance(text, str) else results
+
+
+def _texts(name: str, given: Any) -> list[str]:
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, Sequence) or isinstance(given, bytes):
+        raise ValueError(f"{name} is {given!r:.60}; expected a text or a list of texts")
+    wrong = next((i for i, each in enumerate(given) if not isinstance(each, str)), None)
+    if wrong is not None:
+        raise ValueError(f"{name}[{wrong}] is {given[wrong]!r:.60}; expected a text")
+    return list(given)
+
+
+def _wanted(schema: Any) -> tuple[Mapping[str, Any], Callable[[Any], Any]]:
+    """A JSON schema, and what makes of data that fits it what the caller wants."""
+    if isinstance(schema, type) and hasattr(schema, "model_json_schema") and hasattr(schema, "model_validate"):
+        model: Any = schema
+        return model.model_json_schema(), model.model_validate
+    if not isinstance(schema, Mapping):
+        raise ValueError(f"schema is {schema!r:.60}; expected a JSON schema (a dict) or a class of pydantic")
+    return schema, lambda data: data
 
 
 def _stop_ids(model: LFM, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -113,9 +166,11 @@ def _stop_ids(model: LFM, tokenizer: Tokenizer) -> tuple[int, ...]:
     return ids
 
 
-def _prompt(model: LFM, tokenizer: Tokenizer, template: str | None, system: str, text: str) -> list[int]:
+def _prompt(
+    model: LFM, tokenizer: Tokenizer, template: str | None, system: str, text: str, plain_contents: bool
+) -> list[int]:
     messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
-    return encode_chat(tokenizer, model.config, template, messages)
+    return encode_chat(tokenizer, model.config, template, messages, plain_contents=plain_contents)
 
 
 def _check_lengths(model: LFM, prompts: Sequence[Sequence[int]], more: int) -> None:
@@ -128,7 +183,7 @@ def _check_lengths(model: LFM, prompts: Sequence[Sequence[int]], more: int) -> N
 
 def classify(
     model: LFM, tokenizer: Tokenizer, texts: str | Sequence[str], labels: Sequence[str], *,
-    template: str | None = None, instruction: str = CLASSIFICATION,
+    template: str | None = None, instruction: str = CLASSIFICATION, plain_contents: bool = True,
 ) -> Any:
     """Computes the probability of each label as the whole answer, among these labels.
 
@@ -136,28 +191,30 @@ def classify(
     common beginning of all prompts goes through the model once, then each text once, then all labels side by side.
 
     Args:
-      model, tokenizer, template: as for `extract`.
-      texts: one text, or several.
-      labels: at least two different labels.
-      instruction: the system message; the labels replace `{labels}` in it.
+      model, tokenizer, template, plain_contents: as for `extract`.
+      texts: one, or several.
+      labels: at least two different ones.
+      instruction: the system's message; `{labels}` in it stands for the labels.
 
     Returns:
       {label: probability} for a text, or a list of them.
 
     Raises:
-      ValueError: labels are not at least two different texts, or a text is too long for the model.
+      ValueError: arguments of another type, labels that are not at least two different texts, or a text too long for
+        the model.
     """
-    check_tokenizer(tokenizer, model.config)
-    if isinstance(labels, str) or len(labels) < 2 or len(set(labels)) < len(labels) or "" in labels:
+    given = _texts("texts", texts)
+    if isinstance(labels, str) or len(names := _texts("labels", labels)) < 2 or "" in names or (
+        len(set(names)) < len(names)
+    ):
         raise ValueError(f"labels is {labels!r:.100}; expected a list of at least two different texts")
-    if isinstance(texts, str):
-        return classify(model, tokenizer, [texts], labels, template=template, instruction=instruction)[0]
-    if not texts:
+    check_tokenizer(tokenizer, model.config)
+    if not given:
         return []
-    system = instruction.replace("{labels}", ", ".join(labels))
-    prompts = [_prompt(model, tokenizer, template, system, text) for text in texts]
+    system = instruction.replace("{labels}", ", ".join(names))
+    prompts = [_prompt(model, tokenizer, template, system, text, plain_contents) for text in given]
     end = _stop_ids(model, tokenizer)[-1]
-    answers = [[*encoded(tokenizer, label, add_special_tokens=False).ids, end] for label in labels]
+    answers = [[*encoded(tokenizer, label, add_special_tokens=False).ids, end] for label in names]
     longest = max(map(len, answers))
     _check_lengths(model, prompts, longest)
     length = min(bucket(max(map(len, prompts)) + longest), model.config.max_position)
@@ -169,7 +226,7 @@ def classify(
     beginning = model.init_state(1, length)
     for chunk in chunks([prompts[0][:shared]], CHUNK):
         _, beginning = run(nothing_1D, beginning, *chunk)
-    size = max(1, ROWS // len(labels))
+    size = max(1, ROWS // len(names))
     found: list[np.ndarray] = []
     for start in range(0, len(prompts), size):
         group = [prompt[shared:] for prompt in prompts[start : start + size]]
@@ -178,7 +235,8 @@ def classify(
         for chunk in chunks(group, CHUNK):
             last_BD, state = run(last_BD, state, *chunk)
         found += list(_label_probabilities(score, last_BD, state, answers))
-    return [dict(zip(labels, row.tolist(), strict=True)) for row in found[: len(texts)]]
+    results = [dict(zip(names, row.tolist(), strict=True)) for row in found[: len(given)]]
+    return results[0] if isinstance(texts, str) else results
 
 
 def _common(rows: Sequence[Sequence[int]]) -> int:
