@@ -14,7 +14,7 @@ from lfm_jax.engine.service import Piece, Service
 from lfm_jax.serve.errors import RefusalError, broken
 from lfm_jax.serve.protocol import ChatBody, CompletionBody
 from lfm_jax.text.codec import Detokenizer, token_bytes
-from lfm_jax.text.tools import Content, ToolCall, ToolCallParser
+from lfm_jax.text.tools import CallCut, CallPiece, CallStart, Content, Event, ToolCallParser
 
 _BREAKS = {ord(c): f"\\u{ord(c):04x}" for c in "\u0085\u2028\u2029"}
 """Clients that split a stream with `str.splitlines` would break lines at these characters."""
@@ -255,7 +255,7 @@ class TextForm(_Completion):
 
 
 class ChatReply:
-    """Splits the pieces of one continuation into text and calls.
+    """Splits the pieces of one continuation into text and calls, which are reported as they are written.
 
     Args:
       body: says which tools may be called; none: all of it is text.
@@ -263,10 +263,12 @@ class ChatReply:
 
     def __init__(self, body: ChatBody):
         tools = body.schemas or [] if body.calls_tools else []
-        self._parser = ToolCallParser(tools, at_start=body.constraint() is not None) if tools else None
+        self._parser: ToolCallParser | None = None
+        if tools:
+            self._parser = ToolCallParser(tools, at_start=body.constraint() is not None, growing=True)
 
-    def push(self, piece: Piece) -> list[Content | ToolCall]:
-        """What has become certain with a piece; text that may still become a call is kept back."""
+    def push(self, piece: Piece) -> list[Event]:
+        """The events that have become certain with a piece; text that may still become a call is kept back."""
         if self._parser is None:
             return [Content(piece.text)] if piece.text else []
         events = self._parser.push(piece.text)
@@ -303,11 +305,19 @@ class ChatForm(_Completion):
         choice.text += text
         if text or logprobs:
             yield self._chunk(piece.choice, {"content": text}, logprobs=logprobs)
-        for call in (event for event in events if isinstance(event, ToolCall)):
-            entry = {"id": f"call_{secrets.token_hex(12)}", "type": "function",
-                     "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}}
-            yield self._chunk(piece.choice, {"tool_calls": [{"index": len(choice.calls)} | entry]})
-            choice.calls.append(entry)
+        for event in events:
+            if isinstance(event, CallStart):
+                call = {"id": f"call_{secrets.token_hex(12)}", "type": "function",
+                        "function": {"name": event.name, "arguments": ""}}
+                choice.calls.append(call)
+                delta = call | {"function": dict(call["function"])}
+                yield self._chunk(piece.choice, {"tool_calls": [{"index": event.index} | delta]})
+            elif isinstance(event, CallPiece):
+                choice.calls[-1]["function"]["arguments"] += event.text
+                delta = {"index": event.index, "function": {"arguments": event.text}}
+                yield self._chunk(piece.choice, {"tool_calls": [delta]})
+            elif isinstance(event, CallCut):
+                choice.calls.pop()
         if piece.finish is not None:
             yield self._chunk(piece.choice, {}, _reason(choice))
 

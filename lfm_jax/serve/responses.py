@@ -30,8 +30,8 @@ from lfm_jax.serve.protocol import (
     joined,
     one_of,
 )
+from lfm_jax.text.tools import CallCut, CallPiece, CallStart, ToolCall
 from lfm_jax.text.tools import Content as Text
-from lfm_jax.text.tools import ToolCall
 
 ONE_AT_A_TIME = "nothing is stored; send the whole conversation in input"
 
@@ -326,8 +326,13 @@ class ResponsesForm:
                 choice.text += event.text
                 yield from self._text(event.text, logprobs)
                 logprobs = []
-            else:
-                yield from self._call(event)
+            elif isinstance(event, CallStart):
+                yield from self._begin_call(event.name)
+            elif isinstance(event, CallPiece) and self._open is not None:
+                self._open["arguments"] += event.text
+                yield self._event("function_call_arguments.delta", **self._place(), delta=event.text)
+            elif isinstance(event, (ToolCall, CallCut)):
+                yield from self._close("completed" if isinstance(event, ToolCall) else "incomplete")
         if piece.finish is not None:
             if not self._items and self._open is None:  # An answer without a word is a message too.
                 yield from self._text("", logprobs)
@@ -347,16 +352,11 @@ class ResponsesForm:
         if text:
             yield self._event("output_text.delta", **self._place(), content_index=0, delta=text, logprobs=logprobs)
 
-    def _call(self, call: ToolCall) -> Iterator[dict[str, Any]]:
+    def _begin_call(self, name: str) -> Iterator[dict[str, Any]]:
         yield from self._close("completed")
-        arguments = json.dumps(call.arguments, ensure_ascii=False)
-        item = {"id": _id("fc"), "type": "function_call", "call_id": _id("call"), "name": call.name, "arguments": "",
-                "status": "in_progress"}
-        self._open = item
-        yield self._event("output_item.added", output_index=len(self._items), item=dict(item))
-        item["arguments"] = arguments
-        yield self._event("function_call_arguments.delta", **self._place(), delta=arguments)
-        yield from self._close("completed")
+        self._open = {"id": _id("fc"), "type": "function_call", "call_id": _id("call"), "name": name, "arguments": "",
+                      "status": "in_progress"}
+        yield self._event("output_item.added", output_index=len(self._items), item=dict(self._open))
 
     def _place(self) -> dict[str, Any]:
         assert self._open is not None
@@ -390,8 +390,10 @@ class ResponsesForm:
         usage = {"input_tokens": used["prompt_tokens"], "input_tokens_details": used["prompt_tokens_details"],
                  "output_tokens": used["completion_tokens"], "output_tokens_details": {"reasoning_tokens": 0},
                  "total_tokens": used["total_tokens"]}
+        # Programs read the arguments of every call there is: one that was cut is none.
+        output = [item for item in self._items if item["type"] == "message" or item["status"] == "completed"]
         return self._frame | {
-            "status": "incomplete" if cut else "completed", "output": self._items, "usage": usage,
+            "status": "incomplete" if cut else "completed", "output": output, "usage": usage,
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
         }
 

@@ -186,7 +186,8 @@ def test_tools_are_called_as_they_must_be(client, choice):
         streamed = {}
         for chunk in client.chat.completions.create(**asked, stream=True):
             for call in chunk.choices[0].delta.tool_calls or []:
-                streamed[call.index] = (call.function.name, call.function.arguments)
+                name, arguments = streamed.get(call.index, ("", ""))
+                streamed[call.index] = (name + (call.function.name or ""), arguments + call.function.arguments)
         assert [streamed[i] for i in range(len(calls))] == calls
         for name, arguments in calls:
             tool = next(t["function"] for t in TOOLS if t["function"]["name"] == name)
