@@ -4,7 +4,6 @@ them, and how each one is compiled before it is called.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -33,9 +32,9 @@ class Variant(NamedTuple):
     fresh: bool = False
 
     def __str__(self) -> str:
-        what = [f"{self.rows} rows"] * (self.rows > 0) + [f"{self.width} tokens"] * (self.width > 0)
+        what = [f"{n} {unit}{'s' * (n > 1)}" for n, unit in ((self.rows, "row"), (self.width, "token")) if n]
         what += [name for name in ("plain", "draft", "fresh") if getattr(self, name)]
-        return f"{self.name} {', '.join(what)}".strip()
+        return f"{self.name} ({', '.join(what)})" if what else self.name
 
 
 def chunk_width(tokens: int, chunk: int) -> int:
@@ -119,5 +118,9 @@ def lower(programs: Programs, variant: Variant, params: Any, slots: Slots, shape
         case "snapshot":
             return program.lower(slots, number, number, length=variant.width)
         case _:
-            part = jax.eval_shape(functools.partial(programs.snapshot, length=variant.width), slots, number, number)
+            snapshot = programs.snapshot.lower(slots, number, number, length=variant.width)
+            part = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), snapshot.out_info)
+            if not mesh.empty:
+                part = jax.tree.map(lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), part,
+                                    snapshot.compile().output_shardings)
             return program.lower(slots, number, number, part, np.zeros(variant.width, np.int32), fresh=variant.fresh)
