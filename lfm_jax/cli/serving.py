@@ -30,6 +30,7 @@ def serve(
     dtype: DType | None = None,
     warm_up: Literal["first", "all"] = "first",
     drain_seconds: int = 60,
+    plain_contents: bool = False,
     cors_origins: tuple[str, ...] = (),
 ) -> int:
     """Serve a model over HTTP with the API of OpenAI, and a page to try it at /. Needs `lfm_jax[serve]`.
@@ -49,11 +50,13 @@ def serve(
       dtype: of parameters and computation; the stored one if left out.
       warm_up: programs to compile before it serves: what a first request needs, and the others beside the work, or all.
       drain_seconds: how long what runs may take to end after SIGTERM.
+      plain_contents: encode the names of special tokens inside messages as plain text, for texts of strangers.
       cors_origins: origins whose pages may use the server, as https://example.org; * is any.
     """
     launch = _serving("launch")
     address = launch.listen(host, port)  # What can be refused is refused before anything is loaded.
-    service = launch.open_service(path, dtype, engine, (data, tensor), everything=warm_up == "all")
+    service = launch.open_service(path, dtype, engine, (data, tensor), everything=warm_up == "all",
+                                  plain_contents=plain_contents)
     launch.serve(service, name or path.resolve().name, address, sampling, limits, drain_seconds, cors_origins)
     return 0
 
@@ -70,6 +73,7 @@ def batch(
     data: int = 1,
     tensor: int = 1,
     dtype: DType | None = None,
+    plain_contents: bool = False,
 ) -> int:
     """Answer a file of requests in OpenAI's batch format, one per line. Needs `lfm_jax[serve]`.
 
@@ -87,13 +91,17 @@ def batch(
       data: replicas of the model.
       tensor: devices that each replica is split over.
       dtype: dtype of parameters and computation; the stored one if left out.
+      plain_contents: encode the names of special tokens inside messages as plain text, for texts of strangers.
     """
     from lfm_jax.loading import recognise
 
     run, launch = _serving("batch"), _serving("launch")
     recognise(path)  # Before a target is made.
-    bad = run.batch(lambda: launch.open_service(path, dtype, engine, (data, tensor)), path.resolve().name, source,
-                    target, shard=shard, sampling=sampling, limits=limits)
+
+    def open_service() -> Any:
+        return launch.open_service(path, dtype, engine, (data, tensor), plain_contents=plain_contents)
+
+    bad = run.batch(open_service, path.resolve().name, source, target, shard=shard, sampling=sampling, limits=limits)
     print(f"{target}: every line is answered{f', {bad} with an error' if bad else ''}")
     return 1 if bad else 0
 

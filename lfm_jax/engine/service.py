@@ -52,6 +52,7 @@ class Service:
       model, tokenizer: as `lfm.load` returns them.
       template: chat template; None means DEFAULT_TEMPLATE.
       config, mesh: as for `Engine`.
+      plain_contents: as for `chat.encode_chat`.
 
     Raises:
       ValueError: see `Engine`, or the tokenizer has more ids than the model.
@@ -59,11 +60,11 @@ class Service:
 
     def __init__(
         self, model: LFM, tokenizer: Tokenizer, template: str | None = None, config: EngineConfig = DEFAULT,
-        mesh: Mesh | None = None,
+        mesh: Mesh | None = None, *, plain_contents: bool = False,
     ):
         check_tokenizer(tokenizer, model.config)
         self.tokenizer, self.config = tokenizer, model.config
-        self._template = template
+        self._template, self._plain_contents = template, plain_contents
         self.engine = Engine(model, config, mesh)
         self.stop_ids = turn_stop_ids(tokenizer, model.config)
         """Tokens that end a continuation."""
@@ -76,7 +77,8 @@ class Service:
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
     ) -> list[int]:
         """Encodes a conversation; options as those of `chat.encode_chat`."""
-        return encode_chat(self.tokenizer, self.config, self._template, messages, tools, **options)
+        return encode_chat(self.tokenizer, self.config, self._template, messages, tools,
+                           plain_contents=self._plain_contents, **options)
 
     def matcher(self, grammar: Grammar) -> Matcher:
         """Returns a matcher for `Request.grammar`.

@@ -21,6 +21,7 @@ from lfm_jax.files import say
 from lfm_jax.sampling import Sampling
 from lfm_jax.serve.app import make_app
 from lfm_jax.serve.limits import Limits
+from lfm_jax.text.templates import check_template
 
 KEY_VARIABLE = "LFM_API_KEY"
 TELL_SECONDS = 5
@@ -28,27 +29,31 @@ TELL_SECONDS = 5
 
 
 def open_service(
-    path: Path, dtype: str | None, engine: EngineConfig, mesh: tuple[int, int], *, everything: bool = False
+    path: Path, dtype: str | None, engine: EngineConfig, mesh: tuple[int, int], *, everything: bool = False,
+    plain_contents: bool = False,
 ) -> Service:
     """A service of the model at `path`, ready for a first request; says what it does on stderr.
 
     Args:
       mesh: replicas, and devices of each one.
       everything: compile all programs, and not only those that a first request needs.
+      plain_contents: as for `chat.encode_chat`.
 
     Raises:
-      ValueError: the path has no model or no tokenizer, or see `Engine`.
+      ValueError: the path has no model or no tokenizer, or a chat template that is not valid; or see `Engine`.
     """
     from lfm_jax.convert.hf import chat_template
     from lfm_jax.loading import load
     from lfm_jax.sharding import make_mesh
 
+    if template := chat_template(path):
+        check_template(template)
     model, tokenizer = load(path, dtype)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer.json; put that of the checkpoint beside its weights")
     data, tensor = mesh
     over = None if data * tensor == 1 else make_mesh(data=data, tensor=tensor)
-    service = Service(model, tokenizer, chat_template(path), engine, over)
+    service = Service(model, tokenizer, template, engine, over, plain_contents=plain_contents)
     _say_memory(service, model.config)
     began = time.monotonic()
     count = service.engine.warm_up(everything=everything, tell=say)
