@@ -18,10 +18,10 @@ from typing import Any
 from lfm_jax.structured.schema import (
     IN_PLACE,
     KEYWORDS,
-    MAPS,
     OF_TYPE,
     GrammarError,
     Schema,
+    children,
     nodes,
     plain,
     replaced,
@@ -42,16 +42,6 @@ OPTIONS = {
     "json_allowed_escapes": 'nrbtf\\"',
 }
 
-_SHAPES: dict[str, tuple[Any, set[str]]] = {
-    "an object": (dict, MAPS),
-    "a list": (list, {"enum", "required", "allOf", "anyOf", "oneOf", "prefixItems"}),
-    "a text": (str, {"$ref", "$id", "$anchor", "pattern", "format"}),
-    "a whole number": (int, {"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"}),
-    "a number": ((int, float), OF_TYPE["number"]),
-}
-
-
-_EXCLUSIVE = {"exclusiveMinimum": {"minimum"}, "exclusiveMaximum": {"maximum"}}
 _FINITE = sys.float_info.max
 
 
@@ -75,8 +65,9 @@ def compiled(schema: Any, bounds: Bounds) -> str:
     Raises:
       GrammarError: see `Grammar.json_schema`.
     """
-    root = plain(schema)
+    root: Schema = {}
     try:
+        root = plain(schema)
         check_size(root)
         if '"oneOf"' in json.dumps(root):  # Choices that overlap may seem distinct once they are bounded.
             accepted(_text(root))
@@ -200,27 +191,22 @@ def _met(root: Schema) -> set[int]:
     """Ids of the schemas that meet another in an intersection, and of all inside them."""
     met: set[int] = set()
     todo: list[tuple[Any, bool]] = [(root, False)]
-
-    def visit(node: Schema, meets: bool) -> None:
+    while todo:
+        node, meets = todo.pop()
+        if not isinstance(node, dict) or id(node) in met:
+            continue
         parts = sum(len(node[key]) if key == "allOf" else 1 for key in node.keys() & IN_PLACE)
         meets = meets or parts + bool(node.keys() & (KEYWORDS - IN_PLACE)) > 1
         if meets:
             met.add(id(node))
-            todo.append((resolved(root, node.get("$ref", "")), True))
+            todo += [(resolved(root, node["$ref"]), True)] if "$ref" in node else []
         inside = meets or {"properties", "patternProperties"} <= node.keys()
-        replaced(node, lambda child, part: todo.append(
-            (child, inside and not part.startswith(("$defs/", "definitions/")))
-        ))
-
-    while todo:
-        node, meets = todo.pop()
-        if isinstance(node, dict) and id(node) not in met:
-            visit(node, meets)
+        todo += [(child, inside and not part.startswith(("$defs/", "definitions/"))) for part, child in children(node)]
     return met
 
 
 def _check(node: Schema, place: str) -> None:
-    """Refuses what llguidance would get wrong, and what has not the shape of a schema."""
+    """Refuses what llguidance would get wrong."""
 
     def number(text: str) -> None:
         value = Decimal(text).normalize()
@@ -229,24 +215,9 @@ def _check(node: Schema, place: str) -> None:
         if abs(value) > 2**53 or int(exponent) < -22 or (int(exponent) < 0 and len(digits) > 15):
             raise GrammarError(f"{text:.40} has too many digits (at {place})")
 
-    def wrong(key: str, expected: str) -> GrammarError:
-        return GrammarError(f"{key} is {node[key]!r:.40}; expected {expected} (at {place})")
-
-    for name, (kind, keywords) in _SHAPES.items():
-        for key in node.keys() & keywords:
-            if not isinstance(node[key], kind) or (
-                # In draft 4 an exclusive limit is true or false, and about the other one.
-                isinstance(node[key], bool) and node.keys().isdisjoint(_EXCLUSIVE.get(key, ()))
-            ):
-                raise wrong(key, name)
     for key in node.keys() & OF_TYPE["number"]:
         if abs(node[key]) > _FINITE:
-            raise wrong(key, "what a float can hold")
-    for key, expected in (("type", "a type or a list of types"), ("required", "a list of texts")):
-        values = node.get(key, [])
-        values = [values] if key == "type" and isinstance(values, str) else values
-        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-            raise wrong(key, expected)
+            raise GrammarError(f"{key} is {node[key]!r:.40}; expected what a float can hold (at {place})")
     if {"const", "enum"} & node.keys():
         json.loads(json.dumps([node.get("const"), node.get("enum")]), parse_int=number, parse_float=number)
     if node.get("minProperties", 0) - len(node.get("required", ())) > 1:

@@ -6,18 +6,18 @@ it goes into references by recursion.
 
 from __future__ import annotations
 
+import functools
 import graphlib
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from lfm_jax.structured.schema import KEYWORDS, OF_TYPE, GrammarError, Schema, listed, nodes, replaced, resolved
+from lfm_jax.structured.schema import KEYWORDS, OF_TYPE, GrammarError, Schema, children, nodes, resolved
 
 MAX_SCHEMAS = 20_000
-"""Most schemas, counted as often as they stand in the place of a reference that something else holds beside, or in a
-combination of choices."""
+"""Limit on the number of schemas once references with siblings and combinations of choices are expanded."""
 MAX_DEPTH = 500
 """Most schemas within each other, references followed. llguidance needs 5 KB of the stack for each."""
 MAX_PATTERNS = 8
@@ -29,6 +29,9 @@ _CHOICES = ("anyOf", "oneOf")
 _COMBINING = {"$ref", "allOf", *_CHOICES}
 _NOT_OF_PARTS = {"$defs", "definitions", *_COMBINING}
 
+Follow = Callable[[str], Any]
+"""What a `$ref` leads to."""
+
 
 def check_size(root: Schema) -> None:
     """Refuses a schema, as `plain` gives it, that would take too much time, memory or stack to compile.
@@ -38,32 +41,33 @@ def check_size(root: Schema) -> None:
         pattern, too many patterns for one text, or too many schemas where they combine.
     """
     known = nodes(root)
-    _check_circles(root, known)
-    _check_depth(root, known)
+    follow = functools.cache(functools.partial(resolved, root))
+    _check_circles(follow, known)
+    _check_depth(follow, known)
     for place, node in known:
-        for pattern in [node.get("pattern"), *_mapped(node, "patternProperties")]:
+        for pattern in [node.get("pattern", ""), *node.get("patternProperties", {})]:
             check_pattern(pattern, f" (at {place})")
-    _check_combinations(root)
+    _check_combinations(root, follow)
 
 
-def _check_circles(root: Schema, known: Sequence[tuple[str, Schema]]) -> None:
+def _check_circles(follow: Follow, known: Sequence[tuple[str, Schema]]) -> None:
     places = {id(node): place for place, node in known}
     try:
         graphlib.TopologicalSorter({
-            id(node): [id(other) for other in _in_place(root, node) if isinstance(other, dict)] for _, node in known
+            id(node): [id(other) for other in _in_place(follow, node)] for _, node in known
         }).prepare()
     except graphlib.CycleError as error:
         circle = ", ".join(dict.fromkeys(places[key] for key in error.args[1][:4]))
         raise GrammarError(f"a $ref leads back to itself without a value between (at {circle})") from None
 
 
-def _in_place(root: Schema, node: Schema) -> list[Any]:
+def _in_place(follow: Follow, node: Schema) -> list[Schema]:
     """The schemas that speak of the same value."""
-    inner = itertools.chain(*(listed(node, key) for key in ("allOf", *_CHOICES)))
-    return [*inner, *([resolved(root, node["$ref"])] if isinstance(node.get("$ref"), str) else [])]
+    inner = itertools.chain(*(node.get(key, []) for key in ("allOf", *_CHOICES)))
+    return _schemas([*inner, *([follow(node["$ref"])] if "$ref" in node else [])])
 
 
-def _check_depth(root: Schema, known: Sequence[tuple[str, Schema]]) -> None:
+def _check_depth(follow: Follow, known: Sequence[tuple[str, Schema]]) -> None:
     """Takes schemas that lie within each other in a circle as if each lay within all others."""
     if len(known) <= MAX_DEPTH:
         return
@@ -73,7 +77,7 @@ def _check_depth(root: Schema, known: Sequence[tuple[str, Schema]]) -> None:
 
     numbers = {id(node): i for i, (_, node) in enumerate(known)}
     edges = [(numbers[id(node)], numbers[id(other)]) for _, node in known
-             for other in [*_children(node), *_in_place(root, node)] if isinstance(other, dict)]
+             for other in [*_of_parts(node), *_in_place(follow, node)]]
     outer, inner = np.array(edges, int).reshape(-1, 2).T
     graph = coo_array((np.ones(len(edges)), (outer, inner)), shape=(len(known), len(known)))
     _, circles = connected_components(graph, directed=True, connection="strong")
@@ -88,11 +92,9 @@ def _check_depth(root: Schema, known: Sequence[tuple[str, Schema]]) -> None:
         raise GrammarError(f"{depth} schemas lie within each other, references followed; at most {MAX_DEPTH}")
 
 
-def _children(node: Schema) -> list[Any]:
+def _of_parts(node: Schema) -> list[Schema]:
     """The schemas that speak of the keys' values and items of a value."""
-    found: list[Any] = []
-    replaced({key: node[key] for key in node.keys() - _NOT_OF_PARTS}, lambda child, _: found.append(child))
-    return found
+    return [child for _, child in children({key: node[key] for key in node.keys() - _NOT_OF_PARTS})]
 
 
 # -------------------------------------------------------------------- patterns
@@ -135,7 +137,7 @@ def _written_out(pattern: str) -> int:
 # -------------------------------------------------------------------- combinations
 
 
-def _check_combinations(root: Schema) -> None:
+def _check_combinations(root: Schema, follow: Follow) -> None:
     """Counts the schemas that are left when those that hold for one value are merged, as llguidance does."""
     left = MAX_SCHEMAS
     defined: set[str] = set()
@@ -143,11 +145,11 @@ def _check_combinations(root: Schema) -> None:
     """Places, the schemas that hold there together, and how often the place is copied."""
     while todo:
         place, together, copies = todo.pop()
-        own, choices, reference = _merged(root, together)
+        own, choices, reference = _merged(follow, together)
         inner: list[tuple[str, list[Schema]]] = []
         if reference and reference not in defined:
             defined.add(reference)
-            todo.append((reference, _schemas([resolved(root, reference)]), 1))
+            todo.append((reference, _schemas([follow(reference)]), 1))
         elif choices:
             (key, options), *others = choices
             rest = [*own, *({key: options} for key, options in others)]
@@ -155,7 +157,7 @@ def _check_combinations(root: Schema) -> None:
                      if isinstance(option, dict)]
         elif own:
             left -= copies * _work(own, place)
-            copies *= math.prod(len(node["enum"]) for node in own if listed(node, "enum"))
+            copies *= math.prod(len(node["enum"]) for node in own if node.get("enum"))
             inner = [(f"{place}/{part}", parts) for part, parts in _parts(own) if parts]
         left -= copies * sum(len(parts) for _, parts in inner)
         if left < 0:
@@ -163,23 +165,23 @@ def _check_combinations(root: Schema) -> None:
         todo += [(where, parts, copies) for where, parts in inner]
 
 
-def _merged(root: Schema, together: Sequence[Schema]) -> tuple[list[Schema], list[tuple[str, list[Any]]], str]:
+def _merged(follow: Follow, together: Sequence[Schema]) -> tuple[list[Schema], list[tuple[str, list[Any]]], str]:
     """Of schemas that hold together: what they say themselves, the choices that they leave, or one reference alone."""
     own, choices, references, todo, seen = [], [], [], [*together], set()
     while todo or references:
         if not todo:
             if len(references) == 1 and not own and not choices:
                 return [], [], references[0]
-            todo, references = _schemas([resolved(root, reference) for reference in references]), []
+            todo, references = _schemas([follow(reference) for reference in references]), []
         node = todo.pop()
         if id(node) in seen:
             continue
         seen.add(id(node))
         said = {key: value for key, value in node.items() if key in KEYWORDS - _COMBINING}
         own += [said] if said else []
-        choices += [(key, listed(node, key)) for key in _CHOICES if listed(node, key)]
-        references += [node["$ref"]] if isinstance(node.get("$ref"), str) else []
-        todo += _schemas(listed(node, "allOf"))
+        choices += [(key, node[key]) for key in _CHOICES if node.get(key)]
+        references += [node["$ref"]] if "$ref" in node else []
+        todo += _schemas(node.get("allOf", []))
     return own, choices, ""
 
 
@@ -198,11 +200,11 @@ def _work(own: Sequence[Schema], place: str) -> int:
 def _parts(own: Sequence[Schema]) -> Iterator[tuple[str, list[Any]]]:
     """The parts of a value that schemas speak of, each with those that hold there together."""
     objects = [node for node in own if node.keys() & OF_TYPE["object"]]
-    for name in dict.fromkeys(name for node in objects for name in _mapped(node, "properties")):
+    for name in dict.fromkeys(name for node in objects for name in node.get("properties", {})):
         inner = [part for node in objects for part in _of_key(node, name)]
         yield f"properties/{name}", _schemas(inner)
-    for pattern in dict.fromkeys(pattern for node in objects for pattern in _mapped(node, "patternProperties")):
-        inner = [_mapped(node, "patternProperties").get(pattern, node.get("additionalProperties")) for node in objects]
+    for pattern in dict.fromkeys(pattern for node in objects for pattern in node.get("patternProperties", {})):
+        inner = [node.get("patternProperties", {}).get(pattern, node.get("additionalProperties")) for node in objects]
         yield f"patternProperties/{pattern}", _schemas(inner)
     yield "additionalProperties", _schemas([node.get("additionalProperties") for node in objects])
     arrays = [(*_items(node),) for node in own if node.keys() & OF_TYPE["array"]]
@@ -211,15 +213,10 @@ def _parts(own: Sequence[Schema]) -> Iterator[tuple[str, list[Any]]]:
     yield "items", _schemas([rest for _, rest in arrays])
 
 
-def _mapped(node: Schema, key: str) -> Schema:
-    value = node.get(key, {})
-    return value if isinstance(value, dict) else {}
-
-
 def _of_key(node: Schema, name: str) -> list[Any]:
     """What an object's schema may say of the value of a key."""
-    named = _mapped(node, "properties")
-    patterns = [part for pattern, part in _mapped(node, "patternProperties").items() if _may_match(pattern, name)]
+    named = node.get("properties", {})
+    patterns = [part for pattern, part in node.get("patternProperties", {}).items() if _may_match(pattern, name)]
     return [named[name] if name in named else node.get("additionalProperties"), *patterns]
 
 
@@ -233,7 +230,7 @@ def _items(node: Schema) -> tuple[list[Any], Any]:
     """What an array's schema says of the first items, and of the rest."""
     if isinstance(node.get("items"), list):
         return node["items"], node.get("additionalItems")
-    return listed(node, "prefixItems"), node.get("items")
+    return node.get("prefixItems", []), node.get("items")
 
 
 def _schemas(parts: Sequence[Any]) -> list[Schema]:
