@@ -27,6 +27,7 @@ MAX_PATTERN = 10_000
 
 _CHOICES = ("anyOf", "oneOf")
 _COMBINING = {"$ref", "allOf", *_CHOICES}
+_SAID = KEYWORDS - _COMBINING
 _NOT_OF_PARTS = {"$defs", "definitions", *_COMBINING}
 
 Follow = Callable[[str], Any]
@@ -143,53 +144,64 @@ def _check_combinations(root: Schema, follow: Follow) -> None:
     defined: set[str] = set()
     todo: list[tuple[str, list[Schema], int]] = [("#", [root], 1)]
     """Places, the schemas that hold there together, and how often the place is copied."""
+
+    def count(schemas: int, place: str) -> None:
+        nonlocal left
+        left -= schemas
+        if left < 0:
+            raise GrammarError(f"more than {MAX_SCHEMAS} schemas where they combine (many near {place:.80})")
+
     while todo:
         place, together, copies = todo.pop()
-        own, choices, reference = _merged(follow, together)
-        inner: list[tuple[str, list[Schema]]] = []
+        own, choices, reference, more = _merged(follow, together)
+        count(copies * more, place)
         if reference and reference not in defined:
             defined.add(reference)
             todo.append((reference, _schemas([follow(reference)]), 1))
         elif choices:
             (key, options), *others = choices
             rest = [*own, *({key: options} for key, options in others)]
-            inner = [(f"{place}/{key}/{i}", [option, *rest]) for i, option in enumerate(options)
+            count(copies * len(options) * (1 + len(rest)), place)
+            todo += [(f"{place}/{key}/{i}", [option, *rest], copies) for i, option in enumerate(options)
                      if isinstance(option, dict)]
         elif own:
-            left -= copies * _work(own, place)
+            count(copies * (_patterns(own, place) + _comparisons(own)), place)
             copies *= math.prod(len(node["enum"]) for node in own if node.get("enum"))
-            inner = [(f"{place}/{part}", parts) for part, parts in _parts(own) if parts]
-        left -= copies * sum(len(parts) for _, parts in inner)
-        if left < 0:
-            raise GrammarError(f"more than {MAX_SCHEMAS} schemas where they combine (many near {place:.80})")
-        todo += [(where, parts, copies) for where, parts in inner]
+            inner = [(f"{place}/{part}", parts, copies) for part, parts in _parts(own) if parts]
+            count(copies * sum(len(parts) for _, parts, _ in inner), place)
+            todo += inner
 
 
-def _merged(follow: Follow, together: Sequence[Schema]) -> tuple[list[Schema], list[tuple[str, list[Any]]], str]:
-    """Of schemas that hold together: what they say themselves, the choices that they leave, or one reference alone."""
+def _merged(
+    follow: Follow, together: Sequence[Schema]
+) -> tuple[list[Schema], list[tuple[str, list[Any]]], str, int]:
+    """Of schemas that hold together: what they say themselves and the choices that they leave, or one reference alone.
+
+    The number is of the schemas beyond them that were looked at.
+    """
     own, choices, references, todo, seen = [], [], [], [*together], set()
     while todo or references:
         if not todo:
             if len(references) == 1 and not own and not choices:
-                return [], [], references[0]
+                return [], [], references[0], 0
             todo, references = _schemas([follow(reference) for reference in references]), []
         node = todo.pop()
         if id(node) in seen:
             continue
         seen.add(id(node))
-        said = {key: value for key, value in node.items() if key in KEYWORDS - _COMBINING}
+        said = {key: value for key, value in node.items() if key in _SAID}
         own += [said] if said else []
         choices += [(key, node[key]) for key in _CHOICES if node.get(key)]
         references += [node["$ref"]] if "$ref" in node else []
         todo += _schemas(node.get("allOf", []))
-    return own, choices, ""
+    return own, choices, "", len(seen.difference(map(id, together)))
 
 
-def _work(own: Sequence[Schema], place: str) -> int:
-    """What a value takes beyond its schemas themselves.
+def _patterns(own: Sequence[Schema], place: str) -> int:
+    """The work for patterns and formats, as a number of schemas.
 
     Raises:
-      GrammarError: too many patterns.
+      GrammarError: there are too many.
     """
     found = sum(len({"pattern", "format"} & node.keys()) for node in own)
     if found > MAX_PATTERNS:
@@ -197,20 +209,34 @@ def _work(own: Sequence[Schema], place: str) -> int:
     return 20 * found
 
 
-def _parts(own: Sequence[Schema]) -> Iterator[tuple[str, list[Any]]]:
+def _comparisons(own: Sequence[Schema]) -> int:
+    """How often the name or index of a part is compared with what another schema says, or with a pattern."""
+    objects, arrays = _about(own, "object"), _about(own, "array")
+    names = {name for node in objects for name in node.get("properties", {})}
+    patterns = [pattern for node in objects for pattern in node.get("patternProperties", {})]
+    longest = max((len(_items(node)[0]) for node in arrays), default=0)
+    return (len(names) * len(patterns) + max(len(objects) - 1, 0) * (len(names) + len(patterns))
+            + max(len(arrays) - 1, 0) * longest)
+
+
+def _parts(own: Sequence[Schema]) -> Iterator[tuple[str, list[Schema]]]:
     """The parts of a value that schemas speak of, each with those that hold there together."""
-    objects = [node for node in own if node.keys() & OF_TYPE["object"]]
+    objects = _about(own, "object")
     for name in dict.fromkeys(name for node in objects for name in node.get("properties", {})):
-        inner = [part for node in objects for part in _of_key(node, name)]
-        yield f"properties/{name}", _schemas(inner)
+        yield f"properties/{name}", _schemas([part for node in objects for part in _of_key(node, name)])
     for pattern in dict.fromkeys(pattern for node in objects for pattern in node.get("patternProperties", {})):
         inner = [node.get("patternProperties", {}).get(pattern, node.get("additionalProperties")) for node in objects]
         yield f"patternProperties/{pattern}", _schemas(inner)
     yield "additionalProperties", _schemas([node.get("additionalProperties") for node in objects])
-    arrays = [(*_items(node),) for node in own if node.keys() & OF_TYPE["array"]]
+    arrays = [_items(node) for node in _about(own, "array")]
     for i in range(max((len(first) for first, _ in arrays), default=0)):
         yield f"prefixItems/{i}", _schemas([first[i] if i < len(first) else rest for first, rest in arrays])
     yield "items", _schemas([rest for _, rest in arrays])
+
+
+def _about(own: Sequence[Schema], kind: str) -> list[Schema]:
+    """The schemas that say something of objects, or of arrays."""
+    return [node for node in own if node.keys() & OF_TYPE[kind]]
 
 
 def _of_key(node: Schema, name: str) -> list[Any]:
@@ -222,7 +248,7 @@ def _of_key(node: Schema, name: str) -> list[Any]:
 
 def _may_match(pattern: str, name: str) -> bool:
     """False where a pattern begins with a character that the name does not begin with; to try it may take for ever."""
-    first = re.match(r"\^\(*([^\\\[\](){}.*+?|^$])(?![*?{])", pattern)
+    first = re.match(r"\^\(*([^\\[\](){}.*+?|^$])(?![*?{])", pattern)
     return first is None or "|" in pattern or name.startswith(first[1])
 
 

@@ -12,6 +12,7 @@ from grammars import SMALL, accepts, faults, matcher, written
 
 from lfm_jax.structured.grammar import Grammar
 from lfm_jax.structured.schema import GrammarError, nodes, plain
+from lfm_jax.structured.size import check_size
 
 SIZE = {"anyOf": [{"type": "string", "maxLength": 3}, {"type": "null"}]}
 LED = {
@@ -196,6 +197,19 @@ TOO_MUCH = {
     "choices of choices": (
         {"allOf": [{"anyOf": [{"type": "object", "properties": {f"{i}{j}": {"type": "integer"}}} for j in range(6)]}
                    for i in range(12)]}, "more than 20000 schemas where they combine"),
+    "a long list behind many references": (
+        {"$defs": {"b": {"allOf": [{}] * 1000}},
+         "properties": {f"a{i}": {"$ref": "#/$defs/b", "minLength": 1} for i in range(30)}},
+        "more than 20000 schemas where they combine"),
+    "many objects that combine": ({"allOf": [{"properties": {f"a{i}": {}}} for i in range(200)]},
+                                  "more than 20000 schemas where they combine"),
+    "many arrays that combine": ({"allOf": [{"prefixItems": [{}] * 200}, *[{"minItems": 1}] * 200]},
+                                 "more than 20000 schemas where they combine"),
+    "many names beside many patterns": (
+        {"properties": {f"a{i}": {} for i in range(200)}, "patternProperties": {f"^b{i}": {} for i in range(200)}},
+        "more than 20000 schemas where they combine"),
+    "many choices beside many schemas": ({"allOf": [{"minLength": 1}] * 200, "anyOf": [{}] * 200},
+                                         "more than 20000 schemas where they combine"),
     "references into each other's targets": ({"x": ITEMS, "anyOf": [{"$ref": reference} for reference in INNER]},
                                              "more than 20000 schemas where they combine"),
     "a name of 32 KB in many places": (
@@ -237,6 +251,17 @@ def test_what_references_share_is_copied_once():
     for order in (INNER, INNER[::-1]):
         root = plain({"x": ITEMS, "anyOf": [{"$ref": reference} for reference in order]})
         assert len(nodes(root)) < 700
+
+
+def test_schemas_of_daily_use_are_not_too_many():
+    wide = {"type": "object", "required": ["p0"], "properties": {f"p{i}": {"type": "string"} for i in range(300)}}
+    wide |= {"patternProperties": {f"^x{i}-": {"type": "null"} for i in range(10)}}
+    arguments = {f"a{j}": {"type": "integer"} for j in range(16)}
+    tools = [{"type": "object", "properties": {"name": {"const": f"f{i}"}} | arguments} for i in range(128)]
+    base = {"type": "object", "properties": {f"b{i}": {"type": "number"} for i in range(30)}}
+    derived = [{"allOf": [{"$ref": "#/$defs/base"}, {"properties": {f"c{i}": {"type": "null"}}}]} for i in range(40)]
+    for schema in (wide, {"oneOf": tools}, {"oneOf": derived, "$defs": {"base": base}}):
+        check_size(plain(schema))
 
 
 def test_a_regular_expression_by_itself_is_counted_too():
