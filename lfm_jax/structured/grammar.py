@@ -75,7 +75,7 @@ class Grammar:
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
-        """Text that the whole of `pattern` matches, in the syntax of Rust's `regex`, without lookaround."""
+        """Text that the whole of `pattern` matches, in the syntax of Rust's `regex` without lookaround and flag `x`."""
         check_pattern(pattern)
         return _kept("regex", pattern, lambda: cls(accepted(llguidance().LLMatcher.grammar_from_regex(pattern))))
 

@@ -101,18 +101,22 @@ def _of_parts(node: Schema) -> list[Schema]:
 # -------------------------------------------------------------------- patterns
 
 
-_TOKEN = re.compile(r"""
-    \\(?:[pPxuU]\{[^}]*\}|.) | \[\^?\]?(?:\\.|[^\]\\])*\] | \{(?P<least>\d{1,9})(?:,(?P<most>\d{0,9}))?\} | .
+_COUNT = r"\{\s*+(?P<least>[0-9]++)\s*+(?:,\s*+(?P<most>[0-9]*+)\s*+)?\}"
+_TOKEN = re.compile(rf"""
+    \\(?:[pPxuU]\{{[^{{}}\\]*+\}}|.) | \[\^?+\]?+(?:\\.|[^\[\]\\])*+\] | \((?:\?P?<[^<>]*+>)? | {_COUNT} | .
 """, re.VERBOSE | re.DOTALL)
+_FLAGS = re.compile(r"(?<!\\)(?:\\\\)*+\(\?([a-zA-Z-]++)[:)]")
 
 
-def check_pattern(pattern: Any, place: str = "") -> None:
-    """Refuses a pattern of more than MAX_PATTERN characters, its repetitions written out.
+def check_pattern(pattern: str, place: str = "") -> None:
+    """Refuses a pattern, in the syntax of Rust's `regex`, of more than MAX_PATTERN characters once written out.
 
     Raises:
-      GrammarError: it is too large.
+      GrammarError: it is too large, or has the flag `x`, with which blanks and comments may stand anywhere.
     """
-    if isinstance(pattern, str) and _written_out(pattern) > MAX_PATTERN:
+    if any("x" in flags for flags in _FLAGS.findall(pattern)):
+        raise GrammarError(f"the flag x of pattern {pattern!r:.40} is not supported{place}")
+    if _written_out(pattern) > MAX_PATTERN:
         raise GrammarError(f"the repetitions of pattern {pattern!r:.40} make more than {MAX_PATTERN} characters{place}")
 
 
@@ -121,9 +125,11 @@ def _written_out(pattern: str) -> int:
     sizes, last = [0], 0  # Of the groups that are open, and of what a repetition would repeat.
     for token in _TOKEN.finditer(pattern):
         if token["least"]:
-            times = max(int(token["most"] or token["least"]), 1)
+            times = _times(token)
             sizes[-1], last = sizes[-1] + last * (times - 1), last * times
-        elif token[0] == "(":
+        elif token[0] in "[{":  # Classes within each other, or a mistake: as if each count repeated the whole.
+            return len(pattern) * math.prod(map(_times, re.finditer(_COUNT, pattern)))
+        elif token[0].startswith("("):
             sizes.append(0)
         elif token[0] == ")" and len(sizes) > 1:
             last = sizes.pop()
@@ -133,6 +139,11 @@ def _written_out(pattern: str) -> int:
         if sizes[-1] > MAX_PATTERN:
             break
     return sum(sizes)
+
+
+def _times(count: re.Match[str]) -> int:
+    """How often a count repeats; some number above MAX_PATTERN where it has many digits."""
+    return int((count["most"] or count["least"]).lstrip("0")[:9] or 1)
 
 
 # -------------------------------------------------------------------- combinations

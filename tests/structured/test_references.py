@@ -191,6 +191,24 @@ TOO_MUCH = {
         "12 patterns and formats for one text; at most 8"),
     "repetitions": ({"type": "string", "pattern": "^((a{1,1000}){1,1000}){1,1000}$"},
                     "make more than 10000 characters"),
+    "repetitions with blanks": ({"type": "string", "pattern": "^((a{ 1,1000}){1 , 1000 }){ 1,1000}$"},
+                                "make more than 10000 characters"),
+    "repetitions with noughts": ({"type": "string", "pattern": "^((a{0000001000}){0000001000}){0,0000001000}$"},
+                                 "make more than 10000 characters"),
+    "a repetition without end": ({"type": "string", "pattern": f"^a{{1{'0' * 30}}}$"},
+                                 "make more than 10000 characters"),
+    "a repetition of many digits": ({"type": "string", "pattern": f"^a{{{'9' * 5000}}}$"},
+                                    "make more than 10000 characters"),
+    "repetitions with comments": ({"type": "string", "pattern": "(?ix)^ ((a{1 000}) {1 000 # )\n}) {10 00}$"},
+                                  "the flag x of pattern"),
+    "repetitions after a bracket in a name": ({"type": "string", "pattern": "^(?P<a[>((b{1000}){1000}){1000}])$"},
+                                              "make more than 10000 characters"),
+    "repetitions after classes in classes": ({"type": "string", "pattern": "^(a{1000}[[])x]]){1000}$"},
+                                             "make more than 10000 characters"),
+    "repetitions after a class that begins with its end": (
+        {"type": "string", "pattern": "^(a{1000}[])[b]]){1000}$"}, "make more than 10000 characters"),
+    "a brace that repeats nothing": ({"type": "string", "pattern": "^((a{1000}){x}){1000}$"},
+                                     "make more than 10000 characters"),
     "one long repetition": ({"type": "string", "pattern": "^(a|[^b-y]z){2,6000}$"}, "make more than 10000 characters"),
     "repetitions in a key": ({"type": "object", "patternProperties": {"^(ab{200}){200}$": {"type": "null"}}},
                              "make more than 10000 characters"),
@@ -264,14 +282,16 @@ def test_schemas_of_daily_use_are_not_too_many():
         check_size(plain(schema))
 
 
-def test_a_regular_expression_by_itself_is_counted_too():
+@pytest.mark.parametrize("pattern", ["((a{1,1000}){1,1000}){1,1000}", "((a{ 1,1000}){ 1,1000}){ 1,1000}"])
+def test_a_regular_expression_by_itself_is_counted_too(pattern):
     with pytest.raises(GrammarError, match="make more than 10000 characters"):
-        Grammar.regex("((a{1,1000}){1,1000}){1,1000}")
+        Grammar.regex(pattern)
 
 
 @pytest.mark.parametrize(("pattern", "fits", "fails"), [
     (r"^[a-z]{2,30}(-[a-z0-9]{1,20}){0,9}$", '"ab-c1"', '"a"'), (r"^\d{4}-\d{2}$", '"2026-11"', '"20261"'),
-    (r"^(a{1,30}b){5}$", f'"{"aab" * 5}"', '"ab"'),
+    (r"^(a{1,30}b){5}$", f'"{"aab" * 5}"', '"ab"'), (r"^[[:alpha:]]{2,30}\{\(?x\)?$", '"ab{(x)"', '"ab{(x"y'),
+    ("^(?P<word>[a-z&&[^x]]{1,9}){1,5}$", '"abc"', '"axc"'),
 ])
 def test_repetitions_of_daily_use_are_not_too_many(pattern, fits, fails):
     grammar = Grammar.json_schema({"type": "string", "pattern": pattern}, bounds=SMALL)
