@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from lfm_jax.structured.schema import IN_PLACE, KEYWORDS, Schema, listed, nodes, replaced, resolved
+from lfm_jax.structured.schema import IN_PLACE, KEYWORDS, Schema, nodes, replaced, resolved
 
 _ORDER = ("type", "enum", "const", "properties", "required", "additionalProperties", "items", "$ref", "anyOf", "oneOf")
 """Keywords that stay before others, where not all can."""
@@ -119,7 +119,7 @@ class _Relaxing:
         if isinstance(reference := node.get("$ref"), str) and reference not in references:
             references.append(reference)
             yield from self._together(resolved(self._root, reference), references)
-        for child in listed(node, "allOf"):
+        for child in node.get("allOf", []):
             yield from self._together(child, references)
 
     def _as_values(self, node: Schema, place: str) -> Schema:
@@ -158,7 +158,7 @@ class _Relaxing:
         (key,) = keys - {"type"}
         kinds = _kinds(node)
         new, exact = [], True
-        for choice in listed(node, key):
+        for choice in node.get(key, []):
             if isinstance(choice, dict) and "type" not in choice and not choice.keys() & IN_PLACE:
                 new.append({"type": node["type"]} | choice)
             else:
@@ -178,12 +178,12 @@ def _without_false(node: Schema) -> Schema:
     new = dict(node)
     if isinstance(named := node.get("properties"), dict) and False in named.values():
         new["properties"] = {name: child for name, child in named.items()
-                             if child is not False or name in listed(node, "required")}
+                             if child is not False or name in node.get("required", [])}
     if node.get("items") is False:
         del new["items"]
         new["maxItems"] = 0
     for key in ("anyOf", "oneOf"):
-        choices = listed(node, key)
+        choices = node.get(key, [])
         if False in choices and any(choices):
             new[key] = [choice for choice in choices if choice is not False]
     return new
