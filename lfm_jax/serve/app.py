@@ -19,7 +19,6 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
-from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
@@ -105,9 +104,9 @@ def _problem(problem: Mapping[str, Any], body: Any) -> tuple[str | None, str]:
         at, text = location[0], body if isinstance(body, str) else ""
         line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
         return None, f"the body is not JSON: {problem['ctx']['error']} at line {line}, column {column}"
-    if not location:
-        if kind == "missing":
-            return None, "the body is missing; send a JSON object"
+    if not location and kind == "missing":
+        return None, "the body is missing; send a JSON object"
+    if not location and kind in ("model_attributes_type", "model_type", "dict_type"):
         return None, "the body is not a JSON object; send one, with the header content-type: application/json"
     what = "is missing" if kind == "missing" else problem["msg"].removeprefix("Value error, ")
     return place(location) or None, what
@@ -116,8 +115,8 @@ def _problem(problem: Mapping[str, Any], body: Any) -> tuple[str | None, str]:
 async def _http(request: Request, error: Any) -> Response:
     message = str(error.detail)
     if error.status_code in (404, 405):
-        there = ", ".join(f"{' or '.join(sorted((route.methods or set()) - {'HEAD'}))} {route.path}"
-                          for route in request.app.routes if isinstance(route, APIRoute))
+        there = ", ".join(f"{method.upper()} {path}" for path, methods in _document(request.app)["paths"].items()
+                          for method in methods)
         message = f"there is no {request.method} {request.url.path[:100]}; this server has {there}"
     return await _refused(request, RefusalError(error.status_code, message, headers=error.headers))
 
@@ -229,7 +228,8 @@ class _Desk:
         return await self._answer(form, asked, chat, body, request, arrived)
 
     def _ask_chat(self, body: ChatBody) -> engine_request.Request:
-        matcher = self._matcher(body.grammar, [body.functions_offered, *(value for _, value in body.constraints())])
+        given = [*(tool.function.plain() for tool in body.function_tools), *(value for _, value in body.constraints())]
+        matcher = self._matcher(body.grammar, given)
         tools = body.schemas if body.tool_choice != "none" else None
         prompt = self._service.encode_chat(
             plain_messages(body.messages), tools, continue_final=body.continues, variables=body.chat_template_kwargs)

@@ -561,10 +561,19 @@ class ChatBody(Shared):
         """Whether a tool may be called."""
         return bool(self.tools) and self.tool_choice != "none"
 
+    @property
+    def function_tools(self) -> list[ToolEntry]:
+        """The tools, none of which is foreign once the body is validated."""
+        return [tool for tool in self.tools or () if isinstance(tool, ToolEntry)]
+
     @functools.cached_property
     def functions_offered(self) -> list[dict[str, Any]]:
-        """The tools, with `strict` where the client wrote it."""
-        return tool_schemas([tool.function.plain() for tool in self.tools or ()])
+        """The tools, with `strict` where the client wrote it.
+
+        Raises:
+          ValueError: see `tool_schemas`.
+        """
+        return tool_schemas([tool.function.plain() for tool in self.function_tools])
 
     @property
     def schemas(self) -> list[dict[str, Any]] | None:

@@ -340,7 +340,7 @@ def test_malformed_schemas_say_why(server, schema, message):
     headers = {"Authorization": f"Bearer {KEY}"}
     asked = dict(model="tiny", messages=HELLO, max_tokens=5)
     form = {"type": "json_schema", "json_schema": {"schema": schema}}
-    tool = {"type": "function", "function": {"name": "f", "parameters": {
+    tool = {"type": "function", "function": {"name": "f", "strict": True, "parameters": {
         "type": "object", "properties": {"x": {"type": "string"} | schema}}}}
     for extra in (dict(response_format=form), dict(tools=[tool])):
         answer = httpx.post(f"{server}/v1/chat/completions", headers=headers, json=asked | extra, timeout=60)
