@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lfm_jax.structured.json_schema import ANY_VALUE, MALFORMED, OPTIONS, Bounds, bounded, compiled, refusal
+from lfm_jax.structured.kept import Kept
 from lfm_jax.structured.relaxed import relaxed
 from lfm_jax.structured.schema import IN_PLACE, KEYWORDS, OF_TYPE, GrammarError, Schema, plain, resolved, types
 from lfm_jax.structured.size import check_size
@@ -156,7 +157,7 @@ class CallRules:
             return self._repeated("[]", item, node.get("minItems", 0), node["maxItems"], place)
         if kind != "object":
             return self._leaf({"type": kind} | {key: node[key] for key in node.keys() & OF_TYPE["number"]}, place)
-        if node.get("properties") or node["additionalProperties"] is False:
+        if node.get("properties") or node.get("required") or node["additionalProperties"] is False:
             return f'"{{" {self._members(node, place)} "}}"'
         value = self._value(node["additionalProperties"], f"{place}/additionalProperties")
         item = f'{self._string({}, place)} ": " {value}'
@@ -165,7 +166,8 @@ class CallRules:
     def _repeated(self, brackets: str, item: str, low: int, high: int, place: str) -> str:
         if low > high:
             raise GrammarError(f"{place}: no number of items is within the limits")
-        some = f'{item} (", " {item}){{{max(low - 1, 0)},{high - 1}}}' if high else ""
+        more = f'(", " {item}){{{max(low - 1, 0)},{high - 1}}}' if high > 1 else ""
+        some = f"{item} {more}" if high else ""
         return f'"{brackets[0]}" {some if low or not high else f"({some})?"} "{brackets[1]}"'
 
     def _string(self, node: Schema, place: str) -> str:
@@ -195,8 +197,15 @@ class CallRules:
         return json.dumps(value, ensure_ascii=False).replace("<|", "<\\u007c")
 
 
+_SAYABLE: Kept[bool] = Kept(4096, 2**22, lambda text, _: len(text))
+
+
 def _sayable(parameters: Schema, bounds: Bounds) -> bool:
-    """Whether calls can promise arguments that fit these parameters."""
+    """Whether calls can promise arguments that fit these parameters; most schemas stand in many tools."""
+    return _SAYABLE.get(json.dumps([parameters, dataclasses.astuple(bounds)]), lambda: _is_said(parameters, bounds))
+
+
+def _is_said(parameters: Schema, bounds: Bounds) -> bool:
     try:
         CallRules(bounds).call({"name": "f", "parameters": parameters, "strict": True})
     except GrammarError:

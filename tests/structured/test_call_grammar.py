@@ -206,3 +206,25 @@ def test_an_answer_is_checked_and_needed_calls_leave_no_room_for_it():
     with pytest.raises(GrammarError, match="the JSON schema is refused"):
         Grammar.tool_calls([PING], answer={"not": {}})
     assert accepts(Grammar.tool_calls([PING], answer=True), '["{}"]')
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"type": "array", "items": {"type": "null"}, "maxItems": 1}, ([], [None]), ([None, None],)),
+        ({"type": "array", "items": {"type": "null"}, "minItems": 1, "maxItems": 1}, ([None],), ([], [None, None])),
+        ({"type": "array", "maxItems": 0}, ([],), ([None],)),
+        ({"type": "object", "additionalProperties": {"type": "null"}, "maxProperties": 1},
+         ({}, {"a": None}), ({"a": None, "b": None},)),
+        ({"type": "object", "required": ["z"]}, ({"z": [1]},), ({}, {"y": 1})),
+        ({"type": "object", "required": ["z"], "additionalProperties": {"type": "null"}},
+         ({"z": None},), ({}, {"z": 1})),
+    ],
+)  # fmt: skip
+def test_few_items_and_keys_that_are_required_only(schema, good, bad):
+    parameters = {"type": "object", "properties": {"x": schema}, "required": ["x"]}
+    grammar = Grammar.tool_calls([{"name": "f", "parameters": parameters, "strict": True}], required=True)
+    for value in good:
+        assert accepts(grammar, render_calls([ToolCall("f", {"x": value})]))
+    for value in bad:
+        assert not accepts(grammar, render_calls([ToolCall("f", {"x": value})]))
