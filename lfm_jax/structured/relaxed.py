@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from lfm_jax.structured.schema import IN_PLACE, KEYWORDS, Schema, nodes, replaced, resolved
+from lfm_jax.structured.schema import IN_PLACE, KEYWORDS, GrammarError, Schema, nodes, replaced, resolved
 
 _ORDER = ("type", "enum", "const", "properties", "required", "additionalProperties", "items", "$ref", "anyOf", "oneOf")
 """Keywords that stay before others, where not all can."""
+_DEFINITIONS = {"$defs", "definitions"}
+MAX_ALONE = 1000
+"""Most keywords that are looked at one by one, since a schema cannot have all that it has: a few milliseconds each."""
 _SMALLER = ("maxLength", "maxItems", "maxProperties", "maximum")
 _LARGER = ("minLength", "minItems", "minProperties", "minimum")
 
@@ -27,22 +29,25 @@ def relaxed(root: Schema, sayable: Callable[[Schema], bool]) -> tuple[Schema, li
 
     Returns:
       The parameters that are left, which can be said, and the places of what is gone: JSON pointers.
+
+    Raises:
+      GrammarError: more than MAX_ALONE keywords to look at one by one.
     """
     relaxing = _Relaxing(root, sayable)
     left = relaxing.all()
-    if not sayable(left):  # Choices that are not provably distinct show only as a whole.
-        for place, node in nodes(left):
-            if "oneOf" in node:
-                node["anyOf"] = node.pop("oneOf")
-                relaxing.places.append(f"{place}/oneOf")
+    choices = [(place, node) for place, node in nodes(left) if "oneOf" in node]
+    if choices and not sayable(left):  # Whether choices are provably distinct shows only as a whole.
+        for place, node in choices:
+            node["anyOf"] = node.pop("oneOf")
+            relaxing.places.append(f"{place}/oneOf")
     return left, list(dict.fromkeys(relaxing.places))
 
 
 class _Relaxing:
     def __init__(self, root: Schema, sayable: Callable[[Schema], bool]):
         self.places: list[str] = []
-        self._root = root
-        self._says = functools.cache(lambda text: sayable(json.loads(text)))
+        self._root, self._sayable = root, sayable
+        self._alone = 0
         self._names: dict[str, str] = {}
         """By reference, where its schema stands among the `$defs` of what is left."""
 
@@ -63,13 +68,18 @@ class _Relaxing:
         if not isinstance(node, dict):  # Nothing fits it, but something must be written.
             self.places.append(place)
             return {}
-        node = {key: value for key, value in node.items() if key not in ("$defs", "definitions")}
         node, within = self._met(node, place, within)
+        self.places += [f"{place}/{key}" for key in node
+                        if key not in KEYWORDS | _DEFINITIONS and not self._can({key: True}, is_root=False)]
+        node = {key: value for key, value in node.items() if key in KEYWORDS}
         node = self._of_types(_without_false(self._as_items(self._as_values(node, place), place)), place)
-        kept: Schema = node if self._can(node, is_root) else {}
+        kept: Schema = node if self._can(node, is_root=is_root) else {}
         if kept is not node:
             for key in sorted(node, key=lambda key: _ORDER.index(key) if key in _ORDER else len(_ORDER)):
-                if self._can(kept | {key: node[key]}, is_root):
+                self._alone += 1
+                if self._alone > MAX_ALONE:
+                    raise GrammarError(f"more than {MAX_ALONE} keywords where not all can be promised (at {place:.80})")
+                if self._can(kept | {key: node[key]}, is_root=is_root):
                     kept[key] = node[key]
                 else:
                     self.places.append(f"{place}/{key}")
@@ -80,7 +90,7 @@ class _Relaxing:
             left["$ref"] = f"#/$defs/{self._names.setdefault(left['$ref'], f'r{len(self._names)}')}"
         return left
 
-    def _can(self, node: Schema, is_root: bool) -> bool:
+    def _can(self, node: Schema, *, is_root: bool) -> bool:
         """Whether a schema can be said, whatever stands inside it."""
         shallow = replaced(node, lambda child, part: child if _closes(child, part) else {})
         if "$ref" in shallow:
@@ -88,7 +98,7 @@ class _Relaxing:
         if isinstance(shallow.get("oneOf"), list):
             shallow["anyOf"] = shallow.pop("oneOf")
         root = shallow if is_root else {"type": "object", "properties": {"x": shallow}}
-        return self._says(json.dumps(root | {"$defs": {"r": {}}}))
+        return self._sayable(root | {"$defs": {"r": {}}})
 
     # ---------------------------------------------------------------- schemas put in other words
 
@@ -113,7 +123,7 @@ class _Relaxing:
         if not isinstance(node, dict):
             return
         own = {key: value for key, value in node.items() if key in KEYWORDS - {"allOf", "$ref"}}
-        others = {key: value for key, value in node.items() if key not in KEYWORDS | {"$defs", "definitions"}}
+        others = {key: value for key, value in node.items() if key not in KEYWORDS | _DEFINITIONS}
         if own or others:
             yield own | others
         if isinstance(reference := node.get("$ref"), str) and reference not in references:

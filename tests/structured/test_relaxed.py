@@ -53,7 +53,7 @@ CASES = [  # A schema; what is left of it; what is gone; a value that fits both,
     ({"type": "object", "properties": {"a": STRINGS, "b": STRINGS}, "anyOf": [{"required": ["a"]}], "minProperties": 1,
       "if": {}, "then": {}, "dependentRequired": {}},
      {"type": "object", "properties": {"a": STRINGS, "b": STRINGS}},
-     ["anyOf", "minProperties", "if", "then", "dependentRequired"], {"b": "x"}, {"a": 1}),
+     ["if", "then", "dependentRequired", "anyOf", "minProperties"], {"b": "x"}, {"a": 1}),
     ({"type": "array", "items": {"type": "object", "properties": {"a": {"type": "str"}, "b": {"type": "null"}}}},
      {"type": "array", "items": {"type": "object", "properties": {"a": {}, "b": {"type": "null"}}}},
      ["items/properties/a/type"], [{"a": 1, "b": None}], [{"b": 1}]),
@@ -123,6 +123,15 @@ def test_a_schema_that_holds_itself_where_schemas_meet_is_not_written_out_for_ev
 def test_too_much_work_and_what_is_no_schema_are_refused_always(schema, message):
     with pytest.raises(GrammarError, match=rf"^tool 'f': parameters.*({message})"):
         Grammar.tool_calls([tool(schema)])
+
+
+def test_looking_at_keywords_one_by_one_has_an_end(monkeypatch):
+    monkeypatch.setattr("lfm_jax.structured.relaxed.MAX_ALONE", 20)
+    odd = {f"a{i}": {"type": "string", "pattern": "(?=a)", "minLength": i} for i in range(9)}
+    fine = {f"b{i}": {"type": "string", "not": {}, "minLength": i} for i in range(40)}
+    assert len(Grammar.tool_calls([tool({"type": "object", "properties": fine})]).relaxed) == 40
+    with pytest.raises(GrammarError, match=r"more than 20 keywords .*at #/properties/x/properties/a6"):
+        Grammar.tool_calls([tool({"type": "object", "properties": odd})])
 
 
 ODD = [
