@@ -55,10 +55,11 @@ class CallRules:
                 if tool.get("strict"):
                     raise
             self.bodies, self._names = before
-            root = plain(parameters)
+            left_out: list[str] = []
+            root = plain(parameters, left_out)
             check_size(root)
             left, places = relaxed(root, functools.partial(_sayable, bounds=self._bounds))
-            self.relaxed += [f"{place}{at.removeprefix('#')}" for at in places]
+            self.relaxed += [f"{place}{at.removeprefix('#')}" for at in dict.fromkeys([*left_out, *places])]
             return self._call(name, left, place)
         except MALFORMED as error:
             raise GrammarError(f"{place} are malformed: {type(error).__name__}: {error}") from None

@@ -46,13 +46,16 @@ class GrammarError(ValueError):
     """A grammar that is not valid, or that asks for what cannot be promised; the message says what and where."""
 
 
-def plain(schema: Any) -> Schema:
+def plain(schema: Any, left_out: list[str] | None = None) -> Schema:
     """Copies a schema, given as data or JSON text, to one that is easier to read.
 
     - Each schema in it is another object; true is `{}`. Keywords have values of the types that they need.
     - Each `$ref` is the JSON pointer (RFC 6901, in a URI's fragment) of a schema that `nodes` lists. What it points to
       under keywords that hold no schemas is copied to `$defs`.
     - The keywords that set base URIs and anchors are removed.
+
+    Args:
+      left_out: where given, keywords whose value is of another type are left out, and their places added to it.
 
     Raises:
       GrammarError: no schema, one nested too deeply or with too long names, a keyword whose value is of another type,
@@ -65,7 +68,7 @@ def plain(schema: Any) -> Schema:
         raise GrammarError(f"it is not JSON: {error}") from None
     if not isinstance(data, dict) and data is not True:
         raise GrammarError(f"it is {data!r:.60}; expected an object, or true")
-    return _Document(data).root
+    return _Document(data, left_out).root
 
 
 def replaced(node: Schema, function: Callable[[Any, str], Any]) -> Schema:
@@ -104,19 +107,18 @@ def types(node: Schema) -> list[str]:
     return [kinds] if isinstance(kinds, str) else kinds
 
 
-def _check_shapes(node: Schema, place: str) -> None:
-    def wrong(key: str, expected: str) -> GrammarError:
-        return GrammarError(f"{key} is {node[key]!r:.40}; expected {expected} (at {place})")
-
-    for name, (kind, keywords) in _SHAPES.items():
-        for key in node.keys() & keywords:
-            if not isinstance(node[key], kind) or (isinstance(node[key], bool) and _EXCLUSIVE.get(key) not in node):
-                raise wrong(key, name)
+def _misshapen(node: Schema) -> dict[str, str]:
+    """The keywords of a schema whose values are of another type, and what was expected of each."""
+    wrong = {
+        key: name for name, (kind, keywords) in _SHAPES.items() for key in node.keys() & keywords
+        if not isinstance(node[key], kind) or (isinstance(node[key], bool) and _EXCLUSIVE.get(key) not in node)
+    }
     for key, expected in (("type", "a type or a list of types"), ("required", "a list of texts")):
         values = node.get(key, [])
         values = [values] if key == "type" and isinstance(values, str) else values
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-            raise wrong(key, expected)
+            wrong[key] = expected
+    return wrong
 
 
 # -------------------------------------------------------------------- references
@@ -150,8 +152,8 @@ _DRAFT = re.compile(r"https?://json-schema\.org/draft[-/]([0-9-]+)/schema#?")
 class _Document:
     """Makes the plain copy of a schema. References are followed in the schema itself, and lead from copy to copy."""
 
-    def __init__(self, data: Any):
-        self._data = data
+    def __init__(self, data: Any, left_out: list[str] | None):
+        self._data, self._left_out = data, left_out
         self._named: dict[tuple[str, str], list[Schema]] = {("", ""): [data]}
         """Schemas by base URI and anchor, which is empty for the one that sets the base."""
         self._bases: dict[int, str] = {}
@@ -180,11 +182,17 @@ class _Document:
         if place.count("/") > MAX_PARTS:
             raise GrammarError(f"it is nested too deeply, at {place:.60}...")
         self._count(place)
-        _check_shapes(node, place)
+        wrong = _misshapen(node)
+        if wrong and self._left_out is None:
+            key, expected = next(iter(wrong.items()))
+            raise GrammarError(f"{key} is {node[key]!r:.40}; expected {expected} (at {place})")
         if draft is not None:
             base, draft = self._named_by(node, base, draft)
         self._places[id(node)], self._bases[id(node)] = place, base
-        copy = replaced(node, lambda child, part: self._copied(child, f"{place}/{part}", base, draft))
+        shaped = {key: value for key, value in node.items() if key not in wrong}
+        if self._left_out is not None:
+            self._left_out += [f"{place}/{key}" for key in wrong]
+        copy = replaced(shaped, lambda child, part: self._copied(child, f"{place}/{part}", base, draft))
         for key in ("$id", "id", "$anchor"):
             if isinstance(copy.get(key), str):
                 del copy[key]

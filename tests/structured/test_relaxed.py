@@ -18,7 +18,9 @@ def tool(x, **others):
 
 
 def left_of(parameters):
-    return relaxed(plain(parameters), functools.partial(_sayable, bounds=SMALL))
+    left_out = []
+    left, places = relaxed(plain(parameters, left_out), functools.partial(_sayable, bounds=SMALL))
+    return left, [*left_out, *places]
 
 
 STRINGS = {"type": "string"}
