@@ -443,7 +443,8 @@ class Engine:
         if finish is not None:
             run.pool.release(run, stop=finish == "failed")
             self.counts[finish] += 1
-            self.counts["not_finite"] += reason == LOGITS_NOT_FINITE
+            if reason == LOGITS_NOT_FINITE:
+                self.counts["not_finite"] += 1
         run.ticket.say(Event(run.choice, tokens, found, scores, run.cached if first else None, finish, reason))
 
     # ---------------------------------------------------------------- offline

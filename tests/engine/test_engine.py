@@ -175,12 +175,14 @@ def test_penalties_of_what_was_generated_are_those_of_generate():
         for i in range(12)
     ]
     heard = run(engine(), *requests)
-    for each, request in zip(heard, requests, strict=True):
-        [theirs] = generate_tokens(model(), [request.prompt], request.sampling, 24, stop_ids=())
-        assert each.tokens[0] == theirs.tokens
-        plain = dataclasses.replace(request.sampling, frequency_penalty=0, presence_penalty=0)
-        [free] = generate_tokens(model(), [request.prompt], plain, 24, stop_ids=())
-        assert (free.tokens != theirs.tokens) == (plain != request.sampling)
+    prompts, samplings = [r.prompt for r in requests], [r.sampling for r in requests]
+    plain = [dataclasses.replace(s, frequency_penalty=0, presence_penalty=0) for s in samplings]
+    theirs = generate_tokens(model(), prompts, samplings, 24, stop_ids=())
+    free = generate_tokens(model(), prompts, plain, 24, stop_ids=())
+    assert [each.tokens[0] for each in heard] == [each.tokens for each in theirs]
+    assert [one != other for one, other in zip(theirs, free, strict=True)] == [
+        one != other for one, other in zip(samplings, plain, strict=True)
+    ]
     several = dataclasses.replace(requests[4], n=3)
     [together] = run(engine(), several)
     assert together.tokens[0] == heard[4].tokens[0]
@@ -362,7 +364,8 @@ def test_log_probabilities_are_the_models_and_those_of_training(sampling):
 def test_a_prompt_is_scored_and_nothing_generated(monkeypatch):
     """It may fill its slot, and it takes no step; what runs beside it goes on, and its blocks are kept."""
     made, pool = engine(), engine()._pools[0]
-    prompt, beside = [int(x) for x in np.random.default_rng(17).integers(0, V, 64)], Request(prompt=[1], stop_ids=())
+    prompt, beside = [int(x) for x in np.random.default_rng(17).integers(0, V, 64)], Request(
+        prompt=[1], stop_ids=(), max_new_tokens=20)
     [alone] = run(made, beside)
     starts = noted(monkeypatch, made, "start", lambda args, _: int((args[3] < len(pool.rows)).sum()))
     scored = Request(prompt=prompt, max_new_tokens=0, logprobs=2, prompt_logprobs=True, n=2)
@@ -373,7 +376,7 @@ def test_a_prompt_is_scored_and_nothing_generated(monkeypatch):
     assert heard.prompt_logprobs[0] == heard.prompt_logprobs[1]
     assert (silent.finish, silent.tokens, silent.prompt_logprobs) == (["length"], [[]], [None])
     assert other.tokens == alone.tokens
-    assert (starts, made.counts["tokens"] - tokens) == ([1], 64)  # The neighbour's alone.
+    assert (starts, made.counts["tokens"] - tokens) == ([1], 20)  # The neighbour's alone.
     assert len(pool.cache.find([*prompt, 1])) == 4
 
 

@@ -300,24 +300,23 @@ def test_logits_that_are_not_finite_end_their_request_alone():
               Request(prompt=[9, 8] * 9, max_new_tokens=20, stop_ids=(), logit_bias={80: -float("inf")})]
     late = Request(prompt=[7, 8, 9], max_new_tokens=9, stop_ids=(), logprobs=2, logit_bias={80: 1e4})
     tokens = grammar_tokenizer(tiny_tokenizer(), vocab, (3,))
-    for draft in (0, 2):
-        made = Engine(broken, dataclasses.replace(CONFIG, slots=((6, 64),), draft=draft))
-        alone = [run(made, request)[0] for request in beside]
-        asked = [bad, late, dataclasses.replace(bad, n=2), dataclasses.replace(bad, prompt_logprobs=True, n=2),
-                 dataclasses.replace(bad, stop_ids=(3,), grammar=tokens.matcher(Grammar.regex("[a-f]{5}"))),
-                 dataclasses.replace(late, stop_ids=(3,), grammar=tokens.matcher(
-                     Grammar.regex(tiny_tokenizer().decode([80]) + "[a-f]{5}")), logit_bias={})]
-        counts, failed = [0, 1, 0, 0, 0, 1], 0
-        for request, made_tokens in zip(asked, counts, strict=True):
-            heard, *others = run(made, request, *beside)
-            assert heard.finish == ["failed"] * request.n
-            assert heard.reason == [LOGITS_NOT_FINITE] * request.n
-            assert heard.tokens == [[80] * made_tokens] * request.n
-            assert all(np.isfinite(t.logprob) for told in heard.logprobs for t in told)
-            assert heard.prompt_logprobs == [None] * request.n
-            assert [(o.tokens, o.finish) for o in others] == [(o.tokens, o.finish) for o in alone]
-            failed += request.n
-            assert made.counts["not_finite"] == made.counts["failed"] == failed
+    made = Engine(broken, dataclasses.replace(CONFIG, slots=((6, 64),), draft=2))
+    alone = [run(made, request)[0] for request in beside]
+    asked = [bad, late, dataclasses.replace(bad, n=2), dataclasses.replace(bad, prompt_logprobs=True, n=2),
+             dataclasses.replace(bad, stop_ids=(3,), grammar=tokens.matcher(Grammar.regex("[a-f]{5}"))),
+             dataclasses.replace(late, stop_ids=(3,), grammar=tokens.matcher(
+                 Grammar.regex(tiny_tokenizer().decode([80]) + "[a-f]{5}")), logit_bias={})]
+    counts, failed = [0, 1, 0, 0, 0, 1], 0
+    for request, made_tokens in zip(asked, counts, strict=True):
+        heard, *others = run(made, request, *beside)
+        assert heard.finish == ["failed"] * request.n
+        assert heard.reason == [LOGITS_NOT_FINITE] * request.n
+        assert heard.tokens == [[80] * made_tokens] * request.n
+        assert all(np.isfinite(t.logprob) for told in heard.logprobs for t in told)
+        assert heard.prompt_logprobs == [None] * request.n
+        assert [(o.tokens, o.finish) for o in others] == [(o.tokens, o.finish) for o in alone]
+        failed += request.n
+        assert made.counts["not_finite"] == made.counts["failed"] == failed
 
 
 def test_a_listener_that_raises_harms_nobody(capsys):
