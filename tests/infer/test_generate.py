@@ -263,9 +263,11 @@ def test_penalties_count_what_was_generated(sampling):
     out = generate_tokens(model(), PROMPTS, samplings, NEW, stop_ids=())
     assert out[0].tokens != generate_tokens(model(), PROMPTS, GREEDY, NEW, stop_ids=())[0].tokens
     for prompt, s, completion in zip(PROMPTS, samplings, out, strict=True):
+        whole = [*prompt, *completion.tokens]
+        logits_TV = np.asarray(model()(jax.numpy.asarray([whole]))[0][0])
         for made in range(NEW):
-            text = [*prompt, *completion.tokens[:made]]
-            logits_V = np.array(model()(jax.numpy.asarray([text]))[0][0, -1])
+            text = whole[: len(prompt) + made]
+            logits_V = logits_TV[len(text) - 1]
             seen_V, count_V = np.isin(np.arange(VOCAB), text), np.bincount(completion.tokens[:made], minlength=VOCAB)
             penalised_V = np.where(logits_V < 0, logits_V * s.repetition_penalty, logits_V / s.repetition_penalty)
             logits_V = np.where(seen_V, penalised_V, logits_V)
