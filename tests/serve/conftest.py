@@ -68,11 +68,11 @@ def server(checkpoint):
 
 @pytest.fixture(scope="session")
 def start_server(checkpoint):
-    """Starts another one with more flags: (process, address)."""
+    """Starts another one with more flags, perhaps of another model: (process, address)."""
     started = []
 
-    def another(*flags, key=KEY):
-        started.append(start(checkpoint, *flags, key=key))
+    def another(*flags, key=KEY, path=checkpoint):
+        started.append(start(path, *flags, key=key))
         return started[-1]
 
     yield another
