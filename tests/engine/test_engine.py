@@ -221,7 +221,7 @@ def test_a_continuation_may_be_cancelled_and_the_others_go_on():
 
 
 def test_what_the_prefix_cache_holds_changes_nothing():
-    request = a_request(np.random.default_rng(5), prompt=list(range(96, 46, -1)), max_new_tokens=14)
+    request = a_request(np.random.default_rng(5), prompt=[3, *range(96, 47, -1)], max_new_tokens=14)
     longer = dataclasses.replace(request, prompt=[*request.prompt[:40], 7, 7, 7])
     first = run(engine(), request, longer)
     assert first[0].cached == [0]
@@ -581,7 +581,7 @@ def test_an_engine_that_is_still_warming_up_gives_the_same_tokens(monkeypatch):
     for mix in range(8):
         ready = {variant for variant in every if rng.random() < (0, 0.3, 0.7)[mix % 3]} | set(stages[0])
         pool.ready = set(ready)
-        pool.cache.clear()
+        pool.cache = PrefixCache(made.config.chunk, made.config.prefix_cache_bytes)
         for calls in found:
             calls.clear()
         picked = [*rng.choice(12, 6, replace=False), *((12, 13) if mix % 2 else ())]

@@ -366,7 +366,7 @@ def test_a_failure_is_told_to_those_whose_slots_were_given_on(monkeypatch, capsy
         raise ZeroDivisionError
 
     if where == "handing out":
-        monkeypatch.setattr(made, "_hand_out", lambda *_: 1 / 0)
+        monkeypatch.setattr(made, "_hand_out", lambda *_, **__: 1 / 0)
     else:
         monkeypatch.setattr(pool, "_take_in", fail_behind)
     heard = Heard()
