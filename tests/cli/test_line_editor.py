@@ -11,11 +11,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 import lfm_jax as lfm
 from lfm_jax.cli import line_editor
 from lfm_jax.testing import tiny_model, tiny_tokenizer
+from lfm_jax.text.chat import turn_stop_ids
 
 pytestmark = pytest.mark.slow
 
@@ -28,8 +30,10 @@ def checkpoint(tmp_path_factory):
     """A model that talks until it is stopped, and for long enough to be."""
     path = tmp_path_factory.mktemp("chat") / "model"
     tokenizer = tiny_tokenizer()
-    size = tokenizer.get_vocab_size()
-    lfm.save_hf(tiny_model(vocab_size=size, max_position=2**15), path, tokenizer=tokenizer)
+    model = tiny_model(vocab_size=tokenizer.get_vocab_size(), max_position=2**15)
+    # The logit of what ends a turn is 0, and some other one is above that.
+    model.embed[...] = model.embed[...].at[np.array(turn_stop_ids(tokenizer, model.config))].set(0)
+    lfm.save_hf(model, path, tokenizer=tokenizer)
     return path
 
 
@@ -135,7 +139,7 @@ def test_typing_pasting_and_a_history_that_lasts(sit_down, tmp_path):
 
 
 def test_ctrl_c_stops_a_reply_and_the_talk_goes_on(sit_down, tmp_path):
-    person = sit_down("--max-new-tokens", "20000", "--temperature", "0")  # As it happens it never ends by itself.
+    person = sit_down("--max-new-tokens", "20000", "--temperature", "0")
     person.type("hello\r")
     person.see(r"hello\s+\S[\s\S]{80}")
     person.type("\x03")

@@ -31,7 +31,7 @@ def test_what_the_document_allows_gets_what_it_tells(server, key):
     headers = {"Authorization": f"Bearer {key}"}
     document = schemathesis.openapi.from_url(f"{server}/openapi.json", headers=headers)
     operations = [result.ok() for result in document.get_all_operations()]
-    assert len(operations) == 6
+    assert len(operations) == 7
     for operation in operations:
 
         @settings(max_examples=60)
@@ -280,7 +280,7 @@ def crowd(base, key, pid, number, at_once):
     return seen, middle, last
 
 
-NAMES = ("id", "created", "logprob", "top_logprobs", "token_logprobs")
+NAMES = ("id", "created", "prompt_tokens_details", "logprob", "top_logprobs", "token_logprobs")
 
 
 def told(answer, stream):
