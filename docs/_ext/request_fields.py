@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
-from docutils import nodes
 from sphinx.application import Sphinx
-from sphinx.util.docutils import SphinxDirective
+from tables import TableDirective
 
 from lfm_jax.serve.fields import described
 
 
-class RequestFields(SphinxDirective):
+class RequestFields(TableDirective):
     """`request-fields` with the dotted path of a model."""
 
     required_arguments = 1
+    head = ("field", "what happens")
+    widths = (25, 75)
 
-    def run(self) -> list[nodes.Node]:
+    def rows(self) -> Iterator[tuple[str, ...]]:
         module, _, name = self.arguments[0].rpartition(".")
-        model = getattr(importlib.import_module(module), name)
-        group = nodes.tgroup(cols=2)
-        group += [nodes.colspec(colwidth=width) for width in (25, 75)]
-        body = nodes.tbody()
-        group += [nodes.thead("", self._row(("field", "what happens"))), body]
-        for field, what in described(model):
-            body += self._row((f"`{field}`", what))
-        table = nodes.table(classes=["config"])
-        table += group
-        return [table]
-
-    def _row(self, cells: tuple[str, ...]) -> nodes.row:
-        row = nodes.row()
-        for cell in cells:
-            entry = nodes.entry()
-            entry += self.parse_text_to_nodes(cell)
-            row += entry
-        return row
+        for field, what in described(getattr(importlib.import_module(module), name)):
+            yield f"`{field}`", what
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
