@@ -27,14 +27,15 @@ from lfm_jax.engine.request import EngineFullError
 from lfm_jax.engine.service import Answers, Piece, Service
 from lfm_jax.sampling import GREEDY, Sampling
 from lfm_jax.serve.errors import ERROR_TYPES, RefusalError
-from lfm_jax.serve.fields import UNKNOWN_HEADER, Body, UnknownFieldLog
+from lfm_jax.serve.fields import RELAXED_HEADER, UNKNOWN_HEADER, Body, UnknownFieldLog, place, relaxed_header
 from lfm_jax.serve.formats import ChatForm, Form, TextForm, dumped, streamed_answer, whole_answer
 from lfm_jax.serve.gate import REQUEST_ID, Gate
 from lfm_jax.serve.limits import LIMITS, Limits
+from lfm_jax.serve.messages import plain_messages
 from lfm_jax.serve.metrics import Metrics
-from lfm_jax.serve.protocol import ChatBody, CompletionBody, Shared, place, plain_messages
+from lfm_jax.serve.protocol import ChatBody, CompletionBody, Shared
 from lfm_jax.serve.responses import ResponsesBody, ResponsesForm
-from lfm_jax.structured.grammar import Grammar, Matcher
+from lfm_jax.structured.grammar import Matcher
 
 
 def make_app(
@@ -65,7 +66,7 @@ def make_app(
     if cors_origins:
         # Around the gate: a browser asks first, without the key, what it may send.
         app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"],
-                           expose_headers=[REQUEST_ID, UNKNOWN_HEADER])
+                           expose_headers=[REQUEST_ID, UNKNOWN_HEADER, RELAXED_HEADER])
     app.add_exception_handler(RefusalError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
@@ -198,7 +199,7 @@ class _Desk:
         self._check(body, len(body.prompts()))
 
         def prepare() -> list[engine_request.Request]:
-            matcher = self._matcher(body.grammar, [value for _, value in body.constraints()])
+            matcher = self._matcher(body, [value for _, value in body.constraints()])
             prompts = [self._service.encode(p) if isinstance(p, str) else p for p in body.prompts()]
             most = 16 if body.max_tokens is None else body.max_tokens
             return [self._ask(prompt, body, most, body.logprobs, matcher, "prompt",
@@ -229,7 +230,7 @@ class _Desk:
 
     def _ask_chat(self, body: ChatBody) -> engine_request.Request:
         given = [*(tool.function.plain() for tool in body.function_tools), *(value for _, value in body.constraints())]
-        matcher = self._matcher(body.grammar, given)
+        matcher = self._matcher(body, given)
         tools = body.schemas if body.tool_choice != "none" else None
         prompt = self._service.encode_chat(
             plain_messages(body.messages), tools, continue_final=body.continues, variables=body.chat_template_kwargs)
@@ -257,13 +258,12 @@ class _Desk:
             raise RefusalError(400, f"n is {body.n or 1} for {prompts} prompts; at most {self._limits.choices} "
                                     "continuations in all", param="n")
 
-    def _matcher(self, grammar: Callable[[], Grammar | None], given: Sequence[Any]) -> Matcher | None:
+    def _matcher(self, body: Shared, given: Sequence[Any]) -> Matcher | None:
         """A matcher of what the answer must follow; `given` is what the client sent of it."""
         size = len(json.dumps(given))
         if size > self._limits.schema_bytes:
             raise ValueError(f"schemas take {size} bytes; at most {self._limits.schema_bytes}")
-        made = grammar()
-        return None if made is None else self._service.matcher(made)
+        return None if body.grammar is None else self._service.matcher(body.grammar)
 
     def _ask(
         self, prompt: list[int], body: Shared, most: int, logprobs: int | None, matcher: Matcher | None, param: str, *,
@@ -300,7 +300,7 @@ class _Desk:
         # Started here, so that a disconnect is noticed while the request waits for a slot too.
         leaving = asyncio.ensure_future(_cancel_when_gone(request, answers))
         pieces = self._observed(answers, leaving, arrived)
-        headers = self._unknown.headers(sent)
+        headers = self._unknown.headers(sent) | relaxed_header(body.grammar.relaxed if body.grammar else ())
         if body.stream:
             return StreamingResponse(streamed_answer(form, pieces, asked), media_type="text/event-stream",
                                      headers=headers | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})

@@ -14,20 +14,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic import BaseModel, ConfigDict, Discriminator, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from lfm_jax.files import say
 
 UNKNOWN_HEADER = "x-lfm-unknown-fields"
 """Header of an answer with the names of the request's fields that the server does not know."""
+RELAXED_HEADER = "x-lfm-relaxed"
+"""Header of an answer with the places of what tools ask for and their calls do not promise."""
 MAX_NAMED = 16
-"""How many unknown fields one answer names at most."""
+"""How many fields or places a header names at most."""
 MAX_LOGGED = 256
 """How many unknown fields the log names at most in the life of a process."""
+
+ECHO = "what an answer or a client library brings back"
+ACCOUNT = "it is about the client's account, not about the answer"
+CACHE = "prompts with a common beginning are cached by themselves"
+HINT = "a hint; the model has no such setting"
+STORAGE = "nothing is stored"
 
 
 class Body(BaseModel):
@@ -58,6 +66,25 @@ class Refused:
         return value
 
 
+def one_of(kind: Callable[[Any], str | None], expected: str) -> Discriminator:
+    """Chooses the one member of a union that a value is meant to be, so that errors are about that one alone.
+
+    Tags are in brackets: `place` leaves them out.
+    """
+    return Discriminator(kind, custom_error_type="unexpected", custom_error_message=f"expected {expected}")
+
+
+def place(location: Sequence[str | int]) -> str:
+    """A field as OpenAI's errors name it, `messages[0].content`, from the location of an error."""
+    text = ""
+    for part in location:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif not part.startswith("("):
+            text += f".{part}" if text else part
+    return text
+
+
 def unknown_fields(body: Body) -> list[str]:
     """The fields of a request that its models do not have and that are not null, as `messages[].colour`, each once."""
     return list(dict.fromkeys(_unknown(body, "")))
@@ -65,14 +92,23 @@ def unknown_fields(body: Body) -> list[str]:
 
 def _unknown(value: Any, place: str) -> Iterator[str]:
     if isinstance(value, Body):
-        # A name comes from a stranger and goes to a header and a log.
-        yield from (f"{place}{re.sub('[^!-~]', '?', name)[:64]}"
+        yield from (f"{place}{_harmless(name)}"
                     for name, extra in (value.model_extra or {}).items() if extra is not None)
         for name in value.model_fields_set:
             yield from _unknown(getattr(value, name, None), f"{place}{name}.")
     elif isinstance(value, list) and value and isinstance(value[0], Body):
         for item in value:
             yield from _unknown(item, f"{place.removesuffix('.')}[].")
+
+
+def _harmless(name: str) -> str:
+    """A name from a stranger, as a header and a log can carry it."""
+    return re.sub("[^ -~]", "?", name)[:100]
+
+
+def relaxed_header(places: Sequence[str]) -> dict[str, str]:
+    """The header of an answer whose calls do not promise all that tools ask for (`Grammar.relaxed`)."""
+    return {RELAXED_HEADER: "; ".join(_harmless(place) for place in places[:MAX_NAMED])} if places else {}
 
 
 class UnknownFieldLog:

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BeforeValidator,
-    Discriminator,
-    Field,
-    ModelWrapValidatorHandler,
-    PrivateAttr,
-    Tag,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, Tag, model_validator
 
 from lfm_jax.sampling import Sampling
-from lfm_jax.serve.fields import Body, Ignored, Refused
+from lfm_jax.serve.fields import ACCOUNT, CACHE, HINT, STORAGE, Body, Ignored, Refused, one_of
+from lfm_jax.serve.messages import ChatMessage
+from lfm_jax.serve.tools import AllowedChoice, NamedTool, Tool, ToolChoice, ToolEntry
 from lfm_jax.structured.grammar import Grammar
 from lfm_jax.text.tool_schemas import tool_schemas
 
@@ -28,34 +21,9 @@ MAX_STOP = 256
 MAX_TOP_LOGPROBS = 20
 MAX_ID = 2**31
 
-ECHO = "what an answer or a client library brings back"
-ACCOUNT = "it is about the client's account, not about the answer"
-CACHE = "prompts with a common beginning are cached by themselves"
-HINT = "a hint; the model has no such setting"
-STORAGE = "nothing is stored"
-
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TokenId = Annotated[int, Field(ge=0, lt=MAX_ID)]
 Prompt = str | list[int]
-
-
-def one_of(kind: Callable[[Any], str | None], expected: str) -> Discriminator:
-    """Chooses the one member of a union that a value is meant to be, so that errors are about that one alone.
-
-    Tags are in brackets: `place` leaves them out.
-    """
-    return Discriminator(kind, custom_error_type="unexpected", custom_error_message=f"expected {expected}")
-
-
-def place(location: Sequence[str | int]) -> str:
-    """A field as OpenAI's errors name it, `messages[0].content`, from the location of an error."""
-    text = ""
-    for part in location:
-        if isinstance(part, int):
-            text += f"[{part}]"
-        elif not part.startswith("("):
-            text += f".{part}" if text else part
-    return text
 
 
 def _stop_texts(value: Any) -> Any:
@@ -168,6 +136,7 @@ class Shared(Body):
                              "send one of response_format, structured_outputs and the guided_* fields")
         return found[0] if found else None
 
+    @functools.cached_property
     def grammar(self) -> Grammar | None:
         """What the answer must follow.
 
@@ -237,235 +206,6 @@ class CompletionBody(Shared):
 # -------------------------------------------------------------------- chats
 
 
-class TextPart(Body):
-    """A part of a content."""
-
-    type: Literal["text", "input_text", "output_text"]
-    text: str
-    annotations: Annotated[Any, Ignored(ECHO)] = None
-    logprobs: Annotated[Any, Ignored(ECHO)] = None
-    prompt_cache_breakpoint: Annotated[Any, Ignored(CACHE)] = None
-    cache_control: Annotated[Any, Ignored(CACHE)] = None
-
-
-class RefusalPart(Body):
-    """What another model gave instead of an answer."""
-
-    type: Literal["refusal"]
-    refusal: str
-
-    @property
-    def text(self) -> str:
-        return self.refusal
-
-
-_FOREIGN = {"image_url": "images", "input_image": "images", "image": "images", "input_audio": "audio",
-            "audio_url": "audio", "video_url": "video", "file": "files", "input_file": "files"}
-
-
-class ForeignPart(Body):
-    """A part that the model cannot read."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, value: Any) -> Any:
-        kind = value.get("type") if isinstance(value, Mapping) else None
-        if kind in _FOREIGN:
-            raise ValueError(f"{_FOREIGN[kind]} are not supported; the model reads text only")
-        raise ValueError(f'a part has the type "text" and a text, not {json.dumps(kind)[:40]}')
-
-    text: str = ""
-
-
-def _part_kind(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
-    tags = {"text": "(text)", "input_text": "(text)", "output_text": "(text)", "refusal": "(refusal)"}
-    return tags.get(str(kind), "(other)")
-
-
-Part = Annotated[
-    Annotated[TextPart, Tag("(text)")] | Annotated[RefusalPart, Tag("(refusal)")]
-    | Annotated[ForeignPart, Tag("(other)")],
-    Discriminator(_part_kind),
-]
-Content = Annotated[
-    Annotated[str, Tag("(text)")] | Annotated[list[Part], Field(max_length=1024, fail_fast=True), Tag("(parts)")],
-    one_of(lambda value: "(text)" if isinstance(value, str) else "(parts)" if isinstance(value, list) else None,
-           "a text or a list of parts"),
-]
-
-
-def joined(content: str | Sequence[Any] | None) -> str | None:
-    """The text of a content."""
-    return content if content is None or isinstance(content, str) else "".join(part.text for part in content)
-
-
-class CalledFunction(Body):
-    """The function of a call."""
-
-    name: str
-    arguments: str | dict[str, Any] | None = None
-    parsed_arguments: Annotated[Any, Ignored(ECHO)] = None
-
-    def plain(self) -> dict[str, Any]:
-        """Name and arguments as templates take them."""
-        arguments: Any = self.arguments
-        if not isinstance(arguments, dict):
-            try:
-                arguments = json.loads(arguments or "{}")
-            except (ValueError, RecursionError):
-                arguments = None
-        if not isinstance(arguments, dict):
-            raise ValueError(f"arguments of the call of {self.name!r} are not a JSON object")
-        return {"name": self.name, "arguments": arguments}
-
-
-class CalledTool(Body):
-    """A call in a message."""
-
-    id: str | None = None
-    type: Literal["function"] | None = None
-    function: CalledFunction
-    index: Annotated[Any, Ignored(ECHO)] = None
-
-
-class ChatMessage(Body):
-    """A message of a chat."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"] = Field(
-        description="`developer` is `system`, `function` is `tool`")
-    content: Content | None = Field(None, description="a text, or parts of type `text` (or `refusal`)")
-    name: str | None = None
-    tool_calls: Annotated[list[CalledTool], Field(max_length=128, fail_fast=True)] | None = None
-    tool_call_id: str | None = None
-    function_call: CalledFunction | None = Field(None, description="as one of `tool_calls`")
-    refusal: str | None = Field(None, description="the content, where there is none")
-    prefix: bool | None = Field(None, description="of the last message: the answer continues it")
-    audio: Annotated[Any, Refused("the model reads text only")] = None
-    annotations: Annotated[Any, Ignored(ECHO)] = None
-    parsed: Annotated[Any, Ignored(ECHO)] = None
-    reasoning: Annotated[Any, Ignored(ECHO)] = None
-    reasoning_content: Annotated[Any, Ignored(ECHO)] = None
-    provider_specific_fields: Annotated[Any, Ignored(ECHO)] = None
-    id: Annotated[Any, Ignored(ECHO)] = None
-    index: Annotated[Any, Ignored(ECHO)] = None
-    tool_name: Annotated[Any, Ignored(ECHO)] = None
-    tokens: Annotated[Any, Ignored(ECHO)] = None
-    status: Annotated[Any, Ignored(ECHO)] = None
-
-    def plain(self) -> dict[str, Any]:
-        """As templates take it: text for content, calls with parsed arguments.
-
-        Raises:
-          ValueError: calls that are none, or of another role than the assistant's.
-        """
-        calls = [{"id": call.id, **call.function.plain()} for call in self.tool_calls or ()]
-        calls += [self.function_call.plain()] if self.function_call is not None else []
-        content = joined(self.content)
-        if content is None:
-            content = self.refusal or ""
-            if self.role in ("system", "developer", "user"):
-                raise ValueError(f"a message of role {self.role} has no content")
-        role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
-        message: dict[str, Any] = {"role": role, "content": content}
-        if calls:
-            if self.role != "assistant":
-                raise ValueError(f"a message of role {self.role} has tool_calls; only the assistant's may")
-            message["tool_calls"] = [{key: value for key, value in call.items() if value is not None}
-                                     for call in calls]
-        given = {"name": self.name, "tool_call_id": self.tool_call_id}
-        return message | {key: value for key, value in given.items() if value is not None}
-
-
-class FunctionTool(Body):
-    """A function that the model may call."""
-
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = Field(None, description="a JSON schema; none, or `{}`, means no parameters")
-    strict: bool | None = Field(
-        None, description="true: refused where the schema cannot be kept; else what cannot be kept is relaxed")
-    _keys: tuple[str, ...] = PrivateAttr(())
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _remember_order(cls, given: Any, build: ModelWrapValidatorHandler[Self]) -> Self:
-        made = build(given)
-        made._keys = tuple(given)
-        return made
-
-    def plain(self) -> dict[str, Any]:
-        """What the client wrote, in the client's order."""
-        shown = {"name": self.name, "description": self.description, "parameters": self.parameters or None,
-                 "strict": self.strict}
-        return {key: shown[key] for key in self._keys if shown.get(key) is not None}
-
-
-def _tool_kind(value: Any) -> str:
-    kind = value.get("type", "function") if isinstance(value, Mapping) else getattr(value, "type", None)
-    return "(function)" if kind in ("function", None) else "(other)"
-
-
-class ToolEntry(Body):
-    """An entry of `tools`."""
-
-    type: Literal["function"] | None = None
-    function: FunctionTool
-
-
-class ForeignTool(Body):
-    """A tool that is no function."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, value: Any) -> Any:
-        kind = value.get("type") if isinstance(value, Mapping) else None
-        raise ValueError(f"tools of type {json.dumps(kind)[:40]} are not supported; describe a function instead")
-
-    function: Any = None
-
-
-class NamedFunction(Body):
-    """The function of a choice."""
-
-    name: str
-
-
-class NamedTool(Body):
-    """A choice of one tool."""
-
-    type: Literal["function"]
-    function: NamedFunction
-
-
-class AllowedTools(Body):
-    """Tools that may be called, of all that are shown."""
-
-    mode: Literal["auto", "required"] = "auto"
-    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=128)]
-
-
-class AllowedChoice(Body):
-    """A choice among some tools."""
-
-    type: Literal["allowed_tools"]
-    allowed_tools: AllowedTools
-
-
-def _choice_kind(value: Any) -> str | None:
-    if isinstance(value, str):
-        return "(word)"
-    kind = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
-    return {"function": "(function)", "allowed_tools": "(allowed)"}.get(str(kind))
-
-
-ToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("(word)")] | Annotated[NamedTool, Tag("(function)")]
-    | Annotated[AllowedChoice, Tag("(allowed)")],
-    one_of(_choice_kind, 'none, auto, required, {"type": "function", ...} or {"type": "allowed_tools", ...}'),
-]
-
-
 class JsonSchemaFormat(Body):
     """A schema that the answer fits."""
 
@@ -506,11 +246,7 @@ class ChatBody(Shared):
     max_completion_tokens: Annotated[int, Field(ge=1, lt=MAX_ID)] | None = Field(None, description="as `max_tokens`")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: Annotated[
-        list[Annotated[
-            Annotated[ToolEntry, Tag("(function)")] | Annotated[ForeignTool, Tag("(other)")], Discriminator(_tool_kind)
-        ]], Field(max_length=128, fail_fast=True),
-    ] | None = Field(None, description="functions")
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = Field(None, description="functions")
     tool_choice: ToolChoice | None = Field(
         None, description="`none`, `auto`, `required`, one function, or `allowed_tools`")
     parallel_tool_calls: bool | None = None
@@ -585,9 +321,10 @@ class ChatBody(Shared):
         schema = None if self.response_format is None else self.response_format.schema_asked()
         return [*([("json", schema)] if schema is not None else []), *super().constraints()]
 
+    @functools.cached_property
     def grammar(self) -> Grammar | None:
         if not self.calls_tools:
-            return super().grammar()
+            return super().grammar
         kind, schema = self.constraint() or ("json", None)
         if kind != "json":
             raise ValueError(f"tools go together with a JSON schema for the answer, not with a {kind}; send "
@@ -603,18 +340,3 @@ class ChatBody(Shared):
             required, tools = allowed.mode == "required", [tool for tool in tools if tool["name"] in names]
         return Grammar.tool_calls(tools, required=required, name=name, answer=schema,
                                   parallel=self.parallel_tool_calls is not False)
-
-
-def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """As `Service.encode_chat` takes them.
-
-    Raises:
-      ValueError: the first message that is not valid, by its number.
-    """
-    plain = []
-    for i, message in enumerate(messages):
-        try:
-            plain.append(message.plain())
-        except ValueError as error:
-            raise ValueError(f"messages[{i}]: {error}") from None
-    return plain

@@ -13,71 +13,58 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from lfm_jax.engine.request import Request
 from lfm_jax.engine.service import Piece, Service
 from lfm_jax.serve.errors import RefusalError
-from lfm_jax.serve.fields import Body, Ignored, Refused
+from lfm_jax.serve.fields import ACCOUNT, CACHE, ECHO, HINT, STORAGE, Body, Ignored, Refused, one_of
 from lfm_jax.serve.formats import ChatReply, Choice, Choices, dumped, logprob_entry, usage_of
-from lfm_jax.serve.protocol import (
-    ACCOUNT,
-    CACHE,
-    ECHO,
-    HINT,
-    MAX_ID,
-    MAX_TOP_LOGPROBS,
-    STORAGE,
-    ChatBody,
-    Content,
-    ForeignTool,
-    FunctionTool,
-    joined,
-    one_of,
-)
+from lfm_jax.serve.messages import Content, joined
+from lfm_jax.serve.protocol import MAX_ID, MAX_TOP_LOGPROBS, ChatBody
+from lfm_jax.serve.tools import ForeignTool, FunctionTool
 from lfm_jax.text.tools import CallCut, CallPiece, CallStart, ToolCall
 from lfm_jax.text.tools import Content as Text
 
 ONE_AT_A_TIME = "nothing is stored; send the whole conversation in input"
 
 
-class InputMessage(Body):
+class InputItem(Body):
+    """An item of an input: what earlier answers gave it is ignored."""
+
+    id: Annotated[Any, Ignored(ECHO)] = None
+    status: Annotated[Any, Ignored(ECHO)] = None
+
+
+class InputMessage(InputItem):
     """A message among the items of an input."""
 
     type: Literal["message"] | None = None
     role: Literal["user", "assistant", "system", "developer"]
     content: Content
-    id: Annotated[Any, Ignored(ECHO)] = None
-    status: Annotated[Any, Ignored(ECHO)] = None
     phase: Annotated[Any, Ignored(ECHO)] = None
 
 
-class FunctionCall(Body):
+class FunctionCall(InputItem):
     """A call that the model made before."""
 
     type: Literal["function_call"]
     call_id: str
     name: str
     arguments: str
-    id: Annotated[Any, Ignored(ECHO)] = None
-    status: Annotated[Any, Ignored(ECHO)] = None
     parsed_arguments: Annotated[Any, Ignored(ECHO)] = None
 
 
-class FunctionOutput(Body):
+class FunctionOutput(InputItem):
     """What came of a call."""
 
     type: Literal["function_call_output"]
     call_id: str
     output: Content
-    id: Annotated[Any, Ignored(ECHO)] = None
-    status: Annotated[Any, Ignored(ECHO)] = None
 
 
-class ReasoningItem(Body):
+class ReasoningItem(InputItem):
     """A thought of another model: it is left out."""
 
     type: Literal["reasoning"]
-    id: Annotated[Any, Ignored(ECHO)] = None
     summary: Annotated[Any, Ignored(ECHO)] = None
     content: Annotated[Any, Ignored(ECHO)] = None
     encrypted_content: Annotated[Any, Ignored(ECHO)] = None
-    status: Annotated[Any, Ignored(ECHO)] = None
 
 
 class ForeignItem(Body):

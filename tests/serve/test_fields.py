@@ -10,9 +10,9 @@ from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 from pydantic import ValidationError
 
-from lfm_jax.serve import fields, protocol
-from lfm_jax.serve.fields import Ignored, Refused, unknown_fields
-from lfm_jax.serve.protocol import ChatBody, CompletionBody, place
+from lfm_jax.serve import fields, messages, protocol, tools
+from lfm_jax.serve.fields import Ignored, Refused, place, unknown_fields
+from lfm_jax.serve.protocol import ChatBody, CompletionBody
 from lfm_jax.serve.responses import ResponsesBody
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -38,15 +38,15 @@ OFFICIAL = [
     (ChatBody, chat_create_params.CompletionCreateParamsNonStreaming),
     (ResponsesBody, response_create_params.ResponseCreateParamsNonStreaming),
     (protocol.StreamOptions, openai_chat.ChatCompletionStreamOptionsParam),
-    (protocol.ChatMessage, openai_chat.ChatCompletionUserMessageParam),
-    (protocol.ChatMessage, openai_chat.ChatCompletionAssistantMessageParam),
-    (protocol.ChatMessage, openai_chat.ChatCompletionToolMessageParam),
-    (protocol.TextPart, openai_chat.ChatCompletionContentPartTextParam),
-    (protocol.RefusalPart, openai_chat.ChatCompletionContentPartRefusalParam),
-    (protocol.CalledTool, openai_chat.ChatCompletionMessageFunctionToolCallParam),
-    (protocol.ToolEntry, openai_chat.ChatCompletionFunctionToolParam),
-    (protocol.FunctionTool, shared_params.FunctionDefinition),
-    (protocol.AllowedTools, openai_chat.ChatCompletionAllowedToolsParam),
+    (messages.ChatMessage, openai_chat.ChatCompletionUserMessageParam),
+    (messages.ChatMessage, openai_chat.ChatCompletionAssistantMessageParam),
+    (messages.ChatMessage, openai_chat.ChatCompletionToolMessageParam),
+    (messages.TextPart, openai_chat.ChatCompletionContentPartTextParam),
+    (messages.RefusalPart, openai_chat.ChatCompletionContentPartRefusalParam),
+    (messages.CalledTool, openai_chat.ChatCompletionMessageFunctionToolCallParam),
+    (tools.ToolEntry, openai_chat.ChatCompletionFunctionToolParam),
+    (tools.FunctionTool, shared_params.FunctionDefinition),
+    (tools.AllowedTools, openai_chat.ChatCompletionAllowedToolsParam),
     (protocol.ResponseFormat, shared_params.ResponseFormatJSONSchema),
 ]
 
@@ -129,7 +129,7 @@ SENT_BACK = {
 def test_what_was_received_can_be_sent_back(case):
     body = ChatBody.model_validate(CHAT | {"messages": [*HELLO, SENT_BACK[case]]})
     assert unknown_fields(body) == []
-    message = protocol.plain_messages(body.messages)[1]
+    message = messages.plain_messages(body.messages)[1]
     assert message["role"] in ("assistant", "tool")
     assert isinstance(message["content"], str)
     if "call" in case or "delta" in case or "parse" in case or "arguments" in case:
@@ -161,7 +161,7 @@ def test_an_error_is_about_the_one_thing_that_is_wrong(given, field, message):
 def test_several_constraints_are_refused():
     body = ChatBody.model_validate(CHAT | {"guided_regex": "a+", "response_format": {"type": "json_object"}})
     with pytest.raises(ValueError, match=r"2 constraints \(json, regex\)"):
-        body.grammar()
+        _ = body.grammar
 
 
 def test_a_response_asks_for_the_same_as_a_chat():
@@ -179,14 +179,14 @@ def test_a_response_asks_for_the_same_as_a_chat():
     })
     assert unknown_fields(body) == []
     chat = body.as_chat()
-    assert protocol.plain_messages(chat.messages) == [
+    assert messages.plain_messages(chat.messages) == [
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "I call.", "tool_calls": [{"id": "c1", "name": "f", "arguments": {"a": 1}}]},
         {"role": "tool", "content": "7", "tool_call_id": "c1"},
     ]
     assert chat.functions_offered == [{"name": "f", "strict": True, "parameters": {"type": "object", "properties": {}}}]
     assert chat.schemas == [{"name": "f", "parameters": {"type": "object", "properties": {}}}]
-    assert chat.tool_choice == protocol.NamedTool(type="function", function=protocol.NamedFunction(name="f"))
+    assert chat.tool_choice == tools.NamedTool(type="function", function=tools.NamedFunction(name="f"))
     assert (chat.max_completion_tokens, chat.temperature) == (9, 0.5)
     assert chat.response_format.schema_asked() == {"type": "object"}
 
@@ -203,7 +203,7 @@ def test_what_a_response_cannot_be_asked_for(given, field):
 def test_the_docs_say_of_each_field_what_happens():
     rows = dict(fields.described(ChatBody))
     assert rows["logit_bias"] == "honoured: of any size"
-    assert rows["user"] == f"accepted, changes nothing: {protocol.ACCOUNT}"
+    assert rows["user"] == f"accepted, changes nothing: {fields.ACCOUNT}"
     assert rows["function_call"] == '`null` or `"none"` or `"auto"`, else refused: use tool_choice'
     assert [*rows] == [*ChatBody.model_fields]
     page = PAGE.read_text(encoding="utf-8")

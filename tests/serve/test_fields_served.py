@@ -93,6 +93,22 @@ def test_usage_as_it_grows_and_what_the_cache_had(client):
     assert made[-1] == again.usage.completion_tokens
 
 
+def test_an_answer_ends_where_the_context_does(client):
+    answer = client.completions.create(model="tiny", prompt=[7] * 1020, max_tokens=10**6,
+                                       logit_bias={str(i): -100 for i in (2, 7)})
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 4
+
+
+def test_unknown_fields_are_named_in_the_answer(client):
+    raw = client.chat.completions.with_raw_response.create(
+        model="tiny", messages=[HELLO[0] | {"mood": "good"}], max_tokens=2, extra_body={"colour": 1, "size": None},
+        reasoning_effort="low", verbosity="low", store=True, prompt_cache_key="x", service_tier="flex")
+    assert raw.headers["x-lfm-unknown-fields"] == "colour, messages[].mood"
+    assert raw.headers["x-request-id"].startswith("req_")
+    assert raw.parse().choices
+
+
 CONSTRAINTS = [
     (dict(guided_regex="[ab]{3}"), "[ab]{3}"), (dict(guided_choice=["yes", "no"]), "yes|no"),
     (dict(guided_grammar='start: "x" /[0-9]{2}/'), "x[0-9]{2}"), (dict(structured_outputs={"regex": "c+d"}), "c+d"),
@@ -136,6 +152,19 @@ def test_calls_or_an_answer_in_the_format(client):
             seen.add("answer")
             jsonschema.validate(json.loads(choice.message.content), SCHEMA)
     assert seen
+
+
+def test_what_is_relaxed_of_a_tool_is_named_in_the_answer(client):
+    tags = {"type": "object", "propertyNames": {"pattern": "^[a-z]+$"}, "additionalProperties": {"type": "string"}}
+    tool = {"type": "function", "function": {"name": "label", "parameters": {
+        "type": "object", "properties": {"tags": tags}}}}
+    asked = dict(model="tiny", messages=HELLO, max_tokens=3, tool_choice="required")
+    raw = client.chat.completions.with_raw_response.create(tools=[tool], **asked)
+    assert raw.headers["x-lfm-relaxed"] == "tool 'label': parameters/properties/tags/propertyNames"
+    assert "x-lfm-relaxed" not in client.chat.completions.with_raw_response.create(tools=TOOLS, **asked).headers
+    tool["function"]["strict"] = True
+    with pytest.raises(openai.BadRequestError, match="propertyNames"):
+        client.chat.completions.create(tools=[tool], **asked)
 
 
 def test_allowed_tools(client):
