@@ -223,8 +223,8 @@ def test_a_continuation_may_be_cancelled_and_the_others_go_on():
 def test_what_the_prefix_cache_holds_changes_nothing():
     request = a_request(np.random.default_rng(5), prompt=[3, *range(96, 47, -1)], max_new_tokens=14)
     longer = dataclasses.replace(request, prompt=[*request.prompt[:40], 7, 7, 7])
-    first = run(engine(), request, longer)
-    assert first[0].cached == [0]
+    first = [*run(engine(), request), *run(engine(), longer)]
+    assert [heard.cached for heard in first] == [[0], [32]]
     before = engine().counts["cached_tokens"]
     again = run(engine(), request, longer)
     assert engine().counts["cached_tokens"] - before == 48 + 32
