@@ -41,8 +41,9 @@ test: .venv/test
 check: lint
 	@$(PY) -m pytest $(TWO) -m "not slow and not long"
 
+# At LLVM's level of optimisation that users have; `test` compiles more quickly (tests/compiled.py).
 test-long: .venv/test
-	@$(PY) -m pytest -s -m long
+	@XLA_FLAGS=--xla_backend_optimization_level=3 $(PY) -m pytest -s -m long
 
 # What each file takes with an empty cache of programs: the order of `test`, and the table of docs/measurements/suite.md.
 test-times: .venv/test

@@ -11,6 +11,9 @@ from pathlib import Path
 
 ROOT = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lfm_jax" / "tests"
 LIMIT_BYTES = 3 << 30
+# Compiling is most of what tests take, and LLVM's optimisations are half of compiling. They come after XLA's own
+# passes: what tests count (FLOPs, bytes, instructions, collectives) is as at the default level.
+QUICKLY = "--xla_backend_optimization_level=0"
 TELLING = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU implementer", "CPU part", "Features")
 
 
@@ -26,6 +29,12 @@ def processor():
     except OSError:  # Not Linux.
         return f"{platform.machine()} {platform.processor()}"
     return "\n".join(sorted({line for line in lines if line.partition(":")[0].strip() in TELLING}))
+
+
+def flags(env=os.environ):
+    """XLA_FLAGS of tests: QUICKLY, unless `env` asks for a level (`XLA_FLAGS=--xla_backend_optimization_level=3`)."""
+    found = env.get("XLA_FLAGS", "")
+    return found if "xla_backend_optimization_level" in found else f"{found} {QUICKLY}".strip()
 
 
 def shrink(root=ROOT, limit_bytes=LIMIT_BYTES):

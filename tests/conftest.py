@@ -14,6 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Processes that tests start find the same cache.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled.directory()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ["XLA_FLAGS"] = compiled.flags()
 
 import jax
 import pytest

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiled
 import jax
 import numpy as np
 
@@ -26,7 +27,7 @@ def losses(run_dir):
 def test_eight_devices_are_one_device_and_resume_to_the_bit(tmp_path, capsys):
     whole = pairs.run(tmp_path / "whole", MESH, freeze=pairs.FREEZE)
     command = [sys.executable, pairs.__file__, str(tmp_path / "one")]
-    one_device = os.environ | {"XLA_FLAGS": "", "PAIRS_FREEZE": json.dumps(pairs.FREEZE)}
+    one_device = os.environ | {"XLA_FLAGS": compiled.flags({}), "PAIRS_FREEZE": json.dumps(pairs.FREEZE)}
     done = subprocess.run(command, env=one_device, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(losses(whole.run_dir), losses(tmp_path / "one"), rtol=1e-4)

@@ -5,11 +5,10 @@ import re
 import subprocess
 import sys
 
+import compiled
 import pytest
 
 EIGHT = "--xla_force_host_platform_device_count=8"
-# Compiling is most of the time of these checks, and LLVM a third of compiling.
-FLAGS = f"{EIGHT} --xla_backend_optimization_level=1"
 
 
 def pytest_pycollect_makemodule(module_path, parent):
@@ -32,7 +31,7 @@ class OnEightDevices(pytest.Item):
         self.tests = tests
 
     def runtest(self):
-        env = os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"}
+        env = os.environ | {"XLA_FLAGS": f"{EIGHT} {compiled.flags()}", "JAX_PLATFORMS": "cpu"}
         command = [sys.executable, "-m", "pytest", "-m", self.tests, str(self.path)]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode != 0:
