@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fnmatch
 import glob
 import json
@@ -20,8 +21,6 @@ TEXT_SUFFIXES = (".txt", ".md", ".py")
 JSONL_SUFFIX = ".jsonl"
 """Files with one document per line: a JSON object with the text under one of its keys."""
 SUFFIXES = (*TEXT_SUFFIXES, JSONL_SUFFIX)
-
-
 
 class SourceFile(NamedTuple):
     """A file of documents."""
@@ -106,7 +105,7 @@ class Documents:
 
     Text files are one document, JSONL files one per line. Empty documents are left out. Every byte is
     read and checked once at construction; in memory stay 24 bytes a document. The text comes exactly as
-    stored: line ends and byte-order marks are kept.
+    stored, line ends included; only a byte-order mark at the start of a file is no part of it.
 
     Args:
       files: in the order of the documents.
@@ -192,23 +191,38 @@ def read_stretch(stretch: Stretch, text_field: str, problems: list[str]) -> Iter
             yield raw, text
 
 
+_JSON_TYPES = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "an array",
+               dict: "an object"}
+
+
 def _text(path: Path, raw: bytes, text_field: str) -> str:
     text = raw.decode()
     if path.suffix.lower() != JSONL_SUFFIX:
         return text
     value = json.loads(text)
     if not isinstance(value, dict) or not isinstance(value.get(text_field), str):
-        found = f"its keys are {', '.join(map(repr, value))}" if isinstance(value, dict) else "it is not an object"
+        if not isinstance(value, dict):
+            found = "it is not an object"
+        elif text_field in value:
+            found = f"that is {_JSON_TYPES[type(value[text_field])]}"
+        else:
+            found = f"its keys are {', '.join(map(repr, value))}"
         raise ValueError(f"expected a JSON object with a string under {text_field!r}, but {found}")
     return value[text_field]
 
 
 def _raw_documents(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes]]:
-    """(byte offset, bytes) of each document of a file that begins from start up to stop, still encoded."""
+    """(byte offset, bytes) of each document of a file that begins from start up to stop, still encoded.
+
+    A byte-order mark at the start of the file is left out: the first document then begins at byte 3.
+    """
     with open(path, "rb") as handle:
+        mark = len(codecs.BOM_UTF8) if handle.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
         if path.suffix.lower() != JSONL_SUFFIX:
-            yield 0, handle.read()
+            handle.seek(mark)
+            yield mark, handle.read()
             return
+        handle.seek(0)
         if start:
             # A line belongs to where it begins: pass over one that began before.
             handle.seek(start - 1)
@@ -217,8 +231,9 @@ def _raw_documents(path: Path, start: int = 0, stop: int | None = None) -> Itera
         for raw in handle:
             if stop is not None and offset >= stop:
                 return
-            if raw.strip():
-                yield offset, raw
+            skipped = mark if offset == 0 else 0
+            if raw[skipped:].strip():
+                yield offset + skipped, raw[skipped:]
             offset += len(raw)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lfm_jax.data.heldout import split_files
-from lfm_jax.data.sources import Documents, SourceFile, find_files
+from lfm_jax.data.sources import Documents, SourceFile, find_files, read_stretch, stretches
 
 
 def write(root, files):
@@ -136,6 +136,29 @@ def test_documents_are_one_per_text_file_and_one_per_jsonl_line(tmp_path):
         documents[4]
 
 
+def test_a_byte_order_mark_is_no_part_of_a_document(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    stored = {"a.txt": b"one", "b.py": b"", "c.jsonl": b'{"text": "two"}\n{"text": "three"}\n', "d.jsonl": b"\n"}
+    write(tmp_path / "plain", stored)
+    write(tmp_path / "marked", {name: mark + content for name, content in stored.items()})
+    plain, marked = (Documents(find_files([str(tmp_path / name)])) for name in ("plain", "marked"))
+    assert list(marked) == list(plain) == ["one", "two", "three"]
+    assert marked.num_bytes == plain.num_bytes == 11
+    for file in marked.files:
+        size = file.path.stat().st_size
+        for longest in range(1, size + 1):  # However a file is cut, and be it inside the mark.
+            problems = []
+            found = [document for stretch in stretches(file.path, size, longest)
+                     for document in read_stretch(stretch, "text", problems)]
+            whole = file.path.read_bytes()[3:]
+            lines = whole.splitlines(keepends=True) if file.name.endswith(".jsonl") else [whole]
+            assert [raw for raw, _ in found] == [line for line in lines if line.strip()]
+            assert problems == []
+    inner = tmp_path / "inner.txt"
+    inner.write_bytes(b"a" + mark)  # Elsewhere it is a character like any other.
+    assert list(Documents([SourceFile(inner, "inner.txt")])) == ["a\ufeff"]
+
+
 def test_documents_are_read_when_asked_for(tmp_path):
     write(tmp_path, {"a.txt": "first", "b.jsonl": '{"text": "row"}\n'})
     documents = Documents(find_files([str(tmp_path)]))
@@ -154,7 +177,8 @@ def test_jsonl_gives_back_every_text(tmp_path_factory, texts):
 def test_bad_files_and_lines_are_listed_with_their_place(tmp_path):
     write(tmp_path, {
         "latin.txt": b"fine\ncaf\xe9\n",
-        "rows.jsonl": b'{"text": "ok"}\n{"text": \n{"body": "x"}\n[1]\n{"text": 3}\n"\xff"\n{"text": "\\ud800"}\n',
+        "rows.jsonl": b'{"text": "ok"}\n{"text": \n{"body": "x"}\n[1]\n{"text": 3}\n"\xff"\n{"text": "\\ud800"}\n'
+                      b'{"text": null}\n',
     })
     with pytest.raises(ValueError, match="documents cannot be read") as error:
         Documents(find_files([str(tmp_path)]))
@@ -164,9 +188,10 @@ def test_bad_files_and_lines_are_listed_with_their_place(tmp_path):
         "rows.jsonl, line 2: not JSON (Expecting value, column",
         "rows.jsonl, line 3: expected a JSON object with a string under 'text', but its keys are 'body'",
         "rows.jsonl, line 4: expected a JSON object with a string under 'text', but it is not an object",
-        "rows.jsonl, line 5: expected a JSON object",
+        "rows.jsonl, line 5: expected a JSON object with a string under 'text', but that is a number",
         "rows.jsonl, line 6: not UTF-8 (byte 0xff)",
         "rows.jsonl, line 7: 'text' holds half a surrogate pair",
+        "rows.jsonl, line 8: expected a JSON object with a string under 'text', but that is null",
     ], strict=True):
         assert expected in line
 
