@@ -23,6 +23,7 @@ from lfm_jax.structured.json_schema import Bounds, accepted, compiled, llguidanc
 from lfm_jax.structured.kept import Kept
 from lfm_jax.structured.schema import GrammarError
 from lfm_jax.structured.size import check_pattern
+from lfm_jax.structured.trial import tried
 from lfm_jax.text.tokenizer import without_limits
 from lfm_jax.text.tool_schemas import Tool, tool_schemas
 from lfm_jax.text.tools import END, START
@@ -81,15 +82,19 @@ class Grammar:
 
     @classmethod
     def lark(cls, text: str) -> Grammar:
-        """Text of the rule `start` in llguidance's variant of Lark, where `<|name|>` is a special token."""
-        return _kept("lark", text, lambda: cls(accepted(text)))
+        """Text of the rule `start` in llguidance's variant of Lark, where `<|name|>` is a special token.
+
+        It is compiled in a process of its own first, see `trial.py`.
+        """
+        return _kept("lark", text, lambda: cls(tried(text)))
 
     @classmethod
     def choice(cls, choices: Sequence[str]) -> Grammar:
         """One of these texts."""
         if isinstance(choices, str) or not choices or not all(isinstance(c, str) for c in choices):
             raise GrammarError(f"choices is {choices!r:.60}; expected a list of at least one text")
-        return cls.lark(f"start: {' | '.join(map(json.dumps, choices))}")
+        text = f"start: {' | '.join(map(json.dumps, choices))}"
+        return _kept("choice", text, lambda: cls(accepted(text)))
 
     @classmethod
     def tool_calls(

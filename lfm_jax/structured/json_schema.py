@@ -153,11 +153,10 @@ def _bounded_number(node: Schema, whole: bool, bounds: Bounds, place: str) -> Sc
         raise GrammarError(f"multipleOf {divisor} has more than {MAX_DIVISOR} remainders to follow (at {place})")
     new = {key: value for key, value in node.items() if key not in ("exclusiveMinimum", "exclusiveMaximum")}
     low, high = node.get("minimum", -math.inf), node.get("maximum", math.inf)
-    over, under = node.get("exclusiveMinimum", False), node.get("exclusiveMaximum", False)
-    if over is not False:  # In draft 4 it is True, and about `minimum`.
-        low = max(low, _above(low if over is True else over, step))
-    if under is not False:
-        high = min(high, -_above(-(high if under is True else under), step))
+    if "exclusiveMinimum" in node:
+        low = max(low, _above(node["exclusiveMinimum"], step))
+    if "exclusiveMaximum" in node:
+        high = min(high, -_above(-node["exclusiveMaximum"], step))
     reach = max(10**bounds.digits, abs(node.get("multipleOf", 0)))
     least = min(high, 0) - (reach if low == -math.inf else max(reach, 2**53))
     most = max(low, 0) + (reach if high == math.inf else max(reach, 2**53))

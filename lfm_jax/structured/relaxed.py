@@ -13,8 +13,8 @@ _ORDER = ("type", "enum", "const", "properties", "required", "additionalProperti
 _DEFINITIONS = {"$defs", "definitions"}
 MAX_ALONE = 1000
 """Most keywords that are looked at one by one, since a schema cannot have all that it has: a few milliseconds each."""
-_SMALLER = ("maxLength", "maxItems", "maxProperties", "maximum")
-_LARGER = ("minLength", "minItems", "minProperties", "minimum")
+_SMALLER = ("maxLength", "maxItems", "maxProperties", "maximum", "exclusiveMaximum")
+_LARGER = ("minLength", "minItems", "minProperties", "minimum", "exclusiveMinimum")
 
 
 def relaxed(root: Schema, sayable: Callable[[Schema], bool]) -> tuple[Schema, list[str]]:
@@ -205,7 +205,8 @@ def _kinds(node: Schema) -> list[Any]:
 
 
 def _any_of(schemas: Sequence[Any]) -> Schema:
-    different = {json.dumps(schema, sort_keys=True): schema for schema in schemas}
+    """What fits one of some schemas, or anything where there are none."""
+    different = {json.dumps(schema, sort_keys=True): schema for schema in schemas or [{}]}
     return {"anyOf": [*different.values()]} if len(different) > 1 else next(iter(different.values()))
 
 

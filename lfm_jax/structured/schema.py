@@ -53,6 +53,7 @@ def plain(schema: Any, left_out: list[str] | None = None) -> Schema:
     - Each `$ref` is the JSON pointer (RFC 6901, in a URI's fragment) of a schema that `nodes` lists. What it points to
       under keywords that hold no schemas is copied to `$defs`.
     - The keywords that set base URIs and anchors are removed.
+    - Exclusive limits are numbers, also where draft 4 has a truth value beside the limit.
 
     Args:
       left_out: where given, keywords whose value is of another type are left out, and their places added to it.
@@ -190,6 +191,9 @@ class _Document:
             base, draft = self._named_by(node, base, draft)
         self._places[id(node)], self._bases[id(node)] = place, base
         shaped = {key: value for key, value in node.items() if key not in wrong}
+        for key, limit in _EXCLUSIVE.items():
+            if isinstance(shaped.get(key), bool) and shaped.pop(key) and limit in shaped:
+                shaped[key] = shaped.pop(limit)
         if self._left_out is not None:
             self._left_out += [f"{place}/{key}" for key in wrong]
         copy = replaced(shaped, lambda child, part: self._copied(child, f"{place}/{part}", base, draft))

@@ -64,6 +64,13 @@ CASES = [  # A schema; what is left of it; what is gone; a value that fits both,
     ({"type": "string", "required": True, "maxLength": 1}, {"type": "string", "maxLength": 1}, ["required"], "a", "ab"),
     ({"type": "object", "properties": {"a": False, "b": {"type": "null"}}, "not": {}},
      {"type": "object", "properties": {"b": {"type": "null"}}}, ["not"], {"b": None}, {"a": 1}),
+    ({"type": "array", "items": [], "minItems": 0, "maxItems": 0},
+     {"type": "array", "items": {}, "minItems": 0, "maxItems": 0}, ["items"], [], [1]),
+    ({"type": "array", "prefixItems": [], "items": False}, {"type": "array", "items": {}, "maxItems": 0},
+     ["prefixItems"], [], [1]),
+    ({"type": "array", "prefixItems": []}, {"type": "array", "items": {}}, ["prefixItems"], [1], {"a": 1}),
+    ({"allOf": [{"type": "integer", "minimum": 3, "exclusiveMinimum": True}, {"minimum": 5, "maximum": 9}]},
+     {"type": "integer", "exclusiveMinimum": 3, "minimum": 5, "maximum": 9}, [], 5, 4),
     (False, {}, [""], [{"a": 1}], None),
 ]  # fmt: skip
 
@@ -143,7 +150,8 @@ ODD = [
     {"allOf": [{"maxLength": 3}, {"minLength": 1}]}, {"anyOf": [{"required": ["a"]}, {"maxItems": 2}]},
     {"items": False}, {"minLength": "3"}, {"maxItems": 1.5}, {"type": "any"}, {"required": "a"}, {"enum": []},
     {"$ref": "#/$defs/d"}, {"minimum": 3, "maximum": 2}, {"exclusiveMinimum": True}, {"additionalProperties": False},
-    {"required": ["z"]}, {},
+    {"required": ["z"]}, {}, {"items": []}, {"prefixItems": [], "items": False},
+    {"minimum": "3", "exclusiveMinimum": True}, {"minimum": 3, "exclusiveMinimum": True},
 ]  # fmt: skip
 
 
