@@ -170,8 +170,11 @@ class Engine:
             problems.append(f"n is {request.n}; there are {slots} slots of its length")
         if len(stop_ids) > config.max_stop_ids:
             problems.append(f"stop_ids names {len(stop_ids)} tokens; max_stop_ids is {config.max_stop_ids}")
-        if sum(x == -math.inf for x in request.logit_bias.values()) == self.model_config.vocab_size:
+        forbidden = {token for token, bias in request.logit_bias.items() if bias == -math.inf}
+        if len(forbidden) == self.model_config.vocab_size:
             problems.append("logit_bias forbids every token; leave one")
+        elif request.min_new_tokens and len(forbidden | set(stop_ids)) == self.model_config.vocab_size:
+            problems.append(f"min_new_tokens is {request.min_new_tokens}, but logit_bias leaves stop ids only")
         if request.logprobs is not None and (request.logprobs > config.max_logprobs or not config.max_logprobs):
             problems.append(f"logprobs is {request.logprobs}; the engine's max_logprobs is {config.max_logprobs}")
         if request.grammar is not None and request.grammar.tokenizer.vocab_size != self.model_config.vocab_size:
@@ -185,6 +188,11 @@ class Engine:
     def _pools_for(self, request: Request) -> list[Pool]:
         """Returns the pools that can take a request, one on each replica."""
         return next(pools for length, pools in self._by_length.items() if length >= request.size)
+
+    def longest_for(self, continuations: int) -> int:
+        """Returns the number of tokens of the longest slots of which there are as many; 0: there are not."""
+        return max((length for length, pools in self._by_length.items() if pools[0].shape.slots >= continuations),
+                   default=0)
 
     def waiting(self) -> int:
         """Returns the number of requests without a slot."""
@@ -423,6 +431,8 @@ class Engine:
             reason = LOGITS_NOT_FINITE
         if reason is not None:
             finish = "failed"
+        elif run.matcher is not None and run.matcher.error is not None:
+            finish, reason = "grammar", run.matcher.error
         elif tokens[-1] in (request.stop_ids or ()):
             finish = "stop"
         elif run.made + len(tokens) >= request.max_new_tokens:
@@ -438,10 +448,10 @@ class Engine:
     ) -> None:
         """Tells of new tokens, and of the end if this is it."""
         first = run.made == 0
-        scores = run.scores if first and run.request.prompt_logprobs and finish != "failed" else None
+        scores = run.scores if first and run.request.prompt_logprobs and reason is None else None
         run.made += len(tokens)
         if finish is not None:
-            run.pool.release(run, stop=finish == "failed")
+            run.pool.release(run, stop=reason is not None)
             self.counts[finish] += 1
             if reason == LOGITS_NOT_FINITE:
                 self.counts["not_finite"] += 1
@@ -473,13 +483,13 @@ class Engine:
 
 
 def _follow(matcher: Matcher, tokens: Sequence[int]) -> str | None:
-    """Advances a matcher by tokens; returns the error if it cannot follow them, else None."""
+    """Advances a matcher by tokens; returns why one of them is not allowed, which no mask should let happen."""
     try:
         for token in tokens:
             matcher.consume(token)
     except ValueError as error:
         return str(error)
-    return matcher.error
+    return None
 
 
 def _collect(ends: list[Continuation], event: Event) -> None:

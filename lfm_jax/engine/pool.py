@@ -337,9 +337,8 @@ class Pool:
         """Runs some steps of all generating runs.
 
         It runs a single step while prompts are still to be taken in, since each adds a row to all later steps, and
-        while
-        a run follows a grammar: then every token so far must have been handed out, and the host makes the masks while
-        the device takes in the tokens chosen last.
+        while a run follows a grammar: then every token so far must have been handed out, and the host makes the masks
+        while the device takes in the tokens chosen last.
 
         Args:
           wanted: requests wait for a slot; the steps end where `_batch` budgets have ended.

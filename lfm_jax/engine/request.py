@@ -16,10 +16,10 @@ from lfm_jax.sampling import GREEDY, Sampling
 if TYPE_CHECKING:
     from lfm_jax.structured.grammar import Matcher
 
-Finish = Literal["stop", "length", "cancelled", "deadline", "failed"]
+Finish = Literal["stop", "length", "cancelled", "deadline", "grammar", "failed"]
 """`stop`: a stop id. `length`: max_new_tokens. `cancelled` and `deadline` may come at any time, also while it waits.
-`failed`: the grammar could be followed no further, the model's logits were not finite, or the engine has failed; the
-event says why."""
+`grammar`: the request's grammar lets no token follow, or takes too much work. `failed`: the model's logits were not
+finite, or the engine has failed. The event of the last two says why."""
 LOGITS_NOT_FINITE = "the model's logits are not finite: its weights are damaged, or its dtype is too narrow for them"
 
 
@@ -132,7 +132,7 @@ class Event:
     finish: Finish | None = None
     """Set with the last event of a continuation."""
     reason: str | None = None
-    """Why it failed."""
+    """Why `finish` is `grammar` or `failed`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Continuation:
     """A stop id included."""
     finish: Finish
     reason: str | None = None
-    """Why it failed."""
+    """Why `finish` is `grammar` or `failed`."""
 
 
 Listener = Callable[[Event], None]

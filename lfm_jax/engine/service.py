@@ -42,7 +42,7 @@ class Piece:
     """As with `Event`."""
     finish: Finish | None = None
     reason: str | None = None
-    """Why it failed."""
+    """As with `Event`."""
 
 
 class Service:

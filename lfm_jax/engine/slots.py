@@ -25,7 +25,7 @@ from lfm_jax import state as state_lib
 from lfm_jax.config import ModelConfig
 from lfm_jax.engine.config import SHORT, STEPS, EngineConfig
 from lfm_jax.model import LFM, Logits
-from lfm_jax.sampling import ANYTHING, Features, SamplingArrays, sample
+from lfm_jax.sampling import ANYTHING, GREEDY, Features, SamplingArrays, sample, to_arrays
 from lfm_jax.sharding import reshard, spec
 from lfm_jax.state import State
 
@@ -116,9 +116,8 @@ class SlotShape:
         """The numbers of rows, from the first on, that a dispatch may have when it generates, in ascending order.
 
         They are all rows, a quarter, a sixteenth and so on. On a CPU, where 16 rows take 1.7 times as long as 8, they
-        are
-        halves, unless slots are long: a dispatch of fewer than all rows copies them. Each number needs compiled
-          programs.
+        are halves, unless slots are long: a dispatch of fewer than all rows copies them. Each number needs compiled
+        programs.
         """
         halves = jax.default_backend() == "cpu" and self.length <= SHORT
         counts, part = {self.slots}, 2 if halves else 4
@@ -132,14 +131,8 @@ class SlotShape:
         def full(value: Any, *shape: int, dtype: Any = jnp.int32) -> jax.Array:
             return jnp.full((rows, *shape), value, dtype)
 
-        sampling = SamplingArrays(
-            temperature_B=full(0, dtype=jnp.float32), top_k_B=full(0), top_p_B=full(1, dtype=jnp.float32),
-            min_p_B=full(0, dtype=jnp.float32), repetition_penalty_B=full(1, dtype=jnp.float32),
-            frequency_penalty_B=full(0, dtype=jnp.float32), presence_penalty_B=full(0, dtype=jnp.float32),
-            seed_B=full(0, dtype=jnp.uint32),
-        )
         return Asked(
-            sampling=sampling, budget_B=full(0), least_B=full(0), stop_ids_BM=full(-1, self.max_stop_ids),
+            sampling=_greedy(rows), budget_B=full(0), least_B=full(0), stop_ids_BM=full(-1, self.max_stop_ids),
             biased_B=full(False, dtype=bool), draft_B=full(False, dtype=bool), logprobs_B=full(False, dtype=bool),
         )
 
@@ -429,8 +422,10 @@ def _next_tokens(
         may_B1V = unpack(mask_BW, V)[:, None]
         free_BTV, allowed_BTV = (jnp.where(may_B1V, x, -jnp.inf) for x in (logits_BTV.astype(jnp.float32), allowed_BTV))
         allowed_BTV = jnp.where(jnp.any(allowed_BTV > -jnp.inf, axis=2, keepdims=True), allowed_BTV, free_BTV)
+    # Rows that have ended keep their options, which must not cost the others a filter or a penalty.
+    sampling = jax.tree.map(lambda x_B, idle_B: jnp.where(live_B, x_B, idle_B), asked.sampling, _greedy(B))
     # Rows whose tokens depend on those just before have no drafts: what they hold is right for T = 1.
-    sampling, seen_XV = asked.sampling, slots.seen_BV if features.repetition_penalty else None
+    seen_XV = slots.seen_BV if features.repetition_penalty else None
     if T > 1:
         sampling, seen_XV = jax.tree.map(lambda x: jnp.repeat(x, T, axis=0), (sampling, seen_XV))
     token_X = sample(
@@ -458,6 +453,11 @@ def _next_tokens(
         token_B=jnp.where(live_B & chosen_B, last_B, slots.token_B),
         left_B=jnp.where(live_B & ~stopped_B, slots.left_B - made_B, 0),
     ), told
+
+
+def _greedy(rows: int) -> SamplingArrays:
+    """The sampling of rows that ask for nothing."""
+    return jax.tree.map(jnp.asarray, to_arrays([GREEDY] * rows, 1)[0])
 
 
 def _generated(slots: Slots, end_B: jax.Array) -> jax.Array:

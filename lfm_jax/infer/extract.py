@@ -125,7 +125,7 @@ def extract(
     ]
     results = []
     for number, [answer] in enumerate(Engine(model, config).complete(requests)):
-        if answer.finish == "failed":
+        if answer.reason is not None:
             raise ValueError(f"the answer for text {number} cannot be finished: {answer.reason}")
         if answer.finish != "stop":
             raise ValueError(f"the answer for text {number} needs more than max_new_tokens {max_new_tokens}; raise it, "

@@ -27,15 +27,25 @@ from lfm_jax.engine.request import EngineFullError
 from lfm_jax.engine.service import Answers, Piece, Service
 from lfm_jax.sampling import GREEDY, Sampling
 from lfm_jax.serve.errors import ERROR_TYPES, RefusalError
-from lfm_jax.serve.fields import RELAXED_HEADER, UNKNOWN_HEADER, Body, UnknownFieldLog, place, relaxed_header
+from lfm_jax.serve.fields import (
+    RELAXED_HEADER,
+    UNKNOWN_HEADER,
+    Body,
+    FieldError,
+    UnknownFieldLog,
+    blamed,
+    place,
+    relaxed_header,
+)
 from lfm_jax.serve.formats import ChatForm, Form, TextForm, dumped, streamed_answer, whole_answer
-from lfm_jax.serve.gate import REQUEST_ID, Gate
+from lfm_jax.serve.gate import REQUEST_ID, Gate, Named
 from lfm_jax.serve.limits import LIMITS, Limits
 from lfm_jax.serve.messages import plain_messages
 from lfm_jax.serve.metrics import Metrics
 from lfm_jax.serve.protocol import ChatBody, CompletionBody, Shared
 from lfm_jax.serve.responses import ResponsesBody, ResponsesForm
 from lfm_jax.structured.grammar import Matcher
+from lfm_jax.text.codec import encoded
 
 
 def make_app(
@@ -67,6 +77,7 @@ def make_app(
         # Around the gate: a browser asks first, without the key, what it may send.
         app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"],
                            expose_headers=[REQUEST_ID, UNKNOWN_HEADER, RELAXED_HEADER])
+    app.add_middleware(Named)
     app.add_exception_handler(RefusalError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
@@ -92,15 +103,23 @@ async def _refused(request: Request, error: Any) -> Response:
 
 
 async def _invalid(request: Request, error: Any) -> Response:
-    problems = [_problem(problem, error.body) for problem in error.errors()[:8]]
+    return await _refused(request, _refusal([_problem(problem, error.body) for problem in error.errors()[:8]]))
+
+
+def _refusal(
+    problems: Sequence[tuple[str | None, str]], named: Callable[[str], str] = lambda text: text
+) -> RefusalError:
+    """The error of some problems, each with its field; `named` gives fields other names."""
     field = next((field for field, _ in problems if field), None)
-    message = "; ".join(f"{field}: {what}" if field else what for field, what in problems)
-    return await _refused(request, RefusalError(400, message, param=field))
+    message = "; ".join(what if not where or what.startswith(where) else f"{where}: {what}" for where, what in problems)
+    return RefusalError(400, named(message), param=field and named(field))
 
 
 def _problem(problem: Mapping[str, Any], body: Any) -> tuple[str | None, str]:
     """The field that an error of validation is about, and what is wrong."""
     kind, location = problem["type"], problem["loc"][1:]
+    if isinstance(error := problem.get("ctx", {}).get("error"), FieldError):
+        return place([*location, error.field]), str(error)
     if kind == "json_invalid":
         at, text = location[0], body if isinstance(body, str) else ""
         line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
@@ -199,8 +218,9 @@ class _Desk:
         self._check(body, len(body.prompts()))
 
         def prepare() -> list[engine_request.Request]:
-            matcher = self._matcher(body, [value for _, value in body.constraints()])
-            prompts = [self._service.encode(p) if isinstance(p, str) else p for p in body.prompts()]
+            matcher = self._matcher(body, [one.value for one in body.constraints()])
+            with blamed("prompt"):
+                prompts = [self._service.encode(p) if isinstance(p, str) else p for p in body.prompts()]
             most = 16 if body.max_tokens is None else body.max_tokens
             return [self._ask(prompt, body, most, body.logprobs, matcher, "prompt",
                               prompt_logprobs=bool(body.echo and body.logprobs is not None)) for prompt in prompts]
@@ -221,22 +241,40 @@ class _Desk:
         arrived = time.monotonic()
         try:
             chat = body.as_chat()
+            self._check(chat, 1)
+            asked = await self._in_thread(lambda: [self._ask_chat(chat)])
         except ValidationError as error:
-            raise RefusalError(400, "; ".join(f"{place(e['loc'])}: {e['msg']}" for e in error.errors()[:8])) from None
-        self._check(chat, 1)
-        asked = await self._in_thread(lambda: [self._ask_chat(chat)])
+            raise _refusal([_problem({**e, "loc": ("body", *e["loc"])}, None) for e in error.errors()[:8]],
+                           body.in_own_words) from None
+        except RefusalError as error:
+            error.message = body.in_own_words(error.message)
+            error.param = error.param and body.in_own_words(error.param)
+            raise
         form = ResponsesForm(self._service, self._name, body, chat)
         return await self._answer(form, asked, chat, body, request, arrived)
 
     def _ask_chat(self, body: ChatBody) -> engine_request.Request:
-        given = [*(tool.function.plain() for tool in body.function_tools), *(value for _, value in body.constraints())]
+        given = [*(tool.function.plain() for tool in body.function_tools),
+                 *(one.value for one in body.constraints())]
         matcher = self._matcher(body, given)
         tools = body.schemas if body.tool_choice != "none" else None
-        prompt = self._service.encode_chat(
-            plain_messages(body.messages), tools, continue_final=body.continues, variables=body.chat_template_kwargs)
+        messages = plain_messages(body.messages)
+        with blamed("messages"):
+            prompt = self._service.encode_chat(messages, tools, continue_final=body.continues,
+                                               variables=body.chat_template_kwargs)
+            if matcher is not None and body.continues:
+                self._follow(matcher, messages[-1]["content"])
         most = body.max_completion_tokens or body.max_tokens or self._limits.tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         return self._ask(prompt, body, most, logprobs, matcher, "messages")
+
+    def _follow(self, matcher: Matcher, text: str) -> None:
+        """Advances a matcher by the beginning of the answer, which the client has written."""
+        try:
+            for token in encoded(self._service.tokenizer, text, add_special_tokens=False).ids:
+                matcher.consume(token)
+        except ValueError:
+            raise ValueError("the last message, which is to be continued, does not begin as the answer must") from None
 
     async def _in_thread(self, prepare: Callable[[], list[engine_request.Request]]) -> list[engine_request.Request]:
         """Prepares requests in a thread, because long texts and large schemas take a while."""
@@ -244,9 +282,9 @@ class _Desk:
             raise RefusalError(429, f"{self._preparing} requests are being prepared already", "queue_full")
         self._preparing += 1
         try:
-            return await asyncio.to_thread(prepare)
+            return await asyncio.to_thread(_carried, prepare)
         except ValueError as error:
-            raise RefusalError(400, str(error)) from None
+            raise RefusalError(400, str(error), param=getattr(error, "field", None)) from None
         except RecursionError:
             raise RefusalError(400, "the body is nested too deep") from None
         finally:
@@ -262,7 +300,8 @@ class _Desk:
         """A matcher of what the answer must follow; `given` is what the client sent of it."""
         size = len(json.dumps(given))
         if size > self._limits.schema_bytes:
-            raise ValueError(f"schemas take {size} bytes; at most {self._limits.schema_bytes}")
+            field = "tools" if isinstance(body, ChatBody) and body.tools else body.constraints()[0].field
+            raise FieldError(field, f"schemas take {size} bytes; at most {self._limits.schema_bytes}")
         return None if body.grammar is None else self._service.matcher(body.grammar)
 
     def _ask(
@@ -270,16 +309,26 @@ class _Desk:
         prompt_logprobs: bool = False,
     ) -> engine_request.Request:
         """A request of the engine; it ends where the context does."""
-        room = self._service.engine.longest - len(prompt)
+        engine, V, n = self._service.engine, self._service.config.vocab_size, body.n or 1
+        if not (longest := engine.longest_for(n)):
+            raise FieldError("n", f"n is {n}; the server has not as many slots of one length")
+        room = longest - len(prompt)
         if room < min(most, 1):
-            error = engine_request.ContextLengthError(self._service.engine.longest, len(prompt), most)
+            error = engine_request.ContextLengthError(longest, len(prompt), most)
             raise RefusalError(400, str(error), "context_length_exceeded", param=param)
         most = min(most, room)
         own = () if body.ignore_eos and matcher is None else self._service.stop_ids
+        stop_ids = tuple(dict.fromkeys([*own, *(body.stop_token_ids or ())]))
+        for field, ids in (("stop_token_ids", stop_ids), ("logit_bias", body.logit_bias or {})):
+            if strange := [token for token in ids if token >= V]:
+                raise FieldError(field, f"{field} names {strange[0]}; token ids lie in 0..{V - 1}")
+        if len(stop_ids) > engine.config.max_stop_ids:
+            raise FieldError("stop_token_ids", f"stop_token_ids and the model's own make {len(stop_ids)} ids; at most "
+                             f"{engine.config.max_stop_ids} can end an answer")
         return engine_request.Request(
             prompt=prompt, max_new_tokens=most, min_new_tokens=min(body.min_tokens or 0, most),
-            sampling=body.sampling(self._sampling, secrets.randbits(32)), n=body.n or 1,
-            stop_ids=tuple(dict.fromkeys([*own, *(body.stop_token_ids or ())])), logit_bias=body.logit_bias or {},
+            sampling=body.sampling(self._sampling, secrets.randbits(32)), n=n, stop_ids=stop_ids,
+            logit_bias=body.logit_bias or {},
             logprobs=logprobs, prompt_logprobs=prompt_logprobs, grammar=matcher, deadline=self._limits.seconds,
         )
 
@@ -300,7 +349,8 @@ class _Desk:
         # Started here, so that a disconnect is noticed while the request waits for a slot too.
         leaving = asyncio.ensure_future(_cancel_when_gone(request, answers))
         pieces = self._observed(answers, leaving, arrived)
-        headers = self._unknown.headers(sent) | relaxed_header(body.grammar.relaxed if body.grammar else ())
+        headers = self._unknown.headers(sent, request.scope[REQUEST_ID])
+        headers |= relaxed_header(body.grammar.relaxed if body.grammar else ())
         if body.stream:
             return StreamingResponse(streamed_answer(form, pieces, asked), media_type="text/event-stream",
                                      headers=headers | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -321,6 +371,14 @@ class _Desk:
                     yield piece
         finally:
             leaving.cancel()
+
+
+def _carried[T](function: Callable[[], T]) -> T:
+    """Calls a function in a thread. No future can carry StopIteration: whoever waits for it would wait for ever."""
+    try:
+        return function()
+    except StopIteration as error:
+        raise RuntimeError("an iterator has ended early") from error
 
 
 async def _cancel_when_gone(request: Request, answers: Answers) -> None:

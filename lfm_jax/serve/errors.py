@@ -10,7 +10,7 @@ from lfm_jax.engine.service import Piece
 ERROR_TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
     408: "timeout_error", 413: "invalid_request_error", 429: "rate_limit_error", 500: "server_error",
-    503: "server_error", 504: "timeout_error",
+    499: "client_closed_request", 503: "server_error", 504: "timeout_error",
 }
 """The `type` of an error, by status."""
 
@@ -41,6 +41,8 @@ def broken(piece: Piece) -> RefusalError | None:
     """Returns the error of a continuation that ended without an answer, None for one that has or still runs."""
     if piece.finish == "deadline":
         return RefusalError(504, "the answer took too long")
+    if piece.finish == "grammar":
+        return RefusalError(400, f"the answer cannot follow its grammar to an end: {piece.reason}")
     if piece.finish == "failed":
         return RefusalError(500, f"the answer cannot be finished: {piece.reason}")
     if piece.finish == "cancelled":

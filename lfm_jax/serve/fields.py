@@ -11,10 +11,11 @@ honoured. The tables in the docs are made from these models.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator, GetCoreSchemaHandler
@@ -44,6 +45,18 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="allow", populate_by_name=True)
 
 
+class FieldError(ValueError):
+    """A request asks for what cannot be.
+
+    Args:
+      field: the field that it is about, as `place` names it.
+    """
+
+    def __init__(self, field: str, message: str):
+        super().__init__(message)
+        self.field = field
+
+
 @dataclasses.dataclass(frozen=True)
 class Ignored:
     """Marks a field that is accepted with any value and changes nothing."""
@@ -64,6 +77,17 @@ class Refused:
         if value and value not in self.neutral:
             raise ValueError(f"not supported: {self.instead}")
         return value
+
+
+@contextlib.contextmanager
+def blamed(field: str) -> Generator[None]:
+    """Errors of what a field asks for name the field."""
+    try:
+        yield
+    except FieldError:
+        raise
+    except ValueError as error:
+        raise FieldError(field, str(error)) from None
 
 
 def one_of(kind: Callable[[Any], str | None], expected: str) -> Discriminator:
@@ -117,13 +141,17 @@ class UnknownFieldLog:
     def __init__(self) -> None:
         self._named: set[str] = set()
 
-    def headers(self, body: Body) -> dict[str, str]:
-        """The headers of an answer, after naming what is new in the log."""
+    def headers(self, body: Body, request: str) -> dict[str, str]:
+        """The headers of an answer, after naming what is new in the log.
+
+        Args:
+          request: the name of the request in the log.
+        """
         names = unknown_fields(body)
         for name in names:
             if name not in self._named and len(self._named) < MAX_LOGGED:
                 self._named.add(name)
-                say(f"a request has the unknown field {name}; it is ignored")
+                say(f"request {request} has the unknown field {name}; it is ignored")
         return {UNKNOWN_HEADER: ", ".join(names[:MAX_NAMED])} if names else {}
 
 

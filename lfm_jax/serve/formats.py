@@ -84,7 +84,7 @@ async def whole_answer(form: Form, pieces: AsyncGenerator[Piece], asked: Sequenc
     """The body of an answer that is not streamed.
 
     Raises:
-      RefusalError: a continuation came to no answer.
+      RefusalError: a continuation came to no answer, or the client has gone.
     """
     choices: Choices = {}
     async with aclosing(pieces):
@@ -95,6 +95,8 @@ async def whole_answer(form: Form, pieces: AsyncGenerator[Piece], asked: Sequenc
             choice.note(piece)
             for _ in form.deltas(piece, choice):  # So that text is split into content and calls.
                 pass
+    if not _ended(choices, asked):
+        raise RefusalError(499, "the client has closed the connection")
     return form.whole(choices, asked)
 
 
@@ -116,10 +118,17 @@ async def streamed_answer(
             choice.note(piece)
             for chunk in form.deltas(piece, choice):
                 yield form.event(chunk, choices, asked)
+    if not _ended(choices, asked):  # The client has gone.
+        return
     for chunk in form.closing(choices, asked):
         yield form.event(chunk, choices, asked)
     if form.end:
         yield form.end
+
+
+def _ended(choices: Choices, asked: Sequence[Request]) -> bool:
+    """Whether every continuation has its end: those of a client that has gone stop anywhere."""
+    return sum(choice.finish is not None for choice in choices.values()) == sum(one.n for one in asked)
 
 
 def dumped(value: Any) -> str:

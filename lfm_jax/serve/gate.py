@@ -19,13 +19,30 @@ from lfm_jax.serve.limits import Limits
 from lfm_jax.serve.metrics import Metrics
 
 REQUEST_ID = "x-request-id"
-"""Header of every answer with a name that the log calls the request by."""
+"""Header of every answer with a name that the log calls the request by, and its key in the ASGI scope."""
 OPEN = ("/", "/health")
 """Paths that need no key."""
 
 
+class Named:
+    """ASGI middleware that names each request, in its scope and in the header of its answer."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        name = scope[REQUEST_ID] = f"req_{secrets.token_hex(12)}"
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message.setdefault("headers", []).append((REQUEST_ID.encode(), name.encode()))
+            await send(message)
+
+        await self._app(scope, receive, named)
+
+
 class Gate:
-    """ASGI middleware.
+    """ASGI middleware, inside `Named`.
 
     Args:
       api_key: the bearer token that clients must send. With None they need none, but must name this machine as the
@@ -41,13 +58,12 @@ class Gate:
             await self._app(scope, receive, send)
             return
         began, status, size, whole = time.monotonic(), 0, 0, False
-        name = f"req_{secrets.token_hex(12)}"
+        name = scope[REQUEST_ID]
 
         async def told(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message.setdefault("headers", []).append((REQUEST_ID.encode(), name.encode()))
             await send(message)
 
         async def counted() -> Message:

@@ -95,7 +95,7 @@ def api_key() -> str | None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket of an address, taken before a model is loaded; clients are refused until `serve` listens on it.
+    """A socket of an address, taken before a model is loaded; clients that come before `serve` wait for it.
 
     Raises:
       ValueError: an address that others reach, without a key; no such address; a port that is taken.
@@ -114,6 +114,7 @@ def listen(host: str, port: int) -> socket.socket:
         taken = socket.socket(family, kind)
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(address)
+        taken.listen()  # One that is only bound could be bound by a second server too.
     except OSError as error:
         why = {errno.EADDRINUSE: "another program has it; choose another with --port",
                errno.EACCES: "this user may not; choose one above 1023 with --port"}

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from lfm_jax.serve.fields import CACHE, ECHO, Body, Ignored, Refused, one_of
+from lfm_jax.serve.fields import CACHE, ECHO, Body, FieldError, Ignored, Refused, one_of
 
 
 class TextPart(Body):
@@ -155,12 +155,12 @@ def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """As `Service.encode_chat` takes them.
 
     Raises:
-      ValueError: the first message that is not valid, by its number.
+      FieldError: the first message that is not valid, by its number.
     """
     plain = []
     for i, message in enumerate(messages):
         try:
             plain.append(message.plain())
         except ValueError as error:
-            raise ValueError(f"messages[{i}]: {error}") from None
+            raise FieldError(f"messages[{i}]", f"messages[{i}]: {error}") from None
     return plain

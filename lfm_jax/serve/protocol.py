@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BeforeValidator, Field, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, Tag, model_validator
 
 from lfm_jax.sampling import Sampling
-from lfm_jax.serve.fields import ACCOUNT, CACHE, HINT, STORAGE, Body, Ignored, Refused, one_of
+from lfm_jax.serve.fields import ACCOUNT, CACHE, HINT, STORAGE, Body, FieldError, Ignored, Refused, blamed, one_of
 from lfm_jax.serve.messages import ChatMessage
 from lfm_jax.serve.tools import AllowedChoice, NamedTool, Tool, ToolChoice, ToolEntry
 from lfm_jax.structured.grammar import Grammar
+from lfm_jax.text.chat import OWN_VARIABLES
 from lfm_jax.text.tool_schemas import tool_schemas
 
 MAX_STOPS = 8
@@ -71,6 +72,16 @@ class StructuredOutputs(Body):
     structural_tag: Annotated[Any, Refused("use json, regex, choice or grammar")] = None
 
 
+class Constraint(NamedTuple):
+    """What an answer must follow."""
+
+    field: str
+    """The field that asks for it."""
+    kind: str
+    """`json` (a schema), `regex`, `choice` or `grammar`."""
+    value: Any
+
+
 class Shared(Body):
     """Fields that both kinds of completion have."""
 
@@ -94,7 +105,8 @@ class Shared(Body):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10, allow_inf_nan=False)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     stop_token_ids: list[TokenId] | None = Field(None, description="end the answer beside the model's own")
-    ignore_eos: bool | None = Field(None, description="the model's own stop ids do not end the answer")
+    ignore_eos: bool | None = Field(
+        None, description="the model's own stop ids do not end the answer, unless a grammar says where it ends")
     skip_special_tokens: bool | None = None
     structured_outputs: StructuredOutputs | None = Field(
         None, description="one of `json`, `regex`, `choice`, `grammar` (Lark), `json_object`")
@@ -114,26 +126,27 @@ class Shared(Body):
         fields: dict[str, Any] = {name: getattr(default, name) for name in Sampling.__dataclass_fields__}
         return Sampling(**fields | {name: value for name, value in given.items() if value is not None})
 
-    def constraints(self) -> list[tuple[str, Any]]:
-        """The constraints on the answer, by kind: `json` (a schema), `regex`, `choice`, `grammar`."""
+    def constraints(self) -> list[Constraint]:
+        """The constraints on the answer."""
         given = self.structured_outputs or StructuredOutputs()
-        pairs = [
-            ("json", given.json_), ("regex", given.regex), ("choice", given.choice), ("grammar", given.grammar),
-            ("json", {"type": "object"} if given.json_object else None), ("json", self.guided_json),
-            ("regex", self.guided_regex), ("choice", self.guided_choice), ("grammar", self.guided_grammar),
-        ]
-        return [(kind, value) for kind, value in pairs if value is not None]
+        inner = [("json", given.json_), ("regex", given.regex), ("choice", given.choice), ("grammar", given.grammar),
+                 ("json", {"type": "object"} if given.json_object else None)]
+        found = [Constraint("structured_outputs", kind, value) for kind, value in inner]
+        found += [Constraint(f"guided_{kind}", kind, getattr(self, f"guided_{kind}"))
+                  for kind in ("json", "regex", "choice", "grammar")]
+        return [one for one in found if one.value is not None]
 
-    def constraint(self) -> tuple[str, Any] | None:
+    def constraint(self) -> Constraint | None:
         """The one constraint on the answer.
 
         Raises:
-          ValueError: there are several.
+          FieldError: there are several.
         """
         found = self.constraints()
         if len(found) > 1:
-            raise ValueError(f"the answer has {len(found)} constraints ({', '.join(kind for kind, _ in found)}); "
-                             "send one of response_format, structured_outputs and the guided_* fields")
+            raise FieldError(found[1].field, f"the answer has {len(found)} constraints "
+                             f"({', '.join(one.kind for one in found)}); send one of response_format, "
+                             "structured_outputs and the guided_* fields")
         return found[0] if found else None
 
     @functools.cached_property
@@ -141,19 +154,14 @@ class Shared(Body):
         """What the answer must follow.
 
         Raises:
-          ValueError: several constraints.
-          GrammarError: one that is not supported.
+          FieldError: several constraints, or one that is not supported.
         """
-        return _grammar(self.constraint())
-
-
-def _grammar(constraint: tuple[str, Any] | None) -> Grammar | None:
-    if constraint is None:
-        return None
-    makers: dict[str, Callable[[Any], Grammar]] = {
-        "json": Grammar.json_schema, "regex": Grammar.regex, "choice": Grammar.choice, "grammar": Grammar.lark}
-    kind, value = constraint
-    return makers[kind](value)
+        if (constraint := self.constraint()) is None:
+            return None
+        makers: dict[str, Callable[[Any], Grammar]] = {
+            "json": Grammar.json_schema, "regex": Grammar.regex, "choice": Grammar.choice, "grammar": Grammar.lark}
+        with blamed(constraint.field):
+            return makers[constraint.kind](constraint.value)
 
 
 # -------------------------------------------------------------------- completions
@@ -194,7 +202,7 @@ class CompletionBody(Shared):
     @model_validator(mode="after")
     def _best(self) -> Self:
         if self.best_of not in (None, self.n or 1):
-            raise ValueError("best_of must be n: every continuation is given back")
+            raise FieldError("best_of", "best_of must be n: every continuation is given back")
         return self
 
     def prompts(self) -> list[Prompt]:
@@ -237,6 +245,12 @@ class ResponseFormat(Body):
         return None
 
 
+def _variables(given: dict[str, Any] | None) -> dict[str, Any] | None:
+    if taken := OWN_VARIABLES & (given or {}).keys():
+        raise ValueError(f"{', '.join(sorted(taken))} cannot be set here: the other fields of the request say it")
+    return given
+
+
 class ChatBody(Shared):
     """POST /v1/chat/completions."""
 
@@ -255,7 +269,8 @@ class ChatBody(Shared):
     # Of other servers of open models.
     add_generation_prompt: bool | None = Field(None, description="false only with `continue_final_message`")
     continue_final_message: bool | None = Field(None, description="the answer continues the last message")
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="variables of the chat template")
+    chat_template_kwargs: Annotated[dict[str, Any] | None, AfterValidator(_variables)] = Field(
+        None, description="variables of the chat template")
     # Of no consequence here.
     modalities: Annotated[Any, Refused("the model answers in text", ["text"])] = None
     audio: Annotated[Any, Refused("the model answers in text")] = None
@@ -277,14 +292,14 @@ class ChatBody(Shared):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs goes with logprobs: true")
+            raise FieldError("top_logprobs", "top_logprobs goes with logprobs: true")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
-            raise ValueError("tool_choice asks for a tool and tools has none")
+            raise FieldError("tool_choice", "tool_choice asks for a tool and tools has none")
         if self.add_generation_prompt is False and not self.continues:
-            raise ValueError("without a generation prompt the answer continues the last message: send "
-                             "continue_final_message: true too")
+            raise FieldError("add_generation_prompt", "without a generation prompt the answer continues the last "
+                             "message: send continue_final_message: true too")
         if self.continues and self.messages[-1].role != "assistant":
-            raise ValueError("only a last message of the assistant can be continued")
+            raise FieldError("messages", "only a last message of the assistant can be continued")
         return self
 
     @property
@@ -307,9 +322,10 @@ class ChatBody(Shared):
         """The tools, with `strict` where the client wrote it.
 
         Raises:
-          ValueError: see `tool_schemas`.
+          FieldError: see `tool_schemas`.
         """
-        return tool_schemas([tool.function.plain() for tool in self.function_tools])
+        with blamed("tools"):
+            return tool_schemas([tool.function.plain() for tool in self.function_tools])
 
     @property
     def schemas(self) -> list[dict[str, Any]] | None:
@@ -317,26 +333,34 @@ class ChatBody(Shared):
         return [{key: value for key, value in tool.items() if key != "strict"}
                 for tool in self.functions_offered] or None
 
-    def constraints(self) -> list[tuple[str, Any]]:
+    def constraints(self) -> list[Constraint]:
         schema = None if self.response_format is None else self.response_format.schema_asked()
-        return [*([("json", schema)] if schema is not None else []), *super().constraints()]
+        own = [] if schema is None else [Constraint("response_format", "json", schema)]
+        return [*own, *super().constraints()]
 
     @functools.cached_property
     def grammar(self) -> Grammar | None:
         if not self.calls_tools:
             return super().grammar
-        kind, schema = self.constraint() or ("json", None)
+        field, kind, schema = self.constraint() or ("", "json", None)
         if kind != "json":
-            raise ValueError(f"tools go together with a JSON schema for the answer, not with a {kind}; send "
+            raise FieldError(field, f"tools go together with a JSON schema for the answer, not with a {kind}; send "
                              "tool_choice: none to have the answer alone")
+        if schema is not None:
+            with blamed(field):
+                Grammar.json_schema(schema)
         required, name, tools = self.tool_choice == "required", None, self.functions_offered
         if isinstance(self.tool_choice, NamedTool):
             name = self.tool_choice.function.name
+            if name not in {tool["name"] for tool in tools}:
+                raise FieldError("tool_choice", f"tool_choice names {name}; tools has no such function")
         elif isinstance(self.tool_choice, AllowedChoice):
             allowed = self.tool_choice.allowed_tools
             names = {tool.function.name for tool in allowed.tools}
             if missing := names - {tool["name"] for tool in tools}:
-                raise ValueError(f"tool_choice allows {', '.join(sorted(missing))}; tools has no such function")
+                raise FieldError("tool_choice", f"tool_choice allows {', '.join(sorted(missing))}; tools has no such "
+                                 "function")
             required, tools = allowed.mode == "required", [tool for tool in tools if tool["name"] in names]
-        return Grammar.tool_calls(tools, required=required, name=name, answer=schema,
-                                  parallel=self.parallel_tool_calls is not False)
+        with blamed("tools"):
+            return Grammar.tool_calls(tools, required=required, name=name, answer=schema,
+                                      parallel=self.parallel_tool_calls is not False)

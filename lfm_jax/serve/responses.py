@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -79,7 +80,7 @@ class ForeignItem(Body):
 
 
 def _item_kind(value: Any) -> str:
-    kind = value.get("type", "message") if isinstance(value, dict) else getattr(value, "type", None) or "message"
+    kind = (value.get("type") if isinstance(value, dict) else getattr(value, "type", None)) or "message"
     known = ("message", "function_call", "function_call_output", "reasoning")
     return f"({kind})" if kind in known else "(other)"
 
@@ -109,7 +110,7 @@ class AllowedChoice(Body):
     """A choice among some functions."""
 
     type: Literal["allowed_tools"]
-    mode: Literal["auto", "required"] = "auto"
+    mode: Literal["auto", "required"] | None = None
     tools: Annotated[list[NamedChoice], Field(min_length=1, max_length=128)]
 
 
@@ -201,22 +202,44 @@ class ResponsesBody(Body):
     prompt_cache_options: Annotated[Any, Ignored(CACHE)] = None
     prompt_cache_retention: Annotated[Any, Ignored(CACHE)] = None
 
-    def as_chat(self) -> ChatBody:
-        """The chat that asks for the same."""
-        messages: list[dict[str, Any]] = []
+    def _messages(self) -> list[tuple[dict[str, Any], str]]:
+        """The messages of a chat that holds the same, each with the field that it comes from."""
+        found: list[tuple[dict[str, Any], str]] = []
         if self.instructions is not None:
-            messages.append({"role": "system", "content": self.instructions})
-        for item in [InputMessage(role="user", content=self.input)] if isinstance(self.input, str) else self.input:
+            found.append(({"role": "system", "content": self.instructions}, "instructions"))
+        if isinstance(self.input, str):
+            return [*found, ({"role": "user", "content": self.input}, "input")]
+        for i, item in enumerate(self.input):
             if isinstance(item, InputMessage):
-                messages.append({"role": item.role, "content": joined(item.content)})
+                found.append(({"role": item.role, "content": joined(item.content)}, f"input[{i}]"))
             elif isinstance(item, FunctionCall):
-                if not (messages and messages[-1]["role"] == "assistant"):
-                    messages.append({"role": "assistant", "content": ""})
-                messages[-1].setdefault("tool_calls", []).append(
+                if not (found and found[-1][0]["role"] == "assistant"):
+                    found.append(({"role": "assistant", "content": ""}, f"input[{i}]"))
+                found[-1][0].setdefault("tool_calls", []).append(
                     {"id": item.call_id, "type": "function",
                      "function": {"name": item.name, "arguments": item.arguments}})
             elif isinstance(item, FunctionOutput):
-                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": joined(item.output)})
+                found.append(({"role": "tool", "tool_call_id": item.call_id, "content": joined(item.output)},
+                              f"input[{i}]"))
+        return found
+
+    def in_own_words(self, about_chat: str) -> str:
+        """A field of the chat, or a message about it, with the names of this body's fields."""
+        if about_chat == "messages":
+            return "input"
+        sources = [source for _, source in self._messages()]
+        text = re.sub(r"\bmessages\[(\d+)\]", lambda found: sources[int(found[1])], about_chat)
+        names = {"response_format": "text.format", "max_completion_tokens": "max_output_tokens"}
+        return re.sub("|".join(names), lambda found: names[found[0]], text)
+
+    def as_chat(self) -> ChatBody:
+        """The chat that asks for the same.
+
+        Raises:
+          RefusalError: an input without a message.
+          ValidationError: see `ChatBody`.
+        """
+        messages = [message for message, _ in self._messages()]
         if not messages:
             raise RefusalError(400, "input has no message", param="input")
         shown = self.include or ()
@@ -268,6 +291,8 @@ class ResponsesForm:
         self.keeps_markers = chat.calls_tools
         self._reply = ChatReply(chat)
         self._logprobs = bool(chat.logprobs)
+        self._untold: list[dict[str, Any]] = []
+        """Log-probabilities of tokens whose text, or its place, is not known yet."""
         self._items: list[dict[str, Any]] = []
         self._open: dict[str, Any] | None = None
         """The item that is being written."""
@@ -282,6 +307,12 @@ class ResponsesForm:
             "tools": [_plain(tool) for tool in body.tools or ()], "truncation": "disabled", "usage": None,
             "metadata": body.metadata or {},
         }
+        for field, value in self._frame.items():  # Before the work, not after it.
+            try:
+                dumped(value).encode()
+            except ValueError:
+                raise RefusalError(400, f"{field} comes back in the answer and holds what JSON cannot: NaN, an "
+                                   "infinity, or half a surrogate pair", param=field) from None
 
     def _format(self) -> Any:
         form = None if self._body.text is None else self._body.text.format
@@ -307,12 +338,12 @@ class ResponsesForm:
         yield self._event("in_progress", response=dict(self._frame))
 
     def deltas(self, piece: Piece, choice: Choice) -> Iterator[dict[str, Any]]:
-        logprobs = [logprob_entry(self._tokenizer, told) for told in piece.logprobs or ()] if self._logprobs else []
+        if self._logprobs:
+            self._untold += [logprob_entry(self._tokenizer, told) for told in piece.logprobs or ()]
         for event in self._reply.push(piece):
             if isinstance(event, Text):
                 choice.text += event.text
-                yield from self._text(event.text, logprobs)
-                logprobs = []
+                yield from self._text(event.text)
             elif isinstance(event, CallStart):
                 yield from self._begin_call(event.name)
             elif isinstance(event, CallPiece) and self._open is not None:
@@ -322,10 +353,10 @@ class ResponsesForm:
                 yield from self._close("completed" if isinstance(event, ToolCall) else "incomplete")
         if piece.finish is not None:
             if not self._items and self._open is None:  # An answer without a word is a message too.
-                yield from self._text("", logprobs)
+                yield from self._text("")
             yield from self._close("completed" if choice.finish == "stop" else "incomplete")
 
-    def _text(self, text: str, logprobs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def _text(self, text: str) -> Iterator[dict[str, Any]]:
         if self._open is None:
             self._open = {"id": _id("msg"), "type": "message", "role": "assistant", "status": "in_progress",
                           "content": []}
@@ -335,8 +366,9 @@ class ResponsesForm:
             self._open["content"] = [part]
         part = self._open["content"][0]
         part["text"] += text
-        part["logprobs"] += logprobs
         if text:
+            logprobs, self._untold = self._untold, []
+            part["logprobs"] += logprobs
             yield self._event("output_text.delta", **self._place(), content_index=0, delta=text, logprobs=logprobs)
 
     def _begin_call(self, name: str) -> Iterator[dict[str, Any]]:
@@ -357,6 +389,7 @@ class ResponsesForm:
         item["status"] = status
         if item["type"] == "message":
             [part] = item["content"]
+            part["logprobs"] += self._untold
             yield self._event("output_text.done", **self._place(), content_index=0, text=part["text"],
                               logprobs=part["logprobs"])
             yield self._event("content_part.done", **self._place(), content_index=0, part=part)
@@ -365,7 +398,7 @@ class ResponsesForm:
                               arguments=item["arguments"])
         yield self._event("output_item.done", output_index=len(self._items), item=item)
         self._items.append(item)
-        self._open = None
+        self._open, self._untold = None, []
 
     def closing(self, choices: Choices, asked: Sequence[Request]) -> Iterator[dict[str, Any]]:
         answer = self.whole(choices, asked)

@@ -80,7 +80,7 @@ class NamedTool(Body):
 class AllowedTools(Body):
     """Tools that may be called, of all that are shown."""
 
-    mode: Literal["auto", "required"] = "auto"
+    mode: Literal["auto", "required"] | None = None
     tools: Annotated[list[NamedTool], Field(min_length=1, max_length=128)]
 
 

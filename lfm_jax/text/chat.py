@@ -25,7 +25,7 @@ Message = Mapping[str, Any]
 
 START_OF_TURN, END_OF_TURN = "<|im_start|>", "<|im_end|>"
 
-_OWN_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt"}
+OWN_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt"}
 """Variables of a template that `render_chat` sets."""
 _END_OF_CONTENT = "\U00100000end\U00100000"
 """Stands, while a template renders, where the content of a message ends that is to be continued."""
@@ -53,6 +53,7 @@ DEFAULT_TEMPLATE = """\
 def render_chat(
     template: str,
     messages: Sequence[Message],
+    /,
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
@@ -157,7 +158,7 @@ def encode_chat(
     # One moment, however often it is rendered.
     given: dict[str, Any] = {"strftime_now": datetime.now().strftime} | special_tokens(tokenizer, config)
     given |= dict(variables or {})
-    if taken := sorted(_OWN_VARIABLES & given.keys()):
+    if taken := sorted(OWN_VARIABLES & given.keys()):
         raise ValueError(f"{', '.join(taken)} cannot be set as a variable of the chat template")
 
     def text(change: Callable[[Any], Any]) -> str:

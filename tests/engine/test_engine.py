@@ -10,6 +10,7 @@ from engines import CONFIG, STOP, Heard, V, a_request, assert_slots_are_whole, e
 from helpers import long
 
 from lfm_jax.engine import pool as pools
+from lfm_jax.engine import slots as slots_of
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.engine import Engine
 from lfm_jax.engine.prefix_cache import PrefixCache
@@ -17,7 +18,7 @@ from lfm_jax.engine.request import Request
 from lfm_jax.engine.variants import Variant, cache_variants, variants
 from lfm_jax.infer.generate import generate_tokens
 from lfm_jax.kernels.logprobs import token_logprobs
-from lfm_jax.sampling import Sampling
+from lfm_jax.sampling import ANYTHING, Sampling, to_arrays
 from lfm_jax.structured.grammar import Grammar, grammar_tokenizer
 from lfm_jax.testing import tiny_model, tiny_tokenizer
 
@@ -201,6 +202,33 @@ def test_several_continuations_are_those_of_their_seeds():
     assert heard.tokens == [other.tokens[0] for other in others]
     assert heard.finish == [other.finish[0] for other in others]
     assert len({tuple(tokens) for tokens in heard.tokens}) > 1
+
+
+def test_a_grammar_that_ends_nowhere_ends_its_request_alone():
+    tokens = grammar_tokenizer(tiny_tokenizer(), tiny_tokenizer().get_vocab_size() + 5, STOP)
+    grammar = tokens.matcher(Grammar.lark('start: "x" A\nA: /y/ & /z/'))
+    made = Engine(tiny_model(vocab_size=tokens.vocab_size), EngineConfig(slots=((2, 64),), chunk=16))
+    other = a_request(np.random.default_rng(8), min_new_tokens=0, prompt=[7, 8, 9])
+    [alone] = run(made, other)
+    heard, beside = run(made, dataclasses.replace(other, grammar=grammar, logit_bias={}), other)
+    assert (heard.finish, heard.reason) == (["grammar"], ["no token can go on"])
+    assert (beside.tokens, beside.finish) == (alone.tokens, alone.finish)
+    assert made.counts["grammar"] == 1
+    assert made.counts["failed"] == 0
+
+
+def test_options_of_requests_that_have_ended_cost_the_others_nothing(monkeypatch):
+    """`sample` skips a filter or a penalty that no row asks for: it must not see those of idle rows."""
+    shape = slots_of.SlotShape(config=model().config, slots=3, length=16)
+    everything = Sampling(temperature=0.5, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=1.2, seed=4,
+                          frequency_penalty=1.0, presence_penalty=1.0)
+    asked = dataclasses.replace(shape.asked(3), sampling=to_arrays([everything] * 3, V)[0])
+    seen = []
+    monkeypatch.setattr(slots_of, "sample", lambda _, params, *rest: seen.append(params) or jnp.zeros(3, jnp.int32))
+    made = dataclasses.replace(shape.init(), asked=asked, left_B=jnp.array([0, 5, 0]))
+    slots_of._next_tokens(made, jnp.zeros((3, 1, V)), None, ANYTHING, 0, None, lambda: made.bias_BV)
+    expected = to_arrays([Sampling(), everything, Sampling()], V)[0]
+    jax.tree.map(np.testing.assert_array_equal, seen[0], expected)
 
 
 def test_a_continuation_may_be_cancelled_and_the_others_go_on():

@@ -144,6 +144,8 @@ def test_deadline_and_queue():
     (dict(n=7), "n is 7; there are 6 slots of its length"),
     (dict(stop_ids=tuple(range(9))), "max_stop_ids is 8"),
     (dict(logit_bias=dict.fromkeys(range(97), -float("inf"))), "logit_bias forbids every token; leave one"),
+    (dict(logit_bias=dict.fromkeys(range(2, 97), -float("inf")), stop_ids=(0, 1), min_new_tokens=1),
+     "min_new_tokens is 1, but logit_bias leaves stop ids only"),
     (dict(logprobs=6), "logprobs is 6; the engine's max_logprobs is 5"),
     (dict(prompt=[97]), r"prompt has \[97\]; token ids lie in 0..96"),
     (dict(stop_ids=(-1,)), r"stop_ids has \[-1\]"), (dict(logit_bias={99: 1.0}), r"logit_bias has \[99\]"),

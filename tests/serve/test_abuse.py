@@ -21,7 +21,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 ANYWHERE = {405, 413}
 """What any path answers to another method, and to too large a body before anything else is looked at."""
 
@@ -74,6 +74,13 @@ GOOD = [
     (TEXT, dict(prompt="the quick", max_tokens=8, stop=["q"], seed=3, temperature=0.7, logit_bias={"5": -100})),
     (TEXT, dict(prompt=["the", "quick"], max_tokens=5, echo=True, logprobs=1)),
     (TEXT, dict(prompt=[1, 2, 3, 4], max_tokens=5, min_tokens=5, stream=True)),
+    (RESPONSES, dict(input="go", instructions="be", max_output_tokens=6, metadata={"a": "b"}, stream=True)),
+    (RESPONSES, dict(input=[{"role": "user", "content": "go"}, {"type": "function_call", "call_id": "1", "name": "add",
+                                                               "arguments": "{\"a\": 1}"},
+                            {"type": "function_call_output", "call_id": "1", "output": "2"}], max_output_tokens=40,
+                     tools=[{"type": "function", "name": "f", "parameters": SCHEMA}], tool_choice="required")),
+    (RESPONSES, dict(input="go", max_output_tokens=8, include=["message.output_text.logprobs"],
+                     text={"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}})),
 ]
 FIELDS = ["functions", "top_k", "n", "stop", "prompt", "tools", "response_format"]
 JUNK = [None, True, -1, 0, 2**31, 2**63, 10**400, 1e308, "", "\x00", "\ud800", "a" * 5000, [], {}, [None], [[1], "a"],
@@ -182,7 +189,7 @@ def throw(base, key, pid, number, at_once=8):
                 answer = await client.request(method, path, headers=headers, content=content)
                 allowed = documented(document, path, method) | ANYWHERE
                 assert answer.status_code in allowed, (i, answer.status_code, answer.text[:300])
-                assert answer.status_code != 500 or "cannot be finished" in answer.text, (i, answer.text[:300])
+                assert answer.status_code != 500, (i, answer.text[:300])
                 if answer.status_code >= 400:
                     assert answer.json()["error"]["message"], (i, answer.text[:300])
                 return answer.status_code

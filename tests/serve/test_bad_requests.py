@@ -17,25 +17,43 @@ BAD = {
     "temperature": (dict(temperature=-1), "temperature", "temperature"),
     "too many": (dict(n=7), "n is 7 for 1 prompts; at most 6", "n"),
     "bias": (dict(logit_bias={"x": 1}), "logit_bias", "logit_bias"),
-    "bias beyond": (dict(logit_bias={"99999": 1}), "token ids lie in", None),
-    "top": (dict(top_logprobs=2), "top_logprobs goes with", None),
+    "bias beyond": (dict(logit_bias={"99999": 1}), "token ids lie in", "logit_bias"),
+    "stop id beyond": (dict(stop_token_ids=[99999]), "token ids lie in", "stop_token_ids"),
+    "many stop ids": (dict(stop_token_ids=[*range(20)]), "at most 8 can end an answer", "stop_token_ids"),
+    "top": (dict(top_logprobs=2), "top_logprobs goes with", "top_logprobs"),
     "schema": (dict(response_format={"type": "json_schema", "json_schema": {"schema": {"type": "strange"}}}), "schema",
-               None),
+               "response_format"),
     "no schema": (dict(response_format={"type": "json_schema"}), "json_schema is missing", "response_format"),
     "schema size": (dict(response_format={"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 70_000]}}}),
                     "larger than 20000", None),
-    "tool": (dict(tools=[{"type": "function", "function": {"name": "a b"}}]), "a b", None),
-    "no tool": (dict(tool_choice="required"), "tools has none", None),
+    "tool": (dict(tools=[{"type": "function", "function": {"name": "a b"}}]), "a b", "tools"),
+    "no tool": (dict(tool_choice="required"), "tools has none", "tool_choice"),
     "image": (dict(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
               "images are not supported", "messages[0].content[0]"),
-    "no content": (dict(messages=[{"role": "user"}]), "messages[0]: a message of role user has no content", None),
+    "no content": (dict(messages=[{"role": "user"}]), "messages[0]: a message of role user has no content",
+                   "messages[0]"),
     "role": (dict(messages=[{"role": "king", "content": "x"}]), "role", "messages[0].role"),
     "nobody": (dict(messages=[]), "messages", "messages"),
-    "two constraints": (dict(guided_regex="a", guided_choice=["b"]), "2 constraints", None),
-    "a pattern with tools": (dict(tools=TOOLS, guided_regex="a"), "not with a regex", None),
-    "nothing to continue": (dict(continue_final_message=True), "only a last message of the assistant", None),
+    "two constraints": (dict(guided_regex="a", guided_choice=["b"]), "2 constraints", "guided_choice"),
+    "a pattern with tools": (dict(tools=TOOLS, guided_regex="a"), "not with a regex", "guided_regex"),
+    "nothing to continue": (dict(continue_final_message=True), "only a last message of the assistant",
+                            "messages"),
     "an unknown function": (dict(tools=TOOLS, tool_choice={"type": "allowed_tools", "allowed_tools": {
-        "mode": "auto", "tools": [{"type": "function", "function": {"name": "zap"}}]}}), "allows zap", None),
+        "mode": "auto", "tools": [{"type": "function", "function": {"name": "zap"}}]}}), "allows zap", "tool_choice"),
+    "a function that is not there": (dict(tools=TOOLS, tool_choice={"type": "function", "function": {"name": "zap"}}),
+                                     "names zap", "tool_choice"),
+    "a schema beside tools": (dict(tools=TOOLS, response_format={"type": "json_object", "schema": {"type": "strange"}}),
+                              "strange", "response_format"),
+    "messages as a variable": (dict(chat_template_kwargs={"messages": []}), "messages cannot be set here",
+                               "chat_template_kwargs"),
+    "half a pair": (dict(messages=[{"role": "user", "content": "\ud800"}]), "surrogate", "messages"),
+    "a grammar that ends nowhere": (dict(guided_grammar='start: "x" A\nA: /y/ & /z/'), "cannot follow its grammar",
+                                    None),
+    "a grammar that takes too much": (dict(guided_grammar="start: A\nA: " + " & ".join(
+        f"/.*a{i}.*/" for i in range(30))), "takes more than 1 s", "guided_grammar"),
+    "a beginning that does not fit": (dict(
+        messages=[*HELLO, {"role": "assistant", "content": "no", "prefix": True}], guided_regex="yes|maybe"),
+        "does not begin as the answer must", "messages"),
 }
 
 
@@ -49,6 +67,60 @@ def test_bad_requests_say_why(server, name):
     assert error["type"] == "invalid_request_error"
     assert message in error["message"]
     assert error["param"] == param
+
+
+OF_RESPONSES = {
+    "no tool": (dict(tool_choice="required"), "tool_choice asks for a tool", "tool_choice"),
+    "arguments": (dict(instructions="be", input=[*HELLO, {"type": "reasoning"}, {
+        "type": "function_call", "call_id": "1", "name": "f", "arguments": "{"}]), "input[2]: arguments", "input[2]"),
+    "schema": (dict(text={"format": {"type": "json_schema", "name": "x", "schema": {"type": "strange"}}}), "strange",
+               "text.format"),
+    "not a number": (dict(metadata={"a": float("nan")}), "metadata comes back", "metadata"),
+    "half a pair": (dict(metadata={"a": "\ud800"}), "metadata comes back", "metadata"),
+    "half a pair in a tool": (dict(tool_choice="none", tools=[{"type": "function", "name": "f", "parameters": {
+        "type": "object", "properties": {"\ud800": {}}}}]), "surrogate", "tools"),
+    "type": (dict(input=[{"type": "picture"}]), 'type "picture" are not supported', "input[0]"),
+    "nothing": (dict(input=[{"type": "reasoning"}]), "input has no message", "input"),
+    "circle": (dict(text={"format": {"type": "json_schema", "name": "x", "schema": {"$ref": "#"}}}), "schema",
+               "text.format"),
+}
+
+
+@pytest.mark.parametrize("name", OF_RESPONSES)
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_requests_for_responses_say_why_in_their_own_words(server, name, stream):
+    changes, message, param = OF_RESPONSES[name]
+    body = json.dumps(dict(model="tiny", input="hello", max_output_tokens=5, stream=stream) | changes)
+    answer = httpx.post(f"{server}/v1/responses", content=body, headers={
+        "Authorization": f"Bearer {KEY}", "Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]["message"]
+    assert answer.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("name", [
+    "template", "tools", "documents", "add_generation_prompt", "bos_token", "specials", "self", "strftime_now", "a b"])
+def test_variables_of_the_template_of_any_name(server, name):
+    answer = httpx.post(f"{server}/v1/chat/completions", headers={"Authorization": f"Bearer {KEY}"},
+                        json=dict(model="tiny", messages=HELLO, max_tokens=1, chat_template_kwargs={name: "x"}))
+    taken = name in ("tools", "documents", "add_generation_prompt")
+    assert answer.status_code == (400 if taken else 200), answer.text
+
+
+def test_every_answer_names_its_request(server):
+    headers = {"Authorization": f"Bearer {KEY}"}
+    seen = set()
+    for method, path, given, status in (
+        ("GET", "/v1/models", {"headers": headers}, 200), ("GET", "/v1/models", {}, 401),
+        ("GET", "/nowhere", {"headers": headers}, 404), ("POST", "/v1/chat/completions", {"headers": headers}, 400),
+        ("POST", "/v1/completions", {"headers": headers, "content": b"x" * 30_000}, 413),
+        ("POST", "/v1/completions", {"headers": headers, "json": dict(model="tiny", prompt="a", stream=True)}, 200),
+    ):
+        answer = httpx.request(method, f"{server}{path}", **given)
+        assert answer.status_code == status
+        seen.add(answer.headers["x-request-id"])
+    assert len(seen) == 6
+    assert all(name.startswith("req_") for name in seen)
 
 
 def test_a_prompt_beyond_the_context_is_called_what_clients_look_for(client):

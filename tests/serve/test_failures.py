@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import json
 import time
 
 import httpx
@@ -33,6 +34,56 @@ async def client_of(app):
 def ask(client, tokens, **changes):
     body = {"model": "tiny", "prompt": "hello", "max_tokens": tokens, "temperature": 0}
     return client.post("/v1/completions", json=body | changes)
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions", "responses"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_before_the_first_token_is_no_failure(service, capsys, path, stream):
+    """Nothing is written of it, and its request is cancelled."""
+    fields = {"completions": {"prompt": "hello"}, "responses": {"input": "hello"},
+              "chat/completions": {"messages": [{"role": "user", "content": "hello"}]}}
+    content = json.dumps(dict(model="tiny", stream=stream) | fields[path]).encode()
+    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+             "path": f"/v1/{path}", "raw_path": b"", "query_string": b"", "root_path": "", "client": ("127.0.0.1", 1),
+             "server": ("127.0.0.1", 1), "headers": [(b"host", b"localhost"), (b"content-type", b"application/json"),
+                                                     (b"content-length", str(len(content)).encode())]}
+    sent = []
+
+    async def talk():
+        app = make_app(service, "tiny")
+        news = asyncio.Queue()
+        news.put_nowait({"type": "http.request", "body": content, "more_body": False})
+        news.put_nowait({"type": "http.disconnect"})
+
+        async def send(message):
+            sent.append(message)
+
+        await app(scope, news.get, send)  # The engine does not run: there is no first token.
+        return service.engine.waiting()
+
+    assert asyncio.run(talk()) == 0
+    assert "has failed" not in capsys.readouterr().err
+    assert sent[0]["status"] == (200 if stream else 499)
+    assert b"data" not in b"".join(message.get("body", b"") for message in sent)
+
+
+def test_several_answers_are_as_long_as_slots_of_which_there_are_several():
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=tokenizer.get_vocab_size())
+    service = Service(model, tokenizer, config=EngineConfig(slots=((2, 64), (1, 256)), chunk=16))
+
+    async def talk():
+        async with client_of(make_app(service, "tiny")) as client:
+            return [await ask(client, 200, n=n, prompt=[7] * length, ignore_eos=True)
+                    for n, length in ((1, 10), (2, 10), (2, 64), (3, 10))]
+
+    one, two, long, three = asyncio.run(talk())
+    assert one.json()["usage"]["completion_tokens"] == 200
+    assert two.json()["usage"]["completion_tokens"] == 2 * 54
+    assert [choice["finish_reason"] for choice in two.json()["choices"]] == ["length"] * 2
+    assert long.json()["error"]["code"] == "context_length_exceeded"
+    assert "64 tokens" in long.json()["error"]["message"]
+    assert three.json()["error"]["param"] == "n"
 
 
 def test_an_answer_that_takes_too_long_is_504_and_leaves_its_slot(service, monkeypatch):

@@ -90,9 +90,9 @@ def test_unknown_fields_are_accepted_and_named_at_every_level():
 def test_the_log_names_an_unknown_field_once(capsys):
     log, body = fields.UnknownFieldLog(), ChatBody.model_validate(CHAT | {"colour": 1})
     for _ in range(2):
-        assert log.headers(body) == {"x-lfm-unknown-fields": "colour"}
-    assert capsys.readouterr().err.count("colour") == 1
-    assert log.headers(ChatBody.model_validate(CHAT)) == {}
+        assert log.headers(body, "req_1") == {"x-lfm-unknown-fields": "colour"}
+    assert capsys.readouterr().err.count("request req_1 has the unknown field colour") == 1
+    assert log.headers(ChatBody.model_validate(CHAT), "req_2") == {}
 
 
 NEUTRAL = [

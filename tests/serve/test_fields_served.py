@@ -3,6 +3,7 @@
 import json
 import re
 
+import httpx
 import jsonschema
 import openai
 import pydantic
@@ -39,7 +40,7 @@ def test_penalties(client):
     for penalty in ("presence_penalty", "frequency_penalty"):
         changed = client.completions.create(**asked, **{penalty: 2.0}).choices[0].logprobs.tokens
         assert changed[0] == plain[0]  # The prompt does not count.
-        assert len({*changed}) >= len({*plain})
+        assert len({*changed}) == 8
 
 
 def test_a_bias_of_any_size(client, model):
@@ -137,13 +138,14 @@ def test_constraints_by_the_names_of_other_servers(client, kind, given, pattern)
             assert "+" in pattern
 
 
-def test_calls_or_an_answer_in_the_format(client):
+def test_calls_or_an_answer_in_the_format(client, model):
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
     seen = set()
-    for seed in range(12):
+    start = model[1].token_to_id("<|tool_call_start|>")
+    for bias in (-100, 100):
         choice = client.chat.completions.create(
-            model="tiny", messages=HELLO, tools=TOOLS, response_format=form, max_tokens=150, seed=seed,
-            temperature=1.0, extra_body=dict(top_k=0, logit_bias={"6": 0})).choices[0]
+            model="tiny", messages=HELLO, tools=TOOLS, response_format=form, max_tokens=150, seed=1,
+            temperature=1.0, logit_bias={str(start): bias}, extra_body=dict(top_k=0)).choices[0]
         if choice.message.tool_calls:
             seen.add("calls")
             assert choice.finish_reason == "tool_calls"
@@ -151,7 +153,61 @@ def test_calls_or_an_answer_in_the_format(client):
         elif choice.finish_reason == "stop":
             seen.add("answer")
             jsonschema.validate(json.loads(choice.message.content), SCHEMA)
-    assert seen
+    assert seen == {"calls", "answer"}
+
+
+def test_a_continued_answer_keeps_to_its_format(client):
+    begun = '{"year": 7'
+    message = client.chat.completions.create(
+        model="tiny", messages=[*HELLO, {"role": "assistant", "content": begun}], max_tokens=60,
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}},
+        extra_body=dict(continue_final_message=True)).choices[0].message
+    value = json.loads(begun + message.content)
+    jsonschema.validate(value, SCHEMA)
+    assert str(value["year"]).startswith("7")
+
+
+BREAKS = "a\u2028b\u2029c\u0085d"
+
+
+@pytest.mark.parametrize(("path", "asked", "text_of"), [
+    ("chat/completions", dict(messages=HELLO), lambda e: e["choices"][0]["delta"].get("content")),
+    ("completions", dict(prompt="a"), lambda e: e["choices"][0]["text"]),
+    ("responses", dict(input="a", text={"format": {"type": "json_schema", "name": "x", "schema": {"enum": [BREAKS]}}}),
+     lambda e: e["delta"] if e["type"] == "response.output_text.delta" else ""),
+])
+def test_a_stream_has_no_character_that_clients_break_lines_at(server, key, path, asked, text_of):
+    fields = dict(max_tokens=60, guided_choice=[BREAKS]) if path != "responses" else {}
+    answer = httpx.post(f"{server}/v1/{path}", headers={"Authorization": f"Bearer {key}"}, timeout=120,
+                        json=dict(model="tiny", stream=True) | asked | fields)
+    data = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: ")]
+    assert all(line.startswith(("data: ", "event: ")) for line in answer.text.splitlines() if line)
+    text = "".join(text_of(json.loads(line)) or "" for line in data if line != "[DONE]")
+    assert text == (json.dumps(BREAKS, ensure_ascii=False) if path == "responses" else BREAKS)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_responses_tell_the_same_logprobs_as_chats(client, stream):
+    """Also of tokens that are a part of a character only."""
+    asked = dict(model="tiny", temperature=0, top_p=1)
+    text = "the € x"
+    body = {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"enum": [text]}}}}
+    chat = client.chat.completions.create(
+        messages=HELLO, logprobs=True, top_logprobs=2, max_tokens=40, **asked,
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [text]}}})
+    response = client.responses.create(input=HELLO, include=["message.output_text.logprobs"], top_logprobs=2,
+                                       max_output_tokens=40, stream=stream, extra_body=body, **asked)
+    streamed = []
+    if stream:
+        events = [*response]
+        streamed = [entry for event in events if event.type == "response.output_text.delta" for entry in event.logprobs]
+        response = events[-1].response
+    [part] = response.output[0].content
+    expected = [(entry.token, entry.logprob) for entry in chat.choices[0].logprobs.content]
+    assert part.text == json.dumps(text, ensure_ascii=False)
+    assert [(entry.token, entry.logprob) for entry in part.logprobs] == expected
+    assert len(expected) > len(text) - 4
+    assert [(entry.token, entry.logprob) for entry in streamed] == expected[: len(streamed)]
 
 
 def test_what_is_relaxed_of_a_tool_is_named_in_the_answer(client):

@@ -21,6 +21,11 @@ def test_a_port_that_is_taken(without_key):
             launch.listen("127.0.0.1", port)
 
 
+def test_a_port_that_another_server_has_taken_and_does_not_serve_yet(without_key):
+    with launch.listen("127.0.0.1", 0) as first, pytest.raises(ValueError, match="another program has it"):
+        launch.listen("127.0.0.1", first.getsockname()[1])
+
+
 @pytest.mark.parametrize("port", [-1, 65536, 99999])
 def test_a_port_that_is_none(without_key, port):
     with pytest.raises(ValueError, match=f"port is {port}; it must be from 0 to 65535"):

@@ -382,6 +382,7 @@ def test_pages_of_some_origins_may_use_the_server(without_key, server, key):
     for origin, allowed in (("https://a.example", "https://a.example"), ("https://b.example", None)):
         before = httpx.options(f"{base}/v1/chat/completions", headers=asked | {"Origin": origin})
         assert before.headers.get("access-control-allow-origin") == allowed
+        assert before.headers["x-request-id"].startswith("req_")
         answer = httpx.get(f"{base}/v1/models", headers={"Origin": origin})
         assert answer.headers.get("access-control-allow-origin") == allowed
     answer = httpx.get(f"{server}/v1/models", headers={"Origin": "https://a.example", "Authorization": f"Bearer {key}"})
