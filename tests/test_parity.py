@@ -10,7 +10,7 @@ import oracle
 import pytest
 import torch
 from flax import nnx
-from helpers import rel_err, tokens_like
+from helpers import long, rel_err, tokens_like
 from jax import lax
 
 import lfm_jax as lfm
@@ -133,9 +133,9 @@ def greedy(graphdef, new_tokens):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["hybrid", "four-taps-bias", "seven-taps", "all-attention"])
+@pytest.mark.parametrize("case", ["hybrid", "four-taps-bias", long("seven-taps"), long("all-attention")])
 def test_256_greedy_tokens_equal_generate(case):
-    """Batch 1, and a batch with padding on the left, one row shorter than the taps."""
+    """Batch 1, and a batch with padding on the left, one row shorter than the taps. In `make test-long` four models."""
     model = oracle.hf_model(oracle.hf_config(**oracle.CASES[case]), seed=1)
     graphdef, params = oracle.ours(model)
     run = greedy(graphdef, 256)

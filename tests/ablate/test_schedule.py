@@ -256,9 +256,9 @@ def test_bad_fields_of_a_study_are_named(changes, says):
         tiny_study(**changes)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_block_ratio_smokes(tmp_path, capfd):
-    """The shipped study as a user tries it, in two processes."""
+    """`make test-long` adds the shipped study as a user tries it, in two processes."""
     with pytest.raises(SystemExit) as status:
         main(["ablate", str(ROOT / "configs" / "ablations" / "block_ratio.yaml"), "--smoke", "--out", str(tmp_path),
               "--processes", "2"])

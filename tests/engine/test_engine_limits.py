@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from engines import CONFIG, Heard, V, a_request, assert_slots_are_whole, engine, model, run
+from helpers import long
 
 from lfm_jax.config import ModelConfig
 from lfm_jax.engine.config import EngineConfig
@@ -57,9 +58,10 @@ def test_a_deadline_ends_what_runs():
 
 @pytest.mark.parametrize("config", [
     EngineConfig(slots=((5, 64),), chunk=16, prefill_rows=2, draft=2, prefix_cache_bytes=1 << 20, max_logprobs=2),
-    EngineConfig(slots=((5, 64),), chunk=64, max_logprobs=2),  # Prompts one by one or four at a time.
+    long(EngineConfig(slots=((5, 64),), chunk=64, max_logprobs=2)),  # Prompts one by one or four at a time.
 ], ids=["drafts", "groups"])
 def test_nothing_is_compiled_after_warming_up(config):
+    """In `make test-long` prompts in groups too."""
     compiled = []
 
     def note(event, _, **__):
@@ -194,11 +196,13 @@ def test_bad_requests_and_configs_list_every_field():
         Engine(model(), EngineConfig(slots=((1, 5000),)))
 
 
-def test_a_long_slot_beside_short_ones():
-    long_model = tiny_model(vocab_size=V, max_position=32_768)
-    made = Engine(long_model, EngineConfig(slots=((3, 64), (1, 32_768)), chunk=512))
+@pytest.mark.parametrize("length", [8_192, long(32_768)])
+def test_a_long_slot_beside_short_ones(length):
+    """In `make test-long` the length that models are trained for."""
+    long_model = tiny_model(vocab_size=V, max_position=length)
+    made = Engine(long_model, EngineConfig(slots=((3, 64), (1, length)), chunk=512))
     rng = np.random.default_rng(10)
-    prompt = rng.integers(0, V, 32_760).tolist()
+    prompt = rng.integers(0, V, length - 8).tolist()
     short = [Request(prompt=prompt[i : i + 9], max_new_tokens=20, stop_ids=()) for i in range(5)]
     heard = run(made, Request(prompt=prompt, max_new_tokens=8, stop_ids=()), *short)
     assert heard[0].finish == ["length"]

@@ -132,7 +132,8 @@ def test_sigterm_saves_and_ends_with_its_code(corpus, tmp_path, whole_run, cache
 @pytest.mark.slow
 def test_a_run_of_scanned_layers_saves_resumes_and_exports_as_any(corpus, tmp_path, monkeypatch):
     """Its checkpoints hold layers by themselves, so that it goes on scanned or not, with the same losses."""
-    fields = dict(model__layer_types=["conv", "full_attention"] * 2, optimizer__schedule="constant", checkpoint_every=2)
+    fields = dict(model__layer_types=["conv"] * 2 + ["full_attention"], optimizer__schedule="constant",
+                  checkpoint_every=2)
     converters = []
     real = states._compiled
     monkeypatch.setattr(states, "_compiled", lambda *args: converters.append(real(*args)) or converters[-1])

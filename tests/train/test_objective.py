@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pairs
 import pytest
+from helpers import long
 
 from lfm_jax.plan import plan_run
 from lfm_jax.train.metrics import read_metrics
@@ -177,9 +178,10 @@ def test_what_cannot_be_frozen_is_refused(changes, message):
 @pytest.mark.parametrize(("layer_types", "freeze"), [
     # Of a stacked entry all weights are frozen, of another one none.
     (("conv", "conv", "full_attention", "full_attention"), ("blocks.0.*", "blocks.1.*")),
-    (("conv", "full_attention") * 2, ("blocks.*.operator.in_proj",)),
+    long(("conv", "full_attention") * 2, ("blocks.*.operator.in_proj",)),
 ])
 def test_a_scanned_run_with_frozen_weights_resumes_to_the_bit(tmp_path, layer_types, freeze):
+    """In `make test-long` a part of every stacked layer frozen too."""
     model = pairs.config("x").model.replace(layer_types=layer_types, scan_layers=True)
     whole = pairs.run(tmp_path / "whole", model=model, freeze=freeze)
     pairs.run(tmp_path / "run", model=model, freeze=freeze, steps=4)
