@@ -48,9 +48,11 @@ def generate(
     if len(prompt) == 1:
         pieces = stream(model, tokenizer, prompt[0], sampling=sampling, max_new_tokens=max_new_tokens, stop=stop)
         print(prompt[0], end="", flush=True)  # Nothing is printed of what is refused.
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
+        try:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        finally:  # What ends it early is said on a line of its own.
+            print()
         return 0
     texts = run(model, tokenizer, list(prompt), sampling=sampling, max_new_tokens=max_new_tokens, stop=stop)
     for start, text in zip(prompt, texts, strict=True):

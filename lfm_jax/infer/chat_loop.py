@@ -186,6 +186,10 @@ class _Talk:
                     self._write(piece.text, end="", flush=True)
         except KeyboardInterrupt:
             stopped = True
+        except ValueError:
+            if text:
+                self._write("")  # What is wrong is said on a line of its own.
+            raise
         seconds = time.monotonic() - began
         if stopped and not text:
             self._write("[stopped before the first word; your message is not kept]")

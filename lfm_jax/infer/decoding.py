@@ -16,6 +16,8 @@ import numpy as np
 from flax import nnx
 
 from lfm_jax.config import ModelConfig
+from lfm_jax.engine.request import LOGITS_NOT_FINITE
+from lfm_jax.engine.slots import NOT_FINITE
 from lfm_jax.model import LFM
 from lfm_jax.problems import raise_problems
 from lfm_jax.sampling import Features, Sampling, SamplingArrays, sample, to_arrays
@@ -67,6 +69,8 @@ class Decoding:
             seen_BV=_seen(prompts, config.vocab_size) if self._features.repetition_penalty else None,
             count_BV=jnp.zeros(logits_BV.shape, jnp.int32) if self._features.counts else None,
         )
+        self._spoilt: set[int] = set()
+        """Rows whose logits were not finite; `advance` raises, once it has returned what they had before."""
         self._first_B: jax.Array | None
         """The first token of each row, until `advance` returns it."""
         self._carry, self._first_B = self._programs.first(
@@ -77,21 +81,30 @@ class Decoding:
     def done(self) -> bool:
         """Whether every row has met a stop id, used up its tokens or been stopped, and `advance` has returned its
         tokens."""
-        return self._first_B is None and not np.asarray(self._carry.left_B).any()
+        return self._first_B is None and not self._spoilt and not np.asarray(self._carry.left_B).any()
 
     def advance(self, steps: int) -> list[list[int]]:
-        """Returns the next tokens of each row: one right after the prompts, then up to `steps` (at most DISPATCH)."""
+        """Returns the next tokens of each row: one right after the prompts, then up to `steps` (at most DISPATCH).
+
+        Raises:
+          ValueError: the logits of a row were not finite; the call before has returned its last tokens.
+        """
+        if self._spoilt:
+            raise ValueError(LOGITS_NOT_FINITE)
         if self._first_B is not None:
-            first_B = np.asarray(self._first_B)
-            self._first_B = None
-            return [[token] for token in first_B.tolist()]
-        self._carry, tokens_NB = self._programs.decode(
-            self._model_params, self._carry, self._params, self._stop_ids, min(steps, DISPATCH), features=self._features
-        )
-        return [column[column >= 0].tolist() for column in np.asarray(tokens_NB).T]
+            tokens_NB, self._first_B = np.asarray(self._first_B)[None], None
+        else:
+            self._carry, tokens_NB = self._programs.decode(
+                self._model_params, self._carry, self._params, self._stop_ids, min(steps, DISPATCH),
+                features=self._features,
+            )
+        columns = np.asarray(tokens_NB).T
+        self._spoilt = {row for row, column in enumerate(columns) if NOT_FINITE in column}
+        return [column[column >= 0].tolist() for column in columns]
 
     def stop(self, row: int) -> None:
-        """Finishes a row: it generates nothing more."""
+        """Finishes a row: it generates nothing more, and what spoilt it after its end does not matter."""
+        self._spoilt.discard(row)
         self._carry = dataclasses.replace(self._carry, left_B=self._carry.left_B.at[row].set(0))
 
 
@@ -146,7 +159,7 @@ def _programs(graphdef: nnx.GraphDef[LFM]) -> _Programs:
         model_params: Any, carry: _Carry, params: SamplingArrays, stop_ids: jax.Array, steps: jax.Array, *,
         features: Features,
     ) -> tuple[_Carry, jax.Array]:
-        """Generates up to `steps` tokens for each row: tokens_NB, -1 for none. Ends early when all rows are
+        """Generates up to `steps` tokens for each row: tokens_NB, told as by `_choose`. Ends early when all rows are
         finished."""
         model = nnx.merge(graphdef, model_params)
 
@@ -178,21 +191,27 @@ def _run(model: LFM, tokens_BC: jax.Array, segment_ids_BC: jax.Array, state: Sta
 def _choose(
     carry: _Carry, logits_BV: jax.Array, params: SamplingArrays, stop_ids: jax.Array, features: Features
 ) -> tuple[_Carry, jax.Array]:
-    """Samples the next token of every unfinished row; returns the carry after it and the token, -1 for finished
-    rows."""
+    """Samples the next token of every unfinished row.
+
+    Returns:
+      The carry after it, which holds tokens of the vocabulary only, and the token that is told: -1 for finished rows,
+      NOT_FINITE where that is what the logits are, which finishes a row too.
+    """
     live_B = carry.left_B > 0
     # The token will follow all that the state holds.
     seen_BV, count_BV, rows_B = carry.seen_BV, carry.count_BV, jnp.arange(carry.token_B.shape[0])
     count = None if count_BV is None else lambda: count_BV
     token_B = sample(logits_BV, params, features, carry.state.position_B, seen_BV, count)
-    stopped_B = jnp.any(token_B[:, None] == stop_ids, axis=1)
+    finite_B = jnp.all(jnp.isfinite(logits_BV), axis=1)
+    stopped_B = jnp.any(token_B[:, None] == stop_ids, axis=1) | ~finite_B
     # Marking the token of a finished row is harmless: nothing reads what it holds again.
     if seen_BV is not None:
         seen_BV = seen_BV.at[rows_B, token_B].set(True)
     if count_BV is not None:
         count_BV = count_BV.at[rows_B, token_B].add(1)
     left_B = jnp.where(live_B & ~stopped_B, carry.left_B - 1, 0)
-    return _Carry(carry.state, token_B, left_B, seen_BV, count_BV), jnp.where(live_B, token_B, -1)
+    told_B = jnp.where(live_B, jnp.where(finite_B, token_B, NOT_FINITE), -1)
+    return _Carry(carry.state, token_B, left_B, seen_BV, count_BV), told_B
 
 
 # -------------------------------------------------------------------- on the host

@@ -17,7 +17,7 @@ from flax import nnx
 
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.engine import Engine
-from lfm_jax.engine.request import Request
+from lfm_jax.engine.request import LOGITS_NOT_FINITE, Request
 from lfm_jax.infer.decoding import bucket, chunks
 from lfm_jax.kernels.logprobs import token_logprobs
 from lfm_jax.model import LFM
@@ -102,8 +102,8 @@ def extract(
 
     Raises:
       ValueError: arguments of another type; a schema that is not supported (`GrammarError`); an answer that
-        max_new_tokens does not hold, data that the class refuses, or a text too long for the model, with the number of
-        the text.
+        max_new_tokens does not hold, data that the class refuses, a text too long for the model, or logits that are not
+        finite, with the number of the text.
     """
     from lfm_jax.structured.grammar import Grammar, grammar_tokenizer
 
@@ -200,8 +200,8 @@ def classify(
       {label: probability} for a text, or a list of them.
 
     Raises:
-      ValueError: arguments of another type, labels that are not at least two different texts, or a text too long for
-        the model.
+      ValueError: arguments of another type, labels that are not at least two different texts, a text too long for the
+        model, or logits that are not finite.
     """
     given = _texts("texts", texts)
     if isinstance(labels, str) or len(names := _texts("labels", labels)) < 2 or "" in names or (
@@ -283,8 +283,14 @@ def _programs(graphdef: Any) -> tuple[Any, Any]:
 def _label_probabilities(
     score: Any, last_BD: jax.Array, state: State, answers: Sequence[Sequence[int]]
 ) -> np.ndarray:
-    """Returns the probability of each answer among all answers, [B, L]."""
+    """Returns the probability of each answer among all answers, [B, L].
+
+    Raises:
+      ValueError: the logits are not finite.
+    """
     B, L = len(last_BD), len(answers)
     ((tokens_LT, segment_ids_LT),) = chunks(answers, bucket(max(map(len, answers))))
     total_X = score(*_repeat((last_BD, state), L), np.tile(tokens_LT, (B, 1)), np.tile(segment_ids_LT, (B, 1)))
+    if not np.isfinite(total_X).all():
+        raise ValueError(LOGITS_NOT_FINITE)
     return np.asarray(jax.nn.softmax(total_X.reshape(B, L), axis=1))

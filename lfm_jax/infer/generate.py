@@ -66,7 +66,8 @@ def generate(
 
     Raises:
       ValueError: there is no prompt, a prompt has no tokens or ids that the model lacks, a prompt and max_new_tokens
-        are together longer than `config.max_position`, the tokenizer does not fit the model, or an option is not valid.
+        are together longer than `config.max_position`, the tokenizer does not fit the model, an option is not valid, or
+        the model's logits are not finite.
     """
     check_tokenizer(tokenizer, model.config)
     stop, ids = _stop_strings(stop), resolve_stop_ids(stop_ids, model.config)
@@ -98,7 +99,8 @@ def stream(
     """Generates a continuation of one prompt and yields its text in pieces; arguments and errors as in `generate`.
 
     A piece never holds half a character nor text that may still become part of a stop string. The pieces together
-    are what `generate` returns for the prompt alone. Arguments are checked at the call, before anything runs.
+    are what `generate` returns for the prompt alone. Arguments are checked at the call, before anything runs; where
+    logits are not finite, the pieces before them come first.
     """
     pieces = stream_pieces(model, tokenizer, prompt, sampling, max_new_tokens, stop=stop, stop_ids=stop_ids,
                            skip_special_tokens=skip_special_tokens)
@@ -126,7 +128,11 @@ def stream_pieces(
     def run() -> Iterator[Piece]:
         decoding = Decoding(model, [row], sampling, max_new_tokens, ids)
         while not (decoding.done or reply.stopped):
-            tokens = decoding.advance(STREAM_DISPATCH)[0]
+            try:
+                tokens = decoding.advance(STREAM_DISPATCH)[0]
+            except ValueError:
+                yield Piece(reply.finish(), [])  # No stop string can end the text any more.
+                raise
             yield Piece(reply.push(tokens), tokens)
         yield Piece(reply.finish(), [])
 

@@ -3,12 +3,15 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import transformers
 from running import run
 
 import lfm_jax as lfm
 from lfm_jax import loading
+from lfm_jax.engine.request import LOGITS_NOT_FINITE
+from lfm_jax.testing import tiny_model, tiny_tokenizer
 from lfm_jax.text.chat import DEFAULT_TEMPLATE
 
 
@@ -29,6 +32,18 @@ def test_generate_prints_nothing_of_what_it_refuses(checkpoint, capsys, flags, p
         out, err = capsys.readouterr()
         assert out == ""
         assert problem in err
+
+
+def test_damaged_weights_are_one_line_below_what_came_of_them(tmp_path, capsys):
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=tokenizer.get_vocab_size(), tie_embedding=False)
+    [unread] = tokenizer.encode("\n", add_special_tokens=False).ids
+    model.embed[...] = model.embed[...].at[unread].set(np.nan)
+    lfm.save_hf(model, tmp_path / "broken", tokenizer=tokenizer)
+    assert run("generate", tmp_path / "broken", "the quick\n") == 2
+    assert capsys.readouterr() == ("the quick\n\n", f"lfm: {LOGITS_NOT_FINITE}\n")
+    assert run("classify", tmp_path / "broken", "the quick", "--labels", "fox", "dog") == 2
+    assert capsys.readouterr() == ("", f"lfm: {LOGITS_NOT_FINITE}\n")
 
 
 def test_convert_writes_a_directory_that_transformers_loads(checkpoint, tmp_path, capsys):

@@ -12,6 +12,7 @@ import pytest
 from limits import LIMITS, limited
 
 import lfm_jax as lfm
+from lfm_jax.engine.request import LOGITS_NOT_FINITE
 from lfm_jax.infer import extract as module
 from lfm_jax.infer.extract import classify, extract
 from lfm_jax.sampling import Sampling
@@ -136,6 +137,15 @@ def test_what_a_class_refuses_is_told_with_the_number_of_its_text(engine_that_wr
     engine_that_writes('{"who": "ADA", "when": 1815}', '{"who": "REFUSE", "when": null}')
     with pytest.raises(ValueError, match=r"(?s)data for text 1 is refused by its class: .*not this one"):
         extract(model(), tokenizer(), TEXTS[:2], Found)
+
+
+def test_logits_that_are_not_finite_are_no_probabilities():
+    broken = tiny_model(vocab_size=model().config.vocab_size, max_position=1024, tie_embedding=False)
+    unread = tokenizer().encode(" fox", add_special_tokens=False).ids[-1]
+    broken.embed[...] = broken.embed[...].at[unread].set(np.nan)
+    assert sum(classify(broken, tokenizer(), TEXTS[0], LABELS).values()) == pytest.approx(1)
+    with pytest.raises(ValueError, match=f"^{LOGITS_NOT_FINITE}"):
+        classify(broken, tokenizer(), TEXTS[:3], LABELS)
 
 
 @pytest.mark.parametrize("labels", [["a"], "ab", ["a", "a"], ["a", ""], []])

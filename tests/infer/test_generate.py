@@ -12,9 +12,10 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lfm_jax.engine.request import LOGITS_NOT_FINITE
 from lfm_jax.infer import decoding
 from lfm_jax.infer.decoding import Decoding, bucket
-from lfm_jax.infer.generate import generate, generate_tokens, stream
+from lfm_jax.infer.generate import generate, generate_tokens, stream, stream_pieces
 from lfm_jax.sampling import GREEDY, Sampling
 from lfm_jax.testing import tiny_model, tiny_tokenizer
 
@@ -280,6 +281,59 @@ def test_bucket_repeats_shapes_and_wastes_little():
     assert all(n <= size <= max(16, n + 15, 1.25 * n) for n, size in enumerate(sizes, start=1))
     assert len(set(sizes)) <= 30
     assert [bucket(n) for n in (1, 16, 17, 100, 256, 257, 320, 4096)] == [16, 16, 32, 112, 256, 320, 320, 4096]
+
+
+# -------------------------------------------------------------------- damaged weights
+
+
+def untied(*broken):
+    """A model that cannot read some tokens: its logits are NaN once one of them is in the text."""
+    made = tiny_model(vocab_size=VOCAB, tie_embedding=False, layer_types=("conv", "full_attention"))
+    made.embed[...] = made.embed[...].at[np.array(broken, int)].set(np.nan)
+    return made
+
+
+PENALISED = Sampling(temperature=0.8, repetition_penalty=1.3, presence_penalty=0.5, seed=1)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, PENALISED], ids=["greedy", "penalised"])
+def test_logits_that_are_not_finite_are_an_error_after_what_came_before(sampling):
+    prompt = tokenizer().encode("the fox").ids
+    asked = dict(sampling=sampling, max_new_tokens=30, stop_ids=())
+    [(tokens, _)] = generate_tokens(untied(), [prompt], **asked)
+    at = max(i for i, token in enumerate(tokens[:20]) if token not in [*prompt, *tokens[:i]])
+    assert at > 2
+    broken = untied(tokens[at])
+    with pytest.raises(ValueError, match=LOGITS_NOT_FINITE):
+        generate_tokens(broken, [prompt], **asked)
+    with pytest.raises(ValueError, match=LOGITS_NOT_FINITE):
+        generate(broken, tokenizer(), ["the fox", "quick"], **asked)
+    text = tokenizer().decode(tokens[: at + 1])
+    for stop in ((), (text + "never",)):  # What may become a stop string is held back, and cannot become one any more.
+        pieces = []
+        with pytest.raises(ValueError, match=LOGITS_NOT_FINITE):
+            pieces.extend(stream_pieces(broken, tokenizer(), prompt, stop=stop, **asked))
+        assert [token for piece in pieces for token in piece.tokens] == tokens[: at + 1]
+        assert "".join(piece.text for piece in pieces) == text
+    for many in (1, at + 1):  # Enough, before they are needed.
+        assert generate_tokens(broken, [prompt], sampling, many, stop_ids=()) == [(tokens[:many], "length")]
+    stop = tokenizer().decode(tokens[:at])[1:]  # Ends the text in the dispatch that meets the logits.
+    assert generate(broken, tokenizer(), "the fox", stop=stop, **asked) == [
+        "".join(stream(broken, tokenizer(), "the fox", stop=stop, **asked))] == [tokenizer().decode(tokens[:at])[:1]]
+
+
+def test_rows_beside_logits_that_are_not_finite_have_their_tokens():
+    alone = generate_tokens(untied(), PROMPTS[:1], GREEDY, NEW, stop_ids=())[0].tokens
+    bad = next(i for i in range(14, VOCAB) if i not in [*PROMPTS[0], *alone])
+    rows = Decoding(untied(bad), [PROMPTS[0], [1, bad]], GREEDY, NEW, ())
+    assert rows.advance(8) == [alone[:1], []]
+    assert not rows.done
+    with pytest.raises(ValueError, match=LOGITS_NOT_FINITE):
+        rows.advance(8)
+    rows.stop(1)
+    assert rows.advance(8) == [alone[1:9], []]
+    with pytest.raises(ValueError, match=LOGITS_NOT_FINITE):
+        list(stream(untied(bad), tokenizer(), [1, bad]))
 
 
 # -------------------------------------------------------------------- errors

@@ -4,10 +4,12 @@ import functools
 import json
 import re
 
+import numpy as np
 import pytest
 from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
+from lfm_jax.engine.request import LOGITS_NOT_FINITE
 from lfm_jax.infer import chat_loop as chat_loop_module
 from lfm_jax.infer import decoding
 from lfm_jax.infer.chat_loop import chat_loop
@@ -280,6 +282,21 @@ def test_a_reply_that_is_stopped_before_its_first_word_leaves_the_talk_as_it_was
     messages, shown = talk("hello", "/exit", system="be brief")
     assert messages == [{"role": "system", "content": "be brief"}]
     assert "your message is not kept" in shown
+
+
+def test_logits_that_are_not_finite_are_one_line_and_the_talk_goes_on():
+    def chatter():
+        return tiny_model(vocab_size=320, layer_types=("conv", "full_attention"), tie_embedding=False)
+
+    hello = encode_chat(tokenizer(), model().config, None, [{"role": "user", "content": "hello"}])
+    ids = generate_tokens(chatter(), [hello], GREEDY, 12)[0].tokens
+    at = max(i for i, token in enumerate(ids[:-1]) if token not in [*hello, *ids[:i]])
+    broken = chatter()
+    broken.embed[...] = broken.embed[...].at[ids[at]].set(np.nan)
+    messages, shown = talk("hello", "/system be brief", "/exit", chatter=broken)
+    assert messages == [{"role": "system", "content": "be brief"}]
+    assert shown.splitlines().count(LOGITS_NOT_FINITE) == 1
+    assert f"\n{tokenizer().decode(ids[: at + 1])}\n{LOGITS_NOT_FINITE}\n" in shown
 
 
 def test_an_interrupt_at_the_prompt_says_how_to_leave_and_the_next_one_leaves():
