@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 def reader() -> Callable[[str], str]:
     """What asks for a message, given the prompt to show: `input`, unless a person is at a terminal.
 
-    There Enter ends a message, Alt-Enter begins a line in it, and lines that are pasted together stay one message. As
-    `input` it raises EOFError at Ctrl-D, and KeyboardInterrupt at Ctrl-C where nothing is typed; where something is,
-    Ctrl-C drops it.
+    There Enter ends a message, Alt-Enter begins a line in it, lines that are pasted together stay one message, and
+    Ctrl-R searches the history. As `input` it raises EOFError at Ctrl-D, and KeyboardInterrupt at Ctrl-C where nothing
+    is typed; where something is, Ctrl-C drops it.
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return input
@@ -35,19 +35,22 @@ def reader() -> Callable[[str], str]:
 
 
 def _keys() -> KeyBindings:
+    from prompt_toolkit.enums import DEFAULT_BUFFER
+    from prompt_toolkit.filters import has_focus
     from prompt_toolkit.key_binding import KeyBindings
 
     keys = KeyBindings()
+    typing = has_focus(DEFAULT_BUFFER)  # In a search of the history these keys have meanings of their own.
 
-    @keys.add("enter")
+    @keys.add("enter", filter=typing)
     def send(event: KeyPressEvent) -> None:
         event.current_buffer.validate_and_handle()
 
-    @keys.add("escape", "enter")
+    @keys.add("escape", "enter", filter=typing)
     def new_line(event: KeyPressEvent) -> None:
         event.current_buffer.newline(copy_margin=False)
 
-    @keys.add("c-c")
+    @keys.add("c-c", filter=typing)
     def interrupt(event: KeyPressEvent) -> None:
         if event.current_buffer.text:
             event.current_buffer.text = ""

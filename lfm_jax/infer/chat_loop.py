@@ -29,7 +29,8 @@ COMMANDS = {
     "/exit": "leaves, as Ctrl-D does",
 }
 KEYS = """\
-Enter sends, Alt-Enter (or Esc, then Enter) begins a new line, Up and Down go through what you have typed.
+Enter sends, Alt-Enter (or Esc, then Enter) begins a new line.
+Up and Down go through what you have typed, Ctrl-R searches it.
 Ctrl-C stops a reply; what is written of it stays in the conversation.
 Put a space before a message that begins with /."""
 

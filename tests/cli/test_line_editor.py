@@ -13,6 +13,9 @@ import time
 
 import numpy as np
 import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
 import lfm_jax as lfm
 from lfm_jax.cli import line_editor
@@ -136,6 +139,33 @@ def test_typing_pasting_and_a_history_that_lasts(sit_down, tmp_path):
     assert saved(again, tmp_path / "again.json") == said[3:]
     again.type("/exit\r")
     assert again.ended() == 0
+
+
+@pytest.fixture
+def typed(tmp_path, monkeypatch):
+    """What a person at a terminal sends with some keys, in a session of its own with the history of those before."""
+    monkeypatch.setenv("LFM_CACHE_DIR", str(tmp_path))
+    for name in ("stdin", "stdout"):
+        monkeypatch.setattr(getattr(sys, name), "isatty", lambda: True)
+
+    def send(text):
+        with create_pipe_input() as keys, create_app_session(keys, DummyOutput()):
+            keys.send_text(text)
+            keys.close()  # Keys that send nothing are the end of the input.
+            return line_editor.reader()("> ")
+
+    return send
+
+
+def test_the_history_is_searched(typed):
+    for message in ("hello there", "two\x1b\rlines", "last"):
+        typed(f"{message}\r")
+    assert typed("\x12hello\r\r") == "hello there"  # Enter ends the search, the next one sends what was found.
+    assert typed("\x12two\rmore \r") == "more two\nlines"
+    assert typed("mine\x12hello\x03\r") == "mine"  # Ctrl-C leaves the search and not what was typed before it.
+    assert typed("\x12hello\x03mine\x03yours\r") == "yours"
+    with pytest.raises(KeyboardInterrupt):
+        typed("\x12hello\x03\x03")
 
 
 def test_ctrl_c_stops_a_reply_and_the_talk_goes_on(sit_down, tmp_path):
