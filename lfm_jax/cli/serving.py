@@ -41,7 +41,7 @@ def serve(
       path: Hugging Face directory or run directory.
       host: address to listen on; one that other machines can reach needs a key.
       port: port to listen on; 0 takes any free one.
-      name: name of the model for clients; that of the directory if left out.
+      name: name of the model for clients; if left out that of the directory, or of its repository in a Hub cache.
       sampling: default sampling parameters; those published for LFM2.5-350M if left out.
       engine: slots and limits of the engine.
       limits: limits of one request.
@@ -57,7 +57,7 @@ def serve(
     address = launch.listen(host, port)  # What can be refused is refused before anything is loaded.
     service = launch.open_service(path, dtype, engine, (data, tensor), everything=warm_up == "all",
                                   plain_contents=plain_contents)
-    launch.serve(service, name or path.resolve().name, address, sampling, limits, drain_seconds, cors_origins)
+    launch.serve(service, name or _name(path), address, sampling, limits, drain_seconds, cors_origins)
     return 0
 
 
@@ -101,9 +101,19 @@ def batch(
     def open_service() -> Any:
         return launch.open_service(path, dtype, engine, (data, tensor), plain_contents=plain_contents)
 
-    bad = run.batch(open_service, path.resolve().name, source, target, shard=shard, sampling=sampling, limits=limits)
+    bad = run.batch(open_service, _name(path), source, target, shard=shard, sampling=sampling, limits=limits)
     print(f"{target}: every line is answered{f', {bad} with an error' if bad else ''}")
     return 1 if bad else 0
+
+
+def _name(path: Path) -> str:
+    """What a model is called: as its directory or a link to it, or as its repository in a cache of the Hugging Face Hub
+    (`models--OWNER--NAME/snapshots/COMMIT`)."""
+    path = path.resolve() if path.name == ".." else path.parent.resolve() / path.name
+    repository = path.parent.parent.name
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.split("--")[-1]
+    return path.name
 
 
 def _serving(module: Literal["launch", "batch"]) -> Any:
