@@ -23,7 +23,7 @@ WELCOME = "Type a message and press Enter. /help lists the commands and keys."
 LEAVING = "Ctrl-C once more, Ctrl-D or /exit leaves."
 COMMANDS = {
     "/help": "lists this",
-    "/system TEXT": "sets the system message; without TEXT it shows the one that is set",
+    "/system TEXT": "sets the system message, or removes it where TEXT is -; without TEXT it shows the one that is set",
     "/save FILE": "writes the conversation to a new file, as a JSON list of messages",
     "/reset": "forgets the conversation, but not the system message",
     "/exit": "leaves, as Ctrl-D does",
@@ -93,11 +93,15 @@ def chat_loop(
             write("")
         except ValueError as error:
             write(str(error))
+        except RuntimeError as error:  # Of the device, which often has room for a shorter conversation.
+            reason = str(error).partition("\n")[0]
+            write(f"The reply failed: {reason}\nYour message is not kept, but the conversation before it is: /save "
+                  "FILE writes it to a file, /reset begins anew.")
     return talk.messages
 
 
 class _Talk:
-    """The conversation so far, and what a line does to it. A line that raises ValueError leaves it as it was."""
+    """The conversation so far, and what a line does to it. A line that raises an error leaves it as it was."""
 
     def __init__(
         self, model: LFM, tokenizer: Tokenizer, template: str, sampling: Sampling, max_new_tokens: int,
@@ -142,6 +146,9 @@ class _Talk:
                 self._write("The conversation is forgotten.")
             case "/save":
                 self._save(rest)
+            case "/system" if rest == "-":
+                self.set_system(None)
+                self._write("There is no system message any more.")
             case "/system" if rest:
                 self.set_system(rest)
                 self._write("The system message is set. The next replies follow it; /reset begins anew with it.")
@@ -154,11 +161,15 @@ class _Talk:
             raise ValueError("/save needs the name of a new file: /save talk.json")
         if not self._turns:
             raise ValueError("There is nothing to save yet.")
+        content = (json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n").encode()
         try:
             path = Path(name).expanduser()
-            with path.open("x", encoding="utf-8") as file:
-                json.dump(self.messages, file, ensure_ascii=False, indent=2)
-                file.write("\n")
+            path.open("x").close()
+            try:
+                path.write_bytes(content)
+            except OSError:  # Half a file would be in the way of the next try.
+                path.unlink()
+                raise
         except FileExistsError:
             raise ValueError(f"{name} is there already; name a new file.") from None
         except OSError as error:
@@ -187,7 +198,7 @@ class _Talk:
                     self._write(piece.text, end="", flush=True)
         except KeyboardInterrupt:
             stopped = True
-        except ValueError:
+        except (ValueError, RuntimeError):
             if text:
                 self._write("")  # What is wrong is said on a line of its own.
             raise

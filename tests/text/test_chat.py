@@ -3,7 +3,9 @@
 import functools
 import json
 import re
+import resource
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -299,6 +301,25 @@ def test_logits_that_are_not_finite_are_one_line_and_the_talk_goes_on():
     assert f"\n{tokenizer().decode(ids[: at + 1])}\n{LOGITS_NOT_FINITE}\n" in shown
 
 
+def test_an_error_of_the_device_is_one_message_and_the_talk_goes_on(monkeypatch, tmp_path):
+    stream_pieces, calls = chat_loop_module.stream_pieces, iter(range(3))
+
+    def failing(*args, **options):
+        pieces = stream_pieces(*args, **options)
+        if next(calls) == 1:
+            yield next(pieces)
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwhile allocating\nmuch")
+        yield from pieces
+
+    monkeypatch.setattr(chat_loop_module, "stream_pieces", failing)
+    messages, shown = talk("hello", "long", f"/save {tmp_path / 'talk.json'}", "more", "/exit")
+    assert "\nThe reply failed: RESOURCE_EXHAUSTED: Out of memory\nYour message is not kept" in shown
+    assert "while allocating" not in shown
+    assert "/save FILE" in shown
+    assert [m["content"] for m in messages[::2]] == ["hello", "more"]
+    assert json.loads((tmp_path / "talk.json").read_text()) == messages[:2]
+
+
 def test_an_interrupt_at_the_prompt_says_how_to_leave_and_the_next_one_leaves():
     messages, shown = talk(KeyboardInterrupt, "hello", KeyboardInterrupt, KeyboardInterrupt)
     assert len(messages) == 2
@@ -331,6 +352,15 @@ def test_a_system_message_holds_from_the_next_reply_on():
     assert "The system message: be\nbrief\n" in shown
 
 
+def test_a_system_message_can_be_removed():
+    messages, shown = talk("/system -", "/help", "/system", "hello", "/exit", system="be brief")
+    assert [m["role"] for m in messages] == ["user", "assistant"]
+    assert messages[1]["content"] == answer(messages[:1])
+    assert "There is no system message any more.\n" in shown
+    assert "There is no system message. /system TEXT sets one.\n" in shown
+    assert "removes it where TEXT is -" in shown
+
+
 def test_a_template_that_refuses_a_system_message_is_found_before_it_is_needed():
     template = """{{ raise_exception("no system here") if messages[0].role == "system" }}{{ messages[0].content }}"""
     messages, shown = talk("/system be brief", "/exit", template=template)
@@ -355,6 +385,25 @@ def test_save_writes_a_new_file_and_says_why_not(tmp_path):
     assert f"{lost} cannot be written: No such file or directory\n" in shown
     assert "~nobody-here/x cannot be written: " in shown
     assert f"3 messages are in {new}.\n" in shown
+
+
+def test_half_a_file_does_not_stay(tmp_path):
+    """A file that outgrows its limit fails as one on a full disk does."""
+    path, limits = tmp_path / "talk.json", resource.getrlimit(resource.RLIMIT_FSIZE)
+    terminal = Terminal("hello", f"/save {path}", f"/save {path}", "/exit")
+
+    def read(prompt):
+        full = len(terminal.lines) == 3
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8, limits[1]) if full else limits)
+        return terminal.read(prompt)
+
+    try:
+        messages = chat_loop(model(), tokenizer(), None, GREEDY, 12, read=read, write=terminal.write)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{path} cannot be written: File too large\n" in terminal.text
+    assert f"2 messages are in {path}.\n" in terminal.text
+    assert json.loads(path.read_text()) == messages
 
 
 def test_commands_that_are_none_are_no_messages_and_paths_are():
