@@ -24,6 +24,8 @@ ANSWER = b'{"id": "line-'
 """The beginning of every line of a target."""
 URLS = ("/v1/chat/completions", "/v1/completions")
 """The endpoints that a line may name."""
+EXAMPLE = '{"custom_id": "1", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "hi"}]}}'
+"""A line, for those who wrote something else."""
 
 
 def batch(
@@ -154,21 +156,19 @@ async def _one(
     """
     result: dict[str, Any] = {"id": f"line-{number}", "custom_id": None, "response": None, "error": None}
     try:
-        task = json.loads(line.decode("utf-8-sig"))
-        custom_id = task.get("custom_id")
-        if custom_id is not None and type(custom_id) not in (str, int):
-            raise ValueError(f"custom_id is {custom_id!r:.40}; it must be a text or a whole number")
-        str(custom_id).encode()  # Half of a surrogate pair could not be written back.
-        result["custom_id"] = custom_id
-        url, body = task.get("url", URLS[0]), task["body"]
+        task = _task(line)
+        result["custom_id"] = _custom_id(task)
+        url, body = task.get("url", URLS[0]), task.get("body")
         if url not in URLS:
-            raise ValueError(f"url is {url!r}; choose one of {', '.join(URLS)}")
+            raise ValueError(f"url is {url!r:.100}; choose one of {', '.join(URLS)}")
         if not isinstance(body, dict):
-            raise ValueError("body is not an object")
+            wrong = "the line has no body" if body is None else "body is not an object"
+            raise ValueError(f"{wrong}; write an object with the fields of the request, as in {EXAMPLE}")
         if body.get("stream"):
             raise ValueError("a batch does not stream; leave out stream")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        result["error"] = {"code": "bad_line", "message": f"{type(error).__name__}: {error}"[:500]}
+    except (ValueError, RecursionError) as error:
+        reason = "the line is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        result["error"] = {"code": "bad_line", "message": reason[:500]}
         return result
     wanted = body.get("model") or name
     if isinstance(wanted, str):  # Files written for one server are answered by another.
@@ -184,6 +184,30 @@ async def _one(
         status, answer = await call(app, url, body)
     result["response"] = {"status_code": status, "body": answer}
     return result
+
+
+def _task(line: bytes) -> dict[str, Any]:
+    """The object in a line; ValueError for what is none."""
+    try:
+        task = json.loads(line.decode("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"the line is not valid JSON: {error}; write one object in each line, as {EXAMPLE}") from None
+    if not isinstance(task, dict):
+        raise ValueError(f"the line is not an object; write one, as {EXAMPLE}")
+    return task
+
+
+def _custom_id(task: dict[str, Any]) -> str | int | None:
+    """The client's own id of a line; ValueError for one that could not be given back."""
+    custom_id = task.get("custom_id")
+    if custom_id is not None and type(custom_id) not in (str, int):
+        raise ValueError(f"custom_id is {custom_id!r:.40}; it must be a text or a whole number")
+    try:
+        str(custom_id).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"custom_id is {custom_id!a:.60}, which holds half of a surrogate pair; write a text that "
+                         "UTF-8 can hold") from None
+    return custom_id
 
 
 async def call(app: FastAPI, url: str, body: dict[str, Any]) -> tuple[int, Any]:

@@ -4,12 +4,13 @@ import fcntl
 import functools
 import json
 import os
+import re
 
 import pytest
 
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.service import Service
-from lfm_jax.serve.batch import batch
+from lfm_jax.serve.batch import EXAMPLE, batch
 from lfm_jax.testing import tiny_model, tiny_tokenizer
 
 LINES = [
@@ -77,6 +78,10 @@ def test_one_answer_a_line_and_resuming_anywhere(source, tmp_path):
     assert [row["response"] and row["response"]["status_code"] for row in rows] == STATUS
     for row in rows:
         assert (row["response"] is None) == (row["error"] is not None)
+    for i, sentence in ((2, "the line is not valid JSON: "), (5, "the line has no body; write an object with"),
+                        (6, "the line is not an object; write one, as")):
+        assert rows[i]["error"]["message"].startswith(sentence)
+        assert EXAMPLE in rows[i]["error"]["message"]
     assert "url is '/v1/models'" in rows[4]["error"]["message"]
     assert "does not stream" in rows[7]["error"]["message"]
     assert rows[9]["response"]["body"]["usage"]["completion_tokens"] <= 2
@@ -147,6 +152,22 @@ def test_lines_are_bytes_between_line_feeds(tmp_path):
     assert [row["custom_id"] for row in rows] == ["a", "b", None, None, None, "d"]
     assert [row["error"] is None for row in rows] == [True, True, False, False, False, True]
     assert "utf-8" in rows[2]["error"]["message"]
+
+
+def test_what_is_wrong_with_a_line_is_a_sentence(tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [f'{{"body": {body}}}' for body in ("null", "[1]", '"x"')] + [
+        "3", "null", "[" * 99999, '{"custom_id": "\\ud83d"}', f'{{"url": {"[" * 99999}', "{}", EXAMPLE]
+    source.write_text("".join(f"{line}\n" for line in lines))
+    assert run(source, target) == len(lines) - 1
+    *rows, last = read(target)
+    said = [row["error"]["message"] for row in rows]
+    assert [text.split(";")[0] for text in said] == [
+        "the line has no body", *["body is not an object"] * 2, *["the line is not an object"] * 2,
+        "the line is nested too deeply", "custom_id is '\\ud83d', which holds half of a surrogate pair",
+        "the line is nested too deeply", "the line has no body"]
+    assert not re.search("Error|Exception", "".join(said))
+    assert (last["custom_id"], last["response"]["status_code"]) == ("1", 200)
 
 
 def test_a_custom_id_comes_back_as_it_came(tmp_path):
