@@ -25,7 +25,10 @@ from lfm_jax.cli import main
 from lfm_jax.cli.verbs import find
 from lfm_jax.pretrain.config import TrainConfig
 from lfm_jax.recipe import load_recipe
+from lfm_jax.serve.protocol import ChatBody
+from lfm_jax.structured.grammar import grammar_tokenizer
 from lfm_jax.testing import tiny_model, tiny_tokenizer
+from lfm_jax.text.chat import turn_stop_ids
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(page.relative_to(ROOT).as_posix() for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -181,6 +184,18 @@ def check_export(desk, namespace):
 def check_constrained(desk, namespace):
     jsonschema.validate(namespace["person"], namespace["schema"])
     assert all(sum(mood.values()) == pytest.approx(1) for mood in namespace["moods"])
+    for name in ("body", "date", "century", "season"):
+        body = ChatBody.model_validate(namespace[name])
+        assert body.grammar is not None
+        assert not body.model_extra
+    model, tokenizer = namespace["model"], namespace["tokenizer"]
+    tokens = grammar_tokenizer(tokenizer, model.config.vocab_size, turn_stop_ids(tokenizer, model.config))
+    for name, text in (("date", "1815-12-10"), ("century", "19th century"), ("season", "in the winter of 1815")):
+        matcher = tokens.matcher(ChatBody.model_validate(namespace[name]).grammar)
+        for token in tokenizer.encode(text, add_special_tokens=False).ids:
+            assert not matcher.accepts_eos
+            matcher.consume(token)
+        assert matcher.accepts_eos
 
 
 def check_engine(desk, namespace):

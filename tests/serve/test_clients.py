@@ -1,13 +1,18 @@
-"""Client libraries as their users install them, against a real server: `clients/` has one script for each."""
+"""Client libraries as their users install them, against a real server: `clients/` has one script for each.
+
+OpenAI's own is what test_server.py and test_fields_served.py ask with; here it has a row of the table only.
+"""
 
 import dataclasses
 import datetime
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +25,10 @@ from lfm_jax.testing import tiny_model, tiny_tokenizer
 
 HERE = Path(__file__).parent / "clients"
 TABLE = Path(__file__).parents[2] / "build" / "clients.md"
-"""What came of the last run; docs/reference/clients.md shows one."""
+"""What came of the last run; PAGE shows one."""
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "clients.md"
+OPENAI = "chat, stream, completion, tools, tools streamed, structured, tools and structured, responses"
+"""What the ordinary suite shows with the `openai` that is installed."""
 SAYS = ("the", "Ġquick", "Ġbrown", "Ġfox", "Ġjumps", "Ġover", "<|im_end|>")
 LIKES = {"the": 25, '"': 18, "{": 17, "}": 16, "]": 16, ")": 16, ",": 15, "f": 14, "<|tool_call_start|>": -30}
 """What it says where nothing else is said, by logit: text begins, strings and objects end, nothing is called."""
@@ -91,7 +99,7 @@ def served(tmp_path_factory, start_server, key):
 @pytest.fixture(scope="module")
 def rows():
     """Rows of the table of results."""
-    rows = []
+    rows = [("`openai`", metadata.version("openai"), OPENAI, "-")]
     yield rows
     lines = [f"{datetime.date.today()}, Python {sys.version.split()[0]}:", "", "| Client | Version | Shown | Failed |",
              "| --- | --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in rows)]
@@ -142,6 +150,12 @@ def home(tmp_path):
     """Where a client is installed, for as long as it runs: some are large."""
     yield tmp_path
     shutil.rmtree(tmp_path)
+
+
+def test_the_page_has_a_row_for_each_client():
+    shown = re.findall(r"^\| `(.+)` \| (\S+).* \| (.+) \| - \|$", PAGE.read_text(), re.MULTILINE)
+    assert [name for name, *_ in shown] == ["openai", *(client.packages[0] for client in CLIENTS)]
+    assert shown[0][2] == OPENAI
 
 
 @pytest.mark.long
