@@ -12,7 +12,7 @@ class Limits:
     """Limits of one request, and of the number of requests that are prepared at a time."""
 
     body_bytes: int = 2**20
-    schema_bytes: int = 2**16
+    schema_bytes: int = 2**17
     """Size of a response schema, or of all tools together, as JSON."""
     body_seconds: float = 30.0
     """Time for the head of a request to arrive, and then for its whole body."""
