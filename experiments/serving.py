@@ -61,8 +61,8 @@ def start() -> int:
                         began = time.monotonic()
                         server.post("/v1/chat/completions", body | {"max_tokens": 1})
                         times.append(1e3 * (time.monotonic() - began))
-                    print(f"{name}, {what}: first {times[0]:.0f} ms, median of 20 more {statistics.median(times[1:]):.0f}, "
-                          f"longest {max(times[1:]):.0f}", flush=True)
+                    print(f"{name}, {what}: first {times[0]:.0f} ms, of 20 more median "
+                          f"{statistics.median(times[1:]):.0f}, longest {max(times[1:]):.0f}", flush=True)
     return 0
 
 
