@@ -59,9 +59,11 @@ def test_a_client_that_leaves_before_the_first_token_is_no_failure(service, caps
             sent.append(message)
 
         await app(scope, news.get, send)  # The engine does not run: there is no first token.
-        return service.engine.waiting()
 
-    assert asyncio.run(talk()) == 0
+    asyncio.run(talk())
+    service.engine.step()
+    assert service.engine.waiting() == service.engine.running() == 0
+    assert service.engine.counts["cancelled"] == 1
     assert "has failed" not in capsys.readouterr().err
     assert sent[0]["status"] == (200 if stream else 499)
     assert b"data" not in b"".join(message.get("body", b"") for message in sent)
