@@ -12,7 +12,7 @@ import pytest
 from limits import LIMITS, limited
 
 import lfm_jax as lfm
-from lfm_jax.engine.request import LOGITS_NOT_FINITE
+from lfm_jax.engine.request import LOGITS_NOT_FINITE, Continuation
 from lfm_jax.infer import extract as module
 from lfm_jax.infer.extract import classify, extract
 from lfm_jax.sampling import Sampling
@@ -116,7 +116,7 @@ class Found(pydantic.BaseModel):
 def engine_that_writes(monkeypatch):
     """Stands in for the engine: the texts that it is told to write, one for each request, whatever is asked."""
     def put(*texts):
-        answers = [[types.SimpleNamespace(finish="stop", tokens=tokenizer().encode(text, add_special_tokens=False).ids)]
+        answers = [[Continuation(tokenizer().encode(text, add_special_tokens=False).ids, "stop")]
                    for text in texts]
         monkeypatch.setattr(module, "Engine", lambda *_: types.SimpleNamespace(complete=lambda _: answers))
 
