@@ -4,8 +4,8 @@
     python experiments/serving.py soak [MINUTES]  mixed requests of 8 clients (default 30 minutes)
 
 Both serve a random model of 16 layers and 3.8 million parameters with the defaults of `lfm serve`. `soak` appends a
-line a minute to runs/soak.jsonl and ends with status 1 where the server gave a 500 or kept more than 3 % over what it
-held after five minutes.
+line a minute to runs/soak.jsonl and ends with status 1 where the server gave a 500, or its resident memory in the last
+minute was more than 3 % over that in the fifth.
 """
 
 from __future__ import annotations
@@ -74,22 +74,23 @@ async def soak(minutes: float) -> int:
         began = time.monotonic()
         until = began + 60 * minutes
         clients = [asyncio.create_task(client(server.base, number, until, counts)) for number in range(CLIENTS)]
-        settled = math.nan
-        minute = 0
+        settled = last = math.nan
+        minute, readings = 1, []
         while not all(task.done() for task in clients):
+            await asyncio.sleep(1)
+            readings.append(server.resident_mib())
             if time.monotonic() >= began + 60 * minute:
-                row = {"minute": minute, "resident_mib": round(server.resident_mib(), 1), "requests": counts.total(),
-                       "cpu_seconds": round(server.cpu_seconds())}
+                last = statistics.mean(readings)
+                row = {"minute": minute, "resident_mib": round(last, 1), "highest": round(max(readings), 1),
+                       "requests": counts.total(), "cpu_seconds": round(server.cpu_seconds())}
                 with RECORDS.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(row, flush=True)
-                settled = row["resident_mib"] if minute == SETTLED_MINUTES else settled
-                minute += 1
-            await asyncio.sleep(1)
+                settled = last if minute == SETTLED_MINUTES else settled
+                minute, readings = minute + 1, []
         await asyncio.gather(*clients)
-        last = server.resident_mib()
     print(dict(sorted(counts.items())))
-    print(f"resident: {settled} MiB after {SETTLED_MINUTES} minutes, {last:.1f} at the end")
+    print(f"resident, mean of a minute: {settled:.1f} MiB in minute {SETTLED_MINUTES}, {last:.1f} in the last")
     return int(any(name.startswith("5") for name in counts) or last > GROWTH * settled)
 
 

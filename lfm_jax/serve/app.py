@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from lfm_jax.engine import request as engine_request
+from lfm_jax.engine.placement import give_back_memory
 from lfm_jax.engine.request import EngineFullError
 from lfm_jax.engine.service import Answers, Piece, Service
 from lfm_jax.sampling import GREEDY, Sampling
@@ -47,6 +48,9 @@ from lfm_jax.serve.responses import ResponsesBody, ResponsesForm
 from lfm_jax.structured.grammar import Matcher
 from lfm_jax.text.codec import encoded
 
+TIDY_SECONDS = 60
+"""How often free memory goes back to the system."""
+
 
 def make_app(
     service: Service, name: str, *, api_key: str | None = None, sampling: Sampling = GREEDY, limits: Limits = LIMITS,
@@ -64,11 +68,19 @@ def make_app(
     """
     metrics = Metrics(service.engine)
 
+    async def tidy() -> None:
+        # The arrays of each step leave holes in the heap: kept, they were 5 MiB a minute under a mixed load.
+        while True:
+            await asyncio.sleep(TIDY_SECONDS)
+            await asyncio.to_thread(give_back_memory)
+
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         del app
         service.engine.serve()
+        tidying = asyncio.ensure_future(tidy())
         yield
+        tidying.cancel()
         await asyncio.to_thread(service.engine.close)
 
     app = FastAPI(title="lfm_jax", version="1", lifespan=life, docs_url=None, redoc_url=None, redirect_slashes=False)
