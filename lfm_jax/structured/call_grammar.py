@@ -99,7 +99,9 @@ class CallRules:
 
     def _only(self, node: Schema, supported: set[str], place: str) -> None:
         if refused := sorted(node.keys() & KEYWORDS - supported):
-            raise GrammarError(f"{place}/{refused[0]} is not supported here")
+            # Beside a list of items, which its author wrote, `bounded` puts additionalItems.
+            key = "items" if refused[0] == "additionalItems" else refused[0]
+            raise GrammarError(f"{place}/{key} is not supported here")
 
     def _members(self, node: Schema, place: str, *, keywords: bool = False) -> str:
         """Named values in order, commas between them; those not required may be left out."""

@@ -92,6 +92,12 @@ def test_what_is_left_of_a_schema(schema, left, gone, good, bad):
             Grammar.tool_calls([given | {"strict": True}], required=True, bounds=SMALL)
 
 
+def test_a_strict_tool_is_refused_for_a_keyword_that_its_author_wrote():
+    for items in ([], [STRINGS]):
+        with pytest.raises(GrammarError, match="tool 'f': parameters/properties/x/items is not supported here"):
+            Grammar.tool_calls([tool({"type": "array", "items": items, "maxItems": 1}) | {"strict": True}])
+
+
 def test_only_the_tools_that_need_it_are_relaxed():
     grammar = Grammar.tool_calls([WEATHER, tool({"not": {}}), PING, tool({"type": "null"}) | {"name": "g"}])
     assert grammar.relaxed == ("tool 'f': parameters/properties/x/not",)
