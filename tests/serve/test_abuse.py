@@ -74,12 +74,14 @@ GOOD = [
     (TEXT, dict(prompt="the quick", max_tokens=8, stop=["q"], seed=3, temperature=0.7, logit_bias={"5": -100})),
     (TEXT, dict(prompt=["the", "quick"], max_tokens=5, echo=True, logprobs=1)),
     (TEXT, dict(prompt=[1, 2, 3, 4], max_tokens=5, min_tokens=5, stream=True)),
-    (RESPONSES, dict(input="go", instructions="be", max_output_tokens=6, metadata={"a": "b"}, stream=True)),
+    (RESPONSES, dict(input="go", instructions="be", max_output_tokens=6, metadata={"a": "b"}, stream=True,
+                     temperature=0)),
     (RESPONSES, dict(input=[{"role": "user", "content": "go"}, {"type": "function_call", "call_id": "1", "name": "add",
                                                                "arguments": "{\"a\": 1}"},
                             {"type": "function_call_output", "call_id": "1", "output": "2"}], max_output_tokens=40,
-                     tools=[{"type": "function", "name": "f", "parameters": SCHEMA}], tool_choice="required")),
-    (RESPONSES, dict(input="go", max_output_tokens=8, include=["message.output_text.logprobs"],
+                     tools=[{"type": "function", "name": "f", "parameters": SCHEMA}], tool_choice="required",
+                     temperature=0)),
+    (RESPONSES, dict(input="go", max_output_tokens=8, temperature=0, include=["message.output_text.logprobs"],
                      text={"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}})),
 ]
 FIELDS = ["functions", "top_k", "n", "stop", "prompt", "tools", "response_format"]
@@ -251,7 +253,7 @@ def crowd(base, key, pid, number, at_once):
                 leaves = rng.random() < 0.25
                 try:
                     if leaves:
-                        body |= {"max_tokens": 300}
+                        body |= {"max_output_tokens" if path == RESPONSES else "max_tokens": 300}
                         async with asyncio.timeout(rng.random() * 0.5):
                             await client.post(path, json=body)
                         return "done before it left"
@@ -280,14 +282,15 @@ def crowd(base, key, pid, number, at_once):
     def gone(name):
         return after.get(name, 0) - before.get(name, 0)
 
-    ok = sum(gone(f'lfm_requests_total{{path="{path}",status="200"}}') for path in (CHAT, TEXT))
+    ok = sum(gone(f'lfm_requests_total{{path="{path}",status="200"}}') for path in (CHAT, TEXT, RESPONSES))
     assert ok >= seen[200]
     assert gone('lfm_continuations_total{finish="cancelled"}') > 0
     assert gone('lfm_continuations_total{finish="failed"}') == 0
     return seen, middle, last
 
 
-NAMES = ("id", "created", "prompt_tokens_details", "logprob", "top_logprobs", "token_logprobs")
+NAMES = ("id", "call_id", "created", "created_at", "prompt_tokens_details", "input_tokens_details", "logprob",
+         "top_logprobs", "token_logprobs")
 
 
 def told(answer, stream):
@@ -297,7 +300,10 @@ def told(answer, stream):
     pieces = collections.defaultdict(str)
     for line in answer.text.splitlines():
         if line.startswith("data: {"):
-            for choice in json.loads(line[6:])["choices"]:
+            event = json.loads(line[6:])
+            if event.get("type") in ("response.output_text.delta", "response.function_call_arguments.delta"):
+                pieces[event["output_index"], event["type"]] += event["delta"]
+            for choice in event.get("choices", ()):
                 pieces[choice["index"], "text"] += choice.get("text") or choice.get("delta", {}).get("content") or ""
                 pieces[choice["index"], "finish"] += choice["finish_reason"] or ""
     return json.dumps(sorted((*where, text) for where, text in pieces.items()))
