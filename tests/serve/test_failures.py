@@ -11,6 +11,7 @@ import pytest
 
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.service import Service
+from lfm_jax.serve import app as apps
 from lfm_jax.serve.app import make_app
 from lfm_jax.serve.limits import LIMITS
 from lfm_jax.testing import tiny_model, tiny_tokenizer
@@ -67,6 +68,22 @@ def test_a_client_that_leaves_before_the_first_token_is_no_failure(service, caps
     assert "has failed" not in capsys.readouterr().err
     assert sent[0]["status"] == (200 if stream else 499)
     assert b"data" not in b"".join(message.get("body", b"") for message in sent)
+
+
+def test_free_memory_goes_back_while_the_server_is_up(service, monkeypatch):
+    calls = []
+    monkeypatch.setattr(apps, "TIDY_SECONDS", 0.001)
+    monkeypatch.setattr(apps, "give_back_memory", lambda: calls.append(len(calls)))
+
+    async def talk():
+        async with client_of(make_app(service, "tiny")):
+            while len(calls) < 3:
+                await asyncio.sleep(0.001)
+        there = len(calls)
+        await asyncio.sleep(0.05)
+        return there
+
+    assert asyncio.run(talk()) >= len(calls) - 1  # One may have been under way.
 
 
 def test_several_answers_are_as_long_as_slots_of_which_there_are_several():
