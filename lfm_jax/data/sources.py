@@ -22,6 +22,7 @@ JSONL_SUFFIX = ".jsonl"
 """Files with one document per line: a JSON object with the text under one of its keys."""
 SUFFIXES = (*TEXT_SUFFIXES, JSONL_SUFFIX)
 
+
 class SourceFile(NamedTuple):
     """A file of documents."""
 

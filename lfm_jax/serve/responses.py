@@ -227,8 +227,9 @@ class ResponsesBody(Body):
         """A field of the chat, or a message about it, with the names of this body's fields."""
         if about_chat == "messages":
             return "input"
-        sources = [source for _, source in self._messages()]
-        text = re.sub(r"\bmessages\[(\d+)\]", lambda found: sources[int(found[1])], about_chat)
+        sources = {f"messages[{i}]": source for i, (_, source) in enumerate(self._messages())}
+        # A message may quote what the client wrote, such as the number of a message that is not there.
+        text = re.sub(r"\bmessages\[\d+\]", lambda found: sources.get(found[0], found[0]), about_chat)
         names = {"response_format": "text.format", "max_completion_tokens": "max_output_tokens"}
         return re.sub("|".join(names), lambda found: names[found[0]], text)
 

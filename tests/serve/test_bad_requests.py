@@ -81,6 +81,7 @@ OF_RESPONSES = {
     "half a pair in a tool": (dict(tool_choice="none", tools=[{"type": "function", "name": "f", "parameters": {
         "type": "object", "properties": {"\ud800": {}}}}]), "surrogate", "tools"),
     "type": (dict(input=[{"type": "picture"}]), 'type "picture" are not supported', "input[0]"),
+    "a message that is not there": (dict(tools=[{"type": "function", "name": "messages[7]"}]), "messages[7]", "tools"),
     "nothing": (dict(input=[{"type": "reasoning"}]), "input has no message", "input"),
     "circle": (dict(text={"format": {"type": "json_schema", "name": "x", "schema": {"$ref": "#"}}}), "schema",
                "text.format"),
