@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import numpy as np
+import pytest
 
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.engine import Engine
@@ -80,3 +81,21 @@ def run(made, *requests):
     assert made.running() == made.waiting() == 0
     assert_slots_are_whole(made)
     return heard
+
+
+def noted(monkeypatch, made, name, what):
+    """A list of `what(args, kwargs)` of each call of a program of the first pool."""
+    programs, found = made._pools[0]._programs, []
+    call = getattr(programs, name)
+    monkeypatch.setattr(programs, name, lambda *args, **kwargs: (found.append(what(args, kwargs)),
+                                                                 call(*args, **kwargs))[1])
+    return found
+
+
+def assert_same_logprobs(ours, theirs, tolerance):
+    """Of the same tokens; of the likeliest ones only the numbers, since two may be as likely."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.token == other.token
+        assert one.logprob == pytest.approx(other.logprob, abs=tolerance, rel=0)
+        assert [x for _, x in one.best] == pytest.approx([x for _, x in other.best], abs=tolerance, rel=0)
+        assert tolerance or one == other
