@@ -45,10 +45,14 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Two workers end together when the heaviest files start first; a file that was never timed counts as heavy."""
+    """Marks what is slow. Two workers end together when the heaviest files start first; one never timed is heavy."""
+    measured = json.loads(timing.SECONDS.read_text())
+    slow = set(measured["slow"])
+    for item in items:
+        if item.nodeid.partition("[")[0] in slow:
+            item.add_marker("slow")
     if hasattr(config, "workerinput"):
-        seconds = json.loads(timing.SECONDS.read_text())
-        items.sort(key=lambda item: -seconds.get(item.path.stem, 100))
+        items.sort(key=lambda item: -measured["files"].get(item.path.stem, 100))
 
 
 @pytest.fixture(scope="session")

@@ -37,19 +37,24 @@ KINDS = {
 }
 """Models that the properties run on; from `one-tap` on most are what `transformers` cannot express."""
 
-QUICK = ("hybrid", "sandwich", "every-operator")
-DEFAULT = ("seven-taps", "liquid", "no-gate")
-"""What QUICK leaves out of implementations and recurrences. The others, of `make test-long`, differ in settings that
-tests/operators compares with float64 for each operator by itself; there they meet the other layers of a model."""
-every_kind = pytest.mark.parametrize("kind", [
-    kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow if kind in DEFAULT else pytest.mark.long)
-    for kind in KINDS
-])
+TESTED = ("hybrid", "sandwich", "every-operator", "seven-taps", "liquid", "no-gate")
+"""All implementations and recurrences. The other kinds, of `make test-long`, differ in settings that tests/operators
+compares with float64 for each operator by itself; there they meet the other layers of a model."""
+
+
+def core(*values):
+    """Parameters with which a test is part of `make check`, whatever it takes."""
+    return pytest.param(*values, marks=pytest.mark.core)
 
 
 def long(*values):
     """Parameters of a test that are for `make test-long`; its docstring says what they add."""
     return pytest.param(*values, marks=pytest.mark.long)
+
+
+every_kind = pytest.mark.parametrize(
+    "kind", [core(kind) if kind == "hybrid" else kind if kind in TESTED else long(kind) for kind in KINDS]
+)
 
 
 def rel_err(actual, expected):

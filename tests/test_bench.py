@@ -18,7 +18,6 @@ from lfm_jax.model import LFM
 from lfm_jax.testing import tiny_config
 
 
-@pytest.mark.slow
 def test_model_suite_measures_both_sides():
     report = model.bench_model(tiny_config(), repeats=1)
     rows = [line for line in report.splitlines() if line.startswith("| ")][1:]
@@ -30,7 +29,6 @@ def test_model_suite_measures_both_sides():
     assert "transformers 5." in report
 
 
-@pytest.mark.slow
 def test_model_suite_says_when_the_peer_is_absent(monkeypatch):
     monkeypatch.setattr(model.Peer, "build", classmethod(lambda cls, _: None))
     assert model.bench_model(tiny_config(), repeats=1).count("absent") >= 4
@@ -48,7 +46,6 @@ def cells_of(report, start):
     return {row[1]: row[2:] for row in rows if row and row[0] == start}
 
 
-@pytest.mark.slow
 def test_kernels_suite_has_a_row_for_every_implementation_that_runs_here(capsys):
     report = kernels.bench_kernels(repeats=1, sizes=TOY)
     conv, scan = cells_of(report, "1, 8, 16, 3"), cells_of(report, "2, 8, 16")
@@ -172,7 +169,6 @@ print(sum(event == "/jax/core/compile/backend_compile_duration" for event in com
     assert 0 < int(count.split()[0]) < 80  # One engine's warming up alone would be some 20 of the large ones.
 
 
-@pytest.mark.slow
 def test_serve_suite_at_toy_size(capsys):
     report = serve.bench_serve(repeats=1, toy=True)
     assert "One step of decoding at batch 1" in report

@@ -21,7 +21,6 @@ def rows_of(report):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
 
 
-@pytest.mark.slow
 def test_the_gpu_suite_runs_in_toy_size_and_a_variant_that_fails_loses_only_its_line():
     report = train.bench_gpu(train.toy_jobs(), measure=0.05)
     packed, cudnn, peer = rows_of(report)
@@ -35,7 +34,6 @@ def test_the_gpu_suite_runs_in_toy_size_and_a_variant_that_fails_loses_only_its_
     assert "x transformers." in report
 
 
-@pytest.mark.slow
 def test_the_cpu_suite_has_speed_memory_and_compile_time_of_both_sides(monkeypatch):
     # The workers get the shape by name: as a preset that they know, with the fields of a tiny one.
     monkeypatch.setattr(train, "Job", lambda *, model, **job: train_side.Job(model=model | TINY, **job))
@@ -52,7 +50,6 @@ def test_the_cpu_suite_has_speed_memory_and_compile_time_of_both_sides(monkeypat
     assert "GLIBC_TUNABLES=" in report
 
 
-@pytest.mark.slow
 def test_our_side_needs_neither_orbax_nor_grain():
     """A GPU machine may have jax, flax (with what it depends on), optax and numpy only."""
     absent = ("array_record", "chex", "grain", "jinja2", "matplotlib", "orbax", "safetensors", "tokenizers", "torch",

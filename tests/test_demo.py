@@ -4,12 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.slow
 def test_demo_reports_samples_exports_and_finishes_again_at_once(tmp_path):
     for i in range(12):
         (tmp_path / f"m{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n" * 30)

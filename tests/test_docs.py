@@ -126,7 +126,6 @@ def status(args):
     return ended.value.code
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if {b.language for b in blocks(page)} & {"python", "bash"}])
 def test_code_runs(desk, page, monkeypatch, capsys):
     namespace = {}

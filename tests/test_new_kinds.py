@@ -302,7 +302,6 @@ def test_reports_are_sums_over_real_tokens_by_layer(model, one_pass):
     assert set(aux.squares) == {"shift", "full_attention", "conv", "feed_forward"}
 
 
-@pytest.mark.slow
 def test_training_lowers_the_loss_and_stacked_layers_are_the_same(model, one_pass):
     results = []
     for scan in (False, True):

@@ -4,8 +4,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 STEP = """
 import jax, jax.numpy as jnp, optax
 from flax import nnx
@@ -56,7 +54,6 @@ def run(code, **env):
                           capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.slow
 def test_works_without_nnx_graph_mode():
     done = run(STEP, NNX_GRAPH_MODE="false")
     assert done.stdout.strip() == "True", done.stderr

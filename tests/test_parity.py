@@ -10,17 +10,14 @@ import oracle
 import pytest
 import torch
 from flax import nnx
-from helpers import long, rel_err, tokens_like
+from helpers import core, long, rel_err, tokens_like
 from jax import lax
 
 import lfm_jax as lfm
 from lfm_jax.convert.hf import to_state_dict
 
 B, T = 2, 40
-QUICK = ("hybrid", "four-taps-bias")
-every_case = pytest.mark.parametrize(
-    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in oracle.CASES]
-)
+every_case = pytest.mark.parametrize("case", [core(case) if case == "hybrid" else case for case in oracle.CASES])
 ADAMW = dict(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
 LR = 1e-2
 
@@ -73,7 +70,7 @@ def test_layers_logits_gradients_and_one_step(case, weights):
         assert rel_err(update[known], expected[known]) < 1e-3, name
 
 
-@pytest.mark.parametrize("case", ["hybrid", pytest.param("all-attention", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["hybrid", "all-attention"])
 def test_long_prompts(case):
     model = oracle.hf_model(oracle.hf_config(**oracle.CASES[case]))
     graphdef, params = oracle.ours(model)
@@ -88,7 +85,7 @@ def mean_kl(exact, other):
     return float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)))
 
 
-@pytest.mark.parametrize("case", [pytest.param("deep", marks=pytest.mark.slow), "four-taps-bias"])
+@pytest.mark.parametrize("case", ["deep", "four-taps-bias"])
 @pytest.mark.parametrize("weights", oracle.WEIGHTS)
 def test_bfloat16_is_no_further_from_float32_than_the_oracle(case, weights):
     deep = dict(hidden_size=96, intermediate_size=256, vocab_size=503, num_attention_heads=6, num_key_value_heads=3,
@@ -132,7 +129,6 @@ def greedy(graphdef, new_tokens):
     return jax.jit(run)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", ["hybrid", "four-taps-bias", long("seven-taps"), long("all-attention")])
 def test_256_greedy_tokens_equal_generate(case):
     """Batch 1, and a batch with padding on the left, one row shorter than the taps. In `make test-long` four models."""
@@ -170,7 +166,7 @@ def test_left_padding_with_bias_is_wrong_in_the_oracle_and_right_here():
     assert rel_err(padded[:, 5:], plain) > 1e-2
 
 
-@pytest.mark.parametrize("case", ["hybrid", pytest.param("two-taps", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["hybrid", "two-taps"])
 def test_left_padding_without_bias_equals_the_oracle(case):
     model = oracle.hf_model(oracle.hf_config(**oracle.CASES[case]))
     graphdef, params = oracle.ours(model)

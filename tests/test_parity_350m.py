@@ -22,7 +22,6 @@ def two_threads():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
 def test_the_350m_shape_at_256_tokens():
     """Against `transformers` in float64: at these widths its own float32 is up to half the tolerance off.

@@ -88,7 +88,7 @@ def test_rows_do_not_know_each_other(kind, segment_ids, seed):
     np.testing.assert_array_equal(among_others[1], hidden[1])
 
 
-@pytest.mark.parametrize("kind", ["hybrid", pytest.param("seven-taps", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["hybrid", "seven-taps"])
 @given(lengths=st.lists(st.integers(0, T), min_size=B, max_size=B), split=st.integers(1, T), seed=SEEDS)
 def test_right_padding_promised_equals_right_padding_found(kind, lengths, split, seed):
     model, tokens = net(kind), tokens_like((B, T), seed)
@@ -100,7 +100,7 @@ def test_right_padding_promised_equals_right_padding_found(kind, lengths, split,
         assert rel_err(promised[segment_ids != 0], found[segment_ids != 0]) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["hybrid", pytest.param("all-attention", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["hybrid", "all-attention"])
 @given(segment_ids=batches(B, T), seed=SEEDS)
 def test_positions_count_within_documents_unless_given(kind, segment_ids, seed):
     model, tokens = net(kind), tokens_like((B, T), seed)
@@ -121,7 +121,7 @@ def test_positions_count_within_documents_unless_given(kind, segment_ids, seed):
             assert rel_err(other[row, where], expected) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["hybrid", pytest.param("sandwich", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["hybrid", "sandwich"])
 @given(segment_ids=batches(B, T), seed=SEEDS)
 def test_last_is_the_last_real_token_of_all(kind, segment_ids, seed):
     model, tokens = net(kind), tokens_like((B, T), seed)
@@ -150,7 +150,6 @@ def test_gradients_of_a_packed_row_are_the_sum_over_its_documents():
     assert rel_err(packed, alone) < 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["ffn", "dots", "full"])
 def test_activations_made_again_change_no_gradient(remat):
     tokens, weight = tokens_like((B, T), 4), np.random.default_rng(4).standard_normal((B, T, D)).astype(np.float32)

@@ -90,7 +90,6 @@ def test_every_implementation_and_collective_has_a_row():
         assert {impl for name, impl in rows if name == kernel} == set(impls)
 
 
-@pytest.mark.slow
 def test_everything_passes_here_over_four_devices():
     env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
     command = [sys.executable, "-m", "lfm_jax.selfcheck"]

@@ -49,7 +49,6 @@ def test_runs_are_the_pattern_and_trees_come_back(pattern):
 SCANNED = dict(layer_types=(C, A) * 2 + (R,) * 2)
 
 
-@pytest.mark.slow
 def test_a_step_on_stacked_layers_is_a_step():
     batch = dict(tokens=tokens_like((2, 12), 0), targets=tokens_like((2, 12), 1),
                  segment_ids=np.ones((2, 12), np.int32), positions=np.tile(np.arange(12, dtype=np.int32), (2, 1)))

@@ -128,7 +128,7 @@ def test_chunks_of_one_size_without_segment_ids(kind, chunk):
     np.testing.assert_array_equal(state.position_B, [T, T])
 
 
-@pytest.mark.parametrize("kind", ["hybrid", pytest.param("seven-taps", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["hybrid", "seven-taps"])
 @given(calls=st.lists(batches(B, C), min_size=2, max_size=CALLS), order=st.permutations(range(B)), seed=SEEDS)
 def test_permuting_rows_permutes_state_and_a_fork_goes_its_own_way(kind, calls, order, seed):
     model = net(kind)
@@ -176,7 +176,7 @@ def test_a_reset_row_forgets_nan():
     np.testing.assert_array_equal(hidden, fresh)
 
 
-@pytest.mark.parametrize("kind", ["hybrid", pytest.param("all-attention", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["hybrid", "all-attention"])
 @given(first=batches(B, C), second=batches(B, C), seed=SEEDS)
 def test_a_row_that_outgrows_its_slots_gives_nan_there_and_nowhere_else(kind, first, second, seed):
     model, state = net(kind), net(kind).init_state(B, 6)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import compiled
 import timing
@@ -21,14 +22,18 @@ def test_the_processor_is_named():
     assert compiled.processor().strip()
 
 
-def test_times_are_summed_by_file_the_heaviest_first():
-    rows = [{"test": "a.py::one", "own": 1.0, "children": 2.0, "programs": 3}, {"test": "b.py::x", "own": 9.0},
+def test_times_are_summed_the_heaviest_first():
+    rows = [{"test": "a.py::one[1]", "own": 1.0, "children": 2.0, "programs": 3}, {"test": "b.py::x", "own": 9.0},
             {"test": "a.py::two[b.py::y]", "own": 0.5, "children": 0.0, "programs": 2}]
-    files = timing.by_file(map(json.dumps, rows))
+    lines = [json.dumps(row) for row in rows]
+    files = timing.summed(lines, "::")
     assert list(files) == ["b.py", "a.py"]
     assert files["a.py"] == {"own": 1.5, "children": 2.0, "programs": 5, "tests": 2}
+    assert list(timing.summed(lines, "[")) == ["b.py::x", "a.py::one", "a.py::two"]
 
 
 def test_every_file_that_was_timed_is_there():
     files = {path.stem for pattern in ("test_*.py", "check_*.py") for path in timing.SECONDS.parent.rglob(pattern)}
-    assert set(json.loads(timing.SECONDS.read_text())) <= files
+    measured = json.loads(timing.SECONDS.read_text())
+    assert set(measured["files"]) <= files
+    assert {Path(test.partition("::")[0]).stem for test in measured["slow"]} <= files

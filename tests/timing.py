@@ -1,7 +1,7 @@
 """What each test takes, in processor seconds and compiled programs, and the table of the suite that comes of it.
 
-`make test-times` runs the suite with `--times FILE`, then this file: it writes `seconds.json`, after which `make test`
-orders its files, and prints the table of docs/measurements/suite.md.
+`make test-times` runs the suite with `--times FILE`, then this file: it writes `seconds.json`, by which `make test`
+orders its files and `make check` leaves out slow tests, and prints the table of docs/measurements/suite.md.
 """
 
 import collections
@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 SECONDS = Path(__file__).parent / "seconds.json"
+SLOW = 1.0
+"""Seconds, with those of all its parameters, from which a test is slow."""
 
 
 class Recorder:
@@ -49,22 +51,30 @@ class Recorder:
         return result
 
 
-def by_file(lines):
-    """Sums over the tests of each file, the heaviest file first."""
-    files = collections.defaultdict(collections.Counter)
+def summed(lines, part):
+    """Sums over the tests whose names are equal up to `part`, the heaviest first."""
+    sums = collections.defaultdict(collections.Counter)
     for line in lines:
         row = json.loads(line)
-        files[row.pop("test").partition("::")[0]].update(row | {"tests": 1})
-    return dict(sorted(files.items(), key=lambda item: -item[1]["own"] - item[1]["children"]))
+        sums[row.pop("test").partition(part)[0]].update(row | {"tests": 1})
+    return dict(sorted(sums.items(), key=lambda item: -seconds(item[1])))
+
+
+def seconds(row):
+    return row["own"] + row["children"]
 
 
 def main(path):
-    files = by_file(Path(path).read_text().splitlines())
-    SECONDS.write_text(json.dumps({Path(f).stem: round(n["own"] + n["children"]) for f, n in files.items()}, indent=1))
+    lines = Path(path).read_text().splitlines()
+    files = summed(lines, "::")
+    SECONDS.write_text(json.dumps({
+        "files": {Path(file).stem: round(seconds(n)) for file, n in files.items()},
+        "slow": sorted(test for test, n in summed(lines, "[").items() if seconds(n) >= SLOW),
+    }, indent=1) + "\n")
     print("| file | tests | processor seconds | of started processes | programs compiled | from the cache |")
     print("|---|---|---|---|---|---|")
     for name, n in [("all", sum(files.values(), collections.Counter())), *files.items()]:
-        print(f"| `{name}` | {n['tests']} | {n['own'] + n['children']:.0f} | {n['children']:.0f} | "
+        print(f"| `{name}` | {n['tests']} | {seconds(n):.0f} | {n['children']:.0f} | "
               f"{n['programs'] - n['from_cache']} | {n['from_cache']} |")
 
 

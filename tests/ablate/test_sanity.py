@@ -13,8 +13,6 @@ from lfm_jax.ablate.stats import compare
 from lfm_jax.ablate.study import Grid
 from lfm_jax.ablate.tasks.recall import Mqar
 
-pytestmark = pytest.mark.slow
-
 RECALL = Mqar(pairs=(3,), length=16, gap=4, num_keys=8, num_values=8, steps=250, batch_size=32, heldout_rows=128)
 """Two convolutions of three taps see five tokens, the query's own included: no query sees its value."""
 

@@ -269,7 +269,6 @@ def test_block_ratio_smokes(tmp_path, capfd):
     assert {"text-cost.png", "mqar-cost.png"} <= {path.name for path in report.iterdir()}
 
 
-@pytest.mark.slow
 def test_a_killed_study_goes_on(finished, tmp_path):
     """SIGKILL at some moment, twice; then the same command ends with the scores of an undisturbed study."""
     path = tmp_path / "study.yaml"
@@ -342,7 +341,6 @@ def test_a_lost_device_is_no_failed_run(finished, tmp_path, monkeypatch):
     assert not list(Path(study.directory).rglob("seed-*.json"))
 
 
-@pytest.mark.slow
 def test_costs_are_measured_once_and_reported(finished, tmp_path):
     study = dataclasses.replace(finished, out=str(tmp_path / "costs"), cost_contexts=(32,))
     assert ablate(AblateConfig(study=study)) == 0
@@ -380,7 +378,6 @@ def test_processes_need_the_arguments_of_the_command(finished):
         ablate(AblateConfig(study=finished, processes=2))
 
 
-@pytest.mark.slow
 def test_sigterm_stops_a_crew_and_the_command_goes_on(finished, tmp_path):
     path = tmp_path / "study.yaml"
     content = yaml.safe_load((finished.directory / "study.yaml").read_text()) | {"out": str(tmp_path / "crew")}

@@ -62,7 +62,6 @@ def test_loading_compiles_nothing(place, checkpoint):
     assert names(place) == set()
 
 
-@pytest.mark.slow
 def test_a_second_start_compiles_nothing(place, checkpoint, capsys):
     jax.clear_caches()  # What this process has compiled already would not be written.
     command = ["generate", str(checkpoint), "the quick", "--max-new-tokens", "6", "--temperature", "1"]

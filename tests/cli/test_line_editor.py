@@ -22,8 +22,6 @@ from lfm_jax.cli import line_editor
 from lfm_jax.testing import tiny_model, tiny_tokenizer
 from lfm_jax.text.chat import turn_stop_ids
 
-pytestmark = pytest.mark.slow
-
 PROMPT = ">"  # The space after it is a move of the cursor.
 SPEED = r"\[\d+ tokens?, .*the first after [\d.]+ s"
 

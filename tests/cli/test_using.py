@@ -77,7 +77,6 @@ SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0
           "additionalProperties": False}
 
 
-@pytest.mark.slow
 def test_extract_prints_a_line_of_json_for_each_text(checkpoint, tmp_path, capsys):
     schema = tmp_path / "schema.json"
     schema.write_text(json.dumps(SCHEMA))
@@ -89,7 +88,6 @@ def test_extract_prints_a_line_of_json_for_each_text(checkpoint, tmp_path, capsy
     assert all(0 <= json.loads(line)["n"] <= 9 for line in lines)
 
 
-@pytest.mark.slow
 def test_classify_prints_the_likeliest_label_first(checkpoint, capsys):
     labels = ["fox", "dog", "lazy"]
     assert run("classify", checkpoint, "the quick", "--labels", *labels) == 0

@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 
 from lfm_jax import ModelConfig
 from lfm_jax.convert.hf import tensors, write_hf
@@ -18,7 +17,6 @@ print(1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").rea
 """
 
 
-@pytest.mark.slow
 def test_converting_350m_streams(tmp_path):
     config = ModelConfig.preset("lfm2.5-350m").replace(param_dtype="bfloat16")
     rng = np.random.default_rng(0)

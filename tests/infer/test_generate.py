@@ -65,7 +65,6 @@ def test_greedy_equals_transformers_for_prompts_of_several_lengths(penalty):
         assert completion == (hf_tokens(prompt, repetition_penalty=penalty), "length")
 
 
-@pytest.mark.slow
 def test_256_greedy_tokens_equal_transformers_across_many_dispatches():
     out = generate_tokens(model(), PROMPTS, GREEDY, 256, stop_ids=())
     for prompt, completion in zip(PROMPTS, out, strict=True):

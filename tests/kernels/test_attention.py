@@ -62,7 +62,6 @@ def packed(B, T):
     return ids
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("impl", [*EVERYWHERE, "splash"])
 @pytest.mark.parametrize(("N", "K", "window"), [(4, 2, None), (4, 2, 100), (3, 3, 3), (4, 1, 1)])
 def test_equals_float64_forward_and_gradient(N, K, window, impl):
@@ -79,7 +78,6 @@ def test_short_rows_without_ids(T, impl):
     assert_exact(run(*data, impl=impl), expected(*data))
 
 
-@pytest.mark.slow
 @given(ids=batches(B, T))
 def test_documents_anywhere(ids):
     data = make(B, T, T, 4, 2, seed=1)
@@ -90,7 +88,6 @@ def test_documents_anywhere(ids):
             assert_exact(run(*data, impl=impl, **options), wanted)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("impl", EVERYWHERE)
 @pytest.mark.parametrize("T", [1, 270])
 def test_a_cache_with_empty_slots(T, impl):
@@ -103,7 +100,6 @@ def test_a_cache_with_empty_slots(T, impl):
     assert_exact(run(*data, impl=impl, **options), expected(*data, **options))
 
 
-@pytest.mark.slow
 @given(seed=st.integers(0, 99), window=st.sampled_from([None, 40]))
 def test_a_rolling_buffer_and_keys_in_any_order(seed, window):
     """Row 0: token i in slot i modulo S, the oldest in the middle, some empty (negative). Row 1: a permutation."""
@@ -135,7 +131,6 @@ def test_a_query_that_sees_no_key_is_finite_and_moves_no_other(impl):
         assert not any(np.asarray(x).any() for x in nobody)
 
 
-@pytest.mark.slow
 def test_blockwise_never_meets_a_block_that_no_query_sees():
     """A value that is not a number would spread even by the weight 0; blocks of it behind a window, in another
     document and in the future leave output and gradients as they are."""
@@ -160,7 +155,6 @@ def test_blockwise_never_meets_a_block_that_no_query_sees():
     assert np.isnan(out[:, T // 2 :]).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", ["window", long("causal"), long("documents")])
 def test_blockwise_at_32768_tokens(case):
     """Queries are sampled: the cotangent is zero elsewhere, so that these few decide all of the gradients.
@@ -191,7 +185,6 @@ def temp_bytes(f, *shapes, **options):
     return jax.jit(functools.partial(f, **options)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["blockwise", "auto"])
 def test_at_32768_tokens_memory_stays_under_four_copies_of_q_k_and_v(impl):
     """The scores alone would be 16 GiB."""
@@ -249,7 +242,6 @@ def test_the_reference_is_a_plain_loop_and_its_gradient_the_numerical_one():
 
 
 @requires_libtpu
-@pytest.mark.slow
 @pytest.mark.parametrize(("chip", "dtype", "window"), [
     ("v5e", jnp.bfloat16, None), ("v5p", jnp.bfloat16, 256), ("v6e", jnp.float32, 256)])
 def test_splash_compiles_for_tpu(chip, dtype, window):

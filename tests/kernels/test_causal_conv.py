@@ -117,7 +117,6 @@ def test_no_history_is_a_history_of_zeros(impl):
 DOCUMENTS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 2)), min_size=1, max_size=40)
 
 
-@pytest.mark.slow
 @given(st.lists(DOCUMENTS, min_size=3, max_size=3), st.integers(0, 9))
 def test_any_layout_of_documents_equals_numpy(rows, seed):
     """Documents of any lengths and neighbouring ids that differ, padding at the right end only."""
@@ -143,7 +142,6 @@ def test_sums_over_blocks_of_time_leave_out_no_row(T, W):
     assert (np.asarray(by["bias_D"]) == 2 * T).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["shifted", long("lax")])
 def test_accuracy_holds_at_32768_tokens(impl):
     """In `make test-long` that of XLA's own convolution too."""

@@ -67,7 +67,6 @@ def test_values_and_gradients_equal_numpy(shape, packed, impl):
     assert_is_reference(arrays(*shape), documents(*shape[:2]) if packed else None, impl)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["chunked", long("sequential"), long("associative")])
 def test_32768_tokens(impl):
     """Two levels of chunks. Products of a underflow, or their rounding adds up if the same 0.9999 is in all of them.

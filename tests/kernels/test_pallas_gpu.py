@@ -173,7 +173,7 @@ class Conv:
         pytest.param(dict(B=2, T=9, D=8, W=2, gates=(), bias=False), None, id="no gate, no bias, no documents"),
         pytest.param(dict(B=1, T=1, D=5, W=4, gates=("gate_out_BTD",)), documents(1, ()), id="fewer tokens than taps"),
         pytest.param(dict(B=1, T=9, D=8, W=1, gates=("gate_in_BTD",)), documents(9, {4}), id="one tap"),
-        pytest.param(dict(B=1, T=19, D=8, W=7), documents(19, {9}, 3), id="seven taps", marks=pytest.mark.slow),
+        pytest.param(dict(B=1, T=19, D=8, W=7), documents(19, {9}, 3), id="seven taps"),
     ],
 )
 def test_convolution_and_all_gradients_equal_numpy(small_chunks, shape, segment_ids):
@@ -241,7 +241,7 @@ def big_results(text, size):
     return found
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_kernels_lower_for_cuda_and_nothing_else_touches_long_operands(dtype):
     """Mosaic's own lowering and its limit on shared memory, at the real sizes of chunks and of a benchmark."""
     B, T, D = 8, 4096, 1024
@@ -254,7 +254,7 @@ def test_kernels_lower_for_cuda_and_nothing_else_touches_long_operands(dtype):
     assert big_results(lowered(conv_gradient, long, *args), B * T * D) == ["mosaic_gpu_v2"]
 
 
-@pytest.mark.parametrize("taps", [2, pytest.param(pallas_gpu_conv.MAX_TAPS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("taps", [2, pallas_gpu_conv.MAX_TAPS])
 def test_odd_shapes_and_documents_lower_for_cuda(taps):
     """Up to the largest chunks that the limit on shared memory allows."""
     B, T, D = 2, 333, 1030

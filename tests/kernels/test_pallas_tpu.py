@@ -75,7 +75,6 @@ def test_scan_walks_several_groups_of_lanes_together(small_tiles):
         assert_scan_exact(scan_inputs(1, 256, 256, seed=1), reverse=True)
 
 
-@pytest.mark.slow
 def test_scan_stays_exact_over_a_long_row(small_tiles):
     with small_tiles.context() as patch:
         patch.setattr(pallas_tpu_tiles, "MAX_ROWS", 1024)
@@ -190,7 +189,6 @@ def test_conv_and_every_gradient_equal_float64(T, D, W, documents, parts):
     assert_conv_exact(inputs, ids_BT, dz_BTD)
 
 
-@pytest.mark.slow
 def test_conv_gradients_stay_exact_over_a_long_row(small_tiles):
     inputs, dz_BTD = conv_inputs(1, 32768, 5, 3, seed=5)
     with small_tiles.context() as patch:

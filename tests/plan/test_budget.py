@@ -126,7 +126,6 @@ def test_units():
     assert si(9.55e15, "FLOP") == "9.55 PFLOP"
 
 
-@pytest.mark.slow
 @tpu_aot.requires_libtpu
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_products_of_the_compiled_step_are_those_of_the_formulas(remat):

@@ -121,7 +121,7 @@ def fsdp_step(sizes, *, scan, topology="v5e:4x4"):
 @pytest.mark.parametrize(("topology", "sizes", "scan"), [
     ("v5e:4x4", (1, 16, 1), False), ("v5e:4x4", (2, 8, 1), True), ("v5e:4x4", (2, 4, 2), True),
     # Collectives run on a core of their own.
-    pytest.param("tpu7x:2x2x1", (1, 8, 1), False, marks=pytest.mark.slow),
+    ("tpu7x:2x2x1", (1, 8, 1), False),
 ])
 def test_collectives_of_a_tpu_program_are_those_on_paper(topology, sizes, scan):
     text, mesh = fsdp_step(sizes, scan=scan, topology=topology)

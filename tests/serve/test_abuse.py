@@ -26,7 +26,6 @@ ANYWHERE = {405, 413}
 """What any path answers to another method, and to too large a body before anything else is looked at."""
 
 
-@pytest.mark.slow
 def test_what_the_document_allows_gets_what_it_tells(server, key):
     headers = {"Authorization": f"Bearer {key}"}
     document = schemathesis.openapi.from_url(f"{server}/openapi.json", headers=headers)

@@ -11,10 +11,7 @@ import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 playwright = pytest.importorskip("playwright.sync_api")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium (Debian: apt-get install chromium)"),
-]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium (Debian: apt-get install chromium)")
 WIDE, NARROW = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 SPEED = re.compile(r"\d+ tokens? · [\d.]+ tokens/s · first after [\d.]+ s · prompt \d+ tokens")
 ASK = "**/v1/chat/completions"

@@ -75,7 +75,6 @@ def records(run_dir):
     return [{name: value for name, value in r.items() if name not in clock} for r in read_metrics(run_dir)]
 
 
-@pytest.mark.slow
 def test_an_update_that_is_not_finite_is_skipped_and_told(corpus, tmp_path, poison, capsys):
     poison({6})
     run_dir = train(load(recipe(corpus, tmp_path / "run"))).run_dir
@@ -88,7 +87,6 @@ def test_an_update_that_is_not_finite_is_skipped_and_told(corpus, tmp_path, pois
     assert all(np.isfinite(w).all() for w in lfm.to_state_dict(lfm.load(run_dir)[0]).values())
 
 
-@pytest.mark.slow
 def test_too_many_in_a_row_go_back_and_pass_over_the_data_also_after_a_kill(
     corpus, tmp_path, poison, capsys, monkeypatch
 ):
@@ -121,7 +119,6 @@ def test_too_many_in_a_row_go_back_and_pass_over_the_data_also_after_a_kill(
     assert records(tmp_path / "killed") == records(run_dir)
 
 
-@pytest.mark.slow
 def test_going_back_without_progress_ends_with_what_to_do(corpus, tmp_path, poison):
     poison(range(6, 1000))
     config = load(recipe(corpus, tmp_path / "run", guard__max_in_row=2, guard__max_rollbacks=2))
@@ -143,7 +140,6 @@ def truncate(checkpoint):
     os.truncate(path, path.stat().st_size // 2)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [truncate, lambda c: (c / "_CHECKPOINT_METADATA").write_text("{")], ids=["truncated", "metadata cut"],
@@ -159,7 +155,6 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_goes_on(corpus, co
     assert steps_in_order(copy) == list(range(1, STEPS + 1))
 
 
-@pytest.mark.slow
 def test_a_latest_checkpoint_that_is_gone_falls_back(corpus, copy, whole_run, capsys):
     shutil.rmtree(copy / "checkpoints" / str(STEPS))
     train(load(recipe(corpus, copy)))
@@ -169,7 +164,6 @@ def test_a_latest_checkpoint_that_is_gone_falls_back(corpus, copy, whole_run, ca
     assert losses(copy) == losses(whole_run)
 
 
-@pytest.mark.slow
 def test_where_no_checkpoint_can_be_read_nothing_is_touched(corpus, copy):
     for checkpoint in (copy / "checkpoints").iterdir():
         truncate(checkpoint)
@@ -179,7 +173,6 @@ def test_where_no_checkpoint_can_be_read_nothing_is_touched(corpus, copy):
     assert sorted(copy.rglob("*")) == before
 
 
-@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_the_last_checkpoint_is_intact(corpus, tmp_path, whole_run):
     """Writing more than a limit fails, as on a full disk (Python ignores the signal that comes with it)."""
     run_dir = tmp_path / "run"
@@ -204,7 +197,6 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_is_intact(corpus, tmp
     assert losses(run_dir) == losses(whole_run)
 
 
-@pytest.mark.slow
 def test_records_that_cannot_be_written_stop_the_run_with_a_clear_message(corpus, tmp_path, monkeypatch):
     from lfm_jax.train.metrics import MetricsLog
 

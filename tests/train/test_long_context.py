@@ -1,7 +1,6 @@
 """A second stage at longer rows: from another run's weights, with its own data mix, schedule and a context axis."""
 
 import numpy as np
-import pytest
 from tiny_runs import finish, load, losses, recipe, start, steps_in_order
 
 import lfm_jax as lfm
@@ -9,7 +8,6 @@ from lfm_jax.data.build import BuildConfig, build
 from lfm_jax.pretrain.run import train
 
 
-@pytest.mark.slow
 def test_a_second_stage_of_longer_rows_over_the_context_axis(corpus, tmp_path, cache):
     first = train(load(recipe(corpus, tmp_path / "first")))
     mixture = []

@@ -67,7 +67,7 @@ def test_the_latest_checkpoint_loads_as_a_model(whole_run):
 
 @pytest.mark.parametrize(
     ("steps", "kills"),
-    [pytest.param(30, 5, marks=pytest.mark.slow), pytest.param(300, 50, marks=pytest.mark.long)],
+    [(30, 5), pytest.param(300, 50, marks=pytest.mark.long)],
 )
 def test_kill_9_at_random_moments_and_resume_gives_the_same_losses_to_the_bit(corpus, tmp_path, cache, steps, kills):
     undisturbed = train(load(recipe(corpus, tmp_path / "undisturbed", steps=steps)))
@@ -91,7 +91,6 @@ def test_kill_9_at_random_moments_and_resume_gives_the_same_losses_to_the_bit(co
     print(f"{kills} kills: {steps} losses and all parameters equal to the bit", file=sys.stderr)
 
 
-@pytest.mark.slow
 def test_an_interrupt_saves_and_the_rest_equals_the_uninterrupted_run(corpus, tmp_path, whole_run, monkeypatch):
     run_dir = tmp_path / "stopped"
     config = load(recipe(corpus, run_dir))
@@ -113,7 +112,6 @@ def test_an_interrupt_saves_and_the_rest_equals_the_uninterrupted_run(corpus, tm
     assert losses(run_dir) == losses(whole_run.run_dir)
 
 
-@pytest.mark.slow
 def test_sigterm_saves_and_ends_with_its_code(corpus, tmp_path, whole_run, cache):
     run_dir = tmp_path / "run"
     path = recipe(corpus, run_dir, steps=2000, checkpoint_every=0, eval_every=0)
@@ -129,7 +127,6 @@ def test_sigterm_saves_and_ends_with_its_code(corpus, tmp_path, whole_run, cache
     assert same == {step: losses(whole_run.run_dir)[step] for step in same}
 
 
-@pytest.mark.slow
 def test_a_run_of_scanned_layers_saves_resumes_and_exports_as_any(corpus, tmp_path, monkeypatch):
     """Its checkpoints hold layers by themselves, so that it goes on scanned or not, with the same losses."""
     fields = dict(model__layer_types=["conv"] * 2 + ["full_attention"], optimizer__schedule="constant",
@@ -185,7 +182,6 @@ def contents(run_dir):
     return {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file()}
 
 
-@pytest.mark.slow
 def test_a_refused_resume_leaves_the_run_as_it_was(corpus, finished, whole_run):
     before = contents(finished)
     other = finished.parent / "other.json"
@@ -204,7 +200,6 @@ def test_a_refused_resume_leaves_the_run_as_it_was(corpus, finished, whole_run):
     assert contents(finished) == before
 
 
-@pytest.mark.slow
 def test_allowed_changes_are_told_and_moved_data_resumes(corpus, finished, capsys):
     moved = finished.parent / "moved"
     shutil.copytree(corpus, moved)
@@ -215,7 +210,6 @@ def test_allowed_changes_are_told_and_moved_data_resumes(corpus, finished, capsy
     assert "steps: 12 there, 14 here" in told
 
 
-@pytest.mark.slow
 def test_a_tokenizer_left_by_a_run_without_a_checkpoint_is_not_used(corpus, tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
@@ -225,7 +219,6 @@ def test_a_tokenizer_left_by_a_run_without_a_checkpoint_is_not_used(corpus, tmp_
     assert (run_dir / "tokenizer.json").read_text() != left
 
 
-@pytest.mark.slow
 def test_without_held_out_files_no_held_out_loss_is_claimed(corpus, tmp_path):
     result = train(load(recipe(corpus, tmp_path / "run", steps=2, data__heldout_fraction=0.0)))
     assert result.step == 2
@@ -238,7 +231,6 @@ def test_a_run_directory_inside_its_own_data_is_refused(corpus):
         dataclasses.replace(load(recipe(corpus, corpus.parent / "x")), run_dir=str(corpus / "runs" / "x"))
 
 
-@pytest.mark.slow
 def test_init_from_a_run_and_from_a_hugging_face_directory(corpus, tmp_path, whole_run):
     export = tmp_path / "hf"
     model, _ = lfm.load(whole_run.run_dir)
@@ -274,7 +266,6 @@ def test_init_from_another_shape_is_refused(corpus, tmp_path, whole_run):
         train(load(path))
 
 
-@pytest.mark.slow
 def test_micro_batches_reach_the_same_loss(corpus, tmp_path, whole_run):
     path = recipe(corpus, tmp_path / "micro", micro_batches=2, loss_chunk=7)
     by_step = losses(train(load(path)).run_dir)

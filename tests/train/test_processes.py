@@ -64,7 +64,6 @@ def held(run_dir):
     return lfm.to_state_dict(lfm.load(run_dir)[0])
 
 
-@pytest.mark.slow
 def test_two_processes_equal_one(corpus, tmp_path, cache, two):
     run_dir, printed = two
     assert steps_in_order(run_dir) == list(range(1, STEPS + 1))
@@ -76,7 +75,6 @@ def test_two_processes_equal_one(corpus, tmp_path, cache, two):
     np.testing.assert_allclose([losses(run_dir)[s] for s in alone], list(alone.values()), rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_stopped_killed_and_resumed_it_is_the_same_run_to_the_bit(corpus, tmp_path, cache, two):
     """SIGTERM to one process stops both at one step; SIGKILL of one ends the other; nothing is lost or repeated."""
     rng = random.Random(2)
@@ -148,7 +146,6 @@ def test_ten_times_one_of_two_is_killed_at_a_random_moment(corpus, tmp_path, cac
     print(f"{kills} kills of one of two: {steps} losses and all parameters equal to the bit", file=sys.stderr)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--devices-per-process", 4, "--mesh.data", 1, "--mesh.fsdp", 2,
                                         "--mesh.context", 2)], ids=["one device", "fsdp x context"])
 def test_a_run_of_two_processes_goes_on_in_one_and_on_another_mesh(corpus, tmp_path, cache, two, flags):
@@ -169,7 +166,6 @@ def test_a_run_of_two_processes_goes_on_in_one_and_on_another_mesh(corpus, tmp_p
     np.testing.assert_allclose(losses(run_dir)[at + 1], losses(two[0])[at + 1], rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_a_process_that_cannot_write_its_part_stops_the_run(corpus, tmp_path, cache):
     run_dir = tmp_path / "run"
     process = start_until(path_of(corpus, run_dir, steps=400), cache, run_dir, 6)
@@ -264,7 +260,6 @@ def test_a_batch_that_does_not_divide_names_the_fields(corpus, tmp_path):
         train(config)
 
 
-@pytest.mark.slow
 def test_built_shards_come_in_one_order_for_any_number_of_processes(corpus, tmp_path, cache, two):
     """Two processes begin, one goes on: the losses are those of one process from beginning to end."""
     build(BuildConfig(sources=(str(corpus),), out=str(tmp_path / "set"), tokenizer=str(two[0]), seq_len=32,
@@ -279,7 +274,6 @@ def test_built_shards_come_in_one_order_for_any_number_of_processes(corpus, tmp_
     assert len({round(loss, 3) for loss in one.values()}) == 10  # Batches differ, so another order would show.
 
 
-@pytest.mark.slow
 def test_a_cluster_is_detected(tmp_path):
     """Two processes that find each other as those of a Slurm step do, through `--distributed auto`."""
     script = (

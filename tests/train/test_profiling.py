@@ -84,7 +84,6 @@ def test_without_steps_nothing_is_traced(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_the_trace_of_a_training_step_names_its_parts(tmp_path):
 
     from lfm_jax.testing import tiny_config

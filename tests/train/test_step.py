@@ -42,7 +42,6 @@ def packed_batch(B=4, T=16, vocab=97, seed=0):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), batch)
 
 
-@pytest.mark.slow
 def test_loss_of_a_packed_batch_equals_that_of_its_documents_alone():
     model = tiny_model()
     batch = packed_batch()
@@ -62,7 +61,6 @@ def test_loss_of_a_packed_batch_equals_that_of_its_documents_alone():
     np.testing.assert_allclose(float(loss), total, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_micro_batches_change_nothing_but_rounding():
     config, params = split(tiny_model())
     optimizer = optimizer_for(config, OPTIMIZER)
@@ -188,7 +186,6 @@ def test_norms_by_kind_are_those_of_the_parts():
         assert float(metrics[f"act_norm/{kind}"]) == pytest.approx(np.mean(values) ** 0.5, rel=1e-4)
 
 
-@pytest.mark.slow
 def test_bf16_parameters_with_micro_batches():
     config, params = split(tiny_model(dtype="bfloat16", param_dtype="bfloat16"))
     optimizer = optimizer_for(config, OPTIMIZER)
@@ -210,7 +207,6 @@ def test_bf16_compute_keeps_float32_parameters_and_moments():
     assert np.isfinite(float(metrics["loss"]))
 
 
-@pytest.mark.slow
 def test_equals_transformers_and_torch_adamw():
     """Loss, gradient norm and parameters after three of our own steps against PyTorch's."""
     hf = oracle.hf_model(oracle.hf_config(**oracle.CASES["hybrid"]), "loud")
