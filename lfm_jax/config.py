@@ -3,7 +3,7 @@
 Sizes follow the published LFM2 checkpoints; `convert.families` reads and writes their config.json.
 
 Dimensions: D model width, F feed-forward width, N query heads, K key/value heads, H head width,
-W conv taps, V vocabulary, L layers, T tokens.
+W conv taps, V vocabulary, L layers, T tokens, E experts.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ Recurrence = Literal["rglru", "liquid", "lti"]
 ConvImpl = Literal["auto", "lax", "shifted", "associative", "pallas_tpu", "pallas_gpu"]
 ScanImpl = Literal["auto", "sequential", "associative", "chunked", "pallas_tpu", "pallas_gpu"]
 AttentionImpl = Literal["auto", "xla", "blockwise", "splash", "cudnn"]
+ExpertsImpl = Literal["auto", "dense", "ragged", "blocks"]
 Init = Literal["normal", "scaled"]
 Remat = Literal["none", "ffn", "dots", "full"]
 
@@ -84,7 +85,25 @@ class ModelConfig:
     hidden_size: int = 1024
     """D, width of the residual stream."""
     ffn_size: int = 4608
-    """F, width of the hidden layer of the feed-forward as stored (after HF's auto-adjust)."""
+    """F, width of the hidden layer of a `swiglu` as stored (after HF's auto-adjust)."""
+    num_experts: int = 32
+    """E, experts of a `moe` layer."""
+    active_experts: int = 4
+    """Experts that work on each token of a `moe` layer."""
+    expert_size: int = 1792
+    """Width of the hidden layer of one expert."""
+    expert_bias: bool = True
+    """Whether a bias for each expert takes part in the choice of experts, but not in their weights."""
+    expert_bias_rate: float = 0.0
+    """What a training step adds to the bias of an expert with fewer tokens than the mean of its layer, and takes from
+    the others' (`feed_forward/moe.py`); 0 leaves the bias alone. 0.001 where it was proposed, for pretraining."""
+    normed_weights: bool = True
+    """Whether the weights of a token's experts are divided by their sum."""
+    expert_scale: float = 1.0
+    """Factor of the weights of experts."""
+    router_z_loss: float = 0.0
+    """Weight of the loss that keeps the scores of experts small, log(sum exp(scores))^2; 0: none. 0.001 where it was
+    proposed, for pretraining."""
     num_heads: int = 16
     """N, query heads."""
     num_kv_heads: int = 8
@@ -132,6 +151,8 @@ class ModelConfig:
     attention_impl: AttentionImpl = "auto"
     """Implementation of attention in passes over whole rows; see `kernels/attention.py`. The platform and the size
     always choose that of attention to a decode state."""
+    experts_impl: ExpertsImpl = "auto"
+    """Implementation of the products of experts; see `kernels/experts.py`."""
     remat: Remat = "none"
     """What a training step recomputes in the backward pass instead of keeping it: none; ffn: the hidden layer of each
     feed-forward; dots: all but the results of matrix products; full: all but the input of each layer."""
@@ -183,7 +204,7 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str) -> ModelConfig:
-        """Returns the config of a published dense model by name, for example `lfm2.5-350m`.
+        """Returns the config of a published model by name, for example `lfm2.5-350m`.
 
         Raises:
           ValueError: the name is unknown; the message lists the known ones.
@@ -229,6 +250,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         layer_types=hybrid_pattern(30, (2, 5, 9, 13, 17, 21, 24, 27)), hidden_size=2048, ffn_size=10752, num_heads=32
     ),
 }
+for _name, _layers, _attention_at, _sizes in (
+    ("lfm2-8b-a1b", 24, (2, 6, 10, 14, 18, 21), dict(ffn_size=7168, num_experts=32, expert_size=1792)),
+    ("lfm2-24b-a2b", 40, tuple(range(2, 40, 4)), dict(ffn_size=11776, num_experts=64, expert_size=1536)),
+):
+    PRESETS[_name] = dict(layer_types=hybrid_pattern(_layers, _attention_at), hidden_size=2048, num_heads=32,
+                          ffn_types=("swiglu",) * 2 + ("moe",) * (_layers - 2), **_sizes)
 PRESETS["lfm2.5-350m"] = PRESETS["lfm2-350m"]
 PRESETS["lfm2.5-1.2b"] = PRESETS["lfm2-1.2b"]
 
@@ -240,21 +267,26 @@ def _problems(c: ModelConfig) -> list[str]:
         if not ok:
             problems.append(message)
 
-    counts = ("vocab_size", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "conv_taps",
-              "sliding_window", "max_position")
+    counts = ("vocab_size", "hidden_size", "ffn_size", "num_experts", "active_experts", "expert_size", "num_heads",
+              "num_kv_heads", "head_dim", "conv_taps", "sliding_window", "max_position")
     for name in counts:
         value = getattr(c, name)
         need(type(value) is int and value >= 1, f"{name} is {value!r}; it must be a whole number of at least 1")
-    for name in ("norm_eps", "rope_theta", "init_std"):
+    for name in ("norm_eps", "rope_theta", "init_std", "expert_scale"):
         value = getattr(c, name)
         need(isinstance(value, (int, float)) and math.isfinite(value) and value > 0,
              f"{name} is {value!r}; it must be a positive number")
+    for name in ("expert_bias_rate", "router_z_loss"):
+        value = getattr(c, name)
+        need(isinstance(value, (int, float)) and math.isfinite(value) and value >= 0,
+             f"{name} is {value!r}; it must be a number of at least 0")
     for name, kind in (("param_dtype", DType), ("dtype", DType), ("logits_dtype", DType), ("conv_gates", ConvGates),
                        ("recurrence", Recurrence), ("conv_impl", ConvImpl), ("scan_impl", ScanImpl),
-                       ("attention_impl", AttentionImpl), ("init", Init), ("remat", Remat)):
+                       ("attention_impl", AttentionImpl), ("experts_impl", ExpertsImpl), ("init", Init),
+                       ("remat", Remat)):
         value, choices = getattr(c, name), get_args(kind)
         need(value in choices, f"{name} is {value!r}; choose one of {', '.join(choices)}")
-    for name in ("conv_bias", "qk_norm", "post_norm", "tie_embedding", "scan_layers"):
+    for name in ("conv_bias", "expert_bias", "normed_weights", "qk_norm", "post_norm", "tie_embedding", "scan_layers"):
         value = getattr(c, name)
         need(type(value) is bool, f"{name} is {value!r}; it must be true or false")
     for name, table in (("layer_types", OPERATORS), ("ffn_types", FEED_FORWARDS)):
@@ -269,6 +301,8 @@ def _problems(c: ModelConfig) -> list[str]:
         return problems  # The checks below do arithmetic on the fields.
     need(len(c.ffn_types) in (1, c.num_layers),
          f"ffn_types has {len(c.ffn_types)} entries, layer_types {c.num_layers}; give one for each or one for all")
+    need(c.active_experts <= c.num_experts,
+         f"active_experts {c.active_experts} is more than num_experts {c.num_experts}; change one of them")
     need(c.num_heads % c.num_kv_heads == 0,
          f"num_heads {c.num_heads} is not a multiple of num_kv_heads {c.num_kv_heads}; change one of them")
     need(c.head_dim % 2 == 0, f"head_dim is {c.head_dim}; it must be even, because rotary embedding turns pairs")

@@ -27,6 +27,7 @@ class Matrix(NamedTuple):
 
 
 OUT_IN = Matrix(inputs=(-1,), outputs=(-2,))
+IN_OUT = Matrix(inputs=(-2,), outputs=(-1,))
 HEADS_IN = Matrix(inputs=(-1,), outputs=(-3, -2))
 OUT_HEADS = Matrix(inputs=(-2, -1), outputs=(-3,))
 
@@ -45,6 +46,11 @@ class Traits:
 def param(w: jax.Array, axes: Axes, config: ModelConfig, *, decay: bool, matrix: Matrix | None) -> nnx.Param:
     """Makes a parameter in `param_dtype`, with its `Traits` as metadata (read by `model.param_traits`)."""
     return nnx.Param(w.astype(config.param_dtype), traits=Traits(axes, decay, matrix))
+
+
+def buffer(w: jax.Array, axes: Axes) -> nnx.Param:
+    """Makes a weight without a gradient, float32 whatever `param_dtype` is (`kinds.FeedForwardKind.buffers`)."""
+    return nnx.Param(w.astype(jnp.float32), traits=Traits(axes, decay=False, matrix=None))
 
 
 def normal_param(

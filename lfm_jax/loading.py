@@ -87,8 +87,8 @@ def _load_run(run_dir: Path, dtype: Any) -> Loaded:
     if dtype is not None:
         name = jnp.dtype(dtype).name
         config = config.replace(param_dtype=name, dtype=name)
-        graphdef, _ = abstract_model(config)
-        params = jax.tree.map(lambda x: x.astype(name), params)
+        graphdef, abstract_params = abstract_model(config)
+        params = jax.tree.map(lambda x, abstract: x.astype(abstract.dtype), params, abstract_params)
     tokenizer = inference_tokenizer(run_dir) if (run_dir / TOKENIZER_FILE).exists() else None
     return nnx.merge(graphdef, params), tokenizer
 

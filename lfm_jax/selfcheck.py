@@ -1,7 +1,7 @@
 """`lfm selfcheck`: every kernel and collective against float64 numpy, on the device at hand.
 
 Dimensions: B batch, T query time, S key slots, D channels, W taps, N query heads, K key/value heads, H head width, M
-rows, I inputs, O outputs.
+rows or tokens, I inputs, O outputs, A active experts of a token, E experts, F width of an expert.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lfm_jax.kernels import attention, causal_conv, linear, linear_scan, reference, sharded
+from lfm_jax.kernels import attention, causal_conv, experts, linear, linear_scan, reference, sharded
 from lfm_jax.sharding import CONTEXT, make_mesh, nvidia_capability, platform
 
 BOUND = 2e-5
@@ -195,6 +195,9 @@ def _checks(devices: int) -> Iterator[Check]:
                     HALF_BOUND if kernel else BOUND, "bfloat16" if kernel else "")
     for impl in ("dot", "left"):
         yield Check("linear", impl, partial(linear.linear, impl=impl), [_linear(rng)])
+    mixtures = [_experts(rng, M=50, A=3, E=8), _experts(rng, M=1, A=2, E=5)]
+    for impl in experts.IMPLS:
+        yield Check("experts", impl, partial(experts.experts, impl=impl), mixtures)
 
     if devices > 1:
         yield from _collectives(rng, devices)
@@ -284,6 +287,16 @@ def _linear(rng: np.random.Generator, M: int = 7, I: int = 33, O: int = 50) -> P
         return x_MI @ w_OI.T, lambda dy_MO: dict(x=dy_MO @ w_OI, w=dy_MO.T @ x_MI)
 
     return _problem(rng, product, dict(x=_normal(rng, M, I), w=_normal(rng, O, I)), {})
+
+
+def _experts(rng: np.random.Generator, M: int, A: int, E: int, D: int = 20, F: int = 12) -> Problem:
+    """Most tokens choose one expert, some choose none, and one expert has no token."""
+    chosen_MA = np.stack([rng.permutation(E - 1)[:A] for _ in range(M)]).astype(np.int32)
+    chosen_MA[::2, 0], chosen_MA[::2, 1:] = 0, np.maximum(chosen_MA[::2, 1:], 1)
+    chosen_MA[7::9] = E
+    arrays = dict(x_MD=_normal(rng, M, D), weight_MA=_normal(rng, M, A), w1_EDF=_normal(rng, E, D, F),
+                  w3_EDF=_normal(rng, E, D, F), w2_EFD=_normal(rng, E, F, D))
+    return _problem(rng, reference.experts, arrays, dict(chosen_MA=chosen_MA))
 
 
 def _problem(

@@ -19,22 +19,27 @@ from jax.sharding import PartitionSpec as P
 from lfm_jax.problems import raise_problems
 from lfm_jax.weight_kinds import WeightKind
 
-MESH_AXES = ("data", "fsdp", "tensor", "context")
+MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 CONTEXT = "context"
 """The mesh axis that splits time."""
 FSDP = "fsdp"
 """The mesh axis that splits rows of a batch and, between uses, parameters: each is gathered where it is used."""
+EXPERT = "expert"
+"""The mesh axis that splits rows of a batch and the experts of a mixture."""
 TENSOR = "tensor"
 """The mesh axis that splits heads, channels, feed-forward units and the vocabulary."""
+ROWS = ("data", FSDP, EXPERT)
+"""The mesh axes that split rows of a batch."""
 
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", FSDP),  # Rows of a batch and of activations; decode state is whole along it.
+    "batch": ROWS,  # Rows of a batch and of activations; decode state is whole along it.
     "time": (CONTEXT,),
     "width": (FSDP,),  # Of parameters; the residual stream is whole.
     "channels": (TENSOR,),  # Inside a short convolution or a recurrence.
     "heads": (TENSOR,),
     "kv_heads": (TENSOR,),
     "ffn": (TENSOR,),
+    "experts": (EXPERT,),
     "vocab": (TENSOR,),
 }
 """Logical axis -> the mesh axes that split it. An axis without a name (None) is whole on every device. Optimizer state
@@ -42,17 +47,18 @@ has the layout of its parameters."""
 
 
 def make_mesh(
-    *, data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1, devices: Sequence[jax.Device] | None = None
+    *, data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1, context: int = 1,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """Makes a mesh of explicit axes `data, fsdp, tensor, context`, for `jax.set_mesh`.
+    """Makes a mesh of explicit axes `data, fsdp, expert, tensor, context`, for `jax.set_mesh`.
 
     Raises:
       ValueError: the product of the sizes is not the number of devices, or a size is not a product of dimensions of the
         slice.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = (data, fsdp, tensor, context)
-    count = data * fsdp * tensor * context
+    sizes = (data, fsdp, expert, tensor, context)
+    count = math.prod(sizes)
     if min(sizes) < 1 or count != len(devices):
         named = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
         raise ValueError(f"{named} make a mesh of {count} devices, but there are {len(devices)}; change a size")
@@ -77,6 +83,8 @@ class MeshConfig:
     """Copies of the model that share a batch's rows; 0 uses all devices that the other axes leave."""
     fsdp: int = 1
     """Devices that share rows and keep a part of every parameter and of its optimizer state."""
+    expert: int = 1
+    """Devices that share rows and the experts of `moe` layers; a divisor of their number."""
     tensor: int = 1
     """Devices that share heads, channels, feed-forward units and vocabulary; a divisor of the key/value heads."""
     context: int = 1
@@ -94,12 +102,12 @@ class MeshConfig:
         Raises:
           ValueError: the product of the sizes is not the number of devices.
         """
-        others = self.fsdp * self.tensor * self.context
+        others = self.fsdp * self.expert * self.tensor * self.context
         data = self.data or max(num_devices // others, 1)
         if data * others != num_devices:
             named = ", ".join(f"{name}={getattr(self, name)}" for name in MESH_AXES)
             raise ValueError(f"mesh of {named} does not make up {num_devices} devices; change a size")
-        return dict(zip(MESH_AXES, (data, self.fsdp, self.tensor, self.context), strict=True))
+        return {name: getattr(self, name) for name in MESH_AXES} | {"data": data}
 
     def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """Makes the mesh over `devices` (None: all devices)."""
@@ -159,10 +167,11 @@ def shardings(abstract: Any, axes: Any) -> Any:
 
 def check_divides(B: int, T: int, micro_batches: int, mesh: Mesh | AbstractMesh) -> None:
     """Raises ValueError if a batch of B rows of T tokens, in its micro-batches, does not divide over a mesh."""
-    rows, context = mesh.shape["data"] * mesh.shape["fsdp"] * micro_batches, mesh.shape["context"]
+    rows, context = math.prod(mesh.shape[axis] for axis in ROWS) * micro_batches, mesh.shape["context"]
     problems = []
     if B % rows:
-        problems.append(f"a batch of {B} rows is not a multiple of mesh.data x mesh.fsdp x micro_batches = {rows}")
+        over = " x ".join(f"mesh.{axis}" for axis in ROWS if mesh.shape[axis] > 1 or axis != EXPERT)
+        problems.append(f"a batch of {B} rows is not a multiple of {over} x micro_batches = {rows}")
     if T % context:
         problems.append(f"a row of {T} tokens is not a multiple of mesh.context = {context}")
     if problems:

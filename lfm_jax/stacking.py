@@ -52,7 +52,7 @@ def stack_layers(tree: Any, config: ModelConfig, stack: Callable[..., Any] = lam
     def stacked(blocks: dict[int, Any]) -> dict[int, Any]:
         return {
             entry: blocks[layers[0]] if len(layers) == 1 else jax.tree.map(stack, *(blocks[i] for i in layers))
-            for entry, layers in enumerate(_sharing(config)) if layers[0] in blocks
+            for entry, layers in enumerate(sharing(config)) if layers[0] in blocks
         }
 
     return _map_blocks(stacked, tree)
@@ -64,7 +64,7 @@ def unstack_layers(tree: Any, config: ModelConfig, pick: Callable[[Any, int], An
     def unstacked(blocks: dict[int, Any]) -> dict[int, Any]:
         found = {
             i: blocks[entry] if len(layers) == 1 else jax.tree.map(lambda x, r=r: pick(x, r), blocks[entry])
-            for entry, layers in enumerate(_sharing(config)) if entry in blocks
+            for entry, layers in enumerate(sharing(config)) if entry in blocks
             for r, i in enumerate(layers)
         }
         return dict(sorted(found.items()))
@@ -72,7 +72,7 @@ def unstack_layers(tree: Any, config: ModelConfig, pick: Callable[[Any, int], An
     return _map_blocks(unstacked, tree)
 
 
-def _sharing(config: ModelConfig) -> list[range]:
+def sharing(config: ModelConfig) -> list[range]:
     """The layers that share each entry of the stacked `blocks`."""
     found, first = [], 0
     for unit, repeats in repeated_units(config.layers):

@@ -111,11 +111,22 @@ def swiglu(p, x_TD, config):
     return (silu(x_TD @ p["w1"].T) * (x_TD @ p["w3"].T)) @ p["w2"].T
 
 
+def moe(p, x_TD, config):
+    sigmoid_TE = 1 / (1 + np.exp(-x_TD @ p["router"].T))
+    y_TD = np.zeros_like(x_TD)
+    for t, (x_D, sigmoid_E) in enumerate(zip(x_TD, sigmoid_TE, strict=True)):
+        chosen = np.argsort(-(sigmoid_E + p.get("expert_bias", 0)), kind="stable")[: config.active_experts]
+        weights = sigmoid_E[chosen] / (sigmoid_E[chosen].sum() + 1e-6 if config.normed_weights else 1)
+        for e, weight in zip(chosen, weights * config.expert_scale, strict=True):
+            y_TD[t] += weight * (silu(x_D @ p["w1"][e]) * (x_D @ p["w3"][e])) @ p["w2"][e]
+    return y_TD
+
+
 OPERATORS = {
     "conv": short_conv_operator, "recurrence": recurrence_operator, "full_attention": attention_operator,
     "sliding_attention": sliding_attention_operator,
 }
-FEED_FORWARDS = {"swiglu": swiglu}
+FEED_FORWARDS = {"swiglu": swiglu, "moe": moe}
 """By kind, on one document."""
 
 

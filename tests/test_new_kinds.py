@@ -142,6 +142,7 @@ RELU2 = FeedForwardKind(
     products=lambda c: 2 * c.hidden_size * c.ffn_size,
     kept=lambda c, share: Kept(c.ffn_size / share.tensor, c.ffn_size / share.tensor, 3 * c.ffn_size / share.tensor),
     last_product=lambda c: c.hidden_size * c.ffn_size,
+    buffers={},
 )
 
 # --------------------------------------------------------------------------------- place 3: their plain float64 form
@@ -419,8 +420,8 @@ def test_what_is_taken_is_refused_and_what_is_unknown_named():
         OPERATORS.register(dataclasses.replace(SHIFT, name="other", letter="hh", forms={}))
     with pytest.raises(ValueError, match=r"'mamba' is not a known operator; choose from conv, .*, shift"):
         OPERATORS["mamba"]
-    with pytest.raises(ValueError, match="ffn_types has moe; choose from swiglu, relu2"):
-        tiny_config(ffn_types=("moe",))
+    with pytest.raises(ValueError, match="ffn_types has sparse; choose from swiglu, moe, relu2"):
+        tiny_config(ffn_types=("sparse",))
     with pytest.raises(ValueError, match="ffn_types has 2 entries, layer_types 3"):
         tiny_config(ffn_types=("swiglu", "relu2"))
 

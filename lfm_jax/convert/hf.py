@@ -29,7 +29,7 @@ from lfm_jax.convert import sidecars
 from lfm_jax.convert.families import config_from_hf, config_to_hf, family_of
 from lfm_jax.convert.sidecars import chat_template
 from lfm_jax.convert.sources import Source, Spec, cast, check, common_dtype
-from lfm_jax.convert.weights import Group, groups, leaf, misfits
+from lfm_jax.convert.weights import Group, Weight, groups, leaf, misfits
 from lfm_jax.model import LFM, abstract_model
 from lfm_jax.problems import raise_problems
 from lfm_jax.weight_kinds import WeightKind
@@ -55,22 +55,27 @@ def _groups(config: ModelConfig) -> list[Group]:
     return groups(family_of(config).weights, config)
 
 
-def _fitting_groups(config: ModelConfig, params: Any) -> list[Group]:
+def _specs(config: ModelConfig) -> dict[str, Spec]:
+    return {name: Spec(group.tensor.shape, group.dtype) for group in _groups(config) for name in group.names}
+
+
+def _apart(config: ModelConfig) -> set[str]:
+    """The tensors that have a dtype of their own."""
+    return {name for group in _groups(config) if group.own_dtype for name in group.names}
+
+
+def _fitting_groups(weights: tuple[Weight, ...], config: ModelConfig, params: Any) -> list[Group]:
     """Returns the tensors of a model; raises ValueError if they do not make exactly these parameters."""
-    table = _groups(config)
+    table = groups(weights, config)
     raise_problems(f"the tensors of {family_of(config).name} are not this model", misfits(table, params), most=None)
     return table
-
-
-def _check(source: Source, config: ModelConfig) -> list[str]:
-    return check(source, family_of(config).weights, config)
 
 
 # -------------------------------------------------------------------- in memory
 
 
 def from_state_dict(state_dict: Mapping[str, Any], config: ModelConfig) -> LFM:
-    """Makes a model with the weights of a PyTorch `Lfm2ForCausalLM.state_dict()`.
+    """Makes a model with the weights of the `state_dict()` of a PyTorch model, for example `Lfm2ForCausalLM`.
 
     Args:
       state_dict: HF name -> NumPy array or PyTorch tensor of float32, bfloat16 or float16. The values are copied,
@@ -85,8 +90,12 @@ def from_state_dict(state_dict: Mapping[str, Any], config: ModelConfig) -> LFM:
         name: Spec(tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in state_dict.items()
     }
     source = Source(specs, lambda name: _as_numpy(state_dict[name]))
-    raise_problems("the state dict is not this model", _check(source, config), most=None)
-    return _build(config, source.read)
+    family = family_of(config)
+    in_memory = {name for group in groups(family.in_memory, config) for name in group.names}
+    # A dict with the names of files is read too.
+    weights = family.in_memory if state_dict.keys() & (in_memory - tensors(config).keys()) else family.weights
+    raise_problems("the state dict is not this model", check(source, weights, config), most=None)
+    return _build(config, source.read, weights)
 
 
 def to_state_dict(model: LFM) -> dict[str, np.ndarray]:
@@ -97,7 +106,7 @@ def to_state_dict(model: LFM) -> dict[str, np.ndarray]:
     Raises:
       ValueError: the model has a feature that no family in `transformers` can express.
     """
-    return {name: np.array(array, order="C") for name, array in _arrays(model)}
+    return {name: np.array(array, order="C") for name, array in _arrays(model, family_of(model.config).in_memory)}
 
 
 def _as_numpy(value: Any) -> np.ndarray:
@@ -110,11 +119,11 @@ def _as_numpy(value: Any) -> np.ndarray:
     return value.view(sys.modules["torch"].int16).numpy().view(jnp.bfloat16)
 
 
-def _build(config: ModelConfig, read: Callable[[str], np.ndarray]) -> LFM:
+def _build(config: ModelConfig, read: Callable[[str], np.ndarray], weights: tuple[Weight, ...]) -> LFM:
     """Makes a model and reads every parameter by HF name, without initialising any first."""
     graphdef, params = abstract_model(config)
-    for group in _fitting_groups(config, params):
-        made = group.to_leaves(cast(name, read(name), config.param_dtype) for name in group.names)
+    for group in _fitting_groups(weights, config, params):
+        made = group.to_leaves(cast(name, read(name), group.dtype) for name in group.names)
         for path, array in zip(group.paths, made, strict=True):
             *parents, last = path
             # A copy of its own, which the device may use as it is; nothing is compiled for it.
@@ -122,14 +131,14 @@ def _build(config: ModelConfig, read: Callable[[str], np.ndarray]) -> LFM:
     return nnx.merge(graphdef, params)
 
 
-def _leaves(model: LFM) -> Iterator[tuple[Group, list[jax.Array | WeightKind]]]:
+def _leaves(model: LFM, weights: tuple[Weight, ...]) -> Iterator[tuple[Group, list[jax.Array | WeightKind]]]:
     params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    for group in _fitting_groups(model.config, params):
+    for group in _fitting_groups(weights, model.config, params):
         yield group, [leaf(params, path) for path in group.paths]
 
 
-def _arrays(model: LFM) -> Iterator[tuple[str, np.ndarray]]:
-    for group, leaves in _leaves(model):
+def _arrays(model: LFM, weights: tuple[Weight, ...]) -> Iterator[tuple[str, np.ndarray]]:
+    for group, leaves in _leaves(model, weights):
         arrays = (np.asarray(w.astype(w.dtype)) for w in leaves)
         yield from zip(group.names, group.to_tensors(arrays), strict=True)
 
@@ -143,8 +152,8 @@ class _Checkpoint:
     read: Callable[[str], np.ndarray]
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        for name in tensors(self.config):
-            yield name, cast(name, self.read(name), self.config.param_dtype)
+        for name, spec in _specs(self.config).items():
+            yield name, cast(name, self.read(name), spec.dtype)
 
 
 def _inspect(path: Path, dtype: Any) -> tuple[_Checkpoint | None, list[str]]:
@@ -158,18 +167,20 @@ def _inspect(path: Path, dtype: Any) -> tuple[_Checkpoint | None, list[str]]:
     hf, problems = files.read_json(path, "config.json")
     source, found = files.open_directory(path)
     problems += found
-    kept, found = common_dtype(source, dtype)
-    problems += found
     config = None
     if hf:
         try:
-            # The dtype is that of the tensors, not of the config, or float32 if theirs is not known.
-            config = config_from_hf(hf, param_dtype=kept or "float32", dtype=kept or "float32")
+            config = config_from_hf(hf, param_dtype="float32", dtype="float32")
         except (ValueError, TypeError, ArithmeticError, AttributeError) as e:
             problems.append(f"config.json: {str(e).removeprefix('config.json ')}")
+    # The dtype is that of the tensors, not of the config, or float32 if theirs is not known.
+    kept, found = common_dtype(source, dtype, _apart(config) if config else frozenset())
+    problems += found
+    if config is not None and kept is not None:
+        config = config.replace(param_dtype=kept, dtype=kept)
     # If no file could be read, that is the problem, not that every tensor is missing.
     if config is not None and (source.specs or not problems):
-        problems += _check(source, config)
+        problems += check(source, family_of(config).weights, config)
     return (None if config is None or problems else _Checkpoint(config, source.read)), problems
 
 
@@ -195,7 +206,7 @@ def load_hf(path: str | os.PathLike, dtype: Any = None) -> tuple[LFM, Tokenizer 
     # As in transformers, generation ends at the ids of generation_config.json too.
     more = [i for i in sidecars.generation_eos_ids(path) if i < config.vocab_size]
     config = config.replace(eos_ids=tuple(dict.fromkeys([*config.eos_ids, *more])))
-    return _build(config, checkpoint.read), tokenizer
+    return _build(config, checkpoint.read, family_of(config).weights), tokenizer
 
 
 def save_hf(
@@ -218,14 +229,15 @@ def save_hf(
       ValueError: no family can express the model; or, all in one message, its parameters have an unsupported dtype or
         several, the destination is not empty, `source` is not usable.
     """
+    weights = family_of(model.config).weights
     specs = {name: Spec(group.tensor.shape, " and ".join(sorted({array.dtype.name for array in leaves})))
-             for group, leaves in _leaves(model) for name in group.names}
+             for group, leaves in _leaves(model, weights) for name in group.names}
     held = Source(specs, _unreadable)
-    kept, problems = common_dtype(held, None)
-    problems += _check(held, model.config) + _output_problems(path, source, max_shard_bytes)
+    kept, problems = common_dtype(held, None, _apart(model.config))
+    problems += check(held, weights, model.config) + _output_problems(path, source, max_shard_bytes)
     raise_problems(f"cannot save to {path}", problems, most=None)
     config = model.config.replace(param_dtype=kept)
-    write_hf(path, config, _arrays(model), tokenizer=tokenizer, source=source, max_shard_bytes=max_shard_bytes)
+    write_hf(path, config, _arrays(model, weights), tokenizer=tokenizer, source=source, max_shard_bytes=max_shard_bytes)
 
 
 def convert(
@@ -260,14 +272,14 @@ def write_hf(
     """Writes an HF directory from a stream of weights; `save_hf` and `convert` end here.
 
     Args:
-      arrays: (name, array in the layout of a file and `config.param_dtype`) in the order of `tensors(config)`.
+      arrays: (name, array in the layout and dtype of a file) in the order of `tensors(config)`.
       path, config, tokenizer, source, max_shard_bytes: as in `save_hf`.
 
     Raises:
       ValueError: as `save_hf`, or `arrays` does not fit the config. Nothing is left behind.
     """
     hf = config_to_hf(config)
-    specs = {name: Spec(shape, config.param_dtype) for name, shape in tensors(config).items()}
+    specs = _specs(config)
     raise_problems(f"cannot write {path}", _output_problems(path, source, max_shard_bytes))
     with _new_directory(Path(path)) as directory:
         sidecars.write(directory, hf, tokenizer, None if source is None else Path(source))

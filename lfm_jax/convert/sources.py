@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -31,8 +31,8 @@ class Source:
     """Tensors that an index names wrongly: they are reported as that, and not as missing too."""
 
 
-def common_dtype(source: Source, dtype: Any) -> tuple[str | None, list[str]]:
-    """Finds the dtype for parameters: `dtype` if given, else the one that all of them are stored in.
+def common_dtype(source: Source, dtype: Any, apart: Set[str] = frozenset()) -> tuple[str | None, list[str]]:
+    """Finds the dtype for parameters: `dtype` if given, else the one that all of them but `apart` are stored in.
 
     Returns:
       (name or None, problems): the dtype is not supported, or none was given and the tensors have several.
@@ -45,7 +45,7 @@ def common_dtype(source: Source, dtype: Any) -> tuple[str | None, list[str]]:
         return (name, []) if name in ITEMSIZE else (None, [f"dtype is {name}; choose one of {', '.join(ITEMSIZE)}"])
     by_dtype: dict[str, list[str]] = {}
     for tensor, spec in source.specs.items():
-        if spec.dtype in ITEMSIZE:
+        if spec.dtype in ITEMSIZE and tensor not in apart:
             by_dtype.setdefault(spec.dtype, []).append(tensor)
     if len(by_dtype) > 1:
         found = "; ".join(f"{name}: {len(held)} tensors, first {held[0]}" for name, held in sorted(by_dtype.items()))

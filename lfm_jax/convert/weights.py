@@ -5,7 +5,8 @@ into a file. The rows of safetensors are `Family.weights`, their writer is `safe
 conversion and all checks fold over the rows.
 
 Dimensions: V vocabulary, D and O model width (O is the output side of a square matrix), F feed-forward width,
-N query heads, K key/value heads, H head width, W conv taps, C the three gates of the convolution (B, C, h).
+N query heads, K key/value heads, H head width, W conv taps, C the three gates of the convolution (B, C, h), E experts,
+U width of an expert.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class Weight:
     length 1; an axis in braces comes first and counts the arrays of a side."""
     when: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Values of fields of ModelConfig that models with these tensors have; other models leave the row out."""
+    dtype: str | None = None
+    """The dtype of tensors and leaves if it is not `ModelConfig.param_dtype`."""
 
     def __post_init__(self) -> None:
         axes = [_axes(side) for side in self.layout.split(" -> ")]
@@ -115,6 +118,10 @@ class Group:
     paths: tuple[LeafPath, ...]
     tensor: Side
     leaf: Side
+    dtype: str
+    """That of the leaves, and of tensors that are written."""
+    own_dtype: bool
+    """Whether it is not that of the model."""
 
     def to_leaves(self, tensors: Iterable[np.ndarray]) -> list[np.ndarray]:
         """Turns tensors into leaves, as views if NumPy can make them. It takes a tensor only when it needs it."""
@@ -137,17 +144,18 @@ def groups(weights: Iterable[Weight], config: ModelConfig) -> list[Group]:
     for per_layer, rows in itertools.groupby(weights, key=lambda row: row.where != "model"):
         rows = [row for row in rows if all(getattr(config, name) == value for name, value in row.when.items())]
         for i, layer in enumerate(config.layers if per_layer else [("model",)]):
-            found += [_group(row, i, sizes) for row in rows if row.where in (*layer, "block")]
+            found += [_group(row, i, sizes, config.param_dtype) for row in rows if row.where in (*layer, "block")]
     return found
 
 
 def _sizes(config: ModelConfig) -> dict[str, int]:
     D = config.hidden_size
     return {"V": config.vocab_size, "D": D, "O": D, "F": config.ffn_size, "N": config.num_heads,
-            "K": config.num_kv_heads, "H": config.head_dim, "W": config.conv_taps, "C": 3}
+            "K": config.num_kv_heads, "H": config.head_dim, "W": config.conv_taps, "C": 3,
+            "E": config.num_experts, "U": config.expert_size}
 
 
-def _group(row: Weight, i: int, sizes: Mapping[str, int]) -> Group:
+def _group(row: Weight, i: int, sizes: Mapping[str, int], dtype: str) -> Group:
     tensor, leaf = (_axes(side) for side in row.layout.split(" -> "))
     for labels, (first, *_) in ((row.names, tensor), (row.paths, leaf)):
         if not isinstance(labels, str):
@@ -158,6 +166,8 @@ def _group(row: Weight, i: int, sizes: Mapping[str, int]) -> Group:
         paths=tuple(tuple(int(key) if key.isdigit() else key for key in path) for path in paths),
         tensor=_side(tensor, sizes),
         leaf=_side(leaf, sizes),
+        dtype=row.dtype or dtype,
+        own_dtype=row.dtype is not None,
     )
 
 

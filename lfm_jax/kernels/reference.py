@@ -4,7 +4,7 @@ Slow and plain. Each function takes the arguments of its kernel and returns `(va
 cotangents of the values and returns the gradient of every array by the name of its argument.
 
 Dimensions: B batch, T query time, S key slots, D channels, W taps, V = W - 1 columns of history, N query heads, K
-key/value heads, G = N / K, H head width.
+key/value heads, G = N / K, H head width; M tokens, A active experts of a token, E experts, F width of an expert.
 """
 
 from __future__ import annotations
@@ -144,3 +144,36 @@ def attention(
         )
 
     return np.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH), gradients
+
+
+def experts(
+    x_MD: Array, weight_MA: Array, w1_EDF: Array, w3_EDF: Array, w2_EFD: Array, *, chosen_MA: Array
+) -> tuple[Array, Callable[[Array], dict[str, Array]]]:
+    """The weighted sum of a token's experts, each `w2(silu(w1 x) * w3 x)`, token by token and choice by choice."""
+    x, weight, w1, w3, w2 = (a.astype(np.float64) for a in (x_MD, weight_MA, w1_EDF, w3_EDF, w2_EFD))
+    rows = [(m, a, e) for (m, a), e in np.ndenumerate(chosen_MA) if 0 <= e < len(w1)]
+
+    def hidden(m: int, e: int) -> tuple[Array, Array, Array]:
+        gate, up = x[m] @ w1[e], x[m] @ w3[e]
+        sigmoid = 1 / (1 + np.exp(-gate))
+        return gate * sigmoid * up, sigmoid * (1 + gate * (1 - sigmoid)) * up, gate * sigmoid  # And its derivatives.
+
+    y_MD = np.zeros_like(x)
+    for m, a, e in rows:
+        y_MD[m] += weight[m, a] * hidden(m, e)[0] @ w2[e]
+
+    def gradients(dy_MD: Array) -> dict[str, Array]:
+        dx, dweight, dw1, dw3, dw2 = map(np.zeros_like, (x, weight, w1, w3, w2))
+        for m, a, e in rows:
+            dy = dy_MD[m].astype(np.float64)
+            h_F, by_gate_F, by_up_F = hidden(m, e)
+            dh_F = w2[e] @ dy
+            dweight[m, a] = h_F @ dh_F
+            dgate_F, dup_F = weight[m, a] * dh_F * by_gate_F, weight[m, a] * dh_F * by_up_F
+            dx[m] += w1[e] @ dgate_F + w3[e] @ dup_F
+            dw1[e] += np.outer(x[m], dgate_F)
+            dw3[e] += np.outer(x[m], dup_F)
+            dw2[e] += weight[m, a] * np.outer(h_F, dy)
+        return dict(x_MD=dx, weight_MA=dweight, w1_EDF=dw1, w3_EDF=dw3, w2_EFD=dw2)
+
+    return y_MD, gradients

@@ -7,7 +7,8 @@ shards of equal length, does:
   - `attention` trades time for heads and back (all-to-all) where the key/value heads of a device divide by the number
     of shards, and otherwise gathers the keys and values.
 
-Dimensions: B batch, T time, D channels, W taps, V = W - 1, S key slots, N query heads, K key/value heads, H head width.
+Dimensions: B batch, T time, D channels, W taps, V = W - 1, S key slots, N query heads, K key/value heads, H head width,
+E experts, A active experts of a token, F width of an expert.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from jax.sharding import PartitionSpec as P
 
 from lfm_jax.kernels import attention as attention_kernel
 from lfm_jax.kernels import causal_conv as conv_kernel
+from lfm_jax.kernels import experts as experts_kernel
 from lfm_jax.kernels import linear_scan as scan_kernel
-from lfm_jax.sharding import CONTEXT, is_sharded, over_mesh, parts, spec_of
+from lfm_jax.sharding import CONTEXT, EXPERT, FSDP, axis_names, is_sharded, over_mesh, parts, spec_of, whole
+from lfm_jax.weight_kinds import WeightKind
 
 
 def causal_conv(
@@ -200,3 +203,48 @@ def _time_shards(x: jax.Array) -> int:
     if shards > 1 and spec_of(x)[1] not in (CONTEXT, (CONTEXT,)):
         raise ValueError(f"time is split over {spec_of(x)[1]!r}; only the mesh axis {CONTEXT!r} may split it")
     return shards
+
+
+def experts(
+    x_BTD: jax.Array, chosen_BTA: jax.Array, weight_BTA: jax.Array, w1_EDF: jax.Array | WeightKind,
+    w3_EDF: jax.Array | WeightKind, w2_EFD: jax.Array | WeightKind, *, impl: str = "auto",
+) -> jax.Array:
+    """`kernels.experts.experts` of tokens [B, T], over a mesh too.
+
+    Devices along `expert` hold different experts and different rows: each takes the rows of all of them, computes what
+    its experts add, and gives back the sums of each device's rows. With buffers of fixed size, in which no token may be
+    dropped, a trade of tokens for experts (all-to-all) would have to move as much or more: a device may have to send
+    all of its tokens to any other.
+    """
+    D, A = x_BTD.shape[-1], chosen_BTA.shape[-1]
+    kinds = dict(w1_EDF=w1_EDF, w3_EDF=w3_EDF, w2_EFD=w2_EFD)
+    matrices = {name: w.astype(x_BTD.dtype) if isinstance(w, WeightKind) else w for name, w in kinds.items()}
+
+    def local(x_BTD: jax.Array, chosen_BTA: jax.Array, weight_BTA: jax.Array, **matrices: jax.Array) -> jax.Array:
+        y_MD = experts_kernel.experts(
+            x_BTD.reshape(-1, D), chosen_BTA.reshape(-1, A), weight_BTA.reshape(-1, A), **matrices, impl=impl
+        )
+        return y_MD.reshape(x_BTD.shape)
+
+    args = dict(x_BTD=x_BTD, chosen_BTA=chosen_BTA, weight_BTA=weight_BTA)
+    if not is_sharded(x_BTD):
+        return local(**args, **matrices)
+    matrices = {name: whole(w.astype(x_BTD.dtype), FSDP) for name, w in matrices.items()}
+    b, t, _ = spec_of(x_BTD)
+    held, _, units = spec_of(matrices["w1_EDF"])
+    traded = held is not None and EXPERT in axis_names(b)
+
+    def over_devices(x_BTD: jax.Array, chosen_BTA: jax.Array, weight_BTA: jax.Array, **matrices: jax.Array) -> Any:
+        if traded:
+            x_BTD, chosen_BTA, weight_BTA = (
+                lax.all_gather(x, EXPERT, axis=0, tiled=True) for x in (x_BTD, chosen_BTA, weight_BTA)
+            )
+        if held is not None:
+            chosen_BTA -= lax.axis_index(EXPERT) * matrices["w1_EDF"].shape[0]  # Those of others lie outside.
+        y_BTD = local(x_BTD, chosen_BTA, weight_BTA, **matrices)
+        summed = (*axis_names(units), *(() if traded else axis_names(held)))
+        y_BTD = lax.psum(y_BTD, summed) if summed else y_BTD
+        return lax.psum_scatter(y_BTD, EXPERT, scatter_dimension=0, tiled=True) if traded else y_BTD
+
+    specs = {name: P(b, t, None) for name in args} | {name: spec_of(w) for name, w in matrices.items()}
+    return over_mesh(over_devices, args | matrices, specs, P(b, t, None))

@@ -126,6 +126,13 @@ class FeedForwardKind(LayerKind):
 
     last_product: Callable[[ModelConfig], float]
     """The part of `products` that makes the output, which no backward pass recomputes."""
+    buffers: Mapping[str, Callable[..., Any] | str]
+    """Weights that have no gradient: the name of each in the module, and the rule that changes it after a training step
+    (`feed_forward.Rule`) or the rule's import path."""
+
+    def find_rule(self, buffer: str) -> Any:
+        """Returns the rule of a buffer."""
+        return found(self.buffers[buffer])
 
 
 class Table[K: LayerKind]:
@@ -169,6 +176,6 @@ class Table[K: LayerKind]:
         return list(self._kinds.values())
 
 
-def found(place: str | type) -> Any:
-    """Returns the class itself, or imports the one at `package.module:Class`."""
+def found(place: Any) -> Any:
+    """Returns what was given itself, or imports what is at `package.module:name`."""
     return pkgutil.resolve_name(place) if isinstance(place, str) else place

@@ -14,7 +14,9 @@ from jax.sharding import Mesh
 from lfm_jax.chips import Chip
 from lfm_jax.config import ITEMSIZE
 from lfm_jax.kinds import OPERATORS
+from lfm_jax.model import abstract_model, param_axes
 from lfm_jax.plan import hlo, hlo_cost
+from lfm_jax.sharding import ROWS
 from lfm_jax.train.budget import Budget, Share, kept_bytes, too_large
 from lfm_jax.train.config import RunConfig
 
@@ -170,21 +172,28 @@ def expected_collectives(config: RunConfig, budget: Budget) -> list[Traffic]:
     loss once; embeddings are traded for rows and back. Gradients of what is trained are summed over all devices that
     share rows or time.
     tensor: two sums of the residual stream for each layer and pass. context: what operators trade (`OperatorKind`), as
-    attention trades time for heads, forward and back.
+    attention trades time for heads, forward and back. expert: rows are gathered and their sums scattered for each
+    mixture, forward and back.
     """
     model, mesh = config.model, budget.mesh
     item, D, micro = ITEMSIZE[model.dtype], model.hidden_size, budget.micro_batches
     tensor, context = mesh["tensor"], mesh["context"]
-    local = budget.tokens / (mesh["data"] * mesh["fsdp"] * context)
+    local = budget.tokens / (math.prod(mesh[axis] for axis in ROWS) * context)
     table = model.vocab_size * D / tensor * item
-    layers = model.num_params() / tensor * item - table * (1 if model.tie_embedding else 2)
+    in_experts, mixtures = _in_experts(config)
+    layers = (model.num_params() - in_experts) / tensor * item - table * (1 if model.tie_embedding else 2)
+    of_experts = in_experts / (tensor * mesh["expert"]) * item
     stream = local * D * item
     passes = 2 + (model.remat == "full")
     trained = budget.trained_params / budget.num_params
+    rows_of_all = passes * mixtures * stream * mesh["expert"]
     rows = [
-        ("all-gather", ("fsdp",), micro * (2 * layers + table)),
+        ("all-gather", ("fsdp",), micro * (2 * (layers + of_experts) + table)),
         ("all-to-all", ("fsdp",), 2 * stream),
-        ("all-reduce", ("data", "fsdp", "context"), micro * (layers + table) * trained),
+        ("all-reduce", (*ROWS, "context"), micro * (layers + table) * trained),
+        ("all-reduce", ("data", "fsdp", "context"), micro * of_experts * trained),
+        ("all-gather", ("expert",), rows_of_all),
+        ("reduce-scatter", ("expert",), rows_of_all),
         ("all-reduce", ("tensor",), passes * 2 * model.num_layers * stream),
         ("all-to-all", ("context",), passes * sum(OPERATORS[kind].traded(model) for kind in model.layer_types) * local
          / tensor * item),
@@ -193,7 +202,16 @@ def expected_collectives(config: RunConfig, budget: Budget) -> list[Traffic]:
     for kind, over, bytes_ in rows:
         axes = tuple(axis for axis in over if mesh[axis] > 1)
         group = math.prod(mesh[axis] for axis in axes)
-        if group > 1:
+        if group > 1 and bytes_:
             sent = bytes_ * (group - 1) / group * (2 if kind == "all-reduce" else 1)
             found.append(Traffic(kind, axes, math.nan, bytes_, sent, group))
     return found
+
+
+def _in_experts(config: RunConfig) -> tuple[int, int]:
+    """The elements of weights that `expert` splits, and the number of layers with them."""
+    axes = param_axes(config.model.replace(scan_layers=False))
+    _, weights = abstract_model(config.model.replace(scan_layers=False))
+    sizes = jax.tree.map(lambda x, names: x.size if "experts" in names else 0, weights, axes)
+    by_layer = [sum(jax.tree.leaves(layer)) for layer in sizes["blocks"].values()]
+    return sum(by_layer), sum(n > 0 for n in by_layer)

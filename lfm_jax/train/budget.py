@@ -21,7 +21,7 @@ from lfm_jax.chips import Chip, chip_of
 from lfm_jax.config import ITEMSIZE, Layer, ModelConfig
 from lfm_jax.kinds import FEED_FORWARDS, OPERATORS, Kept, Share
 from lfm_jax.model import abstract_model
-from lfm_jax.sharding import LOGICAL_AXES, MESH_AXES
+from lfm_jax.sharding import LOGICAL_AXES, MESH_AXES, ROWS
 from lfm_jax.train.config import RunConfig
 from lfm_jax.train.objective import BatchArray
 from lfm_jax.train.state import TrainState, frozen_mask, named
@@ -109,7 +109,7 @@ def budget_of(config: RunConfig, state: TrainState, sizes: dict[str, int], chip:
     training, B, T = config.training(), config.rows, config.seq_len
     objective, learning = training.objective, differentiated(training)
     tokens = B * objective.tokens(T)
-    shards = sizes["data"] * sizes["fsdp"] * sizes["context"]
+    shards = math.prod(sizes[axis] for axis in ROWS) * sizes["context"]
     share = Share(tokens / shards / config.micro_batches, T, sizes["tensor"], chip)
     trainable = tree_bytes(state.params, share.lanes)
     # A gradient has its parameter's dtype; a sum over micro-batches is float32, beside the part being added.
@@ -243,12 +243,20 @@ def training_flops_per_token(training: Training, T: int) -> float:
     mask = dict(named(frozen_mask(model.replace(scan_layers=False), training.freeze)))
     _, weights = abstract_model(model)
     for name, weight in named(weights):
-        used = name == ("embed" if model.tie_embedding else "head") or (
-            name.startswith("blocks.") and int(name.split(".")[1]) >= first
-        )
-        if mask[name] and used and weight.ndim > 1:
-            backward -= 2 * math.prod(weight.shape)
+        if mask[name] and weight.ndim > 1:
+            backward -= 2 * math.prod(weight.shape) * _use(name, model, first)
     return forward + backward
+
+
+def _use(name: str, model: ModelConfig, first: int) -> float:
+    """The part of a matrix that a token meets in a product, in layers from `first` up."""
+    if not name.startswith("blocks."):
+        return float(name == ("embed" if model.tie_embedding else "head"))
+    _, layer, part, *_ = name.split(".")
+    if int(layer) < first or part != "feed_forward":
+        return float(int(layer) >= first)
+    kind = FEED_FORWARDS[model.layers[int(layer)].feed_forward]
+    return kind.products(model) / kind.matrices(model)
 
 
 def recomputed_flops_per_token(config: ModelConfig, T: int) -> float:

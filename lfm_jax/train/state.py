@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lfm_jax.config import ModelConfig
+from lfm_jax.kinds import FEED_FORWARDS
 from lfm_jax.model import LFM, abstract_model, param_axes
 from lfm_jax.sharding import shardings, spec
 from lfm_jax.stacking import stack_layers, unstack_layers
@@ -47,7 +48,7 @@ class TrainState:
     params: Any
     """Trainable weights."""
     frozen: Any
-    """The others: without gradient and moments, never changed."""
+    """The others: without gradient and moments. Only buffers change (`kinds.FeedForwardKind.buffers`)."""
     opt_state: Any
     step: jax.Array
     """Batches seen, int32."""
@@ -88,13 +89,17 @@ def _sorted_out(parts: dict[Any, tuple[Any, Any]]) -> tuple[Any, Any]:
 def frozen_mask(config: ModelConfig, freeze: Sequence[str]) -> Any:
     """True at each weight that is frozen: a tree like the weights that a training step holds, or False for none.
 
+    Buffers always are (`kinds.FeedForwardKind.buffers`).
+
     Args:
       freeze: shell patterns over the dotted names of weights, such as `embed` or `blocks.*.operator.*`.
 
     Raises:
       ValueError: patterns name no weight, every weight is frozen, or layers that `scan_layers` stacks differ.
     """
-    if not freeze:
+    buffers = {f"blocks.{i}.feed_forward.{name}" for i, layer in enumerate(config.layers)
+               for name in FEED_FORWARDS[layer.feed_forward].buffers}
+    if not freeze and not buffers:
         return False
     _, weights = abstract_model(config)
     names = [name for name, _ in named(weights)]
@@ -102,7 +107,7 @@ def frozen_mask(config: ModelConfig, freeze: Sequence[str]) -> Any:
                for pattern in freeze if not any(fnmatchcase(name, pattern) for name in names)]
     if unknown:
         raise ValueError(f"freeze has patterns that name no weight of the model: {', '.join(unknown)}")
-    chosen = {name for name in names if any(fnmatchcase(name, pattern) for pattern in freeze)}
+    chosen = {name for name in names if name in buffers or any(fnmatchcase(name, pattern) for pattern in freeze)}
     if len(chosen) == len(names):
         raise ValueError(f"freeze {list(freeze)} leaves nothing to train; name fewer weights")
     mask = _map_named(lambda name: name in chosen, weights)

@@ -21,10 +21,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lfm_jax.config import ModelConfig
+from lfm_jax.kinds import FEED_FORWARDS
 from lfm_jax.model import Aux, abstract_model
 from lfm_jax.problems import raise_problems
 from lfm_jax.sharding import is_sharded, spec, spec_of
-from lfm_jax.stacking import unit_layers
+from lfm_jax.stacking import sharing, unit_layers
 from lfm_jax.train import state as states
 from lfm_jax.train.objective import DeviceBatch, Metrics, Objective
 from lfm_jax.train.state import Guard, TrainState
@@ -150,8 +151,9 @@ def train_step(training: Training, state: TrainState, batch: DeviceBatch) -> tup
       The new state, and float32 scalars: the means that the objective reports (`loss` among them), grad_norm (before
       clipping), weight, tokens (that are no padding), skipped (1 if the update was not made), skipped_in_row,
       `grad_norm/KIND` by kind of operator, feed_forward, norm and table, `act_norm/KIND`, the root mean square of what
-      each kind adds to the residual stream, and `KIND/NAME` of what feed-forwards report as one number a token, its
-      mean over tokens and layers (`model.Aux`).
+      each kind adds to the residual stream, and what feed-forwards report (`model.Aux`), as means over tokens: of one
+      number a token `KIND/NAME`, the mean over layers, and `KIND/NAME/LAYER`; of several numbers a token the largest
+      and the least mean, `KIND/NAME/largest/LAYER` and `KIND/NAME/least/LAYER`.
     """
     objective, guard, micro_batches = training.objective, training.guard, training.micro_batches
     weight = objective.weight(batch)
@@ -196,11 +198,49 @@ def train_step(training: Training, state: TrainState, batch: DeviceBatch) -> tup
     }
     metrics |= {f"grad_norm/{kind}": jnp.sqrt(square) for kind, square in squares.items()}
     metrics |= {f"act_norm/{kind}": jnp.sqrt(square / jnp.maximum(tokens, 1.0)) for kind, square in aux.squares.items()}
-    metrics |= {name: jnp.mean(x) / jnp.maximum(tokens, 1.0) for name, x in aux.reports.items() if x.ndim == 1}
+    reports = {name: x / jnp.maximum(tokens, 1.0) for name, x in aux.reports.items()}
+    metrics |= _of_reports(training.model, reports)
     new = dataclasses.replace(
-        state, params=params, opt_state=opt_state, step=state.step + 1, guard=Guard(mean_norm, made, in_row)
+        state, params=params, frozen=_with_rules(training.model, state.frozen, reports, ok), opt_state=opt_state,
+        step=state.step + 1, guard=Guard(mean_norm, made, in_row),
     )
     return new, metrics
+
+
+def _of_reports(config: ModelConfig, reports: Metrics) -> Metrics:
+    """Metrics of reports, which are means over tokens with a row for each layer of their kind."""
+    found: Metrics = {}
+    for name, x in reports.items():
+        kind = name.partition("/")[0]
+        layers = [i for i, layer in enumerate(config.layers) if layer.feed_forward == kind]
+        if x.ndim == 1:
+            found[name] = jnp.mean(x)
+            found |= {f"{name}/{i}": x[row] for row, i in enumerate(layers)}
+        else:
+            for row, i in enumerate(layers):
+                found |= {f"{name}/largest/{i}": jnp.max(x[row]), f"{name}/least/{i}": jnp.min(x[row])}
+    return found
+
+
+def _with_rules(config: ModelConfig, frozen: Any, reports: Metrics, ok: jax.Array) -> Any:
+    """The frozen weights, with every buffer as its rule leaves it if the update is made."""
+    kinds = [layer.feed_forward for layer in config.layers]
+    shared = sharing(config) if config.scan_layers else [range(i, i + 1) for i in range(config.num_layers)]
+    for entry, layers in enumerate(shared):
+        row = FEED_FORWARDS[kinds[layers[0]]]
+        held = frozen.get("blocks", {}).get(entry, {}).get("feed_forward", {})
+        of_layers = [{name.removeprefix(f"{row.name}/"): x[kinds[:i].count(row.name)] for name, x in reports.items()
+                      if name.startswith(f"{row.name}/")} for i in layers]
+        ruled = {}
+        for name in row.buffers.keys() & held.keys():
+            rule, old = row.find_rule(name), held[name]
+            parts = [old] if len(layers) == 1 else list(old)
+            new = [rule(part, own, config) for part, own in zip(parts, of_layers, strict=True)]
+            ruled[name] = jnp.where(ok, new[0] if len(layers) == 1 else jnp.stack(new), old)
+        if ruled:
+            block = frozen["blocks"][entry] | {"feed_forward": held | ruled}
+            frozen = frozen | {"blocks": frozen["blocks"] | {entry: block}}
+    return frozen
 
 
 def _updated(

@@ -10,8 +10,9 @@ from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from lfm_jax import ModelConfig
 from lfm_jax.config import PRESETS
-from lfm_jax.convert.families import config_from_hf, config_to_hf
+from lfm_jax.convert.families import config_from_hf, config_to_hf, family_of
 from lfm_jax.convert.families.lfm2 import LFM2
+from lfm_jax.convert.families.lfm2_moe import LFM2_MOE
 from lfm_jax.convert.hf import tensors
 from lfm_jax.testing import tiny_config
 
@@ -112,7 +113,7 @@ def test_presets_round_trip(name):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        (dict(model_type="lfm2_moe"), r"model_type is 'lfm2_moe'; expected 'lfm2' \(LFM2\)"),
+        (dict(model_type="lfm2_vl"), r"model_type is 'lfm2_vl'; expected 'lfm2' \(LFM2\), 'lfm2_moe' \(LFM2 MoE\)"),
         (dict(architectures=["Lfm2BidirectionalModel"]),
          r"architectures is \['Lfm2BidirectionalModel'\]; expected a list with Lfm2ForCausalLM for model_type 'lfm2'"),
         (dict(architectures="Lfm2ForCausalLM"), r"architectures is 'Lfm2ForCausalLM'; expected a list"),
@@ -154,9 +155,12 @@ def test_everything_that_a_family_lacks_comes_at_once():
         config_to_hf(config)
 
 
-NOT_THE_NETWORK = {"logits_dtype", "conv_impl", "scan_impl", "attention_impl", "init", "remat", "scan_layers"}
-"""How a model is computed and begun, which no config.json says."""
-OF_LAYERS_IT_LACKS = {"recurrence", "sliding_window"}
+NOT_THE_NETWORK = {"logits_dtype", "conv_impl", "scan_impl", "attention_impl", "experts_impl", "expert_bias_rate",
+                   "router_z_loss", "init", "remat", "scan_layers"}
+"""How a model is computed, begun and trained, which no config.json says."""
+MIXTURE = dict(num_experts=6, active_experts=3, expert_size=40, expert_bias=False, normed_weights=False,
+               expert_scale=2.5)
+OF_LAYERS_IT_LACKS = {"LFM2": {"recurrence", "sliding_window", *MIXTURE}, "LFM2 MoE": {"recurrence", "sliding_window"}}
 CHANGED = dict(
     layer_types=("full_attention", "conv"), vocab_size=98, hidden_size=33, ffn_size=49, num_heads=6, num_kv_heads=3,
     head_dim=10, conv_taps=4, conv_bias=True, tie_embedding=False, norm_eps=1e-4, rope_theta=5e4, max_position=77,
@@ -164,12 +168,16 @@ CHANGED = dict(
 )
 
 
-def test_every_field_of_a_model_is_written_and_read_or_held_to_what_the_family_has():
+@pytest.mark.parametrize(("family", "changed"), [
+    (LFM2, CHANGED), (LFM2_MOE, CHANGED | MIXTURE | {"ffn_types": ("swiglu", "moe")}),
+], ids=lambda x: getattr(x, "name", ""))
+def test_every_field_of_a_model_is_written_and_read_or_held_to_what_the_family_has(family, changed):
     """A field that ModelConfig gains must be one of these, or exports would lose it in silence."""
-    rest = NOT_THE_NETWORK | OF_LAYERS_IT_LACKS
-    assert {field.name for field in dataclasses.fields(ModelConfig)} == CHANGED.keys() | LFM2.features.keys() | rest
-    config = tiny_config(**CHANGED)
-    assert all(getattr(config, name) != getattr(tiny_config(), name) for name in CHANGED)
+    rest = NOT_THE_NETWORK | OF_LAYERS_IT_LACKS[family.name]
+    assert {field.name for field in dataclasses.fields(ModelConfig)} == changed.keys() | family.features.keys() | rest
+    config = tiny_config(**changed)
+    assert family_of(config) is family
+    assert all(getattr(config, name) != getattr(tiny_config(), name) for name in changed)
     assert config_from_hf(config_to_hf(config)) == config
 
 

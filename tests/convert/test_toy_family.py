@@ -38,7 +38,7 @@ class Experts(nnx.Module):
 
 EXPERTS = FeedForwardKind(
     name="experts", module=Experts, params=lambda c: 0, matrices=lambda c: 0, products=lambda c: 0,
-    kept=lambda c, share: None, last_product=lambda c: 0,
+    kept=lambda c, share: None, last_product=lambda c: 0, buffers={},
 )
 LAYERS = dict(qk_norm=False, layer_types=("conv", "full_attention", "conv", "full_attention"),
               ffn_types=("swiglu", "experts", "experts", "swiglu"))
@@ -186,10 +186,9 @@ def test_files_and_models_find_their_family(tmp_path):
     with pytest.raises(ValueError, match="expected a list with ToyForCausalLM, ToyOld for model_type 'toy'"):
         lfm.load(tmp_path / "toy")
     hf_dirs.edit_json(tmp_path / "toy", "config.json", model_type="llama")
-    with pytest.raises(ValueError, match=r"model_type is 'llama'; expected 'lfm2' \(LFM2\), 'toy' \(Toy\)"):
+    with pytest.raises(ValueError, match=r"model_type is 'llama'; expected 'lfm2' \(LFM2\), .*, 'toy' \(Toy\)"):
         lfm.load(tmp_path / "toy")
-    with pytest.raises(ValueError, match=r"LFM2 in transformers has no qk_norm=False, post_norm=True; "
-                                         r"Toy in transformers has no post_norm=True; such a model"):
+    with pytest.raises(ValueError, match=r"Toy in transformers has no post_norm=True; such a model"):
         lfm.save_hf(tiny_model(qk_norm=False, post_norm=True), tmp_path / "x")
 
 

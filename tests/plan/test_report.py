@@ -137,7 +137,7 @@ def test_plan_as_json_agrees_with_itself(path, capsys):
     status, out, _ = run(capsys, path, "--topology", "v5e:4x4", "--compile", "False", "--format", "json")
     found = json.loads(out)
     assert status == 0
-    assert found["mesh"] == dict(data=16, fsdp=1, tensor=1, context=1)
+    assert found["mesh"] == dict(data=16, fsdp=1, expert=1, tensor=1, context=1)
     assert found["tokens_per_second"] == pytest.approx(1024 / found["step_seconds"])
     assert found["run_tokens"] == 1000 * 1024
     assert found["days"] * 86400 == pytest.approx(1000 * found["step_seconds"])

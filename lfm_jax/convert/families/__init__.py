@@ -8,8 +8,9 @@ from typing import Any
 from lfm_jax.config import ModelConfig
 from lfm_jax.convert.families.family import Family
 from lfm_jax.convert.families.lfm2 import LFM2
+from lfm_jax.convert.families.lfm2_moe import LFM2_MOE
 
-FAMILIES: list[Family] = [LFM2]
+FAMILIES: list[Family] = [LFM2, LFM2_MOE]
 """In order of preference, for files that name only a model_type and for models that several can express."""
 
 
@@ -34,7 +35,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """Returns the dict of a config.json that `transformers` loads.
 
     Raises:
-      ValueError: no family can express the model; the message lists what each one lacks.
+      ValueError: no family can express the model; the message lists what the nearest one lacks.
     """
     family = family_of(config)
     return {"architectures": [family.architectures[0]], "model_type": family.model_types[0]} | family.write(config)
@@ -44,15 +45,13 @@ def family_of(config: ModelConfig) -> Family:
     """Returns the first family that can express the model.
 
     Raises:
-      ValueError: no family can; the message lists what each one lacks.
+      ValueError: no family can; the message lists what the nearest one lacks.
     """
-    lacks = []
-    for family in FAMILIES:
-        found = family.lacks(config)
-        if not found:
-            return family
-        lacks.append(f"{family.name} in transformers has no {', '.join(found)}")
-    raise ValueError(f"{'; '.join(lacks)}; such a model cannot be exported")
+    lacks = {family.name: family.lacks(config) for family in FAMILIES}
+    nearest = min(FAMILIES, key=lambda family: len(lacks[family.name]))
+    if found := lacks[nearest.name]:
+        raise ValueError(f"{nearest.name} in transformers has no {', '.join(found)}; such a model cannot be exported")
+    return nearest
 
 
 def _named_family(hf: Mapping[str, Any]) -> Family:

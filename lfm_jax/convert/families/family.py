@@ -23,12 +23,21 @@ class Family:
     features: Mapping[str, tuple[Any, ...]]
     """The only values that some fields of ModelConfig may have, or their elements if they are tuples. The other fields
     are written to config.json, or do not belong there."""
+    also_lacks: Callable[[ModelConfig], list[str]] = lambda config: []
+    """What else of a model with these features the family cannot express."""
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
     """config.json -> fields of ModelConfig. Raises ValueError if it cannot read the file."""
     write: Callable[[ModelConfig], dict[str, Any]]
     """ModelConfig with supported features -> config.json without `model_type` and `architectures`."""
     weights: tuple[Weight, ...]
     """The table of tensors, in the order of a file."""
+    state_dict: tuple[Weight, ...] = ()
+    """The table of a `state_dict()` in PyTorch; empty if it is `weights`."""
+
+    @property
+    def in_memory(self) -> tuple[Weight, ...]:
+        """The table of a `state_dict()` in PyTorch."""
+        return self.state_dict or self.weights
 
     def lacks(self, config: ModelConfig) -> list[str]:
         """Returns the features of the model that this family cannot express."""
@@ -38,4 +47,4 @@ class Family:
             values = sorted(set(value)) if isinstance(value, tuple) else [value]
             found += [f"{one} layers" if field == "layer_types" else f"{field}={one}"
                       for one in values if one not in allowed]
-        return found
+        return found or self.also_lacks(config)

@@ -7,7 +7,7 @@ Config keys and traps follow the published checkpoints as `transformers` 5.23 re
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lfm_jax.config import ModelConfig, hybrid_pattern
@@ -17,7 +17,7 @@ from lfm_jax.convert.weights import Weight
 _LAYER_TYPES = ("conv", "full_attention")
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
 _BIASED = {"conv_bias": True}
-_WEIGHTS = (
+MIXERS = (
     Weight("model", "model.embed_tokens.weight", "embed", "V D -> V D"),
     Weight("block", "model.layers.{i}.operator_norm.weight", "blocks.{i}.operator_norm.weight", "D -> D"),
     Weight("conv", "model.layers.{i}.conv.in_proj.weight", "blocks.{i}.operator.in_proj", "(C O) D -> C O D"),
@@ -39,18 +39,30 @@ _WEIGHTS = (
     Weight("full_attention", "model.layers.{i}.self_attn.k_layernorm.weight", "blocks.{i}.operator.k_norm.weight",
            "H -> H"),
     Weight("block", "model.layers.{i}.ffn_norm.weight", "blocks.{i}.ffn_norm.weight", "D -> D"),
+)
+"""Tensors of the table of embeddings, the operators and the norms of layers."""
+DENSE = (
     Weight("swiglu", "model.layers.{i}.feed_forward.w1.weight", "blocks.{i}.feed_forward.w1", "F D -> F D"),
     Weight("swiglu", "model.layers.{i}.feed_forward.w3.weight", "blocks.{i}.feed_forward.w3", "F D -> F D"),
     Weight("swiglu", "model.layers.{i}.feed_forward.w2.weight", "blocks.{i}.feed_forward.w2", "D F -> D F"),
+)
+LAST = (
     Weight("model", "model.embedding_norm.weight", "norm.weight", "D -> D"),
     Weight("model", "lm_head.weight", "head", "V D -> V D", when={"tie_embedding": False}),
 )
 
 
 def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
-    missing = [key for key in _SIZES if key not in hf]
-    if "intermediate_size" not in hf and "block_ff_dim" not in hf:
-        missing.append("intermediate_size")
+    return read_common(hf, () if "block_ff_dim" in hf else ("intermediate_size",)) | {"ffn_size": _read_ffn_size(hf)}
+
+
+def read_common(hf: Mapping[str, Any], sizes: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads what all families of LFM2 share: everything but the feed-forward.
+
+    Raises:
+      ValueError: a size is missing, of `sizes` too, or a field is not supported.
+    """
+    missing = [key for key in (*_SIZES, *sizes) if key not in hf]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}; these sizes have no safe default")
     eos = hf.get("eos_token_id", 2)
@@ -59,7 +71,6 @@ def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
         layer_types=_read_layer_types(hf),
         vocab_size=hf["vocab_size"],
         hidden_size=hf["hidden_size"],
-        ffn_size=_read_ffn_size(hf),
         num_heads=hf["num_attention_heads"],
         num_kv_heads=hf["num_key_value_heads"],
         head_dim=hf.get("head_dim") or hf["hidden_size"] // max(hf["num_attention_heads"], 1),
@@ -79,12 +90,15 @@ def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    """Writes the keys that `transformers` 4.54 and 5.x load."""
+    return write_common(config) | {"block_auto_adjust_ff_dim": False}
+
+
+def write_common(config: ModelConfig) -> dict[str, Any]:
+    """Writes the keys of all families of LFM2 that `transformers` 4.54 and 5.x load."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.ffn_size,
-        "block_auto_adjust_ff_dim": False,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
@@ -155,5 +169,5 @@ LFM2 = Family(
               "ffn_types": ("swiglu",)},
     read=_read,
     write=_write,
-    weights=_WEIGHTS,
+    weights=MIXERS + DENSE + LAST,
 )
