@@ -79,12 +79,20 @@ def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    """Writes the keys that `transformers` 4.54 and 5.x load."""
+    """Writes the keys that `transformers` 4.54 and 5.x load, and those that other readers ask for.
+
+    F stands under both of its names and is not to be adjusted: every reader then takes it as it is. The keys of the
+    adjustment are there because mlx-lm (`models/lfm2.py`) and llama.cpp (`convert_hf_to_gguf.py`) want them in any case.
+    """
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.ffn_size,
+        "block_dim": config.hidden_size,
+        "block_ff_dim": config.ffn_size,
         "block_auto_adjust_ff_dim": False,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_multiple_of": 256,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
