@@ -81,8 +81,8 @@ def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
 def _write(config: ModelConfig) -> dict[str, Any]:
     """Writes the keys that `transformers` 4.54 and 5.x load, and those that other readers ask for.
 
-    F stands under both of its names and is not to be adjusted: every reader then takes it as it is. The keys of the
-    adjustment are there because mlx-lm (`models/lfm2.py`) and llama.cpp (`convert_hf_to_gguf.py`) want them in any case.
+    F stands under both of its names and is not to be adjusted: every reader then takes it as it is. mlx-lm
+    (`models/lfm2.py`) and llama.cpp (`LFM2Model` of its converter) want the keys of the adjustment all the same.
     """
     return {
         "vocab_size": config.vocab_size,
