@@ -1,7 +1,11 @@
-"""`lfm.load`: loads a model and its tokenizer from a path. Only `SOURCES` decides what a path is."""
+"""`lfm.load`: loads a model and its tokenizer from a path or a Hub id.
+
+Only `local` decides where a name lies, and only `SOURCES` what a path is.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,17 +37,34 @@ def load(path: str | Path, dtype: Any = None) -> Loaded:
     """Loads weights and tokenizer.
 
     Args:
-      path: a Hugging Face directory (config.json and safetensors), or a run directory of `lfm train`, whose latest
-        checkpoint is loaded.
+      path: a Hugging Face directory (config.json and safetensors); a run directory of `lfm train`, whose latest
+        checkpoint is loaded; or a Hub id, `OWNER/NAME` or `OWNER/NAME@REVISION` (see `local`).
       dtype: dtype of parameters and computation, for example jnp.bfloat16. None keeps the stored dtype.
 
     Returns:
       (model, tokenizer); the tokenizer neither truncates nor pads, and is None if the directory has none.
 
     Raises:
-      ValueError: the path is neither, or its checkpoint is damaged; the message lists all problems.
+      ValueError: the path is neither, or its checkpoint is damaged; the message lists all problems. Or see `local`.
     """
-    return recognise(path).load(Path(path), dtype)
+    path = local(path)
+    return recognise(path).load(path, dtype)
+
+
+def local(name: str | Path) -> Path:
+    """Returns the path of a model: the name itself, or for a Hub id the directory of its files in the Hub's cache.
+
+    Files that are not there are fetched first. A path that exists wins over an id.
+
+    Raises:
+      ValueError: the model of an id cannot be had; see `convert.hub.fetch`.
+    """
+    from lfm_jax.convert import hub
+
+    path = Path(name)
+    if os.path.lexists(path) or not hub.is_id(path.as_posix()):
+        return path
+    return hub.fetch(path.as_posix())
 
 
 def recognise(path: str | Path) -> ModelSource:
@@ -56,7 +77,8 @@ def recognise(path: str | Path) -> ModelSource:
         if source.recognises(Path(path)):
             return source
     found = "has no model in it" if Path(path).is_dir() else "is not a directory"
-    raise ValueError(f"{path} {found}; a model is {' or '.join(source.accepted for source in SOURCES)}")
+    accepted = [source.accepted for source in SOURCES]
+    raise ValueError(f"{path} {found}; a model is {' or '.join([*accepted, 'a Hub id (OWNER/NAME[@REVISION])'])}")
 
 
 def _load_hugging_face(path: Path, dtype: Any) -> Loaded:

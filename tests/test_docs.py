@@ -1,7 +1,8 @@
 """What README.md and docs/ say holds: their code runs, their links lead somewhere, and the files they name exist.
 
 Blocks of Python run in order in one namespace a page; `lfm` commands run in this process, on a tiny model under the
-name of the published one; recipes are read. A block that is not run says why in a comment above it.
+name of the published one, which lies in the cache of the Hub too; recipes are read. A block that is not run says why
+in a comment above it.
 """
 
 import io
@@ -18,6 +19,7 @@ import pytest
 import transformers
 import yaml
 from flax import nnx
+from huggingface_hub import constants
 
 import lfm_jax as lfm
 from lfm_jax.ablate.schedule import AblateConfig
@@ -80,6 +82,11 @@ def desk(tmp_path_factory):
     tokenizer = tiny_tokenizer()
     model = tiny_model(vocab_size=tokenizer.get_vocab_size(), layer_types=("conv", "full_attention"), init_std=0.05)
     lfm.save_hf(model, path / CHECKPOINT, tokenizer=tokenizer)
+    cached = path / "hub" / f"models--LiquidAI--{CHECKPOINT}"
+    for folder in ("refs", "snapshots"):
+        (cached / folder).mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    (cached / "snapshots" / ("0" * 40)).symlink_to(path / CHECKPOINT)
     (path / "configs").symlink_to(ROOT / "configs")
     (path / "my_texts").mkdir()
     for i in range(10):
@@ -91,6 +98,7 @@ def desk(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         patch.setenv("XDG_CACHE_HOME", str(path))
+        patch.setattr(constants, "HF_HUB_CACHE", str(path / "hub"))
         assert status(["train", "configs/demo.yaml", "--run-dir", "runs/mine", "--data.sources", "my_texts"]) == 0
         yield path
 
@@ -153,7 +161,8 @@ def serve(args):
         patch.setattr(launch, "open_service", lambda path, dtype, engine, mesh, **_: asked.update(slots=engine.slots))
         patch.setattr(launch, "serve", lambda service, name, *rest: asked.update(name=name))
         code = status(args)
-    assert asked == {"slots": ((16, 2048), (1, 32768)), "name": CHECKPOINT}
+    slots = ((16, 2048), (1, 32768)) if "--engine.slots" in args else ()
+    assert asked == {"slots": slots, "name": CHECKPOINT}
     return code
 
 

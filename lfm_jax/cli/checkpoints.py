@@ -19,15 +19,16 @@ def convert(
     """Write a checkpoint as a Hugging Face directory that `transformers` loads.
 
     Args:
-      src: Hugging Face directory or run directory.
+      src: Hugging Face directory, run directory, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
       dst: a new directory.
       dtype: dtype of the written weights; the stored one if left out.
       max_shard_bytes: size of the largest safetensors file; larger weights become several files with an index.
     """
     from lfm_jax.convert.hf import convert as run
     from lfm_jax.convert.hf import save_hf
-    from lfm_jax.loading import HUGGING_FACE, load, recognise
+    from lfm_jax.loading import HUGGING_FACE, load, local, recognise
 
+    src = local(src)
     if recognise(src) is HUGGING_FACE:
         run(src, dst, dtype=dtype, max_shard_bytes=max_shard_bytes)
     else:

@@ -32,7 +32,7 @@ def generate(
     """Continue one or more prompts and print the texts.
 
     Args:
-      path: Hugging Face directory or run directory.
+      path: Hugging Face directory, run directory, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
       prompt: one or more texts.
       sampling: sampling parameters.
       max_new_tokens: the most tokens to add to a prompt.
@@ -74,7 +74,7 @@ def chat(
     type is kept for the next session in `chat_history`, beside the compiled programs (`lfm cache`).
 
     Args:
-      path: Hugging Face directory or run directory.
+      path: Hugging Face directory, run directory, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
       sampling: sampling parameters; those published for LFM2.5-350M if left out.
       system: system message.
       max_new_tokens: longest reply; one also ends where the model's context is full.
@@ -104,7 +104,7 @@ def extract(
     `lfm_jax[grammar]`. Example: `lfm extract LFM2.5-350M "Ada was born in 1815" --schema person.json`.
 
     Args:
-      path: Hugging Face directory or run directory.
+      path: Hugging Face directory, run directory, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
       text: one or more texts.
       schema: file with the JSON schema.
       sampling: sampling parameters.
@@ -142,7 +142,7 @@ def classify(
     Example: `lfm classify LFM2.5-350M "What a day!" --labels good bad`.
 
     Args:
-      path: Hugging Face directory or run directory.
+      path: Hugging Face directory, run directory, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
       text: one or more texts.
       labels: at least two different labels.
       instruction: the system message, in which the labels replace {labels}; a general one if left out.
@@ -187,7 +187,9 @@ def _load(path: Path, dtype: str | None) -> tuple[LFM, Tokenizer]:
 def _load_chat(path: Path, dtype: str | None) -> tuple[LFM, Tokenizer, str]:
     """Loads a model with its tokenizer and chat template."""
     from lfm_jax.convert.hf import chat_template
+    from lfm_jax.loading import local
     from lfm_jax.text.chat import DEFAULT_TEMPLATE
 
+    path = local(path)
     template = chat_template(path) or DEFAULT_TEMPLATE  # First: a file that cannot be read is found at once.
     return *_load(path, dtype), template

@@ -38,10 +38,10 @@ def serve(
     With a key in the environment variable LFM_API_KEY, clients must send it.
 
     Args:
-      path: Hugging Face directory or run directory.
+      path: Hugging Face directory, run directory, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
       host: address to listen on; one that other machines can reach needs a key.
       port: port to listen on; 0 takes any free one.
-      name: name of the model for clients; if left out that of the directory, or of its repository in a Hub cache.
+      name: name of the model for clients; if left out that of the directory, or the NAME of a Hub id.
       sampling: default sampling parameters; those published for LFM2.5-350M if left out.
       engine: slots and limits of the engine.
       limits: limits of one request.
@@ -53,8 +53,11 @@ def serve(
       plain_contents: encode the names of special tokens inside messages as plain text, for texts of strangers.
       cors_origins: origins whose pages may use the server, as https://example.org; * is any.
     """
+    from lfm_jax.loading import local
+
     launch = _serving("launch")
     address = launch.listen(host, port)  # What can be refused is refused before anything is loaded.
+    path = local(path)
     service = launch.open_service(path, dtype, engine, (data, tensor), everything=warm_up == "all",
                                   plain_contents=plain_contents)
     launch.serve(service, name or _name(path), address, sampling, limits, drain_seconds, cors_origins)
@@ -81,7 +84,7 @@ def batch(
     gets an answer in any case.
 
     Args:
-      path: Hugging Face directory or run directory.
+      path: Hugging Face directory, run directory, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
       source: lines `{"custom_id": ..., "url": "/v1/chat/completions", "body": {...}}`.
       target: one line of answer for each.
       shard: I/N answers only every N-th line from number I on, to spread a file over machines.
@@ -93,9 +96,10 @@ def batch(
       dtype: dtype of parameters and computation; the stored one if left out.
       plain_contents: encode the names of special tokens inside messages as plain text, for texts of strangers.
     """
-    from lfm_jax.loading import recognise
+    from lfm_jax.loading import local, recognise
 
     run, launch = _serving("batch"), _serving("launch")
+    path = local(path)
     recognise(path)  # Before a target is made.
 
     def open_service() -> Any:

@@ -28,7 +28,8 @@ class TrainConfig(RunConfig):
 
     data: DataConfig
     init_from: str | None = None
-    """Start from these weights: a Hugging Face directory, or the directory of another run. None: random."""
+    """Start from these weights: a Hugging Face directory, the directory of another run, or a Hub id
+    (OWNER/NAME or OWNER/NAME@REVISION). None: random."""
     loss_chunk: int = 512
     """Tokens whose logits are in memory at one time."""
     z_loss: float = 0.0

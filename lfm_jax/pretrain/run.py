@@ -22,6 +22,7 @@ from lfm_jax.convert import sidecars
 from lfm_jax.data.corpora import make_tokenizer, open_corpus
 from lfm_jax.data.corpora.corpus import check_lasts
 from lfm_jax.files import write_whole
+from lfm_jax.loading import load, local
 from lfm_jax.pretrain.config import TrainConfig
 from lfm_jax.problems import raise_problems
 from lfm_jax.text.codec import check_tokenizer
@@ -98,8 +99,6 @@ class Pretraining:
 
 def _weights_of(config: TrainConfig) -> Any:
     """The weights of `init_from` in `param_dtype`."""
-    from lfm_jax.loading import load
-
     assert config.init_from is not None
     model, _ = load(config.init_from)
     raise_problems(
@@ -120,7 +119,7 @@ def _new_tokenizer(config: TrainConfig, run_dir: Path) -> Tokenizer:
       ValueError: a tokenizer or source file that cannot be read, or an `init_from` without a tokenizer.
     """
     if config.init_from is not None:
-        origin = Path(config.init_from)
+        origin = local(config.init_from)
         if config.data.tokenizer is None and not (origin / TOKENIZER_FILE).exists():
             raise ValueError(f"init_from {origin} has no {TOKENIZER_FILE}; name its tokenizer in data.tokenizer")
         for name, file in sidecars.carried(origin)[0].items():

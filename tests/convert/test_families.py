@@ -110,6 +110,50 @@ def test_presets_round_trip(name):
     assert config_from_hf(config_to_hf(config), dtype=config.dtype) == config
 
 
+def adjusted(hf, size):
+    """F as all of them adjust it, where there is a multiplier."""
+    if not hf["block_auto_adjust_ff_dim"]:
+        return size
+    size = int(hf["block_ffn_dim_multiplier"] * int(2 * size / 3))
+    return -(-size // hf["block_multiple_of"]) * hf["block_multiple_of"]
+
+
+def again(hf):
+    """A config.json as `transformers` writes it again."""
+    return Lfm2Config.from_dict(dict(hf)).to_dict()
+
+
+READERS = {
+    "transformers 4.54 to 5.24: models/lfm2/{configuration,modeling}_lfm2.py":
+        lambda hf: adjusted(hf, hf.get("block_ff_dim", hf["intermediate_size"])),
+    "mlx-lm: mlx_lm/models/lfm2.py":
+        lambda hf: hf["block_dim"] and adjusted(hf, hf.get("block_ff_dim") or hf["intermediate_size"]),
+    "llama.cpp of 2025: convert_hf_to_gguf.py, LFM2Model": lambda hf: adjusted(hf, hf["block_ff_dim"]),
+    "llama.cpp of 2026: LFM2Model, which AutoConfig may have read the file for":
+        lambda hf: adjusted(again(hf), again(hf).get("block_ff_dim", again(hf)["intermediate_size"])),
+    "ours": lambda hf: config_from_hf(hf).ffn_size,
+}
+"""F by the rule of each reader, which raises KeyError for what it wants and does not find."""
+
+
+@pytest.mark.parametrize("ffn_size", [1, 48, 255, 256, 257, 4608, 6656, 10752])
+@pytest.mark.parametrize("reader", READERS)
+def test_every_reader_finds_the_same_width_of_the_feed_forward(reader, ffn_size):
+    hf = config_to_hf(tiny_config(ffn_size=ffn_size))
+    assert READERS[reader](hf) == ffn_size
+    assert hf["block_dim"] == hf["hidden_size"]
+    assert config_from_hf(again(hf)).ffn_size == ffn_size
+
+
+def test_mlx_lm_builds_the_model_of_an_exported_config():
+    lfm2 = pytest.importorskip("mlx_lm.models.lfm2")
+    from mlx.utils import tree_flatten
+
+    config = tiny_config(ffn_size=80)
+    model = lfm2.Model(lfm2.ModelArgs.from_dict(config_to_hf(config)))
+    assert sum(array.size for _, array in tree_flatten(model.parameters())) == config.num_params()
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [

@@ -116,7 +116,7 @@ def test_old_style_config_builds_the_same_network(tmp_path):
     convert(tmp_path / "src", tmp_path / "dst")
     written = json.loads((tmp_path / "dst" / "config.json").read_text())
     assert written["intermediate_size"] == 48  # int(2/3 * 64) = 42, times 1.1 = 46, up to a multiple of 8.
-    for key in ("block_ff_dim", "full_attn_idxs", "block_dim", "theta"):
+    for key in ("full_attn_idxs", "num_heads", "theta"):
         assert key not in written
     old, new = (Lfm2ForCausalLM.from_pretrained(tmp_path / name) for name in ("src", "dst"))
     assert str(old) == str(new)

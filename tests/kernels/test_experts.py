@@ -70,7 +70,8 @@ def test_bfloat16_sums_in_float32(impl):
     assert rel_err(y_MD, reference.experts(**args, chosen_MA=chosen_MA)[0]) < 2**-7
 
 
-@given(st.integers(0, 99), st.sampled_from([0.0, 0.3, 1.0]), st.integers(3, 7), st.sampled_from([(40, 3, 8), (1, 2, 4)]))
+@given(st.integers(0, 99), st.sampled_from([0.0, 0.3, 1.0]), st.integers(3, 7),
+       st.sampled_from([(40, 3, 8), (1, 2, 4)]))
 def test_blocks_hold_every_row_once_and_little_beside(seed, padding, used_experts, shape):
     (M, A, b), E = shape, 7
     rng = np.random.default_rng(seed)

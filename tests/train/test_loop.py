@@ -9,8 +9,11 @@ import signal
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
+from hub_server import Hub
 from tiny_runs import STEPS, finish, load, losses, recipe, start, steps_in_order, wait_for_step
 
 import lfm_jax as lfm
@@ -18,7 +21,7 @@ from lfm_jax.convert.hf import chat_template
 from lfm_jax.data.build import BuildConfig, build
 from lfm_jax.data.corpora.text import TextCorpus
 from lfm_jax.files import locked
-from lfm_jax.pretrain.run import train
+from lfm_jax.pretrain.run import Pretraining, train
 from lfm_jax.recipe import to_plain
 from lfm_jax.testing import tiny_tokenizer
 from lfm_jax.train import run_dir as run_dirs
@@ -252,6 +255,20 @@ def test_init_from_a_run_and_from_a_hugging_face_directory(corpus, tmp_path, who
     assert first[2] == first[0]
     assert chat_template(run_dir) == "{{ messages }}"
     assert first[0] < losses(whole_run.run_dir)[1] - 0.5
+
+
+def test_init_from_a_hub_id_takes_its_weights_and_its_tokenizer(corpus, tmp_path, whole_run):
+    model, tokenizer = lfm.load(whole_run.run_dir)
+    lfm.save_hf(model, tmp_path / "hf", tokenizer=tokenizer)
+    hub, run_dir = Hub(), tmp_path / "run"
+    hub.add("Org/tiny", tmp_path / "hf")
+    run_dir.mkdir()
+    with hub.reached(tmp_path / "cache"):
+        method = Pretraining(load(recipe(corpus, run_dir, init_from="Org/tiny")))
+        method.prepare(run_dir, resuming=False)
+        weights = jax.tree.leaves(method.weights())
+    assert all(map(np.array_equal, weights, jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))))
+    assert (run_dir / "tokenizer.json").read_bytes() == (tmp_path / "hf" / "tokenizer.json").read_bytes()
 
 
 def test_init_from_weights_without_a_tokenizer_wants_one_named(corpus, tmp_path, whole_run):

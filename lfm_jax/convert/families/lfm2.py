@@ -90,7 +90,18 @@ def read_common(hf: Mapping[str, Any], sizes: Sequence[str] = ()) -> dict[str, A
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    return write_common(config) | {"block_auto_adjust_ff_dim": False}
+    """Writes the keys that `transformers` 4.54 and 5.x load, and those that other readers ask for.
+
+    F stands under both of its names and is not to be adjusted: every reader then takes it as it is. mlx-lm
+    (`models/lfm2.py`) and llama.cpp (`LFM2Model` of its converter) want the keys of the adjustment all the same.
+    """
+    return write_common(config) | {
+        "block_dim": config.hidden_size,
+        "block_ff_dim": config.ffn_size,
+        "block_auto_adjust_ff_dim": False,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_multiple_of": 256,
+    }
 
 
 def write_common(config: ModelConfig) -> dict[str, Any]:
