@@ -103,12 +103,21 @@ class ModelConfig:
     """Tokens that a `sliding_attention` layer sees, the query's own included (256 as in LFM3)."""
     qk_norm: bool = True
     """RMSNorm over each query and key head before the rotary embedding."""
+    attention_gate: bool = False
+    """A gate on the output of each attention head: the sigmoid of a product with the layer's normed input (as in
+    LFM3)."""
     post_norm: bool = False
     """Sandwich norms: another RMSNorm after the operator and after the feed-forward (as in LFM3)."""
     tie_embedding: bool = True
     """The output head is the embedding table."""
     norm_eps: float = 1e-5
     rope_theta: float = 1e6
+    """Base of the rotary embedding: pair j of a head turns by `position * rope_theta ** (-2 j / H)`."""
+    rope_fraction: float = 1.0
+    """Share of the pairs of a head, the fastest ones, that turn in a `full_attention` layer; the number of pairs is
+    rounded down (0.5 in LFM3)."""
+    sliding_rope_theta: float | None = None
+    """`rope_theta` of `sliding_attention` layers, whose heads turn whole (1e4 in LFM3); None for the same one."""
     max_position: int = 128_000
     """Longest context of a decode state."""
     init: Init = "normal"
@@ -249,12 +258,18 @@ def _problems(c: ModelConfig) -> list[str]:
         value = getattr(c, name)
         need(isinstance(value, (int, float)) and math.isfinite(value) and value > 0,
              f"{name} is {value!r}; it must be a positive number")
+    theta = c.sliding_rope_theta
+    need(theta is None or (isinstance(theta, (int, float)) and math.isfinite(theta) and theta > 0),
+         f"sliding_rope_theta is {theta!r}; it must be a positive number, or None for rope_theta")
+    share = c.rope_fraction
+    need(isinstance(share, (int, float)) and 0 <= share <= 1,
+         f"rope_fraction is {share!r}; it must be a number from 0 to 1")
     for name, kind in (("param_dtype", DType), ("dtype", DType), ("logits_dtype", DType), ("conv_gates", ConvGates),
                        ("recurrence", Recurrence), ("conv_impl", ConvImpl), ("scan_impl", ScanImpl),
                        ("attention_impl", AttentionImpl), ("init", Init), ("remat", Remat)):
         value, choices = getattr(c, name), get_args(kind)
         need(value in choices, f"{name} is {value!r}; choose one of {', '.join(choices)}")
-    for name in ("conv_bias", "qk_norm", "post_norm", "tie_embedding", "scan_layers"):
+    for name in ("conv_bias", "qk_norm", "attention_gate", "post_norm", "tie_embedding", "scan_layers"):
         value = getattr(c, name)
         need(type(value) is bool, f"{name} is {value!r}; it must be true or false")
     for name, table in (("layer_types", OPERATORS), ("ffn_types", FEED_FORWARDS)):

@@ -56,7 +56,8 @@ OPERATORS.register(OperatorKind(
 
 
 def _attention_matrices(c: ModelConfig) -> int:
-    return 2 * c.hidden_size * c.head_dim * (c.num_heads + c.num_kv_heads)
+    gate = c.num_heads * c.hidden_size if c.attention_gate else 0
+    return 2 * c.hidden_size * c.head_dim * (c.num_heads + c.num_kv_heads) + gate
 
 
 def _attention_params(c: ModelConfig) -> int:
