@@ -41,6 +41,15 @@ def hybrid_pattern(num_layers: int, attention_at: tuple[int, ...]) -> tuple[Laye
     return tuple("full_attention" if i in attention_at else "conv" for i in range(num_layers))
 
 
+def lfm3_pattern(num_layers: int) -> tuple[LayerType, ...]:
+    """Returns the layer types of LFM3: every other layer is `conv`, and between them `full_attention` and
+    `sliding_attention` take turns; the first layer is `conv` too."""
+    return tuple(
+        "full_attention" if i % 4 == 2 else "sliding_attention" if i % 4 == 0 and i > 0 else "conv"
+        for i in range(num_layers)
+    )
+
+
 def repeated_units[L](layers: tuple[L, ...]) -> list[tuple[tuple[L, ...], int]]:
     """Returns layers as runs of a repeated unit, [(unit, repeats), ...], with as few units to compile as possible.
 
@@ -240,6 +249,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 PRESETS["lfm2.5-350m"] = PRESETS["lfm2-350m"]
 PRESETS["lfm2.5-1.2b"] = PRESETS["lfm2-1.2b"]
+_VOCAB_128K: dict[str, Any] = dict(vocab_size=128_000, pad_id=124_893, bos_id=124_894, eos_ids=(124_900,))
+PRESETS["lfm2.5-230m"] = dict(layer_types=hybrid_pattern(14, (2, 4, 6, 8, 10, 12)), hidden_size=1024, ffn_size=2560)
+PRESETS["lfm2.5-2.6b"] = PRESETS["lfm2-2.6b"] | _VOCAB_128K | dict(rope_theta=1e7, max_position=131_072)
+PRESETS["lfm3-1.7b"] = _VOCAB_128K | dict(
+    layer_types=lfm3_pattern(24), hidden_size=2048, ffn_size=7680, num_heads=16, num_kv_heads=4, head_dim=128,
+    conv_taps=7, post_norm=True, attention_gate=True, rope_fraction=0.5, sliding_rope_theta=1e4,
+)
 
 
 def _problems(c: ModelConfig) -> list[str]:

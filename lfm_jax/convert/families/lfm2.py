@@ -15,7 +15,8 @@ from lfm_jax.convert.families.family import Family
 from lfm_jax.convert.weights import Weight
 
 _LAYER_TYPES = ("conv", "full_attention")
-_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+          "intermediate_size")
 _BIASED = {"conv_bias": True}
 _WEIGHTS = (
     Weight("model", "model.embed_tokens.weight", "embed", "V D -> V D"),
@@ -48,18 +49,26 @@ _WEIGHTS = (
 
 
 def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
-    missing = [key for key in _SIZES if key not in hf]
-    if "intermediate_size" not in hf and "block_ff_dim" not in hf:
-        missing.append("intermediate_size")
-    if missing:
+    fields = read_shared({"intermediate_size": hf["block_ff_dim"], **hf} if "block_ff_dim" in hf else hf)
+    return fields | dict(
+        layer_types=_read_layer_types(hf), ffn_size=_read_ffn_size(hf), rope_theta=_read_rope_theta(hf)
+    )
+
+
+def read_shared(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads the fields that later families have too, all but layer_types and the rotary embedding.
+
+    Raises:
+      ValueError: sizes are missing; the message lists them.
+    """
+    if missing := [key for key in _SIZES if key not in hf]:
         raise ValueError(f"config.json lacks {', '.join(missing)}; these sizes have no safe default")
     eos = hf.get("eos_token_id", 2)
     stored = hf.get("dtype") or hf.get("torch_dtype") or "float32"
     return dict(
-        layer_types=_read_layer_types(hf),
         vocab_size=hf["vocab_size"],
         hidden_size=hf["hidden_size"],
-        ffn_size=_read_ffn_size(hf),
+        ffn_size=hf["intermediate_size"],
         num_heads=hf["num_attention_heads"],
         num_kv_heads=hf["num_key_value_heads"],
         head_dim=hf.get("head_dim") or hf["hidden_size"] // max(hf["num_attention_heads"], 1),
@@ -67,7 +76,6 @@ def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
         conv_bias=hf.get("conv_bias", False),
         tie_embedding=hf.get("tie_embedding", hf.get("tie_word_embeddings", True)),
         norm_eps=hf.get("norm_eps", 1e-5),
-        rope_theta=_read_rope_theta(hf),
         max_position=hf.get("max_position_embeddings", 128_000),
         init_std=hf.get("initializer_range", 0.02),
         pad_id=_or_default(hf.get("pad_token_id"), 0),
@@ -126,17 +134,24 @@ def _read_ffn_size(hf: Mapping[str, Any]) -> int:
 
 def _read_layer_types(hf: Mapping[str, Any]) -> tuple[Any, ...]:
     """Reads layer_types, else full_attn_idxs, else all layers are attention, as `Lfm2Config` does."""
-    num_layers = hf["num_hidden_layers"]
+    num_layers, attention_at = hf["num_hidden_layers"], hf.get("full_attn_idxs")
     if hf.get("layer_types") is not None:
-        types = tuple(hf["layer_types"])
-        if len(types) != num_layers:
-            raise ValueError(f"layer_types has {len(types)} entries but num_hidden_layers is {num_layers}")
-        unknown = sorted({str(kind) for kind in types} - set(_LAYER_TYPES))
-        if unknown:
-            raise ValueError(f"layer_types has {', '.join(unknown)}; LFM2 has {', '.join(_LAYER_TYPES)} only")
-        return types
-    attention_at = hf.get("full_attn_idxs")
+        return read_layer_types(hf, "LFM2", _LAYER_TYPES)
     return hybrid_pattern(num_layers, tuple(range(num_layers)) if attention_at is None else tuple(attention_at))
+
+
+def read_layer_types(hf: Mapping[str, Any], family: str, known: tuple[str, ...]) -> tuple[Any, ...]:
+    """Reads layer_types.
+
+    Raises:
+      ValueError: there is not one for each layer, or one that the family has not.
+    """
+    types = tuple(hf["layer_types"])
+    if len(types) != hf["num_hidden_layers"]:
+        raise ValueError(f"layer_types has {len(types)} entries but num_hidden_layers is {hf['num_hidden_layers']}")
+    if unknown := sorted({str(kind) for kind in types} - set(known)):
+        raise ValueError(f"layer_types has {', '.join(unknown)}; {family} has {', '.join(known)} only")
+    return types
 
 
 def _read_rope_theta(hf: Mapping[str, Any]) -> float:
@@ -151,7 +166,8 @@ LFM2 = Family(
     name="LFM2",
     model_types=("lfm2",),
     architectures=("Lfm2ForCausalLM",),
-    features={"qk_norm": (True,), "post_norm": (False,), "conv_gates": ("both",), "layer_types": _LAYER_TYPES,
+    features={"qk_norm": (True,), "post_norm": (False,), "attention_gate": (False,), "rope_fraction": (1.0,),
+              "sliding_rope_theta": (None,), "conv_gates": ("both",), "layer_types": _LAYER_TYPES,
               "ffn_types": ("swiglu",)},
     read=_read,
     write=_write,
