@@ -34,7 +34,8 @@ LARGE_VOCABULARY = {"lfm2.5-2.6b": 2_697_198_592, "lfm3-1.7b": 1_728_801_536}
 def configs(draw):
     kinds = st.sampled_from(list(OPERATORS))
     group, K = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    flags = {name: draw(st.booleans()) for name in ("conv_bias", "qk_norm", "attention_gate", "post_norm", "tie_embedding")}
+    names = ("conv_bias", "qk_norm", "attention_gate", "post_norm", "tie_embedding")
+    flags = {name: draw(st.booleans()) for name in names}
     return tiny_config(
         layer_types=tuple(draw(st.lists(kinds, min_size=1, max_size=4))),
         vocab_size=draw(st.integers(8, 50)), hidden_size=draw(st.integers(1, 40)), ffn_size=draw(st.integers(1, 40)),

@@ -70,11 +70,11 @@ def _check(source: Source, config: ModelConfig) -> list[str]:
 
 
 def from_state_dict(state_dict: Mapping[str, Any], config: ModelConfig) -> LFM:
-    """Makes a model with the weights of a PyTorch `Lfm2ForCausalLM.state_dict()`.
+    """Makes a model with the weights of a PyTorch state dict, such as `Lfm2ForCausalLM.state_dict()`.
 
     Args:
-      state_dict: HF name -> NumPy array or PyTorch tensor of float32, bfloat16 or float16. The values are copied,
-        bit for bit if they have `config.param_dtype` already, else rounded to it. A tied model may have
+      state_dict: name in a checkpoint file -> NumPy array or PyTorch tensor of float32, bfloat16 or float16. The values
+        are copied, bit for bit if they have `config.param_dtype` already, else rounded to it. A tied model may have
         `lm_head.weight` if it equals the embedding.
       config: the config of the model.
 
