@@ -1,7 +1,7 @@
 """The whole network once more, in float64 numpy, for one document of any length: slow, plain, independent.
 
 It shares no code with `lfm_jax` but the parameter names, has no batch, no padding and no state, and covers what
-`transformers` cannot express: one tap, fewer gates, recurrences, sandwich norms in LFM2, no q/k norm.
+`transformers` cannot express: one tap, fewer gates, recurrences, no q/k norm.
 
 Dimensions: T time, D width, N query heads, K key/value heads, H head width, W taps.
 """

@@ -72,8 +72,8 @@ def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
 def _read_rope(hf: Mapping[str, Any], layer_types: tuple[str, ...]) -> dict[str, Any]:
     """Reads the rotary embedding of each kind of attention.
 
-    A share of a head is read under either type: published files call it `default` (and `transformers` 5.24 then turns
-    whole heads, unlike the model that was trained).
+    A share of a head is read under either type: after NeMo AutoModel (`components/models/lfm3/config`), published
+    files call it `default`, and then `transformers` turns whole heads, which the trained model does not.
     """
     of_kinds = hf.get("rope_parameters") or _ROPE
     theta: dict[str, float] = {}
@@ -82,7 +82,7 @@ def _read_rope(hf: Mapping[str, Any], layer_types: tuple[str, ...]) -> dict[str,
         rope = of_kinds.get(kind, None if kind in layer_types else _ROPE[kind])
         if not isinstance(rope, Mapping):
             raise ValueError(f"rope_parameters has no {kind}; expected an entry for each of {', '.join(_ATTENTION)}")
-        name = rope.get("rope_type", "default")
+        name = rope.get("rope_type", rope.get("type", "default"))
         if name not in ("default", "proportional") or rope.get("factor", 1.0) != 1.0:
             raise ValueError(f"rope_parameters of {kind} have rope_type {name!r} and factor {rope.get('factor', 1.0)}; "
                              "only 'default' and 'proportional' without a factor are supported")
