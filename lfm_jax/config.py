@@ -42,6 +42,15 @@ def hybrid_pattern(num_layers: int, attention_at: tuple[int, ...]) -> tuple[Laye
     return tuple("full_attention" if i in attention_at else "conv" for i in range(num_layers))
 
 
+def lfm3_pattern(num_layers: int) -> tuple[LayerType, ...]:
+    """Returns the layer types of LFM3: every other layer is `conv`, and between them `full_attention` and
+    `sliding_attention` take turns; the first layer is `conv` too."""
+    return tuple(
+        "full_attention" if i % 4 == 2 else "sliding_attention" if i % 4 == 0 and i > 0 else "conv"
+        for i in range(num_layers)
+    )
+
+
 def repeated_units[L](layers: tuple[L, ...]) -> list[tuple[tuple[L, ...], int]]:
     """Returns layers as runs of a repeated unit, [(unit, repeats), ...], with as few units to compile as possible.
 
@@ -122,12 +131,21 @@ class ModelConfig:
     """Tokens that a `sliding_attention` layer sees, the query's own included (256 as in LFM3)."""
     qk_norm: bool = True
     """RMSNorm over each query and key head before the rotary embedding."""
+    attention_gate: bool = False
+    """A gate on the output of each attention head: the sigmoid of a product with the layer's normed input (as in
+    LFM3)."""
     post_norm: bool = False
     """Sandwich norms: another RMSNorm after the operator and after the feed-forward (as in LFM3)."""
     tie_embedding: bool = True
     """The output head is the embedding table."""
     norm_eps: float = 1e-5
     rope_theta: float = 1e6
+    """Base of the rotary embedding: pair j of a head turns by `position * rope_theta ** (-2 j / H)`."""
+    rope_fraction: float = 1.0
+    """Share of the pairs of a head, the fastest ones, that turn in a `full_attention` layer; the number of pairs is
+    rounded down (0.5 in LFM3)."""
+    sliding_rope_theta: float | None = None
+    """`rope_theta` of `sliding_attention` layers, whose heads turn whole (1e4 in LFM3); None for the same one."""
     max_position: int = 128_000
     """Longest context of a decode state."""
     init: Init = "normal"
@@ -258,6 +276,13 @@ for _name, _layers, _attention_at, _sizes in (
                           ffn_types=("swiglu",) * 2 + ("moe",) * (_layers - 2), **_sizes)
 PRESETS["lfm2.5-350m"] = PRESETS["lfm2-350m"]
 PRESETS["lfm2.5-1.2b"] = PRESETS["lfm2-1.2b"]
+_VOCAB_128K: dict[str, Any] = dict(vocab_size=128_000, pad_id=124_893, bos_id=124_894, eos_ids=(124_900,))
+PRESETS["lfm2.5-230m"] = dict(layer_types=hybrid_pattern(14, (2, 4, 6, 8, 10, 12)), hidden_size=1024, ffn_size=2560)
+PRESETS["lfm2.5-2.6b"] = PRESETS["lfm2-2.6b"] | _VOCAB_128K | dict(rope_theta=1e7, max_position=131_072)
+PRESETS["lfm3-1.7b"] = _VOCAB_128K | dict(
+    layer_types=lfm3_pattern(24), hidden_size=2048, ffn_size=7680, num_heads=16, num_kv_heads=4, head_dim=128,
+    conv_taps=7, post_norm=True, attention_gate=True, rope_fraction=0.5, sliding_rope_theta=1e4,
+)
 
 
 def _problems(c: ModelConfig) -> list[str]:
@@ -280,13 +305,20 @@ def _problems(c: ModelConfig) -> list[str]:
         value = getattr(c, name)
         need(isinstance(value, (int, float)) and math.isfinite(value) and value >= 0,
              f"{name} is {value!r}; it must be a number of at least 0")
+    theta = c.sliding_rope_theta
+    need(theta is None or (isinstance(theta, (int, float)) and math.isfinite(theta) and theta > 0),
+         f"sliding_rope_theta is {theta!r}; it must be a positive number, or None for rope_theta")
+    share = c.rope_fraction
+    need(isinstance(share, (int, float)) and 0 <= share <= 1,
+         f"rope_fraction is {share!r}; it must be a number from 0 to 1")
     for name, kind in (("param_dtype", DType), ("dtype", DType), ("logits_dtype", DType), ("conv_gates", ConvGates),
                        ("recurrence", Recurrence), ("conv_impl", ConvImpl), ("scan_impl", ScanImpl),
                        ("attention_impl", AttentionImpl), ("experts_impl", ExpertsImpl), ("init", Init),
                        ("remat", Remat)):
         value, choices = getattr(c, name), get_args(kind)
         need(value in choices, f"{name} is {value!r}; choose one of {', '.join(choices)}")
-    for name in ("conv_bias", "expert_bias", "normed_weights", "qk_norm", "post_norm", "tie_embedding", "scan_layers"):
+    for name in ("conv_bias", "expert_bias", "normed_weights", "qk_norm", "attention_gate", "post_norm",
+                 "tie_embedding", "scan_layers"):
         value = getattr(c, name)
         need(type(value) is bool, f"{name} is {value!r}; it must be true or false")
     for name, table in (("layer_types", OPERATORS), ("ffn_types", FEED_FORWARDS)):

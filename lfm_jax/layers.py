@@ -84,14 +84,18 @@ class RMSNorm(nnx.Module):
         return normed.astype(x.dtype) * self.weight[...].astype(x.dtype)
 
 
-def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Applies half-split (NeoX) rotary embedding to whole heads, with angles and rotation in float32.
+def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float, fraction: float = 1.0) -> jax.Array:
+    """Applies half-split (NeoX) rotary embedding to heads, with angles and rotation in float32.
 
     Element i of the first half and element i of the second half are a pair, which is rotated by
-    `position * theta ** (-2 i / H)`.
+    `position * theta ** (-2 i / H)`. With a `fraction`, only so many of the H / 2 pairs turn (rounded down), the first
+    and fastest ones, as fast as in a whole head (`proportional` in `transformers`).
     """
     half = x_BTNH.shape[-1] // 2
     frequency_H = 1.0 / theta ** (jnp.arange(half, dtype=jnp.float32) / half)
+    turning = int(fraction * x_BTNH.shape[-1] // 2)
+    if turning < half:
+        frequency_H = jnp.where(jnp.arange(half) < turning, frequency_H, 0.0)
     angle_BT1H = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_H
     cos, sin = jnp.cos(angle_BT1H), jnp.sin(angle_BT1H)
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)

@@ -32,13 +32,17 @@ KINDS = {
     "liquid": dict(layer_types=("recurrence", "sliding_attention"), recurrence="liquid", sliding_window=3),
     "lti": dict(layer_types=("recurrence", "recurrence"), recurrence="lti"),
     "one-gate": dict(layer_types=("conv", "sliding_attention"), conv_gates="output", sliding_window=1, conv_bias=True),
+    "lfm3": dict(
+        layer_types=("conv", "sliding_attention", "full_attention"), conv_taps=7, sliding_window=5, post_norm=True,
+        attention_gate=True, rope_fraction=0.5, sliding_rope_theta=1e4,
+    ),
     "no-gate": dict(layer_types=("conv", "full_attention"), conv_gates="none", conv_impl="associative",
                     attention_impl="blockwise"),
     "moe": dict(ffn_types=("swiglu", "moe", "moe"), num_experts=6, active_experts=2, expert_size=20),
 }
 """Models that the properties run on; from `one-tap` on most are what `transformers` cannot express."""
 
-TESTED = ("hybrid", "sandwich", "every-operator", "seven-taps", "liquid", "no-gate", "moe")
+TESTED = ("hybrid", "sandwich", "every-operator", "seven-taps", "liquid", "no-gate", "lfm3", "moe")
 """All implementations and recurrences. The other kinds, of `make test-long`, differ in settings that tests/operators
 compares with float64 for each operator by itself; there they meet the other layers of a model."""
 

@@ -1,7 +1,7 @@
 """The whole network once more, in float64 numpy, for one document of any length: slow, plain, independent.
 
 It shares no code with `lfm_jax` but the parameter names, has no batch, no padding and no state, and covers what
-`transformers` cannot express: one tap, fewer gates, recurrences, windows, sandwich norms, no q/k norm.
+`transformers` cannot express: one tap, fewer gates, recurrences, no q/k norm.
 
 Dimensions: T time, D width, N query heads, K key/value heads, H head width, W taps.
 """
@@ -17,9 +17,11 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
-def rotate(x_TNH, positions_T, theta):
+def rotate(x_TNH, positions_T, theta, fraction=1.0):
     half = x_TNH.shape[-1] // 2
-    angle_T1H = np.outer(positions_T, theta ** (-np.arange(half) / half))[:, None]
+    frequency_H = theta ** (-np.arange(half) / half)
+    frequency_H[int(fraction * 2 * half // 2) :] = 0
+    angle_T1H = np.outer(positions_T, frequency_H)[:, None]
     first, second = x_TNH[..., :half], x_TNH[..., half:]
     turned = (first + 1j * second) * np.exp(1j * angle_T1H)
     return np.concatenate([turned.real, turned.imag], axis=-1)
@@ -94,17 +96,25 @@ def recurrence_operator(p, x_TD, positions_T, config):
     return (c_TD * linear_scan(a_TD, b_TD)) @ p["out_proj"].T
 
 
-def attention_operator(p, x_TD, positions_T, config, window=None):
+def attention_operator(p, x_TD, positions_T, config):
+    return gqa(p, x_TD, positions_T, config, config.rope_theta, config.rope_fraction, None)
+
+
+def sliding_attention_operator(p, x_TD, positions_T, config):
+    theta = config.rope_theta if config.sliding_rope_theta is None else config.sliding_rope_theta
+    return gqa(p, x_TD, positions_T, config, theta, 1.0, config.sliding_window)
+
+
+def gqa(p, x_TD, positions_T, config, theta, fraction, window):
     q_TNH, k_TKH, v_TKH = (np.einsum("TD,NHD->TNH", x_TD, p[name]) for name in ("q_proj", "k_proj", "v_proj"))
     if config.qk_norm:
         q_TNH = rms_norm(q_TNH, p["q_norm"]["weight"], config.norm_eps)
         k_TKH = rms_norm(k_TKH, p["k_norm"]["weight"], config.norm_eps)
-    q_TNH, k_TKH = (rotate(x, positions_T, config.rope_theta) for x in (q_TNH, k_TKH))
-    return np.einsum("TNH,DNH->TD", attention(q_TNH, k_TKH, v_TKH, window), p["out_proj"])
-
-
-def sliding_attention_operator(p, x_TD, positions_T, config):
-    return attention_operator(p, x_TD, positions_T, config, config.sliding_window)
+    q_TNH, k_TKH = (rotate(x, positions_T, theta, fraction) for x in (q_TNH, k_TKH))
+    out_TNH = attention(q_TNH, k_TKH, v_TKH, window)
+    if config.attention_gate:
+        out_TNH = out_TNH * sigmoid(x_TD @ p["gate"].T)[:, :, None]
+    return np.einsum("TNH,DNH->TD", out_TNH, p["out_proj"])
 
 
 def swiglu(p, x_TD, config):

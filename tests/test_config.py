@@ -9,14 +9,17 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import Lfm3Config
 
 import lfm_jax as lfm
 from lfm_jax.config import ConvGates, Recurrence
+from lfm_jax.convert.families import config_from_hf
 from lfm_jax.convert.hf import tensors
 from lfm_jax.kinds import OPERATORS
 from lfm_jax.testing import tiny_config
 
 PUBLISHED = {
+    "lfm2.5-230m": 229_693_184,
     "lfm2-350m": 354_483_968,
     "lfm2.5-350m": 354_483_968,
     "lfm2-700m": 742_489_344,
@@ -24,13 +27,15 @@ PUBLISHED = {
     "lfm2.5-1.2b": 1_170_340_608,
     "lfm2-2.6b": 2_569_272_320,
 }
+LARGE_VOCABULARY = {"lfm2.5-2.6b": 2_697_198_592, "lfm3-1.7b": 1_728_801_536}
 
 
 @st.composite
 def configs(draw):
     kinds = st.sampled_from(list(OPERATORS))
     group, K = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    flags = {name: draw(st.booleans()) for name in ("conv_bias", "qk_norm", "post_norm", "tie_embedding")}
+    names = ("conv_bias", "qk_norm", "attention_gate", "post_norm", "tie_embedding")
+    flags = {name: draw(st.booleans()) for name in names}
     return tiny_config(
         layer_types=tuple(draw(st.lists(kinds, min_size=1, max_size=4))),
         vocab_size=draw(st.integers(8, 50)), hidden_size=draw(st.integers(1, 40)), ffn_size=draw(st.integers(1, 40)),
@@ -58,6 +63,19 @@ def test_presets_have_the_published_number_of_parameters(name):
     assert (config.max_position, config.pad_id, config.bos_id, config.eos_ids) == (128_000, 0, 1, (7,))
 
 
+@pytest.mark.parametrize("name", LARGE_VOCABULARY)
+def test_presets_with_the_vocabulary_of_128_000(name):
+    config = lfm.ModelConfig.preset(name)
+    assert config.num_params() == LARGE_VOCABULARY[name] == sum(x.size for x in abstract_params(config))
+    assert (config.vocab_size, config.pad_id, config.bos_id, config.eos_ids) == (128_000, 124_893, 124_894, (124_900,))
+    assert set(lfm.config.PRESETS) == PUBLISHED.keys() | LARGE_VOCABULARY.keys()
+
+
+def test_the_default_of_lfm3_is_its_preset():
+    assert config_from_hf(Lfm3Config().to_dict() | dict(dtype="bfloat16"), param_dtype="float32") == (
+        lfm.ModelConfig.preset("lfm3-1.7b"))
+
+
 def test_the_350m_checkpoint_has_148_tensors_and_the_published_parts():
     config = lfm.ModelConfig.preset("lfm2.5-350m")
     assert len(tensors(config)) == 148
@@ -72,8 +90,8 @@ def test_the_350m_checkpoint_has_148_tensors_and_the_published_parts():
 
 
 def test_an_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"lfm3.*lfm2-1\.2b, lfm2-2\.6b"):
-        lfm.ModelConfig.preset("lfm3")
+    with pytest.raises(ValueError, match=r"lfm4.*lfm2-1\.2b, lfm2-2\.6b"):
+        lfm.ModelConfig.preset("lfm4")
 
 
 @given(config=configs())
@@ -129,6 +147,9 @@ BAD = {
     "conv_taps": [0],
     "norm_eps": [0.0, float("nan"), "small"],
     "rope_theta": [float("inf")],
+    "sliding_rope_theta": [0.0, "1e4", float("nan")],
+    "rope_fraction": [1.5, -0.1, None, float("nan")],
+    "attention_gate": [None, 1],
     "dtype": ["bf16", np.float32],
     "param_dtype": ["float64"],
     "logits_dtype": [None],

@@ -42,6 +42,18 @@ def test_rotary_turns_the_halves(H):
     np.testing.assert_array_equal(out[0, 0], x[0, 0])
 
 
+@pytest.mark.parametrize(("fraction", "turning"), [(0.5, 2), (0.3, 1), (0.9, 3), (0.0, 0), (1.0, 4)])
+def test_rotary_of_a_share_of_the_pairs(fraction, turning):
+    """They turn as fast as in a whole head, and the others keep every bit."""
+    x = RNG.standard_normal((1, 9, 2, 8)).astype(np.float32)
+    positions = np.arange(9, dtype=np.int32)[None]
+    out, whole = (np.asarray(rotary(jnp.asarray(x), jnp.asarray(positions), 50.0, share)) for share in (fraction, 1.0))
+    for first in (0, 4):
+        np.testing.assert_array_equal(out[..., first : first + turning], whole[..., first : first + turning])
+        np.testing.assert_array_equal(out[..., first + turning : first + 4], x[..., first + turning : first + 4])
+    assert rel_err(out[0], reference.rotate(x[0].astype(np.float64), positions[0], 50.0, fraction)) < 1e-5
+
+
 def test_rotary_products_know_only_the_distance():
     q, k = RNG.standard_normal((2, 1, 1, 1, 16)).astype(np.float32)
 

@@ -41,6 +41,12 @@ def compiled(case):
     return graphdef, run
 
 
+def named(model, value):
+    """A value of each parameter by the name that it has in files."""
+    found = oracle.in_files(model, {name: value(p) for name, p in model.named_parameters()})
+    return {name: x.numpy() for name, x in found.items()}
+
+
 @every_case
 @pytest.mark.parametrize("weights", oracle.WEIGHTS)
 def test_layers_logits_gradients_and_one_step(case, weights):
@@ -52,7 +58,7 @@ def test_layers_logits_gradients_and_one_step(case, weights):
     out, grads, stepped = run(params, tokens, targets)
     oracle.assert_parity(out, oracle.forward(model, tokens))
 
-    before = {name: p.detach().clone().numpy() for name, p in model.named_parameters()}
+    before = named(model, lambda p: p.detach().clone())
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(ADAMW["b1"], ADAMW["b2"]), eps=ADAMW["eps"],
                                   weight_decay=ADAMW["weight_decay"])
     logits = model(torch.tensor(tokens, dtype=torch.long), use_cache=False).logits
@@ -60,17 +66,17 @@ def test_layers_logits_gradients_and_one_step(case, weights):
     optimizer.step()
     ours_grad, ours_after = (to_state_dict(nnx.merge(graphdef, tree)) for tree in (grads, stepped))
     assert sorted(ours_grad) == sorted(before)
-    for name, p in model.named_parameters():
-        gradient = p.grad.numpy()
+    gradients, after = named(model, lambda p: p.grad), named(model, lambda p: p.detach())
+    for name, gradient in gradients.items():
         assert rel_err(ours_grad[name], gradient) < 1e-4, name
         # Adam's first step is lr * sign(gradient): where the gradient is no more than rounding, so is its sign.
         known = (np.abs(gradient) > 1e-4 * np.abs(gradient).max()) | (gradient == 0)
         assert known.mean() > 0.95, name
-        update, expected = ours_after[name] - before[name], p.detach().numpy() - before[name]
+        update, expected = ours_after[name] - before[name], after[name] - before[name]
         assert rel_err(update[known], expected[known]) < 1e-3, name
 
 
-@pytest.mark.parametrize("case", ["hybrid", "all-attention"])
+@pytest.mark.parametrize("case", ["hybrid", "all-attention", "lfm3"])
 def test_long_prompts(case):
     model = oracle.hf_model(oracle.hf_config(**oracle.CASES[case]))
     graphdef, params = oracle.ours(model)
@@ -85,7 +91,7 @@ def mean_kl(exact, other):
     return float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)))
 
 
-@pytest.mark.parametrize("case", ["deep", "four-taps-bias"])
+@pytest.mark.parametrize("case", ["deep", "four-taps-bias", "lfm3"])
 @pytest.mark.parametrize("weights", oracle.WEIGHTS)
 def test_bfloat16_is_no_further_from_float32_than_the_oracle(case, weights):
     deep = dict(hidden_size=96, intermediate_size=256, vocab_size=503, num_attention_heads=6, num_key_value_heads=3,
@@ -129,9 +135,9 @@ def greedy(graphdef, new_tokens):
     return jax.jit(run)
 
 
-@pytest.mark.parametrize("case", ["hybrid", "four-taps-bias", long("seven-taps"), long("all-attention")])
+@pytest.mark.parametrize("case", ["hybrid", "four-taps-bias", "lfm3", long("seven-taps"), long("all-attention")])
 def test_256_greedy_tokens_equal_generate(case):
-    """Batch 1, and a batch with padding on the left, one row shorter than the taps. In `make test-long` four models."""
+    """Batch 1, and a batch with padding on the left, one row shorter than the taps. In `make test-long` five models."""
     model = oracle.hf_model(oracle.hf_config(**oracle.CASES[case]), seed=1)
     graphdef, params = oracle.ours(model)
     run = greedy(graphdef, 256)
@@ -166,7 +172,7 @@ def test_left_padding_with_bias_is_wrong_in_the_oracle_and_right_here():
     assert rel_err(padded[:, 5:], plain) > 1e-2
 
 
-@pytest.mark.parametrize("case", ["hybrid", "two-taps"])
+@pytest.mark.parametrize("case", ["hybrid", "two-taps", "lfm3"])
 def test_left_padding_without_bias_equals_the_oracle(case):
     model = oracle.hf_model(oracle.hf_config(**oracle.CASES[case]))
     graphdef, params = oracle.ours(model)
@@ -183,6 +189,6 @@ def test_parameters_have_the_published_names_and_dtypes():
     model = oracle.hf_model(oracle.hf_config())
     graphdef, params = oracle.ours(model)
     ours = to_state_dict(nnx.merge(graphdef, params))
-    for name, p in model.named_parameters():
-        np.testing.assert_array_equal(ours[name], p.detach().numpy(), err_msg=name)
+    for name, array in named(model, lambda p: p.detach()).items():
+        np.testing.assert_array_equal(ours[name], array, err_msg=name)
     assert isinstance(nnx.merge(graphdef, params), lfm.LFM)

@@ -28,8 +28,9 @@ def test_preset_and_the_fields_beside_it(path):
 
 
 def test_a_preset_named_on_the_command_line_replaces_that_of_the_file(path):
-    model = load_recipe(TrainConfig, path, ["--model.preset", "lfm2-1.2b", "--model.conv-taps", "4"]).model
-    assert model == ModelConfig.preset("lfm2-1.2b").replace(dtype="float32", conv_taps=4)
+    for name in ("lfm2-1.2b", "lfm3-1.7b"):
+        model = load_recipe(TrainConfig, path, ["--model.preset", name, "--model.conv-taps", "4"]).model
+        assert model == ModelConfig.preset(name).replace(dtype="float32", conv_taps=4)
 
 
 def test_overrides_win_and_values_have_their_types(path):

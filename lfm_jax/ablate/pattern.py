@@ -13,7 +13,7 @@ from lfm_jax.kinds import OPERATORS
 
 Place = Literal["even", "front", "back", "sandwich", "lfm2"]
 """Where the layers of full attention stand. even: the middles of equal parts of the stack; front, back: all at one end;
-sandwich: half of them at each end, the odd one in front; lfm2: as published (6 of 16 layers, 8 of 30)."""
+sandwich: half of them at each end, the odd one in front; lfm2: as published (6 of 14 layers, 6 of 16, 8 of 30)."""
 
 
 
@@ -110,13 +110,24 @@ def attention_at(layers: int, attention: int, place: str) -> tuple[int, ...]:
         front = (attention + 1) // 2
         return (*range(front), *range(layers - attention + front, layers))
     if place == "lfm2":
-        for preset in PRESETS.values():
-            at = tuple(i for i, kind in enumerate(preset["layer_types"]) if kind == "full_attention")
-            if (len(preset["layer_types"]), len(at)) == (layers, attention):
-                return at
-        raise ValueError(f"place lfm2 is not known for {attention} of {layers} layers; only 6 of 16 and 8 of 30 are "
-                         "published: choose another place")
+        published = _published()
+        if (layers, attention) not in published:
+            known = ", ".join(f"{some} of {all_}" for all_, some in sorted(published))
+            raise ValueError(f"place lfm2 is not known for {attention} of {layers} layers; only {known} are published: "
+                             "choose another place")
+        return published[layers, attention]
     raise ValueError(f"place is {place!r}; choose one of {', '.join(get_args(Place))}")
+
+
+def _published() -> dict[tuple[int, int], tuple[int, ...]]:
+    """Indices of the attention layers of each published LFM2, by the numbers of layers and of attention layers."""
+    found = {}
+    for preset in PRESETS.values():
+        pattern = preset["layer_types"]
+        if set(pattern) == {"conv", "full_attention"}:
+            at = tuple(i for i, kind in enumerate(pattern) if kind == "full_attention")
+            found[len(pattern), len(at)] = at
+    return found
 
 
 def to_letters(layer_types: tuple[LayerType, ...]) -> str:

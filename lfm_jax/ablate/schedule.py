@@ -52,6 +52,10 @@ if TYPE_CHECKING:
 TUNING_SEED = 1_000_000
 """Seed of the runs that choose a learning rate; no run that is reported has it."""
 _CONDITIONS = "conditions.txt"
+_NEWER = ("attention_gate", "rope_fraction", "sliding_rope_theta", "num_experts", "active_experts", "expert_size",
+          "expert_bias", "expert_bias_rate", "normed_weights", "expert_scale", "router_z_loss", "experts_impl")
+"""Fields of ModelConfig from after the first records. A fingerprint has them only where they are not as they always
+were, so that earlier runs go on."""
 SAY_SECONDS = 30.0
 """Seconds between lines about a run under way."""
 
@@ -179,7 +183,7 @@ class Work:
         study, model = self.study, trial.model
         if "sliding_attention" not in model.layer_types:  # The window is nothing to it.
             model = model.replace(sliding_window=ModelConfig().sliding_window)
-        fields = recipe.to_plain(model)
+        fields = _fields(model)
         if model.ffn_types == ModelConfig().ffn_types:  # Runs from before there was a choice go on.
             del fields["ffn_types"]
         optimizer = dataclasses.replace(study.optimizer, peak_lr=peak_lr)
@@ -417,7 +421,7 @@ class Work:
             path = cost_file(self.out, trial.point.name)
             if trial.task != name:
                 continue
-            key = digest(recipe.to_plain(trial.model), recipe.to_plain(base), study.cost_contexts, study.loss_chunk)
+            key = digest(_fields(trial.model), _fields(base), study.cost_contexts, study.loss_chunk)
             record = read_record(path)
             if record is None or record["digest"] != key:
                 # One that is begun is not interrupted; each takes about as long as the last.
@@ -520,6 +524,12 @@ def _locked(folder: Path) -> Iterator[None]:
 def _of_the_study(args: Sequence[str]) -> list[str]:
     """A command's arguments without those of the call."""
     return tyro.cli(Call, args=args, return_unknown_args=True, config=(tyro.conf.FlagConversionOff,))[1]
+
+
+def _fields(model: ModelConfig) -> dict[str, Any]:
+    """A model as plain values, for fingerprints."""
+    fields, before = recipe.to_plain(model), recipe.to_plain(ModelConfig())
+    return {name: value for name, value in fields.items() if name not in _NEWER or value != before[name]}
 
 
 def _letters(model: ModelConfig) -> str:

@@ -78,8 +78,8 @@ def from_state_dict(state_dict: Mapping[str, Any], config: ModelConfig) -> LFM:
     """Makes a model with the weights of the `state_dict()` of a PyTorch model, for example `Lfm2ForCausalLM`.
 
     Args:
-      state_dict: HF name -> NumPy array or PyTorch tensor of float32, bfloat16 or float16. The values are copied,
-        bit for bit if they have `config.param_dtype` already, else rounded to it. A tied model may have
+      state_dict: name in a checkpoint file -> NumPy array or PyTorch tensor of float32, bfloat16 or float16. The values
+        are copied, bit for bit if they have `config.param_dtype` already, else rounded to it. A tied model may have
         `lm_head.weight` if it equals the embedding.
       config: the config of the model.
 

@@ -56,7 +56,8 @@ OPERATORS.register(OperatorKind(
 
 
 def _attention_matrices(c: ModelConfig) -> int:
-    return 2 * c.hidden_size * c.head_dim * (c.num_heads + c.num_kv_heads)
+    gate = c.num_heads * c.hidden_size if c.attention_gate else 0
+    return 2 * c.hidden_size * c.head_dim * (c.num_heads + c.num_kv_heads) + gate
 
 
 def _attention_params(c: ModelConfig) -> int:
@@ -71,10 +72,12 @@ def _attention_mixing(c: ModelConfig, T: int, reach: int) -> float:
 def _attention_kept(c: ModelConfig, share: Share, scores: float) -> Kept:
     D, N, K = c.hidden_size, c.num_heads, c.num_kv_heads
     H = math.ceil(c.head_dim / share.lanes) * share.lanes / share.tensor
-    streams = (N + 2 * K) * H
+    gates = N / share.tensor if c.attention_gate else 0
+    streams = (N + 2 * K) * H + gates
     return Kept(
-        streams, streams + (3 * N + K) * H + scores,
-        (4 * N + 3 * K) * H + _float32(c) * (D + (N + K) * H) + scores,
+        streams, streams + gates + (3 * N + K) * H + scores,
+        # With gates, heads before and after them.
+        2 * gates + (5 if gates else 4) * N * H + 3 * K * H + _float32(c) * (D + (N + K) * H) + scores,
     )
 
 

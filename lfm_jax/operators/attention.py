@@ -1,4 +1,5 @@
-"""Grouped-query attention with normed queries and keys (`Lfm2Attention`), over all of a document or a window of it.
+"""Grouped-query attention with normed queries and keys, over all of a document or a window of it (`Lfm2Attention`), and
+perhaps a gate on each head (`Lfm3Attention`).
 
 Dimensions: B batch, T time, S key slots, D width, N query heads, K key/value heads, H head width.
 """
@@ -16,7 +17,7 @@ from lfm_jax import state as state_lib
 from lfm_jax.config import ModelConfig
 from lfm_jax.kernels.linear import linear
 from lfm_jax.kernels.sharded import attention, decode_attention
-from lfm_jax.layers import HEADS_IN, OUT_HEADS, RMSNorm, normal_param, rotary
+from lfm_jax.layers import HEADS_IN, OUT_HEADS, OUT_IN, RMSNorm, normal_param, rotary
 from lfm_jax.state import LayerState
 
 
@@ -89,9 +90,9 @@ class RollingKV(KV):
 
 
 class Attention(nnx.Module):
-    """Causal GQA: project, norm per head, rotate, attend, project."""
+    """Causal GQA: project, norm per head, rotate, attend, gate per head, project."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, window: int | None = None):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         self.q_proj = normal_param(
             rngs, (N, H, D), ("heads", None, "width"), config, decay=True, matrix=HEADS_IN, fan_in=D
@@ -105,12 +106,15 @@ class Attention(nnx.Module):
         self.out_proj = normal_param(
             rngs, (D, N, H), ("width", "heads", None), config, decay=True, matrix=OUT_HEADS, fan_in=N * H, residual=True
         )
+        self.gated = config.attention_gate
+        if config.attention_gate:
+            self.gate = normal_param(rngs, (N, D), ("heads", "width"), config, decay=True, matrix=OUT_IN, fan_in=D)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = RMSNorm(H, config)
             self.k_norm = RMSNorm(H, config)
-        self.theta = config.rope_theta
-        self.window = window
+        self.theta, self.fraction = config.rope_theta, config.rope_fraction
+        self.window: int | None = None
         self.impl = config.attention_impl
 
     def __call__(
@@ -127,8 +131,8 @@ class Attention(nnx.Module):
         v_BTKH = linear(x_BTD, self.v_proj[...])
         if self.qk_norm:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        q_BTNH = rotary(q_BTNH, positions_BT, self.theta)
-        k_BTKH = rotary(k_BTKH, positions_BT, self.theta)
+        q_BTNH = rotary(q_BTNH, positions_BT, self.theta, self.fraction)
+        k_BTKH = rotary(k_BTKH, positions_BT, self.theta, self.fraction)
         if state is None:
             out_BTNH = attention(
                 q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=segment_ids_BT, key_segment_ids_BS=segment_ids_BT,
@@ -136,6 +140,8 @@ class Attention(nnx.Module):
             )
         else:
             out_BTNH, state = _attend_to_state(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, state, self.window)
+        if self.gated:
+            out_BTNH *= jax.nn.sigmoid(linear(x_BTD, self.gate[...]))[:, :, :, None]
         return linear(out_BTNH, self.out_proj[...], inputs=2), state
 
 
@@ -143,7 +149,9 @@ class SlidingAttention(Attention):
     """Attention to the last `config.sliding_window` tokens of the document, the query's own included."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        super().__init__(config, rngs=rngs, window=config.sliding_window)
+        super().__init__(config, rngs=rngs)
+        self.theta, self.fraction = config.sliding_rope_theta or config.rope_theta, 1.0
+        self.window = config.sliding_window
 
 
 def _attend_to_state(

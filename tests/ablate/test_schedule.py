@@ -17,7 +17,7 @@ from studies import SHALLOW, tiny_study, with_steps
 from lfm_jax.ablate import cost
 from lfm_jax.ablate import run as runs
 from lfm_jax.ablate.results import RESULTS, run_file
-from lfm_jax.ablate.schedule import AblateConfig, Work, ablate
+from lfm_jax.ablate.schedule import AblateConfig, Work, _fields, ablate
 from lfm_jax.ablate.study import Grid
 from lfm_jax.cli import main
 from lfm_jax.files import locked
@@ -407,3 +407,15 @@ def test_a_window_counts_where_there_is_one():
     (base, windowed), (other_base, other_windowed) = digests(32), digests(64)
     assert base == other_base
     assert windowed != other_windowed
+
+
+def test_a_field_from_after_the_first_records_counts_where_it_is_used():
+    """Runs that are finished have fingerprints without it."""
+    def digests(**changes):
+        work = Work(tiny_study(model=dataclasses.replace(tiny_study().model, **changes)))
+        return [work.digest(trial, 0, 0.1) for trial in work.trials]
+
+    plain = digests()
+    later = {"attention_gate": True, "rope_fraction": 0.5, "sliding_rope_theta": 1e4}
+    assert len({tuple(digests(**{name: value})) for name, value in later.items()} | {tuple(plain)}) == 4
+    assert not later.keys() & _fields(tiny_study().model).keys()

@@ -7,7 +7,7 @@ import torch
 from oracle import hf_config, hf_model
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from transformers import Lfm2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 INDEX = "model.safetensors.index.json"
 
@@ -31,7 +31,7 @@ def tensors_of(path):
 
 
 def logits(path):
-    model = Lfm2ForCausalLM.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path)
     tokens = np.random.default_rng(0).integers(1, 97, (2, 19))
     with torch.no_grad():
         return model(torch.from_numpy(tokens), use_cache=False).logits  # Its cache needs an attention layer.

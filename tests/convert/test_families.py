@@ -6,14 +6,17 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from transformers import Lfm2Config, Lfm2ForCausalLM
+from flax import nnx
+from transformers import AutoConfig, AutoModelForCausalLM, Lfm2Config
 
 from lfm_jax import ModelConfig
 from lfm_jax.config import PRESETS
 from lfm_jax.convert.families import config_from_hf, config_to_hf, family_of
 from lfm_jax.convert.families.lfm2 import LFM2
 from lfm_jax.convert.families.lfm2_moe import LFM2_MOE
+from lfm_jax.convert.families.lfm3 import LFM3
 from lfm_jax.convert.hf import tensors
+from lfm_jax.kinds import OPERATORS
 from lfm_jax.testing import tiny_config
 
 SIZES = dict(model_type="lfm2", vocab_size=120, hidden_size=24, num_hidden_layers=4, num_attention_heads=4,
@@ -51,12 +54,32 @@ FILES = {
 }
 
 
+THETAS = {"full_attention": dict(rope_type="proportional", rope_theta=3e4, partial_rotary_factor=0.25),
+          "sliding_attention": dict(rope_type="default", rope_theta=7.0)}
+LFM3_FILES = {
+    "nothing-said": {},
+    "null-pattern": dict(layer_types=None, rope_parameters=None),
+    "types": dict(layer_types=["sliding_attention", "full_attention", "sliding_attention", "conv"], sliding_window=9),
+    "thetas": dict(rope_parameters=THETAS),
+    "one-theta": dict(rope_parameters=dict.fromkeys(THETAS, THETAS["sliding_attention"])),
+    "theta-outside": dict(rope_parameters=THETAS | dict(sliding_attention=dict(rope_type="default")), rope_theta=50.0),
+    "thetas-win": dict(rope_parameters=THETAS, rope_theta=50.0),
+    "old-theta-is-ignored": dict(rope_theta=50.0),
+    "no-share": dict(rope_parameters=THETAS | dict(full_attention=dict(rope_type="proportional", rope_theta=2.0))),
+    "bare": dict(use_sandwich_norm=False, use_attention_gate=False, tie_word_embeddings=False, conv_bias=True),
+    "numbers": dict(norm_eps=1e-3, initializer_range=0.1, max_position_embeddings=77, pad_token_id=3, bos_token_id=4,
+                    eos_token_id=[5, 6], head_dim=10, conv_L_cache=3, attention_dropout=0.1),
+}
+
+
 def built(hf_dict):
     """(config, name -> shape of every parameter) as `transformers` builds them."""
-    config = Lfm2Config.from_dict(dict(hf_dict))
+    hf_dict = dict(hf_dict)
+    config = AutoConfig.for_model(hf_dict.pop("model_type"), **hf_dict)
     with torch.device("meta"):
-        model = Lfm2ForCausalLM(config)
-    return config, {name: tuple(p.shape) for name, p in model.named_parameters()}
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(p.shape) for name, p in oracle.in_files(model, dict(model.named_parameters())).items()}
+    return config, shapes
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -74,6 +97,41 @@ def test_config_from_hf_builds_what_transformers_builds(name):
                 pad_id="pad_token_id", bos_id="bos_token_id", conv_taps="conv_L_cache", conv_bias="conv_bias",
                 tie_embedding="tie_word_embeddings")
     assert {mine: getattr(ours, mine) for mine in same} == {mine: getattr(theirs, hf) for mine, hf in same.items()}
+
+
+@pytest.mark.parametrize("name", LFM3_FILES)
+def test_config_of_lfm3_builds_what_transformers_builds(name):
+    """The angles too, of each kind of attention."""
+    hf_dict = SIZES | dict(model_type="lfm3", head_dim=8, vocab_size=125_000) | LFM3_FILES[name]
+    theirs, shapes = built(hf_dict)
+    ours = config_from_hf(hf_dict)
+    assert tensors(ours) == shapes
+    assert ours.layer_types == tuple(theirs.layer_types)
+    eos = theirs.eos_token_id
+    assert ours.eos_ids == (tuple(eos) if isinstance(eos, list) else (eos,))
+    same = dict(norm_eps="norm_eps", max_position="max_position_embeddings", init_std="initializer_range",
+                pad_id="pad_token_id", bos_id="bos_token_id", conv_taps="conv_L_cache", conv_bias="conv_bias",
+                tie_embedding="tie_word_embeddings", sliding_window="sliding_window", head_dim="head_dim",
+                post_norm="use_sandwich_norm", attention_gate="use_attention_gate")
+    assert {mine: getattr(ours, mine) for mine in same} == {mine: getattr(theirs, hf) for mine, hf in same.items()}
+    rotary = AutoModelForCausalLM.from_config(theirs).model.rotary_emb
+    for kind in rotary.layer_types:
+        operator = OPERATORS[kind].find_module()(ours, rngs=nnx.Rngs(0))
+        pairs = np.arange(ours.head_dim // 2)
+        turning = pairs < int(operator.fraction * ours.head_dim // 2)
+        expected = np.where(turning, operator.theta ** (-2 * pairs / ours.head_dim), 0)
+        np.testing.assert_allclose(getattr(rotary, f"{kind}_inv_freq"), expected, rtol=1e-5)
+
+
+def test_a_share_of_a_head_is_read_under_the_name_of_published_files_and_written_under_that_of_transformers():
+    def file(name):
+        full = dict(rope_type=name, rope_theta=1e6, partial_rotary_factor=0.5)
+        return SIZES | dict(model_type="lfm3", vocab_size=125_000, rope_parameters=THETAS | dict(full_attention=full))
+
+    config = config_from_hf(file("default"))
+    assert config == config_from_hf(file("proportional"))
+    assert config.rope_fraction == 0.5
+    assert config_to_hf(config)["rope_parameters"]["full_attention"]["rope_type"] == "proportional"
 
 
 def test_the_multiplier_may_be_absent_altogether():
@@ -157,7 +215,9 @@ def test_mlx_lm_builds_the_model_of_an_exported_config():
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        (dict(model_type="lfm2_vl"), r"model_type is 'lfm2_vl'; expected 'lfm2' \(LFM2\), 'lfm2_moe' \(LFM2 MoE\)"),
+        (dict(model_type="lfm2_vl"),
+         r"model_type is 'lfm2_vl'; expected 'lfm2' \(LFM2\), 'lfm2_moe' \(LFM2 MoE\), 'lfm3' \(LFM3\)"),
+        (dict(architectures=["Lfm3ForCausalLM"]), r"expected a list with Lfm2ForCausalLM for model_type 'lfm2'"),
         (dict(architectures=["Lfm2BidirectionalModel"]),
          r"architectures is \['Lfm2BidirectionalModel'\]; expected a list with Lfm2ForCausalLM for model_type 'lfm2'"),
         (dict(architectures="Lfm2ForCausalLM"), r"architectures is 'Lfm2ForCausalLM'; expected a list"),
@@ -174,6 +234,26 @@ def test_config_from_hf_refuses(changes, match):
         config_from_hf(SIZES | changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        (dict(architectures=["Lfm2ForCausalLM"]), r"expected a list with Lfm3ForCausalLM for model_type 'lfm3'"),
+        (dict(attention_bias=True), r"attention_bias is true"),
+        (dict(layer_types=["conv", "mamba"], num_hidden_layers=2), r"mamba; LFM3 has conv, full_attention, s"),
+        (dict(rope_parameters=dict(rope_type="default", rope_theta=1.0)), r"rope_parameters has no full_attention"),
+        (dict(rope_parameters=THETAS | dict(full_attention=dict(rope_type="yarn"))), r"have rope_type 'yarn'"),
+        (dict(rope_parameters=THETAS | dict(full_attention=THETAS["full_attention"] | dict(factor=2.0))),
+         r"full_attention have rope_type 'proportional' and factor 2"),
+        (dict(rope_parameters=dict.fromkeys(THETAS, THETAS["full_attention"])),
+         r"sliding_attention have partial_rotary_factor 0.25"),
+        (dict(num_hidden_layers=3, layer_types=["conv"]), r"layer_types has 1 entries but num_hidden_layers is 3"),
+    ],
+)
+def test_config_of_lfm3_refuses(changes, match):
+    with pytest.raises(ValueError, match=match):
+        config_from_hf(SIZES | dict(model_type="lfm3", vocab_size=125_000, num_hidden_layers=5) | changes)
+
+
 @pytest.mark.parametrize("architectures", [None, [], ["Lfm2ForCausalLM"], ["Other", "Lfm2ForCausalLM"]])
 def test_a_file_may_name_its_architecture_among_others_or_not_at_all(architectures):
     assert config_from_hf(SIZES | dict(architectures=architectures)) == config_from_hf(SIZES)
@@ -185,17 +265,30 @@ def test_config_from_hf_lists_every_missing_size():
                                  ("model_type", "vocab_size", "num_hidden_layers", "num_attention_heads")})
 
 
-@pytest.mark.parametrize("changes", [dict(post_norm=True), dict(qk_norm=False), dict(conv_gates="input")])
-def test_config_to_hf_refuses_what_lfm2_cannot_express(changes):
+@pytest.mark.parametrize("changes", [dict(qk_norm=False), dict(conv_gates="input")])
+def test_config_to_hf_refuses_what_no_family_can_express(changes):
     (field,) = changes
-    with pytest.raises(ValueError, match=rf"{field}={changes[field]}"):
+    with pytest.raises(ValueError, match=rf"LFM2 .*{field}={changes[field]}; LFM3 .*{field}={changes[field]}"):
         config_to_hf(tiny_config(**changes))
+
+
+@pytest.mark.parametrize("changes", [
+    dict(post_norm=True), dict(attention_gate=True), dict(rope_fraction=0.5), dict(sliding_rope_theta=1e4),
+    dict(layer_types=("conv", "sliding_attention")),
+])
+def test_what_lfm2_cannot_express_is_lfm3(changes):
+    config = tiny_config(**changes)
+    hf = config_to_hf(config)
+    assert (hf["model_type"], hf["architectures"]) == ("lfm3", ["Lfm3ForCausalLM"])
+    assert config_from_hf(hf) == config
+    assert config_to_hf(tiny_config())["model_type"] == "lfm2"
 
 
 def test_everything_that_a_family_lacks_comes_at_once():
     config = tiny_config(qk_norm=False, post_norm=True, layer_types=("recurrence", "conv", "sliding_attention"))
     with pytest.raises(ValueError, match="LFM2 in transformers has no qk_norm=False, post_norm=True, "
-                                         "recurrence layers, sliding_attention layers; such"):
+                                         "recurrence layers, sliding_attention layers; LFM3 in transformers has no "
+                                         "qk_norm=False, recurrence layers; such"):
         config_to_hf(config)
 
 
@@ -204,7 +297,8 @@ NOT_THE_NETWORK = {"logits_dtype", "conv_impl", "scan_impl", "attention_impl", "
 """How a model is computed, begun and trained, which no config.json says."""
 MIXTURE = dict(num_experts=6, active_experts=3, expert_size=40, expert_bias=False, normed_weights=False,
                expert_scale=2.5)
-OF_LAYERS_IT_LACKS = {"LFM2": {"recurrence", "sliding_window", *MIXTURE}, "LFM2 MoE": {"recurrence", "sliding_window"}}
+RECURRENT, WINDOWS = {"recurrence"}, {"sliding_window"}
+"""Of layers that a family may lack."""
 CHANGED = dict(
     layer_types=("full_attention", "conv"), vocab_size=98, hidden_size=33, ffn_size=49, num_heads=6, num_kv_heads=3,
     head_dim=10, conv_taps=4, conv_bias=True, tie_embedding=False, norm_eps=1e-4, rope_theta=5e4, max_position=77,
@@ -212,20 +306,27 @@ CHANGED = dict(
 )
 
 
-@pytest.mark.parametrize(("family", "changed"), [
-    (LFM2, CHANGED), (LFM2_MOE, CHANGED | MIXTURE | {"ffn_types": ("swiglu", "moe")}),
-], ids=lambda x: getattr(x, "name", ""))
-def test_every_field_of_a_model_is_written_and_read_or_held_to_what_the_family_has(family, changed):
+CHANGED_MOE = CHANGED | MIXTURE | {"ffn_types": ("swiglu", "moe")}
+CHANGED_LFM3 = CHANGED | dict(
+    layer_types=("full_attention", "sliding_attention", "conv"), sliding_window=3, post_norm=True, attention_gate=True,
+    rope_fraction=0.3, sliding_rope_theta=2e4,
+)
+
+
+@pytest.mark.parametrize(("family", "changed", "lacked"), [
+    (LFM2, CHANGED, RECURRENT | WINDOWS | MIXTURE.keys()), (LFM2_MOE, CHANGED_MOE, RECURRENT | WINDOWS),
+    (LFM3, CHANGED_LFM3, RECURRENT | MIXTURE.keys()),
+], ids=["lfm2", "lfm2_moe", "lfm3"])
+def test_every_field_of_a_model_is_written_and_read_or_held_to_what_the_family_has(family, changed, lacked):
     """A field that ModelConfig gains must be one of these, or exports would lose it in silence."""
-    rest = NOT_THE_NETWORK | OF_LAYERS_IT_LACKS[family.name]
-    assert {field.name for field in dataclasses.fields(ModelConfig)} == changed.keys() | family.features.keys() | rest
+    known = changed.keys() | family.features.keys() | NOT_THE_NETWORK | lacked
+    assert {field.name for field in dataclasses.fields(ModelConfig)} == known
     config = tiny_config(**changed)
     assert family_of(config) is family
     assert all(getattr(config, name) != getattr(tiny_config(), name) for name in changed)
     assert config_from_hf(config_to_hf(config)) == config
 
 
-@pytest.mark.parametrize("kind", ["recurrence", "sliding_attention"])
-def test_config_to_hf_refuses_layers_that_lfm2_has_not(kind):
-    with pytest.raises(ValueError, match=f"LFM2 in transformers has no {kind} layers"):
-        config_to_hf(tiny_config(layer_types=("conv", kind)))
+def test_config_to_hf_refuses_layers_that_no_family_has():
+    with pytest.raises(ValueError, match=r"LFM2 .* no recurrence layers; LFM3 .* no recurrence layers; such"):
+        config_to_hf(tiny_config(layer_types=("conv", "recurrence")))

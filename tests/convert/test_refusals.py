@@ -356,8 +356,7 @@ def test_stream_that_is_not_the_model_is_refused(tmp_path):
         assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("changes", [dict(post_norm=True), dict(qk_norm=False)])
-def test_model_that_lfm2_cannot_express_is_not_saved(tmp_path, changes):
-    with pytest.raises(ValueError, match=next(iter(changes))):
-        save_hf(tiny_model(**changes), tmp_path / "dst")
+def test_model_that_no_family_can_express_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="qk_norm"):
+        save_hf(tiny_model(qk_norm=False), tmp_path / "dst")
     assert os.listdir(tmp_path) == []

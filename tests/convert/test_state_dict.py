@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from oracle import CASES, hf_config, hf_model
+from oracle import CASES, hf_config, hf_model, in_files
 
 from lfm_jax.convert.families import config_from_hf
 from lfm_jax.convert.hf import from_state_dict, tensors, to_state_dict
@@ -50,11 +50,11 @@ def test_round_trip_keeps_every_bit(dtype, framework):
         np.testing.assert_array_equal(bits(array), bits(given[name]), err_msg=name)
 
 
-@pytest.mark.parametrize("case", ["four-taps-bias", "untied", "wide-heads"])
+@pytest.mark.parametrize("case", ["four-taps-bias", "untied", "wide-heads", "lfm3-bare"])
 def test_state_dict_of_transformers_both_ways(case):
     hf = hf_model(hf_config(**CASES[case]))
     config = config_from_hf(hf.config.to_dict())
-    back = to_state_dict(from_state_dict(hf.state_dict(), config))
+    back = to_state_dict(from_state_dict(in_files(hf), config))
     other = hf_model(hf_config(**CASES[case]), seed=1)
     missing, unexpected = other.load_state_dict({k: torch.from_numpy(v) for k, v in back.items()}, strict=False)
     assert missing == ([HEAD] if config.tie_embedding else [])

@@ -83,7 +83,7 @@ TOY = Family(
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    monkeypatch.setattr(families, "FAMILIES", [*families.FAMILIES, TOY])
+    monkeypatch.setattr(families, "FAMILIES", [LFM2, TOY])
     FEED_FORWARDS.register(EXPERTS)
     yield
     FEED_FORWARDS.remove("experts")

@@ -8,11 +8,10 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import CASES, hf_config
-from transformers import Lfm2ForCausalLM
+from oracle import CASES, hf_config, hf_model, in_files
 
 from lfm_jax import LFM, ModelConfig
-from lfm_jax.convert.families import config_from_hf
+from lfm_jax.convert.families import config_from_hf, family_of
 from lfm_jax.convert.families.lfm2 import LFM2
 from lfm_jax.convert.hf import tensors
 from lfm_jax.convert.weights import Weight, groups, misfits
@@ -22,7 +21,7 @@ from lfm_jax.testing import tiny_config
 
 @st.composite
 def configs(draw):
-    kinds = st.sampled_from(["conv", "full_attention"])  # What a checkpoint can hold.
+    kinds = st.sampled_from(["conv", "full_attention", "sliding_attention"])  # What a checkpoint can hold.
     kv = draw(st.integers(1, 3))
     return tiny_config(
         layer_types=tuple(draw(st.lists(kinds, min_size=1, max_size=3))),
@@ -35,6 +34,8 @@ def configs(draw):
         vocab_size=draw(st.integers(8, 12)),
         conv_bias=draw(st.booleans()),
         tie_embedding=draw(st.booleans()),
+        post_norm=draw(st.booleans()),
+        attention_gate=draw(st.booleans()),
     )
 
 
@@ -59,7 +60,7 @@ def test_table_is_total_and_every_row_inverts_exactly(config):
     abstract = nnx.eval_shape(lambda: LFM(config, rngs=nnx.Rngs(0)))
     params = nnx.to_pure_dict(nnx.state(abstract, nnx.Param))
     ours = {tuple(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    rows = groups(LFM2.weights, config)
+    rows = groups(family_of(config).weights, config)
     assert {path: row.leaf.shape for row in rows for path in row.paths} == ours
     assert len({row.names for row in rows}) == len({row.paths for row in rows}) == len(rows)
     assert misfits(rows, params) == []
@@ -69,9 +70,9 @@ def test_table_is_total_and_every_row_inverts_exactly(config):
 
 @pytest.mark.parametrize("case", CASES)
 def test_names_and_shapes_are_those_of_transformers(case):
-    hf = Lfm2ForCausalLM(hf_config(**CASES[case]))
+    hf = hf_model(hf_config(**CASES[case]))
     config = config_from_hf(hf.config.to_dict())
-    expected = {name: tuple(value.shape) for name, value in hf.state_dict().items()}
+    expected = {name: tuple(value.shape) for name, value in in_files(hf).items()}
     if config.tie_embedding:
         del expected["lm_head.weight"]
     assert tensors(config) == expected
@@ -111,10 +112,9 @@ def test_published_shape_has_148_tensors_and_every_parameter():
     assert {row.where for row in LFM2.weights} == {"model", "block", "conv", "full_attention", "swiglu"}
 
 
-@pytest.mark.parametrize("changes", [dict(post_norm=True), dict(qk_norm=False)])
-def test_model_that_lfm2_cannot_express_is_refused(changes):
-    with pytest.raises(ValueError, match=next(iter(changes))):
-        tensors(tiny_config(**changes))
+def test_model_that_no_family_can_express_is_refused():
+    with pytest.raises(ValueError, match="qk_norm"):
+        tensors(tiny_config(qk_norm=False))
 
 
 # -------------------------------------------------------------------- rows of several tensors or leaves

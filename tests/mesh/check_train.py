@@ -56,6 +56,14 @@ def test_a_step_of_muon(sizes):
     assert_equal_steps(mine, on_one_device(MUON), 1e-4)
 
 
+def test_a_step_of_lfm3():
+    """Gates of heads are split as the heads are."""
+    changes = KINDS["lfm3"] | dict(conv_bias=False)
+    with jax.set_mesh(mesh_of(**TENSOR_CONTEXT)):
+        mine = one_step(net(**changes), ADAMW, batch())
+    assert_equal_steps(mine, on_one_device(ADAMW, changes=tuple(changes.items())))
+
+
 @pytest.mark.parametrize("sizes", [dict(data=2, fsdp=4), long(TENSOR_CONTEXT)], ids=str)
 def test_micro_batches(sizes):
     """In `make test-long` channels and time split too."""

@@ -24,7 +24,9 @@ CONFIGS = {
     "recurrence-lti": tiny_config(recurrence="lti", scan_impl="associative"),
     "sliding_attention": tiny_config(sliding_window=3),
     "sliding_attention-wide": tiny_config(sliding_window=100, attention_impl="blockwise"),
+    "sliding_attention-own-theta": tiny_config(sliding_window=4, rope_fraction=0.5, sliding_rope_theta=20.0),
     "full_attention": tiny_config(),
+    "full_attention-gate": tiny_config(attention_gate=True, rope_fraction=0.7, rope_theta=30.0, sliding_rope_theta=2.0),
     "full_attention-no-norm": tiny_config(qk_norm=False, num_kv_heads=1, head_dim=10, rope_theta=100.0),
 }
 X = np.random.default_rng(0).standard_normal((B, T, D)).astype(np.float32)

@@ -109,6 +109,21 @@ def test_scores_that_attention_holds_are_counted():
     assert more < just / 2
 
 
+@pytest.mark.parametrize("scanned", [False, True])
+def test_gates_of_heads_are_counted(scanned):
+    """A layer of 8 heads of 16 keeps each gate's product and sigmoid, and scanned what comes into the gates."""
+    plain, gated = (
+        budget_on(recipe("gpu:8xH200", model=dict(
+            attention_gate=gate, scan_layers=scanned, layer_types=("full_attention",) * 2)))
+        for gate in (False, True)
+    )
+    N, H, D, tokens, layers = 8, 16, 64, 16 * 64 / 8, 2
+    kept = 2 * N + (N * H if scanned else 0)
+    assert gated.num_params - plain.num_params == layers * N * D
+    assert gated.model_flops - plain.model_flops == 3 * 2 * layers * N * D * 16 * 64
+    assert gated.activations - plain.activations == 2 * layers * (tokens * kept + N * D)
+
+
 def test_attention_of_either_kind_trades_time_for_heads():
     moved = {}
     for kind in ("conv", "full_attention", "sliding_attention"):

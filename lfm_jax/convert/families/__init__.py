@@ -9,8 +9,9 @@ from lfm_jax.config import ModelConfig
 from lfm_jax.convert.families.family import Family
 from lfm_jax.convert.families.lfm2 import LFM2
 from lfm_jax.convert.families.lfm2_moe import LFM2_MOE
+from lfm_jax.convert.families.lfm3 import LFM3
 
-FAMILIES: list[Family] = [LFM2, LFM2_MOE]
+FAMILIES: list[Family] = [LFM2, LFM2_MOE, LFM3]
 """In order of preference, for files that name only a model_type and for models that several can express."""
 
 

@@ -14,8 +14,9 @@ from lfm_jax.config import ModelConfig, hybrid_pattern
 from lfm_jax.convert.families.family import Family
 from lfm_jax.convert.weights import Weight
 
-_LAYER_TYPES = ("conv", "full_attention")
-_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+LAYER_TYPES = ("conv", "full_attention")
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+          "intermediate_size")
 _BIASED = {"conv_bias": True}
 MIXERS = (
     Weight("model", "model.embed_tokens.weight", "embed", "V D -> V D"),
@@ -53,24 +54,26 @@ LAST = (
 
 
 def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
-    return read_common(hf, () if "block_ff_dim" in hf else ("intermediate_size",)) | {"ffn_size": _read_ffn_size(hf)}
+    fields = read_shared({"intermediate_size": hf["block_ff_dim"], **hf} if "block_ff_dim" in hf else hf)
+    return fields | dict(
+        layer_types=_read_layer_types(hf), ffn_size=_read_ffn_size(hf), rope_theta=read_rope_theta(hf)
+    )
 
 
-def read_common(hf: Mapping[str, Any], sizes: Sequence[str] = ()) -> dict[str, Any]:
-    """Reads what all families of LFM2 share: everything but the feed-forward.
+def read_shared(hf: Mapping[str, Any], sizes: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads the fields that other families have too, all but layer_types and the rotary embedding.
 
     Raises:
-      ValueError: a size is missing, of `sizes` too, or a field is not supported.
+      ValueError: sizes are missing, of `sizes` too; the message lists them.
     """
-    missing = [key for key in (*_SIZES, *sizes) if key not in hf]
-    if missing:
+    if missing := [key for key in (*_SIZES, *sizes) if key not in hf]:
         raise ValueError(f"config.json lacks {', '.join(missing)}; these sizes have no safe default")
     eos = hf.get("eos_token_id", 2)
     stored = hf.get("dtype") or hf.get("torch_dtype") or "float32"
     return dict(
-        layer_types=_read_layer_types(hf),
         vocab_size=hf["vocab_size"],
         hidden_size=hf["hidden_size"],
+        ffn_size=hf["intermediate_size"],
         num_heads=hf["num_attention_heads"],
         num_kv_heads=hf["num_key_value_heads"],
         head_dim=hf.get("head_dim") or hf["hidden_size"] // max(hf["num_attention_heads"], 1),
@@ -78,7 +81,6 @@ def read_common(hf: Mapping[str, Any], sizes: Sequence[str] = ()) -> dict[str, A
         conv_bias=hf.get("conv_bias", False),
         tie_embedding=hf.get("tie_embedding", hf.get("tie_word_embeddings", True)),
         norm_eps=hf.get("norm_eps", 1e-5),
-        rope_theta=_read_rope_theta(hf),
         max_position=hf.get("max_position_embeddings", 128_000),
         init_std=hf.get("initializer_range", 0.02),
         pad_id=_or_default(hf.get("pad_token_id"), 0),
@@ -95,7 +97,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     F stands under both of its names and is not to be adjusted: every reader then takes it as it is. mlx-lm
     (`models/lfm2.py`) and llama.cpp (`LFM2Model` of its converter) want the keys of the adjustment all the same.
     """
-    return write_common(config) | {
+    return write_shared(config) | rope_keys(config) | {
         "block_dim": config.hidden_size,
         "block_ff_dim": config.ffn_size,
         "block_auto_adjust_ff_dim": False,
@@ -104,8 +106,14 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def write_common(config: ModelConfig) -> dict[str, Any]:
-    """Writes the keys of all families of LFM2 that `transformers` 4.54 and 5.x load."""
+def rope_keys(config: ModelConfig) -> dict[str, Any]:
+    """Writes the rotary embedding for `transformers` 4.54 and for 5.x."""
+    theta = config.rope_theta
+    return {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+
+
+def write_shared(config: ModelConfig) -> dict[str, Any]:
+    """Writes the keys that other families have too, all but the rotary embedding."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -118,8 +126,6 @@ def write_common(config: ModelConfig) -> dict[str, Any]:
         "conv_L_cache": config.conv_taps,
         "conv_bias": config.conv_bias,
         "norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "max_position_embeddings": config.max_position,
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tie_embedding,
@@ -151,20 +157,27 @@ def _read_ffn_size(hf: Mapping[str, Any]) -> int:
 
 def _read_layer_types(hf: Mapping[str, Any]) -> tuple[Any, ...]:
     """Reads layer_types, else full_attn_idxs, else all layers are attention, as `Lfm2Config` does."""
-    num_layers = hf["num_hidden_layers"]
+    num_layers, attention_at = hf["num_hidden_layers"], hf.get("full_attn_idxs")
     if hf.get("layer_types") is not None:
-        types = tuple(hf["layer_types"])
-        if len(types) != num_layers:
-            raise ValueError(f"layer_types has {len(types)} entries but num_hidden_layers is {num_layers}")
-        unknown = sorted({str(kind) for kind in types} - set(_LAYER_TYPES))
-        if unknown:
-            raise ValueError(f"layer_types has {', '.join(unknown)}; LFM2 has {', '.join(_LAYER_TYPES)} only")
-        return types
-    attention_at = hf.get("full_attn_idxs")
+        return read_layer_types(hf, "LFM2", LAYER_TYPES)
     return hybrid_pattern(num_layers, tuple(range(num_layers)) if attention_at is None else tuple(attention_at))
 
 
-def _read_rope_theta(hf: Mapping[str, Any]) -> float:
+def read_layer_types(hf: Mapping[str, Any], family: str, known: tuple[str, ...]) -> tuple[Any, ...]:
+    """Reads layer_types.
+
+    Raises:
+      ValueError: there is not one for each layer, or one that the family has not.
+    """
+    types = tuple(hf["layer_types"])
+    if len(types) != hf["num_hidden_layers"]:
+        raise ValueError(f"layer_types has {len(types)} entries but num_hidden_layers is {hf['num_hidden_layers']}")
+    if unknown := sorted({str(kind) for kind in types} - set(known)):
+        raise ValueError(f"layer_types has {', '.join(unknown)}; {family} has {', '.join(known)} only")
+    return types
+
+
+def read_rope_theta(hf: Mapping[str, Any]) -> float:
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
@@ -176,7 +189,8 @@ LFM2 = Family(
     name="LFM2",
     model_types=("lfm2",),
     architectures=("Lfm2ForCausalLM",),
-    features={"qk_norm": (True,), "post_norm": (False,), "conv_gates": ("both",), "layer_types": _LAYER_TYPES,
+    features={"qk_norm": (True,), "post_norm": (False,), "attention_gate": (False,), "rope_fraction": (1.0,),
+              "sliding_rope_theta": (None,), "conv_gates": ("both",), "layer_types": LAYER_TYPES,
               "ffn_types": ("swiglu",)},
     read=_read,
     write=_write,

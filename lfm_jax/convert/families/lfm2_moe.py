@@ -10,10 +10,21 @@ from typing import Any
 
 from lfm_jax.config import ModelConfig
 from lfm_jax.convert.families.family import Family
-from lfm_jax.convert.families.lfm2 import DENSE, LAST, MIXERS, read_common, write_common
+from lfm_jax.convert.families.lfm2 import (
+    DENSE,
+    LAST,
+    LAYER_TYPES,
+    LFM2,
+    MIXERS,
+    read_layer_types,
+    read_rope_theta,
+    read_shared,
+    rope_keys,
+    write_shared,
+)
 from lfm_jax.convert.weights import Weight
 
-_SIZES = ("intermediate_size", "moe_intermediate_size", "num_experts", "num_experts_per_tok", "layer_types")
+_SIZES = ("moe_intermediate_size", "num_experts", "num_experts_per_tok", "layer_types")
 _THERE, _HERE = "model.layers.{i}.feed_forward", "blocks.{i}.feed_forward"
 _ROUTER = (
     Weight("moe", f"{_THERE}.gate.weight", f"{_HERE}.router", "E D -> E D"),
@@ -32,13 +43,15 @@ _JOINED_EXPERTS = (
 
 
 def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
-    fields = read_common(hf, _SIZES)
-    layers, dense = len(fields["layer_types"]), hf.get("num_dense_layers", 2)
+    fields = read_shared(hf, _SIZES)
+    layer_types, dense = read_layer_types(hf, "LFM2 MoE", LAYER_TYPES), hf.get("num_dense_layers", 2)
+    layers = len(layer_types)
     if not isinstance(dense, int) or not 0 <= dense < layers:
         raise ValueError(f"num_dense_layers is {dense!r}; expected a number of layers below {layers}")
     return fields | dict(
+        layer_types=layer_types,
         ffn_types=("swiglu",) * dense + ("moe",) * (layers - dense),
-        ffn_size=hf["intermediate_size"],
+        rope_theta=read_rope_theta(hf),
         num_experts=hf["num_experts"],
         active_experts=hf["num_experts_per_tok"],
         expert_size=hf["moe_intermediate_size"],
@@ -49,7 +62,7 @@ def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    return write_common(config) | {
+    return write_shared(config) | rope_keys(config) | {
         "num_dense_layers": _dense_layers(config),
         "num_experts": config.num_experts,
         "num_experts_per_tok": config.active_experts,
@@ -73,8 +86,7 @@ LFM2_MOE = Family(
     name="LFM2 MoE",
     model_types=("lfm2_moe",),
     architectures=("Lfm2MoeForCausalLM",),
-    features={"qk_norm": (True,), "post_norm": (False,), "conv_gates": ("both",),
-              "layer_types": ("conv", "full_attention"), "ffn_types": ("swiglu", "moe")},
+    features={**LFM2.features, "ffn_types": ("swiglu", "moe")},
     also_lacks=_lacks,
     read=_read,
     write=_write,
