@@ -15,7 +15,7 @@ import lfm_jax as lfm
 from lfm_jax.config import ConvGates, Recurrence
 from lfm_jax.convert.families import config_from_hf
 from lfm_jax.convert.hf import tensors
-from lfm_jax.kinds import OPERATORS
+from lfm_jax.kinds import FEED_FORWARDS, OPERATORS
 from lfm_jax.testing import tiny_config
 
 PUBLISHED = {
@@ -26,6 +26,8 @@ PUBLISHED = {
     "lfm2-1.2b": 1_170_340_608,
     "lfm2.5-1.2b": 1_170_340_608,
     "lfm2-2.6b": 2_569_272_320,
+    "lfm2-8b-a1b": 8_339_929_856 + 704,  # The biases of experts are no parameters in PyTorch.
+    "lfm2-24b-a2b": 23_843_661_440,
 }
 LARGE_VOCABULARY = {"lfm2.5-2.6b": 2_697_198_592, "lfm3-1.7b": 1_728_801_536}
 
@@ -36,8 +38,12 @@ def configs(draw):
     group, K = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     names = ("conv_bias", "qk_norm", "attention_gate", "post_norm", "tie_embedding")
     flags = {name: draw(st.booleans()) for name in names}
+    experts = draw(st.integers(1, 5))
     return tiny_config(
         layer_types=tuple(draw(st.lists(kinds, min_size=1, max_size=4))),
+        ffn_types=(draw(st.sampled_from(list(FEED_FORWARDS))),), num_experts=experts,
+        active_experts=draw(st.integers(1, experts)), expert_size=draw(st.integers(1, 9)),
+        expert_bias=draw(st.booleans()),
         vocab_size=draw(st.integers(8, 50)), hidden_size=draw(st.integers(1, 40)), ffn_size=draw(st.integers(1, 40)),
         num_heads=group * K, num_kv_heads=K, head_dim=2 * draw(st.integers(1, 8)), conv_taps=draw(st.integers(1, 7)),
         conv_gates=draw(st.sampled_from(get_args(ConvGates))), recurrence=draw(st.sampled_from(get_args(Recurrence))),

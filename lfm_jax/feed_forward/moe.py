@@ -48,17 +48,18 @@ class MoE(nnx.Module):
         gate_BTE = jax.nn.sigmoid(score_BTE)
         biased_BTE = gate_BTE + self.expert_bias[...] if config.expert_bias else gate_BTE
         _, chosen_BTA = lax.top_k(lax.stop_gradient(biased_BTE), config.active_experts)
-        weight_BTA = jnp.take_along_axis(gate_BTE, chosen_BTA, axis=-1)
+        # Not take_along_axis, whose derivative would gather the gates of all devices.
+        is_chosen_BTAE = chosen_BTA[..., None] == jnp.arange(E)
+        weight_BTA = jnp.sum(jnp.where(is_chosen_BTAE, gate_BTE[:, :, None], 0.0), axis=-1)
         if config.normed_weights:
             weight_BTA /= jnp.sum(weight_BTA, axis=-1, keepdims=True) + 1e-6  # As the published models were trained.
         weight_BTA *= config.expert_scale
-        is_chosen_BTE = jnp.sum(chosen_BTA[..., None] == jnp.arange(E), axis=-2, dtype=jnp.float32)
         if segment_ids_BT is not None:
             chosen_BTA = jnp.where((segment_ids_BT != 0)[:, :, None], chosen_BTA, E)
         y_BTD = experts(x_BTD, chosen_BTA, weight_BTA, self.w1[...], self.w3[...], self.w2[...],
                         impl=config.experts_impl)
         share_BTE = gate_BTE / jnp.sum(gate_BTE, axis=-1, keepdims=True)
-        reports = {"load": is_chosen_BTE / config.active_experts,
+        reports = {"load": jnp.mean(is_chosen_BTAE, axis=-2, dtype=jnp.float32),
                    "entropy": -jnp.sum(share_BTE * jnp.log(share_BTE), axis=-1)}
         if config.router_z_loss:
             reports["loss"] = config.router_z_loss * jax.nn.logsumexp(score_BTE, axis=-1) ** 2

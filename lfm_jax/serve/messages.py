@@ -44,7 +44,7 @@ class ForeignPart(Body):
     @classmethod
     def _refuse(cls, value: Any) -> Any:
         kind = value.get("type") if isinstance(value, Mapping) else None
-        if kind in _FOREIGN:
+        if isinstance(kind, str) and kind in _FOREIGN:
             raise ValueError(f"{_FOREIGN[kind]} are not supported; the model reads text only")
         raise ValueError(f'a part has the type "text" and a text, not {json.dumps(kind)[:40]}')
 

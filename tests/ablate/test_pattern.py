@@ -49,7 +49,7 @@ def test_every_place_has_as_many_layers_as_asked_for(layers, data, place):
 @pytest.mark.parametrize(("text", "says"), [
     ("", "is empty"), ("ccx", "'x'"), ("conv:3,attention:two", "attention:two"), ("conv:3,conv:4", "conv:4"),
     ("conv:3,mamba:2", "mamba:2"), ("conv:0", "no layer"), ("conv:3,attention:2,place:top", "place is 'top'"),
-    ("conv:3,attention:2,place:lfm2", "only 6 of 14, 6 of 16, 8 of 30 are published"),
+    ("conv:3,attention:2,place:lfm2", "only 6 of 14, 6 of 16, 6 of 24, 8 of 30, 10 of 40 are published"),
 ])
 def test_what_is_no_pattern_says_how_to_write_one(text, says):
     with pytest.raises(ValueError, match=says):

@@ -268,7 +268,7 @@ def test_config_from_hf_lists_every_missing_size():
 @pytest.mark.parametrize("changes", [dict(qk_norm=False), dict(conv_gates="input")])
 def test_config_to_hf_refuses_what_no_family_can_express(changes):
     (field,) = changes
-    with pytest.raises(ValueError, match=rf"LFM2 .*{field}={changes[field]}; LFM3 .*{field}={changes[field]}"):
+    with pytest.raises(ValueError, match=rf"LFM2 in transformers has no {field}={changes[field]}; such"):
         config_to_hf(tiny_config(**changes))
 
 
@@ -286,9 +286,7 @@ def test_what_lfm2_cannot_express_is_lfm3(changes):
 
 def test_everything_that_a_family_lacks_comes_at_once():
     config = tiny_config(qk_norm=False, post_norm=True, layer_types=("recurrence", "conv", "sliding_attention"))
-    with pytest.raises(ValueError, match="LFM2 in transformers has no qk_norm=False, post_norm=True, "
-                                         "recurrence layers, sliding_attention layers; LFM3 in transformers has no "
-                                         "qk_norm=False, recurrence layers; such"):
+    with pytest.raises(ValueError, match="LFM3 in transformers has no qk_norm=False, recurrence layers; such"):
         config_to_hf(config)
 
 
@@ -328,5 +326,5 @@ def test_every_field_of_a_model_is_written_and_read_or_held_to_what_the_family_h
 
 
 def test_config_to_hf_refuses_layers_that_no_family_has():
-    with pytest.raises(ValueError, match=r"LFM2 .* no recurrence layers; LFM3 .* no recurrence layers; such"):
+    with pytest.raises(ValueError, match="LFM2 in transformers has no recurrence layers; such"):
         config_to_hf(tiny_config(layer_types=("conv", "recurrence")))

@@ -53,10 +53,7 @@ def compiled_step(**changes):
 
 def test_what_a_mixture_exchanges():
     """Forward the rows with their choices and weights are gathered, and the sums scattered; backward the cotangents of
-    the sums are gathered, and those of rows and weights scattered. No weight of an expert moves.
-
-    The choice of experts, [B, T, E] for the whole batch, is gathered once more: the sums of the reports do not wait.
-    """
+    the sums are gathered, and those of rows and weights scattered. No weight of an expert moves."""
     counts = []
     for mixtures in (1, 2):
         found = collectives(compiled_step(layer_types=("conv",) * 3, ffn_types=("swiglu",) * (3 - mixtures)

@@ -30,6 +30,8 @@ BAD = {
     "no tool": (dict(tool_choice="required"), "tools has none", "tool_choice"),
     "image": (dict(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
               "images are not supported", "messages[0].content[0]"),
+    "a type of part that is no word": (dict(messages=[{"role": "user", "content": [{"type": {}, "text": "x"}]}]),
+                                       'not {}', "messages[0].content[0]"),
     "no content": (dict(messages=[{"role": "user"}]), "messages[0]: a message of role user has no content",
                    "messages[0]"),
     "role": (dict(messages=[{"role": "king", "content": "x"}]), "role", "messages[0].role"),
