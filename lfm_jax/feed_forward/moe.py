@@ -12,7 +12,7 @@ from jax import lax
 
 from lfm_jax.config import ModelConfig
 from lfm_jax.kernels.linear import linear
-from lfm_jax.kernels.sharded import experts
+from lfm_jax.kernels.sharded import experts, highest
 from lfm_jax.layers import IN_OUT, buffer, normal_param
 
 
@@ -47,7 +47,7 @@ class MoE(nnx.Module):
         score_BTE = linear(x_BTD, self.router[...], dtype="float32")
         gate_BTE = jax.nn.sigmoid(score_BTE)
         biased_BTE = gate_BTE + self.expert_bias[...] if config.expert_bias else gate_BTE
-        _, chosen_BTA = lax.top_k(lax.stop_gradient(biased_BTE), config.active_experts)
+        chosen_BTA = highest(lax.stop_gradient(biased_BTE), config.active_experts)
         # Not take_along_axis, whose derivative would gather the gates of all devices.
         is_chosen_BTAE = chosen_BTA[..., None] == jnp.arange(E)
         weight_BTA = jnp.sum(jnp.where(is_chosen_BTAE, gate_BTE[:, :, None], 0.0), axis=-1)

@@ -205,6 +205,19 @@ def _time_shards(x: jax.Array) -> int:
     return shards
 
 
+def highest(x_BTE: jax.Array, count: int) -> jax.Array:
+    """Indices of the `count` highest of the last axis, int32 [B, T, count], the lowest index first among equals.
+
+    Over a mesh each device takes its own rows; `lax.top_k` alone would gather them all.
+    """
+    def local(x_BTE: jax.Array) -> jax.Array:
+        return lax.top_k(x_BTE, count)[1]
+
+    if not is_sharded(x_BTE):
+        return local(x_BTE)
+    return over_mesh(local, dict(x_BTE=x_BTE), dict(x_BTE=spec_of(x_BTE)), spec_of(x_BTE))
+
+
 def experts(
     x_BTD: jax.Array, chosen_BTA: jax.Array, weight_BTA: jax.Array, w1_EDF: jax.Array | WeightKind,
     w3_EDF: jax.Array | WeightKind, w2_EFD: jax.Array | WeightKind, *, impl: str = "auto",

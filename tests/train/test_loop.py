@@ -149,6 +149,21 @@ def test_a_run_of_scanned_layers_saves_resumes_and_exports_as_any(corpus, tmp_pa
     assert {k: v.shape for k, v in scanned.items()} == {k: v.shape for k, v in unscanned.items()}
 
 
+def test_a_run_with_experts_stopped_between_goes_on_to_the_bit(corpus, tmp_path):
+    """Their biases, which the rule changes at each step, are in the checkpoint."""
+    fields = dict(model__ffn_types=["swiglu", "moe"], model__num_experts=4, model__active_experts=2,
+                  model__expert_size=8, model__expert_bias_rate=0.01, model__router_z_loss=0.001,
+                  optimizer__schedule="constant", eval_every=0)
+    train(load(recipe(corpus, tmp_path / "whole", steps=8, **fields)))
+    train(load(recipe(corpus, tmp_path / "parts", steps=4, **fields)))
+    train(load(recipe(corpus, tmp_path / "parts", steps=8, **fields)))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    whole, parts = (lfm.to_state_dict(lfm.load(tmp_path / name)[0]) for name in ("whole", "parts"))
+    assert np.any(whole["model.layers.1.feed_forward.expert_bias"])
+    for name, x in whole.items():
+        np.testing.assert_array_equal(parts[name], x, err_msg=name)
+
+
 def test_a_second_run_in_the_same_directory_is_refused(corpus, finished):
     with (
         locked(finished, "taken"),
