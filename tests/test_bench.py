@@ -36,7 +36,7 @@ def test_model_suite_says_when_the_peer_is_absent(monkeypatch):
 
 TOY = kernels.Sizes(
     "float32", conv=((1, 8, 16, 3),), scan=((2, 8, 16),), attention=((1, 8, 8, 4, 2, 8), (2, 1, 8, 4, 2, 8)),
-    linear_rows=(1, 2), linear_weights=1, copy_bytes=2**16,
+    experts=((3, 2, 4, 8, 6),), linear_rows=(1, 2), linear_weights=1, copy_bytes=2**16,
 )  # fmt: skip
 
 
@@ -55,6 +55,7 @@ def test_kernels_suite_has_a_row_for_every_implementation_that_runs_here(capsys)
     assert set(scan) == {"sequential", "associative", "chunked", "`lax.associative_scan` alone"}
     assert set(rows) == {"xla", "blockwise"}
     assert set(decode) == {"xla", "direct"}
+    assert set(cells_of(report, "3, 2, 4, 8, 6")) == {"dense", "ragged", "blocks", "a dense layer of 2 F"}
     for cells in (*conv.values(), *scan.values()):
         assert [bool(cell) for cell in cells] == [True] * 10
         assert all(cell.endswith("%") for cell in (cells[3], cells[8]))

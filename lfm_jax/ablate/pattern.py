@@ -13,8 +13,8 @@ from lfm_jax.kinds import OPERATORS
 
 Place = Literal["even", "front", "back", "sandwich", "lfm2"]
 """Where the layers of full attention stand. even: the middles of equal parts of the stack; front, back: all at one end;
-sandwich: half of them at each end, the odd one in front; lfm2: as published (6 of 14 layers, of 16 or of 24, 8 of 30, 10 of
-40)."""
+sandwich: half of them at each end, the odd one in front; lfm2: as published (6 of 14 layers, of 16 or of 24, 8 of 30,
+10 of 40)."""
 
 
 

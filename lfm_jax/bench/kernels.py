@@ -4,7 +4,7 @@ Needs jax and numpy only: `python -m lfm_jax.bench.kernels`. On an NVIDIA GPU it
 flash-linear-attention where they can be imported.
 
 Dimensions: B batch, T query time, S key slots, D channels, W taps, N query heads, K key/value heads, H head width, M
-rows, I inputs, O outputs.
+rows or tokens, I inputs, O outputs, A active experts of a token, E experts, F width of an expert.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lfm_jax.bench.passes import (
     times,
 )
 from lfm_jax.bench.timing import conditions, interleave
-from lfm_jax.kernels import attention, causal_conv, linear_scan
+from lfm_jax.kernels import attention, causal_conv, experts, linear_scan
 from lfm_jax.kernels.linear import linear
 from lfm_jax.selfcheck import needs
 
@@ -53,6 +53,8 @@ class Sizes:
     """B, T, D."""
     attention: tuple[tuple[int, int, int, int, int, int], ...]
     """B, T, S, N, K, H. T < S are queries to a decode state, forward only."""
+    experts: tuple[tuple[int, int, int, int, int], ...]
+    """M, A, E, D, F."""
     linear_rows: tuple[int, ...] = (1, 2, 8, 16, 64, 256, 512)
     linear_weights: int = 12
     """Weight matrices of 4608 x 1024 that a timed call goes through: more bytes than a cache holds."""
@@ -66,6 +68,7 @@ CPU = Sizes(
     conv=(*((1, T, 1024, 3) for T in TIMES), (4, 512, 1024, 3), (1, 512, 1024, 7)),
     scan=tuple((1, T, 1024) for T in TIMES),
     attention=(*((1, T, T, 4, 2, 64) for T in TIMES), (1, 1, 2048, 16, 8, 64), (8, 1, 2048, 16, 8, 64)),
+    experts=tuple((M, 4, 32, 1024, 896) for M in (1, 16, 256, 1024)),
 )
 ACCELERATOR = Sizes(
     "bfloat16",
@@ -73,6 +76,7 @@ ACCELERATOR = Sizes(
     scan=((8, 4096, 1024), (8, 4096, 2048)),
     attention=((8, 4096, 4096, 16, 8, 64), (8, 4096, 4096, 32, 8, 64), (1, 1, 32_768, 16, 8, 64),
                *((B, 1, 1024, 16, 8, 64) for B in (1, 8, 64, 1024))),
+    experts=tuple((M, 4, 32, 2048, 1792) for M in (64, 4096, 16_384)),
     copy_bytes=2**30,
     seconds=400,
 )
@@ -100,13 +104,13 @@ def bench_kernels(*, repeats: int = 5, sizes: Sizes | None = None) -> str:
     if idle:
         head.append(f"Not run here: {', '.join(idle)}.")
     parts = [" ".join(head), _conv_table(bench), _scan_table(bench), _attention_table(bench)]
-    return "\n\n".join([*parts, _linear_table(bench)])
+    return "\n\n".join([*parts, _experts_table(bench), _linear_table(bench)])
 
 
 IMPLS: dict[str, Sequence[str]] = {
     "causal_conv": causal_conv.IMPLS, "linear_scan": tuple(linear_scan.IMPLS),
     "attention": [impl for impl in attention.IMPLS if impl != "direct"],  # That is for one query a row.
-    "decode_attention": attention.DECODE_IMPLS,
+    "decode_attention": attention.DECODE_IMPLS, "experts": tuple(experts.IMPLS),
 }
 
 
@@ -147,7 +151,7 @@ class _Bench:
         copied, *forward = times([self.copy, *(entry.forward for entry in entries)], self.repeats)
         both = times([entry.both for entry in entries], self.repeats)
         peak = None
-        if kernel != "attention":  # It is bound by arithmetic.
+        if kernel not in ("attention", "experts"):  # These are bound by arithmetic.
             peak = 2 * self.sizes.copy_bytes / copied if isinstance(copied, float) else float("nan")
         lines = []
         for entry, *measured in zip(entries, forward, both, strict=True):
@@ -287,6 +291,38 @@ def _decode(impl: str, arrays: dict[str, jax.Array]) -> jax.Array:
     q_BTNH, k_BSKH, v_BSKH = (arrays[name] for name in ("q_BTNH", "k_BSKH", "v_BSKH"))
     first_B = jnp.zeros(q_BTNH.shape[:1], jnp.int32)
     return attention.decode_attention(q_BTNH, k_BSKH, v_BSKH, first_B, first_B + k_BSKH.shape[1], impl=impl)
+
+
+def _experts_table(bench: _Bench) -> str:
+    """Rates in operations of active experts, beside a dense layer with as many; the gradient takes two times more."""
+    kernel, lines = "experts", _head("experts", "M, A, E, D, F", "GFLOP/s", "the active hidden layer")
+    for shape in bench.shapes(kernel, bench.sizes.experts):
+        M, A, E, D, F = shape
+        arrays = _arrays(bench.sizes.dtype, x_MD=(M, D), w1_EDF=(E, D, F), w3_EDF=(E, D, F), w2_EFD=(E, F, D))
+        dense = _arrays(bench.sizes.dtype, x_MD=(M, D), w1=(D, A * F), w3=(D, A * F), w2=(A * F, D))
+        dy_MD = _arrays(bench.sizes.dtype, dy_MD=(M, D))["dy_MD"]
+        flops, unit = 6 * M * A * D * F, M * A * F * dy_MD.dtype.itemsize
+        entries = []
+        runs = [(impl, partial(_experts, impl, A), arrays) for impl in bench.impls(kernel)]
+        for name, run, given in [*runs, (f"a dense layer of {A} F", _dense_layer, dense)]:
+            forward = bench.compile((kernel, name, "forward"), M, run, given)
+            both = bench.compile((kernel, name, "both"), M, gradient(run), given, dy_MD)
+            entries.append(Entry(name, forward, both, flops, 3 * flops))
+        lines += bench.rows(kernel, shape, M, entries, M, unit)
+    return "\n".join(lines)
+
+
+def _experts(impl: str, A: int, arrays: dict[str, jax.Array]) -> jax.Array:
+    """Experts at random, equally often in the mean, with equal weights."""
+    x_MD, *matrices = (arrays[name] for name in ("x_MD", "w1_EDF", "w3_EDF", "w2_EFD"))
+    scores_ME = jax.random.normal(jax.random.key(0), (len(x_MD), len(matrices[0])))
+    chosen_MA = lax.top_k(scores_ME, A)[1]
+    return experts.experts(x_MD, chosen_MA, jnp.full(chosen_MA.shape, 1 / A, jnp.float32), *matrices, impl=impl)
+
+
+def _dense_layer(arrays: dict[str, jax.Array]) -> jax.Array:
+    x_MD, w1, w3, w2 = (arrays[name] for name in ("x_MD", "w1", "w3", "w2"))
+    return (jax.nn.silu(x_MD @ w1) * (x_MD @ w3)) @ w2
 
 
 def _linear_table(bench: _Bench) -> str:

@@ -21,7 +21,7 @@ from jax import lax
 
 from lfm_jax.sharding import platform
 
-LEAST_ROWS, MOST_ROWS = 8, 128
+LEAST_ROWS, MOST_ROWS = 8, 64
 """Rows of a block. One row alone would take another code path, whose results differ."""
 
 
@@ -118,9 +118,10 @@ class Blocks(NamedTuple):
 
 
 def block_rows(M: int, A: int, E: int) -> int:
-    """Rows of a block: about a quarter of what an expert gets if all get the same, in powers of two."""
-    target = max(M * A // (4 * E), LEAST_ROWS)
-    return min(1 << (target.bit_length() - 1), MOST_ROWS)
+    """Rows of a block, a power of two: what an expert gets if all get the same, so that its matrices are read about
+    once."""
+    share = -(-M * A // E)
+    return min(max(1 << (share - 1).bit_length(), LEAST_ROWS), MOST_ROWS)
 
 
 def in_blocks(chosen_MA: jax.Array, E: int, b: int) -> Blocks:

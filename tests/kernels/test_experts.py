@@ -125,7 +125,7 @@ def test_temporaries_on_cpu():
     backward = jax.jit(lambda args, chosen: gradient(args, chosen, "blocks")).lower(args, chosen).compile()
     weights = 3 * 4 * E * D * F
     assert backward.memory_analysis().temp_size_in_bytes < weights + hidden
-    assert block_rows(M, A, E) == 32
+    assert block_rows(M, A, E) == 64
 
 
 @tpu_aot.requires_libtpu
