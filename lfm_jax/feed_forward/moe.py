@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.scipy.special import entr
 
 from lfm_jax.config import ModelConfig
 from lfm_jax.kernels.linear import linear
@@ -60,7 +61,7 @@ class MoE(nnx.Module):
                         impl=config.experts_impl)
         share_BTE = gate_BTE / jnp.sum(gate_BTE, axis=-1, keepdims=True)
         reports = {"load": jnp.mean(is_chosen_BTAE, axis=-2, dtype=jnp.float32),
-                   "entropy": -jnp.sum(share_BTE * jnp.log(share_BTE), axis=-1)}
+                   "entropy": jnp.sum(entr(share_BTE), axis=-1)}
         if config.router_z_loss:
             reports["loss"] = config.router_z_loss * jax.nn.logsumexp(score_BTE, axis=-1) ** 2
         return y_BTD, reports
