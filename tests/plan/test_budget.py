@@ -135,6 +135,23 @@ def test_attention_of_either_kind_trades_time_for_heads():
     assert moved["full_attention"] == moved["sliding_attention"] == 2 * 2 * (8 + 4) * 16 * 16 * 64 / 8 * 2
 
 
+def test_experts_over_devices_keep_their_weights_and_trade_rows():
+    """Of two mixtures of 8 experts, forward and back: rows of 4 devices gathered and scattered, in bfloat16. Gradients of
+    experts are summed over the devices along `data` only, those of all else over all."""
+    model = dict(layer_types=("conv",) * 3, ffn_types=("swiglu", "moe", "moe"), num_experts=8, active_experts=2,
+                 expert_size=32)
+    config = recipe(model=model, mesh=dict(data=2, expert=4))
+    found = budget_on(config)
+    rows = {(row.kind, row.axes): row.bytes for row in expected_collectives(config, found)}
+    tokens, D, experts = 16 * 64 / 8, 64, 2 * 8 * 3 * 64 * 32
+    assert rows["all-gather", ("expert",)] == rows["reduce-scatter", ("expert",)] == 2 * 2 * 4 * tokens * D * 2
+    assert rows["all-reduce", ("data",)] == experts / 4 * 2
+    assert rows["all-reduce", ("data", "expert")] == (found.num_params - experts) * 2
+    alone = budget_on(recipe(model=model, mesh=dict(data=8)))
+    held = 4 * (alone.num_params - experts + experts / 4)
+    assert found.parameters == pytest.approx(held, abs=1)
+
+
 def test_units():
     assert [size(n) for n in (5, 3 * 2**20, 1.5 * 2**40)] == ["5 B", "3 MiB", "1.5 TiB"]
     assert [si(n) for n in (7, 354_483_968)] == ["7", "354 M"]

@@ -186,8 +186,8 @@ def test_what_cannot_be_planned_is_refused(path, capsys, flags, problem):
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MACHINES = {"research": "v5e:2x4", "demo": "cpu", "lfm2.5-350m": "gpu:1xH200"}
-SIZES = {"lfm2-350m": 354e6, "lfm2-350m-32k": 354e6, "lfm2-700m": 742e6, "lfm2-1.2b": 1.17e9, "research-20m": 21e6,
-         "research-100m": 98e6}
+SIZES = {"lfm2-350m": 354e6, "lfm2-350m-32k": 354e6, "lfm2-700m": 742e6, "lfm2-1.2b": 1.17e9, "lfm2-8b-a1b": 8.34e9,
+         "research-20m": 21e6, "research-100m": 98e6}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
