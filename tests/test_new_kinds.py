@@ -137,6 +137,7 @@ SHIFT = OperatorKind(
 RELU2 = FeedForwardKind(
     name="relu2",
     module=Relu2,
+    width="ffn_size",
     params=lambda c: 2 * c.hidden_size * c.ffn_size,
     matrices=lambda c: 2 * c.hidden_size * c.ffn_size,
     products=lambda c: 2 * c.hidden_size * c.ffn_size,

@@ -21,6 +21,7 @@ from lfm_jax.ablate.pattern import (
 )
 from lfm_jax.ablate.study import Study
 from lfm_jax.config import LayerType, ModelConfig
+from lfm_jax.kinds import FEED_FORWARDS
 from lfm_jax.problems import raise_problems
 from lfm_jax.train.optimizer import learning_rate
 
@@ -98,6 +99,8 @@ def all_settings(study: Study, point: Point) -> dict[str, Any]:
         "attention": point.model.attention_layers, "place": place_of(study.pattern) or "base",
         "operator": "+".join(operators) or "none",
         "pattern": to_letters(point.model.layer_types), "taps": base.conv_taps, "gates": base.conv_gates,
+        "feed_forward": "+".join(dict.fromkeys(model.ffn_types)), "experts": base.num_experts,
+        "active": base.active_experts,
         "ffn_ratio": round(base.ffn_size / base.hidden_size, 3), "kv_heads": base.num_kv_heads,
         "hidden_size": base.hidden_size, "train_flops": None,
     }
@@ -134,15 +137,22 @@ def make_trial(study: Study, point: Point, base: Point, name: str, task: TaskSha
     if budget is not None:
         steps = max(1, round(budget / (flops * B * T)))
     learning_rate(study.optimizer_for(steps, 1.0), steps)  # Refuses a schedule that does not fit.
-    changed = {name: (getattr(model, name), getattr(matched, name)) for name in ("hidden_size", "ffn_size")
+    changed = {name: (getattr(model, name), getattr(matched, name)) for name in ("hidden_size", _width_field(model))
                if getattr(model, name) != getattr(matched, name)}
     return Trial(point, name, matched, steps, steps * B * T, steps * B * T * flops, off, changed)
+
+
+def _width_field(model: ModelConfig) -> str:
+    """The field with the width F of a feed-forward: of its last layer, where layers have several kinds."""
+    return FEED_FORWARDS[model.layers[-1].feed_forward].width
 
 
 def match(
     model: ModelConfig, base: ModelConfig, by: str, T: int, step: int, ffn_ratio: float | None = None
 ) -> tuple[ModelConfig, float]:
     """`model` with the F (with ffn_ratio: D and F) that brings its count nearest to that of `base`.
+
+    F is the width of a feed-forward, of a mixture that of one expert.
 
     Args:
       by: `params`, or `flops` of a token in rows of T.
@@ -155,6 +165,8 @@ def match(
       ValueError: the difference is over 1 %.
     """
 
+    width = _width_field(model)
+
     def count(config: ModelConfig) -> float:
         return config.num_params() if by == "params" else config.flops_per_token(T)
 
@@ -163,24 +175,27 @@ def match(
 
     def fitted(config: ModelConfig) -> ModelConfig:
         """With the F that fits best; counts are linear in F."""
-        slope = count(config.replace(ffn_size=2 * step)) - count(config.replace(ffn_size=step))
-        steps = 1 + (count(base) - count(config.replace(ffn_size=step))) / slope
-        return config.replace(ffn_size=max(1, round(steps)) * step)
+        slope = count(config.replace(**{width: 2 * step})) - count(config.replace(**{width: step}))
+        steps = 1 + (count(base) - count(config.replace(**{width: step}))) / slope
+        return config.replace(**{width: max(1, round(steps)) * step})
+
+    def ratio(config: ModelConfig) -> float:
+        return getattr(config, width) / config.hidden_size
 
     if ffn_ratio is None:
         options = [model] if abs(off(model)) < 1e-12 else [fitted(model)]
     else:
         widths = range(step, 2 * model.hidden_size, step)
         options = [fitted(_with_width(model, D)) for D in widths]
-        options = sorted(options, key=lambda c: abs(math.log(c.ffn_size / c.hidden_size / ffn_ratio)))
-        near = [c for c in options if abs(c.ffn_size / c.hidden_size / ffn_ratio - 1) <= RATIO_SEARCH]
+        options = sorted(options, key=lambda c: abs(math.log(ratio(c) / ffn_ratio)))
+        near = [c for c in options if abs(ratio(c) / ffn_ratio - 1) <= RATIO_SEARCH]
         options = [c for c in near if abs(off(c)) <= TOLERANCE] or near or options[:1]
     best = options[0]
     if abs(off(best)) > TOLERANCE:
         raise ValueError(
             f"no width brings it within {TOLERANCE:.0%} of the base by {by}: hidden_size {best.hidden_size} and "
-            f"ffn_size {best.ffn_size} are {off(best):+.1%} off; lower match_step (now {step}), or match by something "
-            "else"
+            f"{width} {getattr(best, width)} are {off(best):+.1%} off; lower match_step (now {step}), or match by "
+            "something else"
         )
     return best, off(best)
 
@@ -193,14 +208,20 @@ def _model(base: ModelConfig, settings: dict[str, Any], step: int, place: Place)
         changes["layer_types"] = parse_pattern(settings["pattern"])
     elif {"attention", "place", "operator"} & set(settings):
         changes["layer_types"] = _layers(base, settings, place)
-    for axis, name in (("taps", "conv_taps"), ("gates", "conv_gates"), ("kv_heads", "num_kv_heads")):
+    for axis, name in (("taps", "conv_taps"), ("gates", "conv_gates"), ("kv_heads", "num_kv_heads"),
+                       ("experts", "num_experts"), ("active", "active_experts")):
         if axis in settings:
             changes[name] = settings[axis]
+    if "feed_forward" in settings:
+        changes["ffn_types"] = (settings["feed_forward"],)
     if operator is not None and forms()[operator].kind in changes["layer_types"]:
         changes |= forms()[operator].fields
     if "ffn_ratio" in settings:
-        changes["ffn_size"] = max(1, round(settings["ffn_ratio"] * base.hidden_size / step)) * step
+        width = _width_field(base.replace(**changes))
+        changes[width] = max(1, round(settings["ffn_ratio"] * base.hidden_size / step)) * step
     model = base.replace(**changes)
+    if {"experts", "active"} & set(settings) and _width_field(model) != "expert_size":
+        raise ValueError("it has no mixture; set feed_forward to moe in the same grid, or give the base mixtures")
     if "hidden_size" in settings:
         model = _scaled(model, settings["hidden_size"], step)
     return model
@@ -238,8 +259,9 @@ def _scaled(model: ModelConfig, D: int, step: int) -> ModelConfig:
     if heads != int(heads) or kv_heads != int(kv_heads) or not int(kv_heads):
         raise ValueError(f"hidden_size {D} would have {heads:g} heads and {kv_heads:g} key/value heads; choose a "
                          f"multiple of {model.hidden_size // math.gcd(model.num_heads, model.num_kv_heads)}")
-    F = max(1, round(model.ffn_size * ratio / step)) * step
-    return _with_width(model, D).replace(num_heads=int(heads), num_kv_heads=int(kv_heads), ffn_size=F)
+    fields = {FEED_FORWARDS[kind].width for kind in model.ffn_types}
+    widths = {field: max(1, round(getattr(model, field) * ratio / step)) * step for field in fields}
+    return _with_width(model, D).replace(num_heads=int(heads), num_kv_heads=int(kv_heads), **widths)
 
 
 def _operator(kind: LayerType, model: ModelConfig) -> str:

@@ -102,8 +102,8 @@ class Trainer:
                 directory.rmdir()
         if driver.step < self._trial.steps:
             raise StoppedError
-        params = driver.state.params
-        results = [self._measure(jax.tree.map(lambda x, i=i: x[i], params) if len(seeds) > 1 else params)
+        weights = driver.state.weights
+        results = [self._measure(jax.tree.map(lambda x, i=i: x[i], weights) if len(seeds) > 1 else weights)
                    for i in range(len(seeds))]
         for result, skipped in zip(results, np.broadcast_to(progress.skipped, len(seeds)).tolist(), strict=True):
             result["metrics"]["skipped_updates"] = skipped
@@ -117,12 +117,12 @@ class Trainer:
         batches = [self._task.train_batches(seed) for seed in range(seeds)]
         batch = self._stack([next(b) for b in batches])
         state, _ = self._step(range(seeds))(self._begin(range(seeds)), batch, jnp.float32(0))
-        params = jax.tree.map(lambda x: x[0], state.params) if seeds > 1 else state.params
+        weights = jax.tree.map(lambda x: x[0], state.weights) if seeds > 1 else state.weights
         shapes = set()
         for batch, _ in self._heldout:
             if batch["tokens"].shape not in shapes:
                 shapes.add(batch["tokens"].shape)
-                jax.block_until_ready(self._evaluate(params, dict(batch)))
+                jax.block_until_ready(self._evaluate(weights, dict(batch)))
         self._compiled.add(seeds)
 
     # ---------------------------------------------------------------- training
@@ -170,11 +170,11 @@ class Trainer:
         """Made once for all runs."""
         return list(self._task.heldout_batches())
 
-    def _measure(self, params: Any) -> dict[str, Any]:
+    def _measure(self, weights: Any) -> dict[str, Any]:
         """score, metrics and curves on the held-out rows."""
         score = self._task.score()
         for batch, tag in self._heldout:
-            nll_BT, hit_BT = self._evaluate(params, dict(batch))
+            nll_BT, hit_BT = self._evaluate(weights, dict(batch))
             score.add(batch, tag, np.asarray(nll_BT), np.asarray(hit_BT))
         result = score.result()
         numbers = [result["score"], *result["metrics"].values(), *(y for c in result["curves"].values() for _, y in c)]
@@ -187,8 +187,8 @@ class Trainer:
         """(negative log-likelihood in nats [B, T], whether the likeliest token is the target [B, T])."""
         graphdef, chunk = self._training.graphdef, self._study.loss_chunk
 
-        def evaluate(params: Any, batch: DeviceBatch) -> tuple[jax.Array, jax.Array]:
-            model = nnx.merge(graphdef, params)
+        def evaluate(weights: Any, batch: DeviceBatch) -> tuple[jax.Array, jax.Array]:
+            model = nnx.merge(graphdef, weights)
             hidden_BTD, _ = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
             scores = token_scores(hidden_BTD, model.head_VD, batch["targets"], chunk=chunk)
             return -scores.logprob_BT, scores.likeliest_BT == batch["targets"]

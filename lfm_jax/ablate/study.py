@@ -18,6 +18,7 @@ from lfm_jax.ablate.tasks.needle import Needle
 from lfm_jax.ablate.tasks.recall import Mqar
 from lfm_jax.ablate.tasks.text import BOS, EOS, Text
 from lfm_jax.config import ConvGates, ModelConfig
+from lfm_jax.kinds import FEED_FORWARDS
 from lfm_jax.problems import raise_problems
 from lfm_jax.train.optimizer import OptimizerConfig
 from lfm_jax.train.step import GuardConfig
@@ -35,7 +36,10 @@ def axes() -> dict[str, str]:
         "pattern": "the whole layer pattern, in place of the three above",
         "taps": "W of the short convolution",
         "gates": f"gates of the short convolution: {', '.join(get_args(ConvGates))}",
-        "ffn_ratio": "F / D; the width D is then what is matched",
+        "ffn_ratio": "F / D, of a mixture that of one expert; the width D is then what is matched",
+        "feed_forward": f"feed-forward of every layer: {', '.join(FEED_FORWARDS)}",
+        "experts": "experts of a mixture; give feed_forward too, unless the base has mixtures",
+        "active": "experts of a mixture that work on each token",
         "kv_heads": "key/value heads",
         "hidden_size": "D; heads and F go with it in proportion",
         "train_flops": "training FLOPs of a run, in place of the task's steps",
@@ -78,7 +82,8 @@ class Grid:
 
 
 def _axis_problem(name: str, value: Any) -> str | None:
-    choices = {"place": get_args(Place), "operator": tuple(forms()), "gates": get_args(ConvGates)}
+    choices = {"place": get_args(Place), "operator": tuple(forms()), "gates": get_args(ConvGates),
+               "feed_forward": tuple(FEED_FORWARDS)}
     if name in choices:
         return None if value in choices[name] else f"{name} is {value!r}; choose of {', '.join(choices[name])}"
     if name == "pattern":

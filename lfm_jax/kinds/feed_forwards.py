@@ -27,6 +27,7 @@ def _swiglu_kept(c: ModelConfig, share: Share) -> Kept:
 FEED_FORWARDS.register(FeedForwardKind(
     name="swiglu",
     module="lfm_jax.feed_forward.swiglu:SwiGLU",
+    width="ffn_size",
     params=_swiglu_matrices,
     matrices=_swiglu_matrices,
     products=_swiglu_matrices,
@@ -64,6 +65,7 @@ def _moe_kept(c: ModelConfig, share: Share) -> Kept:
 FEED_FORWARDS.register(FeedForwardKind(
     name="moe",
     module="lfm_jax.feed_forward.moe:MoE",
+    width="expert_size",
     params=_moe_params,
     matrices=_moe_matrices,
     products=_moe_products,

@@ -124,6 +124,8 @@ class OperatorKind(LayerKind):
 class FeedForwardKind(LayerKind):
     """A feed-forward, which works on each token by itself."""
 
+    width: str
+    """The field of ModelConfig with the width of its hidden layer, in which all of its counts are linear."""
     last_product: Callable[[ModelConfig], float]
     """The part of `products` that makes the output, which no backward pass recomputes."""
     buffers: Mapping[str, Callable[..., Any] | str]

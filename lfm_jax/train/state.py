@@ -54,6 +54,11 @@ class TrainState:
     """Batches seen, int32."""
     guard: Guard
 
+    @property
+    def weights(self) -> Any:
+        """All weights of the model, trainable and frozen."""
+        return merged(self.params, self.frozen)
+
 
 def merged(params: Any, frozen: Any) -> Any:
     """Joins the trainable and the frozen weights of a model into one tree."""

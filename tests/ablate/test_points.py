@@ -59,7 +59,8 @@ def test_another_number_of_attention_layers_stands_where_the_bases_do():
 def test_every_axis_changes_what_it_says():
     study = tiny_study(match="none", vary=grids(
         {"place": ["front", "back"]}, {"pattern": "ssaa"}, {"taps": [1, 7]}, {"gates": ["none", "input"]},
-        {"kv_heads": 4}, {"hidden_size": 64}, {"operator": ["liquid", "lti", "sliding_attention"]},
+        {"kv_heads": 4}, {"hidden_size": 64}, {"feed_forward": "moe", "experts": 6, "active": 2},
+        {"operator": ["liquid", "lti", "sliding_attention"]},
     ))
     models = {point.name: point.model for point in points(study)}
     base = models[BASE]
@@ -68,6 +69,8 @@ def test_every_axis_changes_what_it_says():
     assert models["taps=7"] == base.replace(conv_taps=7)
     assert models["gates=input"] == base.replace(conv_gates="input")
     assert models["kv_heads=4"] == base.replace(num_kv_heads=4)
+    mixture = models["feed_forward=moe experts=6 active=2"]
+    assert mixture == base.replace(ffn_types=("moe",), num_experts=6, active_experts=2)
     assert models["operator=lti"].recurrence == "lti"
     assert to_letters(models["operator=sliding_attention"].layer_types) == "ssas"
     wide = models["hidden_size=64"]
@@ -131,8 +134,8 @@ def test_a_bad_grid_says_what_is_wrong(plain, says):
 
 
 def test_points_that_make_no_model_are_all_named():
-    study = tiny_study(vary=grids({"attention": [9]}, {"kv_heads": [3]}, {"hidden_size": [40]}))
-    with pytest.raises(ValueError, match=r"(?s)attention=9: .*kv_heads=3: .*hidden_size=40: "):
+    study = tiny_study(vary=grids({"attention": [9]}, {"kv_heads": [3]}, {"hidden_size": [40]}, {"experts": [8]}))
+    with pytest.raises(ValueError, match=r"(?s)attention=9: .*kv_heads=3: .*hidden_size=40: .*experts=8: .*no mixture"):
         points(study)
 
 

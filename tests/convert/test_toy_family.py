@@ -38,7 +38,7 @@ class Experts(nnx.Module):
 
 EXPERTS = FeedForwardKind(
     name="experts", module=Experts, params=lambda c: 0, matrices=lambda c: 0, products=lambda c: 0,
-    kept=lambda c, share: None, last_product=lambda c: 0, buffers={},
+    kept=lambda c, share: None, last_product=lambda c: 0, buffers={}, width="ffn_size",
 )
 LAYERS = dict(qk_norm=False, layer_types=("conv", "full_attention", "conv", "full_attention"),
               ffn_types=("swiglu", "experts", "experts", "swiglu"))
