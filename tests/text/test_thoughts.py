@@ -12,8 +12,8 @@ from lfm_jax.testing import tiny_tokenizer
 from lfm_jax.text.thoughts import BLANKS, CLOSE, OPEN, Split, ThoughtCounter, ThoughtSplitter, split_thought, stage
 from lfm_jax.text.thoughts import thinking as thinking_of
 
-texts = st.lists(st.sampled_from([OPEN, CLOSE, "<thi", "nk>", "</", "think>", "<", " ", "\n\n", "a", "b c", "é", "\x1f"]),
-                 max_size=9).map("".join)
+parts = st.sampled_from([OPEN, CLOSE, "<thi", "nk>", "</", "think>", "<", " ", "\n\n", "a", "b c", "é", "\x1f"])
+texts = st.lists(parts, max_size=9).map("".join)
 stages = st.sampled_from(["start", "thought", "answer"])
 
 
@@ -56,8 +56,8 @@ def test_text_comes_as_soon_as_it_is_certain():
 
 
 @pytest.mark.parametrize(("begun", "where"), [
-    ("", "start"), ("\n", "start"), ("<think>", "thought"), ("<think>\nx", "thought"), ("<think>\n\n</think>\n\n", "answer"),
-    ("So", "answer"), ("<thi", "answer"),
+    ("", "start"), ("\n", "start"), ("<think>", "thought"), ("<think>\nx", "thought"), ("So", "answer"),
+    ("<think>\n\n</think>\n\n", "answer"), ("<thi", "answer"),
 ])
 def test_where_a_reply_goes_on(begun, where):
     assert stage(begun) == where
