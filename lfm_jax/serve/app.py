@@ -247,7 +247,8 @@ class _Desk:
         arrived = time.monotonic()
         self._check(body, 1)
         asked = await self._in_thread(lambda: [self._ask_chat(body)])
-        return await self._answer(ChatForm(self._service, self._name, body), asked, body, body, request, arrived)
+        form = ChatForm(self._service, self._name, body, self._service.stage(asked[0].prompt))
+        return await self._answer(form, asked, body, body, request, arrived)
 
     async def respond(self, body: ResponsesBody, request: Request) -> Response:
         """Answers POST /v1/responses, as the chat that it stands for."""
@@ -263,7 +264,7 @@ class _Desk:
             error.message = body.in_own_words(error.message)
             error.param = error.param and body.in_own_words(error.param)
             raise
-        form = ResponsesForm(self._service, self._name, body, chat)
+        form = ResponsesForm(self._service, self._name, body, chat, self._service.stage(asked[0].prompt))
         return await self._answer(form, asked, chat, body, request, arrived)
 
     def _ask_chat(self, body: ChatBody) -> engine_request.Request:
@@ -352,7 +353,7 @@ class _Desk:
         """Runs requests and answers whole or as a stream; cancels them when the client disconnects."""
         skip = body.skip_special_tokens is not False and not form.keeps_markers
         try:
-            answers = self._service.submit(asked, body.stop or (), skip_special_tokens=skip)
+            answers = self._service.submit(asked, body.stop or (), skip_special_tokens=skip, shown=form.shown)
         except EngineFullError as error:
             raise RefusalError(429, str(error), "queue_full") from None
         except RuntimeError as error:

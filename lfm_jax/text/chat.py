@@ -142,9 +142,9 @@ def encode_chat(
     """Encodes a conversation up to the opening of the assistant's turn; template None means DEFAULT_TEMPLATE.
 
     Calls in earlier turns (`tool_calls`, each with `name` and `arguments`, itself or in its `function`) are written as
-    the model writes them, unless the template writes them. A thought in an earlier turn (`reasoning_content`) is written
-    before its content where the template names `</think>`, so that the template's own rule says what becomes of it; a
-    template that names `reasoning_content` gets it as it is, and one that names neither has no thoughts.
+    the model writes them, unless the template writes them. A thought in an earlier turn (`reasoning_content`) is
+    written before its content where the template names `</think>`, so that the template's own rule says what becomes of
+    it; a template that names `reasoning_content` gets it as it is, and one that names neither has no thoughts.
 
     Args:
       plain_contents: the names of special tokens in messages and tools are encoded as plain text, so that only the

@@ -53,6 +53,13 @@ def stage(begun: str) -> Stage:
     return "answer" if begun else "start"
 
 
+@dataclasses.dataclass(frozen=True)
+class Thought:
+    """A piece of a thought."""
+
+    text: str
+
+
 class Split(NamedTuple):
     """A reply, or a piece of one."""
 
