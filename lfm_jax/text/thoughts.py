@@ -5,6 +5,7 @@ The marks are added tokens of some tokenizers and plain text to others; a reply'
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -163,3 +164,42 @@ class ThoughtCounter:
             if "thought" in (before, self._splitter.stage):
                 self.tokens = self._seen
                 self.inside += before == "thought"
+
+    def copy(self) -> ThoughtCounter:
+        """Returns another counter at the same place."""
+        other = copy.copy(self)
+        other._splitter = copy.copy(self._splitter)
+        return other
+
+
+class ThoughtLimit:
+    """Follows a reply token by token, and says which tokens must come so that its thought ends in time.
+
+    Args:
+      how: the model writes thoughts.
+      begin: as for `ThoughtSplitter`.
+      most: tokens of the thought, without its marks.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, how: Thinking, begin: Stage, most: int):
+        self._counter, self._close_ids, self._most = ThoughtCounter(tokenizer, begin), how.close_ids, most
+        self._closing = 0
+        """Tokens of the mark that were forced so far."""
+
+    @property
+    def forced(self) -> int | None:
+        """The token that must come next; None: any may."""
+        if not self._counter.open or self._counter.inside < self._most:
+            return None
+        return self._close_ids[self._closing]
+
+    def push(self, token: int) -> None:
+        """Takes the next token in."""
+        self._closing = self._closing + 1 if token == self.forced else 0
+        self._counter.push([token])
+
+    def copy(self) -> ThoughtLimit:
+        """Returns another limit at the same place."""
+        other = copy.copy(self)
+        other._counter = self._counter.copy()
+        return other

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,13 +10,16 @@ from openai.types.chat import ChatCompletionChunk
 from openai.types.responses import ResponseReasoningItem
 from tokenizers import AddedToken
 
+from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.request import TokenLogprob
-from lfm_jax.engine.service import Piece
+from lfm_jax.engine.service import Piece, Service
+from lfm_jax.serve.app import make_app
+from lfm_jax.serve.batch import call
 from lfm_jax.serve.formats import ChatForm, streamed_answer, whole_answer
 from lfm_jax.serve.messages import plain_messages
 from lfm_jax.serve.protocol import ChatBody
 from lfm_jax.serve.responses import ResponsesBody, ResponsesForm
-from lfm_jax.testing import tiny_tokenizer
+from lfm_jax.testing import tiny_model, tiny_tokenizer
 from lfm_jax.text.codec import Reply
 from lfm_jax.text.thoughts import CLOSE, OPEN, thinking
 
@@ -158,3 +162,89 @@ def test_thoughts_of_earlier_turns():
     messages = plain_messages(body.as_chat().messages)
     assert [(m["role"], m["content"], m.get("reasoning_content"), len(m.get("tool_calls", ()))) for m in messages] == [
         ("user", "hello", None, 0), ("assistant", "x", "ab", 1), ("assistant", "", "c", 2), ("user", "z", None, 0)]
+
+
+# -------------------------------------------------------------------- from the engine
+
+TEMPLATE = """\
+{%- for message in messages -%}
+    {%- set content = message["content"] if loop.last else message["content"].split("</think>")[-1] -%}
+    {{- "<|im_start|>" + message["role"] + "\\n" + content + "<|im_end|>\\n" -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- "<|im_start|>assistant\\n" + ("<think>\\n" if opens else "") + ("<think></think>" if closes else "") -}}
+{%- endif -%}
+{%- if tools -%}{%- endif -%}
+"""
+
+
+@pytest.fixture(scope="module", params=["text", "special"])
+def ask(request):
+    """Asks an engine for chats, all from one event loop."""
+    tokenizer = service_with(request.param).tokenizer
+    model = tiny_model(vocab_size=tokenizer.get_vocab_size() + 5)
+    config = EngineConfig(slots=((2, 512),), chunk=64, prefix_cache_bytes=0)
+    service = Service(model, tokenizer, TEMPLATE, config)
+    app = make_app(service, "tiny")
+    service.engine.serve()
+
+    def asked(**fields):
+        body = {"model": "tiny", "messages": HELLO, "temperature": 1.0, "max_tokens": 200, "seed": 5} | fields
+        status, answer = asyncio.run(call(app, "/v1/chat/completions", body))
+        assert status == 200, answer
+        [choice] = answer["choices"]
+        return choice["message"], choice["finish_reason"], answer["usage"], tokenizer
+
+    yield asked
+    service.engine.close(drain=False)
+
+
+def used(usage):
+    return usage["completion_tokens_details"]["reasoning_tokens"]
+
+
+def test_a_constrained_answer_follows_the_thought(ask):
+    for opens in (True, False):
+        message, finish, usage, tokenizer = ask(
+            guided_regex="[ab]{3}", max_thinking_tokens=5, chat_template_kwargs={"opens": opens})
+        assert re.fullmatch("[ab]{3}", message["content"])
+        assert finish == "stop"
+        close = len(tokenizer.encode(CLOSE, add_special_tokens=False).ids)
+        assert (5 < used(usage) <= 5 + close + 6) if opens else used(usage) <= 5 + 2 * close + 12
+    for none in (dict(chat_template_kwargs={"closes": True}), dict(max_thinking_tokens=0)):
+        message, _, usage, _ = ask(guided_regex="[ab]{3}", **none)
+        assert re.fullmatch("[ab]{3}", message["content"])
+        assert used(usage) == 0
+
+
+def test_a_forced_call_follows_the_thought(ask):
+    for choice in ("required", {"type": "function", "function": {"name": "f"}}):
+        message, finish, usage, _ = ask(tools=[{"type": "function", "function": TOOL}], tool_choice=choice,
+                                        max_thinking_tokens=4, chat_template_kwargs={"opens": True})
+        assert message["tool_calls"][0]["function"]["name"] == "f"
+        assert (finish, message["content"]) == ("tool_calls", None)
+        assert used(usage) > 4
+
+
+def test_the_limit_alone(ask):
+    for most in (0, 7):
+        message, _, usage, tokenizer = ask(max_thinking_tokens=most, max_tokens=60,
+                                           chat_template_kwargs={"opens": True})
+        close = len(tokenizer.encode(CLOSE, add_special_tokens=False).ids)
+        assert most + 1 <= used(usage) <= most + close + 6
+        assert ("reasoning_content" in message) <= (most > 0)
+    message, _, usage, _ = ask(max_tokens=30, chat_template_kwargs={"closes": True}, max_thinking_tokens=3)
+    assert used(usage) == 0
+
+
+def test_a_thought_that_the_client_began(ask):
+    begun = {"role": "assistant", "content": "<think>\nThe fox"}
+    message, finish, usage, _ = ask(messages=[*HELLO, begun], continue_final_message=True, guided_choice=["yes", "no"],
+                                    max_thinking_tokens=12)
+    assert message["content"] in ("yes", "no")
+    assert finish == "stop"
+    assert used(usage) > 0
+    message, _, usage, _ = ask(messages=[*HELLO, begun | {"content": "ye"}], continue_final_message=True,
+                               guided_choice=["yes", "no"])
+    assert (message["content"], used(usage)) == ("s", 0)
+
