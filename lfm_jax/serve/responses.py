@@ -197,6 +197,8 @@ class ResponsesBody(Body):
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    max_thinking_tokens: Annotated[int, Field(ge=0, lt=MAX_ID)] | None = Field(
+        None, description="this server's own: the most tokens of a thought, which is then closed")
     previous_response_id: Annotated[Any, Refused(ONE_AT_A_TIME)] = None
     conversation: Annotated[Any, Refused(ONE_AT_A_TIME)] = None
     prompt: Annotated[Any, Refused("the server has no stored prompts; send instructions and input")] = None
@@ -272,6 +274,7 @@ class ResponsesBody(Body):
                       for tool in self.tools or () if isinstance(tool, ResponseTool)] or None,
             "tool_choice": self._choice(), "parallel_tool_calls": self.parallel_tool_calls,
             "response_format": self._format(), "max_completion_tokens": self.max_output_tokens,
+            "max_thinking_tokens": self.max_thinking_tokens,
             "temperature": self.temperature, "top_p": self.top_p, "stream": self.stream,
         }
         if "message.output_text.logprobs" in shown:

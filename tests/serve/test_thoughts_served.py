@@ -153,12 +153,13 @@ def test_thoughts_of_earlier_turns():
         {"role": "assistant", "content": "x", "reasoning_content": "y"}, {"role": "user", "content": "z"}]
     summary = [{"type": "summary_text", "text": "a"}, {"type": "summary_text", "text": "b"}]
     call = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}
-    body = ResponsesBody.model_validate({"model": "tiny", "input": [
+    body = ResponsesBody.model_validate({"model": "tiny", "max_thinking_tokens": 4, "input": [
         *HELLO, {"type": "reasoning", "id": "rs_1", "summary": summary}, {"role": "assistant", "content": "x"}, call,
         {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "c"}]}, call,
         {"type": "reasoning", "summary": [], "encrypted_content": "?"}, call,
         {"type": "reasoning", "summary": summary}, {"role": "user", "content": "z"},
     ]})
+    assert body.as_chat().max_thinking_tokens == 4
     messages = plain_messages(body.as_chat().messages)
     assert [(m["role"], m["content"], m.get("reasoning_content"), len(m.get("tool_calls", ()))) for m in messages] == [
         ("user", "hello", None, 0), ("assistant", "x", "ab", 1), ("assistant", "", "c", 2), ("user", "z", None, 0)]
