@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,9 @@ from lfm_jax.engine.pool import Ticket
 from lfm_jax.engine.request import Event, Finish, Request, TokenLogprob
 from lfm_jax.model import LFM
 from lfm_jax.structured.grammar import Grammar, Matcher, grammar_tokenizer
-from lfm_jax.text.chat import Message, encode_chat, turn_stop_ids
+from lfm_jax.text.chat import Message, begun_turn, encode_chat, turn_stop_ids
 from lfm_jax.text.codec import Reply, check_tokenizer, encode
+from lfm_jax.text.thoughts import Stage, stage, thinking
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -68,6 +69,8 @@ class Service:
         self.engine = Engine(model, config, mesh)
         self.stop_ids = turn_stop_ids(tokenizer, model.config)
         """Tokens that end a continuation."""
+        self.thinking = thinking(tokenizer, template)
+        """How the model writes thoughts in chats; None: it has none."""
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of a prompt, with bos."""
@@ -80,6 +83,10 @@ class Service:
         return encode_chat(self.tokenizer, self.config, self._template, messages, tools,
                            plain_contents=self._plain_contents, **options)
 
+    def stage(self, prompt: Sequence[int]) -> Stage:
+        """Returns where the reply to the prompt of a chat goes on; of a model without thoughts, in the answer."""
+        return "answer" if self.thinking is None else stage(begun_turn(self.tokenizer, prompt))
+
     def matcher(self, grammar: Grammar) -> Matcher:
         """Returns a matcher for `Request.grammar`.
 
@@ -89,25 +96,28 @@ class Service:
         return grammar_tokenizer(self.tokenizer, self.config.vocab_size, self.stop_ids).matcher(grammar)
 
     def submit(
-        self, requests: Sequence[Request], stop: Sequence[str] = (), *, skip_special_tokens: bool = True
+        self, requests: Sequence[Request], stop: Sequence[str] = (), *, skip_special_tokens: bool = True,
+        shown: Collection[int] = (),
     ) -> Answers:
         """Queues requests, all or none, from a running event loop.
 
         Args:
           stop: strings before which a continuation ends; special tokens may be among them.
           skip_special_tokens: leaves special tokens out of the text.
+          shown: those that the text has all the same.
 
         Raises:
           ValueError, EngineFullError, RuntimeError: see `Engine.submit`.
         """
-        return Answers(self, requests, stop, skip_special_tokens=skip_special_tokens)
+        return Answers(self, requests, stop, skip_special_tokens=skip_special_tokens, shown=shown)
 
 
 class Answers:
     """The continuations of some requests, as they arrive."""
 
     def __init__(
-        self, service: Service, requests: Sequence[Request], stop: Sequence[str], *, skip_special_tokens: bool
+        self, service: Service, requests: Sequence[Request], stop: Sequence[str], *, skip_special_tokens: bool,
+        shown: Collection[int],
     ):
         self._engine, self._loop = service.engine, asyncio.get_running_loop()
         self._news: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
@@ -125,7 +135,7 @@ class Answers:
                 self._firsts.append(len(self._replies))
                 for _ in range(request.n):
                     self._replies[len(self._replies)] = Reply(
-                        service.tokenizer, stop, ids, skip_special_tokens=skip_special_tokens
+                        service.tokenizer, stop, ids, skip_special_tokens=skip_special_tokens, shown=shown
                     )
                 listener = partial(self._listen, len(self._tickets))
                 self._tickets.append(self._engine.submit(dataclasses.replace(request, stop_ids=ids), listener))

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from lfm_jax.infer.generate import stream_pieces
 from lfm_jax.model import LFM
 from lfm_jax.sampling import GREEDY, Sampling
-from lfm_jax.text.chat import DEFAULT_TEMPLATE, encode_chat, turn_stop_ids
+from lfm_jax.text.chat import DEFAULT_TEMPLATE, begun_turn, encode_chat, turn_stop_ids
 from lfm_jax.text.codec import check_tokenizer
+from lfm_jax.text.thoughts import Split, ThoughtSplitter, stage, thinking
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -49,7 +50,7 @@ def chat_loop(
     """Talks until /exit or the end of input; /help lists the other commands.
 
     Ctrl-C stops a reply and keeps what is written of it. At the prompt it says how to leave, and the second time
-    leaves.
+    leaves. A thought is shown under the line `[thinking]`, and then the answer under `[answer]`.
 
     Args:
       model, tokenizer, sampling: as in `generate`.
@@ -60,7 +61,7 @@ def chat_loop(
       write: shows text; takes the keywords `end` and `flush` of `print`.
 
     Returns:
-      The messages of the conversation.
+      The messages of the conversation; those that began with a thought have it as `reasoning_content`.
 
     Raises:
       ValueError: a tokenizer that does not fit the model, a bad option, or a template that fails.
@@ -110,6 +111,7 @@ class _Talk:
         self._model, self._tokenizer, self._template = model, tokenizer, template
         self._sampling, self._most, self._write = sampling, max_new_tokens, write
         self._stop_ids = turn_stop_ids(tokenizer, model.config)
+        self._thinking = thinking(tokenizer, template)
         self._system: list[dict[str, str]] = []
         self._turns: list[dict[str, str]] = []
 
@@ -187,26 +189,29 @@ class _Talk:
                 f"The conversation would take {len(ids)} tokens, and the model's context holds {context}: nothing is "
                 "left for a reply. Send something shorter, or begin anew with /reset; /save FILE keeps what there is.")
         most = min(self._most, room)
-        text, tokens, first, began, stopped = "", [], 0.0, time.monotonic(), False
+        marks = self._thinking.token_ids if self._thinking else ()
+        reply = _Shown(self._write, ThoughtSplitter(
+            stage(begun_turn(self._tokenizer, ids)) if self._thinking else "answer"))
+        tokens, first, began, stopped = [], 0.0, time.monotonic(), False
         try:
             for piece in stream_pieces(self._model, self._tokenizer, ids, self._sampling, most,
-                                       stop_ids=self._stop_ids):
+                                       stop_ids=self._stop_ids, shown=marks):
                 first = first or time.monotonic() - began
                 tokens += piece.tokens
-                text += piece.text
-                if piece.text:
-                    self._write(piece.text, end="", flush=True)
+                reply.push(piece.text)
+            reply.finish()
         except KeyboardInterrupt:
             stopped = True
         except (ValueError, RuntimeError):
-            if text:
+            if reply.thought or reply.answer:
                 self._write("")  # What is wrong is said on a line of its own.
             raise
         seconds = time.monotonic() - began
-        if stopped and not text:
+        if stopped and not (reply.thought or reply.answer):
             self._write("[stopped before the first word; your message is not kept]")
             return
-        self._turns = [*turns, {"role": "assistant", "content": text}]
+        thought = {"reasoning_content": reply.thought} if reply.thought else {}
+        self._turns = [*turns, {"role": "assistant", "content": reply.answer, **thought}]
         notes = [_speed(len(tokens), first, seconds)]
         if stopped:
             notes = ["stopped", *notes]
@@ -217,6 +222,30 @@ class _Talk:
 
     def _encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
         return encode_chat(self._tokenizer, self._model.config, self._template, messages)
+
+
+class _Shown:
+    """Shows a reply as it comes: its thought, if it has one, and the answer, each under a line that says so."""
+
+    def __init__(self, write: Callable[..., None], splitter: ThoughtSplitter):
+        self._write, self._splitter = write, splitter
+        self.thought = self.answer = ""
+
+    def push(self, text: str) -> None:
+        self._show(self._splitter.push(text))
+
+    def finish(self) -> None:
+        self._show(self._splitter.finish())
+
+    def _show(self, new: Split) -> None:
+        if new.thought:
+            heading = "" if self.thought else "[thinking]\n"
+            self.thought += new.thought  # What is kept is never less than what is shown.
+            self._write(heading + new.thought, end="", flush=True)
+        if new.answer:
+            heading = "\n[answer]\n" if self.thought and not self.answer else ""
+            self.answer += new.answer
+            self._write(heading + new.answer, end="", flush=True)
 
 
 def _speed(count: int, first: float, seconds: float) -> str:

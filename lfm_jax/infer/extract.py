@@ -23,8 +23,9 @@ from lfm_jax.kernels.logprobs import token_logprobs
 from lfm_jax.model import LFM
 from lfm_jax.sampling import GREEDY, Sampling
 from lfm_jax.state import State
-from lfm_jax.text.chat import encode_chat, turn_stop_ids
+from lfm_jax.text.chat import begun_turn, encode_chat, turn_stop_ids
 from lfm_jax.text.codec import check_tokenizer, encoded
+from lfm_jax.text.thoughts import Stage, split_thought, stage, thinking
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -94,7 +95,7 @@ def extract(
       template: chat template (`lfm.convert.hf.chat_template`); None means DEFAULT_TEMPLATE.
       instruction: the system's message; `{schema}` in it stands for the schema.
       sampling: how tokens are chosen.
-      max_new_tokens: of the JSON.
+      max_new_tokens: of the JSON, and of the thought before it where the model has one.
       plain_contents: the names of special tokens in a text are text like any other (see `chat.encode_chat`).
 
     Returns:
@@ -110,7 +111,8 @@ def extract(
     texts, (wanted, read) = _texts("text", text), _wanted(schema)
     check_tokenizer(tokenizer, model.config)
     stop_ids = _stop_ids(model, tokenizer)
-    grammar = grammar_tokenizer(tokenizer, model.config.vocab_size, stop_ids).matcher(Grammar.json_schema(wanted))
+    constraint, how = Grammar.json_schema(wanted), thinking(tokenizer, template)
+    follow = grammar_tokenizer(tokenizer, model.config.vocab_size, stop_ids)
     if not texts:
         return []
     system = instruction.replace("{schema}", json.dumps(wanted, ensure_ascii=False))
@@ -119,6 +121,9 @@ def extract(
     length = min(bucket(max(map(len, prompts)) + max_new_tokens), model.config.max_position)
     config = EngineConfig(slots=((min(SLOTS, max(2, len(texts))), length),), chunk=CHUNK,
                           prefix_cache_bytes=2 * model.config.state_bytes(length))
+    # The template opens each reply in the same way.
+    begin: Stage = "answer" if how is None else stage(begun_turn(tokenizer, prompts[0]))
+    grammar = follow.matcher(constraint.after_thought(how, begin) if how else constraint)
     requests = [
         Request(prompt=prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids, grammar=grammar)
         for prompt in prompts
@@ -130,7 +135,8 @@ def extract(
         if answer.finish != "stop":
             raise ValueError(f"the answer for text {number} needs more than max_new_tokens {max_new_tokens}; raise it, "
                              "or bound the schema (maxLength, maxItems)")
-        data = json.loads(tokenizer.decode([i for i in answer.tokens if i not in stop_ids]))
+        reply = tokenizer.decode([i for i in answer.tokens if i not in stop_ids], skip_special_tokens=False)
+        data = json.loads(split_thought(reply, begin).answer)
         try:
             results.append(read(data))
         except ValueError as error:

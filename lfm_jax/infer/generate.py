@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lfm_jax.infer.decoding import DISPATCH, Decoding, check, resolve_stop_ids
@@ -117,13 +117,14 @@ def stream_pieces(
     stop: str | Sequence[str] = (),
     stop_ids: Sequence[int] | None = None,
     skip_special_tokens: bool = True,
+    shown: Collection[int] = (),
 ) -> Iterator[Piece]:
-    """`stream` with the tokens beside their text."""
+    """`stream` with the tokens beside their text; `shown` are special tokens that the text has all the same."""
     check_tokenizer(tokenizer, model.config)
     ids = resolve_stop_ids(stop_ids, model.config)
     row = encode(tokenizer, prompt, model.config.bos_id) if isinstance(prompt, str) else prompt
     check([row], sampling, max_new_tokens, model.config)
-    reply = Reply(tokenizer, _stop_strings(stop), ids, skip_special_tokens=skip_special_tokens)
+    reply = Reply(tokenizer, _stop_strings(stop), ids, skip_special_tokens=skip_special_tokens, shown=shown)
 
     def run() -> Iterator[Piece]:
         decoding = Decoding(model, [row], sampling, max_new_tokens, ids)

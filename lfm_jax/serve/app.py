@@ -45,8 +45,9 @@ from lfm_jax.serve.messages import plain_messages
 from lfm_jax.serve.metrics import Metrics
 from lfm_jax.serve.protocol import ChatBody, CompletionBody, Shared
 from lfm_jax.serve.responses import ResponsesBody, ResponsesForm
-from lfm_jax.structured.grammar import Matcher
+from lfm_jax.structured.grammar import Grammar, Matcher
 from lfm_jax.text.codec import encoded
+from lfm_jax.text.thoughts import Stage, ThoughtLimit
 
 TIDY_SECONDS = 60
 """How often free memory goes back to the system."""
@@ -231,7 +232,8 @@ class _Desk:
         self._check(body, len(body.prompts()))
 
         def prepare() -> list[engine_request.Request]:
-            matcher = self._matcher(body, [one.value for one in body.constraints()])
+            grammar = self._grammar(body, [one.value for one in body.constraints()])
+            matcher = None if grammar is None else self._service.matcher(grammar)
             with blamed("prompt"):
                 prompts = [self._service.encode(p) if isinstance(p, str) else p for p in body.prompts()]
             most = 16 if body.max_tokens is None else body.max_tokens
@@ -247,7 +249,8 @@ class _Desk:
         arrived = time.monotonic()
         self._check(body, 1)
         asked = await self._in_thread(lambda: [self._ask_chat(body)])
-        return await self._answer(ChatForm(self._service, self._name, body), asked, body, body, request, arrived)
+        form = ChatForm(self._service, self._name, body, self._service.stage(asked[0].prompt))
+        return await self._answer(form, asked, body, body, request, arrived)
 
     async def respond(self, body: ResponsesBody, request: Request) -> Response:
         """Answers POST /v1/responses, as the chat that it stands for."""
@@ -263,23 +266,39 @@ class _Desk:
             error.message = body.in_own_words(error.message)
             error.param = error.param and body.in_own_words(error.param)
             raise
-        form = ResponsesForm(self._service, self._name, body, chat)
+        form = ResponsesForm(self._service, self._name, body, chat, self._service.stage(asked[0].prompt))
         return await self._answer(form, asked, chat, body, request, arrived)
 
     def _ask_chat(self, body: ChatBody) -> engine_request.Request:
         given = [*(tool.function.plain() for tool in body.function_tools),
                  *(one.value for one in body.constraints())]
-        matcher = self._matcher(body, given)
+        grammar = self._grammar(body, given)
         tools = body.schemas if body.tool_choice != "none" else None
         messages = plain_messages(body.messages)
         with blamed("messages"):
             prompt = self._service.encode_chat(messages, tools, continue_final=body.continues,
                                                variables=body.chat_template_kwargs)
+        matcher = self._chat_matcher(grammar, body, prompt)
+        with blamed("messages"):
             if matcher is not None and body.continues:
                 self._follow(matcher, messages[-1]["content"])
         most = body.max_completion_tokens or body.max_tokens or self._limits.tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         return self._ask(prompt, body, most, logprobs, matcher, "messages")
+
+    def _chat_matcher(self, grammar: Grammar | None, body: ChatBody, prompt: list[int]) -> Matcher | None:
+        """A matcher of the answer and of a thought before it, where one may come."""
+        how, most = self._service.thinking, body.max_thinking_tokens
+        # What a client has begun is followed from its first word on.
+        begin: Stage = "start" if body.continues else self._service.stage(prompt)
+        if how is None or begin == "answer" or (begin == "start" and grammar is not None and most == 0):
+            return None if grammar is None else self._service.matcher(grammar)
+        if grammar is None and most is None:
+            return None
+        matcher = self._service.matcher((grammar or Grammar.free()).after_thought(how, begin))
+        if most is not None:
+            matcher.limit = ThoughtLimit(self._service.tokenizer, how, begin, most)
+        return matcher
 
     def _follow(self, matcher: Matcher, text: str) -> None:
         """Advances a matcher by the beginning of the answer, which the client has written."""
@@ -309,13 +328,13 @@ class _Desk:
             raise RefusalError(400, f"n is {body.n or 1} for {prompts} prompts; at most {self._limits.choices} "
                                     "continuations in all", param="n")
 
-    def _matcher(self, body: Shared, given: Sequence[Any]) -> Matcher | None:
-        """A matcher of what the answer must follow; `given` is what the client sent of it."""
+    def _grammar(self, body: Shared, given: Sequence[Any]) -> Grammar | None:
+        """What the answer must follow; `given` is what the client sent of it."""
         size = len(json.dumps(given))
         if size > self._limits.schema_bytes:
             field = "tools" if isinstance(body, ChatBody) and body.tools else body.constraints()[0].field
             raise FieldError(field, f"schemas take {size} bytes; at most {self._limits.schema_bytes}")
-        return None if body.grammar is None else self._service.matcher(body.grammar)
+        return body.grammar
 
     def _ask(
         self, prompt: list[int], body: Shared, most: int, logprobs: int | None, matcher: Matcher | None, param: str, *,
@@ -352,7 +371,7 @@ class _Desk:
         """Runs requests and answers whole or as a stream; cancels them when the client disconnects."""
         skip = body.skip_special_tokens is not False and not form.keeps_markers
         try:
-            answers = self._service.submit(asked, body.stop or (), skip_special_tokens=skip)
+            answers = self._service.submit(asked, body.stop or (), skip_special_tokens=skip, shown=form.shown)
         except EngineFullError as error:
             raise RefusalError(429, str(error), "queue_full") from None
         except RuntimeError as error:

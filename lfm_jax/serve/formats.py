@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from lfm_jax.engine.service import Piece, Service
 from lfm_jax.serve.errors import RefusalError, broken
 from lfm_jax.serve.protocol import ChatBody, CompletionBody
 from lfm_jax.text.codec import Detokenizer, token_bytes
+from lfm_jax.text.thoughts import Stage, Thought, ThoughtCounter, ThoughtSplitter
 from lfm_jax.text.tools import CallCut, CallPiece, CallStart, Content, Event, ToolCallParser
 
 _BREAKS = {ord(c): f"\\u{ord(c):04x}" for c in "\u0085\u2028\u2029"}
@@ -25,7 +26,10 @@ class Choice:
 
     def __init__(self) -> None:
         self.text = ""
+        self.thought = ""
         self.tokens = 0
+        self.thought_tokens = 0
+        """Those of them that belong to the thought."""
         self.cached_tokens = 0
         """Tokens of its prompt that the prefix cache had."""
         self.logprobs: list[TokenLogprob] = []
@@ -51,6 +55,8 @@ class Form(Protocol):
 
     keeps_markers: bool
     """Special tokens are needed in the text."""
+    shown: Collection[int]
+    """Those that are needed even where the others are not."""
 
     def whole(self, choices: Choices, asked: Sequence[Request]) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
@@ -142,7 +148,8 @@ def usage_of(choices: Choices, asked: Sequence[Request]) -> dict[str, Any]:
     firsts = range(0, sum(one.n for one in asked), asked[0].n)  # The continuations of a prompt share it.
     cached = sum(choices[i].cached_tokens for i in firsts if i in choices)
     return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
-            "prompt_tokens_details": {"cached_tokens": cached}}
+            "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": sum(c.thought_tokens for c in choices.values())}}
 
 
 def logprob_entry(tokenizer: Any, told: TokenLogprob) -> dict[str, Any]:
@@ -159,6 +166,7 @@ class _Completion:
     """What both kinds of completion have in common."""
 
     keeps_markers = False
+    shown: Collection[int] = ()
     end = "data: [DONE]\n\n"
     kind: str
     """The object of a chunk."""
@@ -264,25 +272,40 @@ class TextForm(_Completion):
 
 
 class ChatReply:
-    """Splits the pieces of one continuation into text and calls, which are reported as they are written.
+    """Splits the pieces of one continuation into a thought, text and calls, which are reported as they are written.
 
     Args:
-      body: says which tools may be called; none: all of it is text.
+      body: says which tools may be called; none: all of the answer is text.
+      begin: where the continuation begins, see `ThoughtSplitter`.
     """
 
-    def __init__(self, body: ChatBody):
+    def __init__(self, service: Service, body: ChatBody, begin: Stage):
+        self._splitter, self._counter = ThoughtSplitter(begin), ThoughtCounter(service.tokenizer, begin)
         tools = body.schemas or [] if body.calls_tools else []
         self._parser: ToolCallParser | None = None
         if tools:
             self._parser = ToolCallParser(tools, at_start=body.constraint() is not None, growing=True)
 
-    def push(self, piece: Piece) -> list[Event]:
+    def push(self, piece: Piece, choice: Choice) -> list[Thought | Event]:
         """The events that have become certain with a piece; text that may still become a call is kept back."""
+        self._counter.push(piece.tokens)
+        choice.thought_tokens = self._counter.tokens
+        thought, text = self._splitter.push(piece.text)
+        if piece.finish is not None:
+            rest = self._splitter.finish()
+            thought, text = thought + rest.thought, text + rest.answer
+        choice.thought += thought
+        events: list[Thought | Event] = [Thought(thought)] if thought else []
         if self._parser is None:
-            return [Content(piece.text)] if piece.text else []
-        events = self._parser.push(piece.text)
+            return [*events, Content(text)] if text else events
+        events += self._parser.push(text)
         # The grammar ends each call: one that is open was cut, by the limit or by a stop text.
         return events if piece.finish is None else [*events, *self._parser.finish(cut=True)]
+
+
+def marks_of_thoughts(service: Service, begin: Stage) -> Collection[int]:
+    """The special tokens by which `ChatReply` finds the thought."""
+    return () if service.thinking is None or begin == "answer" else service.thinking.token_ids
 
 
 class ChatForm(_Completion):
@@ -290,9 +313,10 @@ class ChatForm(_Completion):
 
     kind = "chat.completion.chunk"
 
-    def __init__(self, service: Service, name: str, body: ChatBody):
+    def __init__(self, service: Service, name: str, body: ChatBody, begin: Stage):
         super().__init__(service, name, body, "chatcmpl")
-        self._body = body
+        self._service, self._body, self._begin = service, body, begin
+        self.shown = marks_of_thoughts(service, begin)
         self.keeps_markers = body.calls_tools
         """Calls are found by their markers, which are special tokens."""
         self._replies: dict[int, ChatReply] = {}
@@ -305,11 +329,13 @@ class ChatForm(_Completion):
 
     def deltas(self, piece: Piece, choice: Choice) -> Iterator[dict[str, Any]]:
         if (reply := self._replies.get(piece.choice)) is None:
-            reply = self._replies[piece.choice] = ChatReply(self._body)
+            reply = self._replies[piece.choice] = ChatReply(self._service, self._body, self._begin)
         logprobs = None
         if piece.logprobs is not None:
             logprobs = {"content": [logprob_entry(self._tokenizer, told) for told in piece.logprobs]}
-        events = reply.push(piece)
+        events = reply.push(piece, choice)
+        if thought := "".join(event.text for event in events if isinstance(event, Thought)):
+            yield self._chunk(piece.choice, {"reasoning_content": thought})
         text = "".join(event.text for event in events if isinstance(event, Content))
         choice.text += text
         if text or logprobs:
@@ -336,6 +362,8 @@ class ChatForm(_Completion):
             message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
             if choice.calls:
                 message |= {"content": choice.text or None, "tool_calls": choice.calls}
+            if choice.thought:
+                message["reasoning_content"] = choice.thought
             logprobs = None
             if self._body.logprobs:
                 logprobs = {"content": [logprob_entry(self._tokenizer, told) for told in choice.logprobs]}

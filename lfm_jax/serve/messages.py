@@ -114,12 +114,13 @@ class ChatMessage(Body):
     tool_call_id: str | None = None
     function_call: CalledFunction | None = Field(None, description="as one of `tool_calls`")
     refusal: str | None = Field(None, description="the content, where there is none")
+    reasoning_content: str | None = Field(
+        None, description="of the assistant: its thought; the chat template's own rule says whether the prompt has it")
     prefix: bool | None = Field(None, description="of the last message: the answer continues it")
     audio: Annotated[Any, Refused("the model reads text only")] = None
     annotations: Annotated[Any, Ignored(ECHO)] = None
     parsed: Annotated[Any, Ignored(ECHO)] = None
     reasoning: Annotated[Any, Ignored(ECHO)] = None
-    reasoning_content: Annotated[Any, Ignored(ECHO)] = None
     provider_specific_fields: Annotated[Any, Ignored(ECHO)] = None
     id: Annotated[Any, Ignored(ECHO)] = None
     index: Annotated[Any, Ignored(ECHO)] = None
@@ -147,7 +148,8 @@ class ChatMessage(Body):
                 raise ValueError(f"a message of role {self.role} has tool_calls; only the assistant's may")
             message["tool_calls"] = [{key: value for key, value in call.items() if value is not None}
                                      for call in calls]
-        given = {"name": self.name, "tool_call_id": self.tool_call_id}
+        thought = self.reasoning_content if self.role == "assistant" else None
+        given = {"name": self.name, "tool_call_id": self.tool_call_id, "reasoning_content": thought or None}
         return message | {key: value for key, value in given.items() if value is not None}
 
 

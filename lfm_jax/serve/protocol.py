@@ -269,6 +269,8 @@ class ChatBody(Shared):
     # Of other servers of open models.
     add_generation_prompt: bool | None = Field(None, description="false only with `continue_final_message`")
     continue_final_message: bool | None = Field(None, description="the answer continues the last message")
+    max_thinking_tokens: Annotated[int, Field(ge=0, lt=MAX_ID)] | None = Field(
+        None, description="this server's own: the most tokens of a thought, which is then closed")
     chat_template_kwargs: Annotated[dict[str, Any] | None, AfterValidator(_variables)] = Field(
         None, description="variables of the chat template")
     # Of no consequence here.

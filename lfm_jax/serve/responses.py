@@ -15,10 +15,19 @@ from lfm_jax.engine.request import Request
 from lfm_jax.engine.service import Piece, Service
 from lfm_jax.serve.errors import RefusalError
 from lfm_jax.serve.fields import ACCOUNT, CACHE, ECHO, HINT, STORAGE, Body, Ignored, Refused, one_of
-from lfm_jax.serve.formats import ChatReply, Choice, Choices, dumped, logprob_entry, usage_of
+from lfm_jax.serve.formats import (
+    ChatReply,
+    Choice,
+    Choices,
+    dumped,
+    logprob_entry,
+    marks_of_thoughts,
+    usage_of,
+)
 from lfm_jax.serve.messages import Content, joined
 from lfm_jax.serve.protocol import MAX_ID, MAX_TOP_LOGPROBS, ChatBody
 from lfm_jax.serve.tools import ForeignTool, FunctionTool
+from lfm_jax.text.thoughts import Stage, Thought
 from lfm_jax.text.tools import CallCut, CallPiece, CallStart, ToolCall
 from lfm_jax.text.tools import Content as Text
 
@@ -59,12 +68,19 @@ class FunctionOutput(InputItem):
     output: Content
 
 
+class ReasoningText(Body):
+    """A part of a thought."""
+
+    type: Literal["summary_text", "reasoning_text"] | None = None
+    text: str
+
+
 class ReasoningItem(InputItem):
-    """A thought of another model: it is left out."""
+    """The thought before the assistant's message or calls that follow."""
 
     type: Literal["reasoning"]
-    summary: Annotated[Any, Ignored(ECHO)] = None
-    content: Annotated[Any, Ignored(ECHO)] = None
+    summary: list[ReasoningText] | None = None
+    content: list[ReasoningText] | None = None
     encrypted_content: Annotated[Any, Ignored(ECHO)] = None
 
 
@@ -181,6 +197,8 @@ class ResponsesBody(Body):
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    max_thinking_tokens: Annotated[int, Field(ge=0, lt=MAX_ID)] | None = Field(
+        None, description="this server's own: the most tokens of a thought, which is then closed")
     previous_response_id: Annotated[Any, Refused(ONE_AT_A_TIME)] = None
     conversation: Annotated[Any, Refused(ONE_AT_A_TIME)] = None
     prompt: Annotated[Any, Refused("the server has no stored prompts; send instructions and input")] = None
@@ -209,18 +227,25 @@ class ResponsesBody(Body):
             found.append(({"role": "system", "content": self.instructions}, "instructions"))
         if isinstance(self.input, str):
             return [*found, ({"role": "user", "content": self.input}, "input")]
+        thought: dict[str, Any] = {}  # Of the assistant's next message.
         for i, item in enumerate(self.input):
+            if isinstance(item, ReasoningItem):
+                text = joined(item.content or item.summary)
+                thought = {"reasoning_content": text} if text else {}
+                continue
             if isinstance(item, InputMessage):
-                found.append(({"role": item.role, "content": joined(item.content)}, f"input[{i}]"))
+                own = thought if item.role == "assistant" else {}
+                found.append(({"role": item.role, "content": joined(item.content), **own}, f"input[{i}]"))
             elif isinstance(item, FunctionCall):
-                if not (found and found[-1][0]["role"] == "assistant"):
-                    found.append(({"role": "assistant", "content": ""}, f"input[{i}]"))
+                if thought or not (found and found[-1][0]["role"] == "assistant"):
+                    found.append(({"role": "assistant", "content": "", **thought}, f"input[{i}]"))
                 found[-1][0].setdefault("tool_calls", []).append(
                     {"id": item.call_id, "type": "function",
                      "function": {"name": item.name, "arguments": item.arguments}})
             elif isinstance(item, FunctionOutput):
                 found.append(({"role": "tool", "tool_call_id": item.call_id, "content": joined(item.output)},
                               f"input[{i}]"))
+            thought = {}
         return found
 
     def in_own_words(self, about_chat: str) -> str:
@@ -249,6 +274,7 @@ class ResponsesBody(Body):
                       for tool in self.tools or () if isinstance(tool, ResponseTool)] or None,
             "tool_choice": self._choice(), "parallel_tool_calls": self.parallel_tool_calls,
             "response_format": self._format(), "max_completion_tokens": self.max_output_tokens,
+            "max_thinking_tokens": self.max_thinking_tokens,
             "temperature": self.temperature, "top_p": self.top_p, "stream": self.stream,
         }
         if "message.output_text.logprobs" in shown:
@@ -282,15 +308,16 @@ class ResponsesBody(Body):
 class ResponsesForm:
     """Answers of /v1/responses.
 
-    The output is one message, then calls, as they come; text after a call makes another message.
+    The output is one thought, if there is one, then one message, then calls, as they come; text after a call makes
+    another message.
     """
 
     end = ""
 
-    def __init__(self, service: Service, name: str, body: ResponsesBody, chat: ChatBody):
+    def __init__(self, service: Service, name: str, body: ResponsesBody, chat: ChatBody, begin: Stage):
         self._tokenizer, self._body = service.tokenizer, body
-        self.keeps_markers = chat.calls_tools
-        self._reply = ChatReply(chat)
+        self.keeps_markers, self.shown = chat.calls_tools, marks_of_thoughts(service, begin)
+        self._reply = ChatReply(service, chat, begin)
         self._logprobs = bool(chat.logprobs)
         self._untold: list[dict[str, Any]] = []
         """Log-probabilities of tokens whose text, or its place, is not known yet."""
@@ -341,8 +368,14 @@ class ResponsesForm:
     def deltas(self, piece: Piece, choice: Choice) -> Iterator[dict[str, Any]]:
         if self._logprobs:
             self._untold += [logprob_entry(self._tokenizer, told) for told in piece.logprobs or ()]
-        for event in self._reply.push(piece):
-            if isinstance(event, Text):
+        before = choice.thought_tokens
+        events = self._reply.push(piece, choice)
+        # Those of a thought, the first tokens of all, have no place in the answer.
+        del self._untold[: choice.thought_tokens - before]
+        for event in events:
+            if isinstance(event, Thought):
+                yield from self._thought(event.text)
+            elif isinstance(event, Text):
                 choice.text += event.text
                 yield from self._text(event.text)
             elif isinstance(event, CallStart):
@@ -357,7 +390,19 @@ class ResponsesForm:
                 yield from self._text("")
             yield from self._close("completed" if choice.finish == "stop" else "incomplete")
 
+    def _thought(self, text: str) -> Iterator[dict[str, Any]]:
+        if self._open is None:
+            self._open = {"id": _id("rs"), "type": "reasoning", "status": "in_progress", "summary": []}
+            yield self._event("output_item.added", output_index=len(self._items), item=dict(self._open))
+            part = {"type": "summary_text", "text": ""}
+            yield self._event("reasoning_summary_part.added", **self._place(), summary_index=0, part=dict(part))
+            self._open["summary"] = [part]
+        self._open["summary"][0]["text"] += text
+        yield self._event("reasoning_summary_text.delta", **self._place(), summary_index=0, delta=text)
+
     def _text(self, text: str) -> Iterator[dict[str, Any]]:
+        if self._open is not None and self._open["type"] == "reasoning":
+            yield from self._close("completed")
         if self._open is None:
             self._open = {"id": _id("msg"), "type": "message", "role": "assistant", "status": "in_progress",
                           "content": []}
@@ -388,7 +433,11 @@ class ResponsesForm:
         if item is None:
             return
         item["status"] = status
-        if item["type"] == "message":
+        if item["type"] == "reasoning":
+            [part] = item["summary"]
+            yield self._event("reasoning_summary_text.done", **self._place(), summary_index=0, text=part["text"])
+            yield self._event("reasoning_summary_part.done", **self._place(), summary_index=0, part=part)
+        elif item["type"] == "message":
             [part] = item["content"]
             part["logprobs"] += self._untold
             yield self._event("output_text.done", **self._place(), content_index=0, text=part["text"],
@@ -399,7 +448,9 @@ class ResponsesForm:
                               arguments=item["arguments"])
         yield self._event("output_item.done", output_index=len(self._items), item=item)
         self._items.append(item)
-        self._open, self._untold = None, []
+        self._open = None
+        if item["type"] != "reasoning":  # After which come the tokens of the answer.
+            self._untold = []
 
     def closing(self, choices: Choices, asked: Sequence[Request]) -> Iterator[dict[str, Any]]:
         answer = self.whole(choices, asked)
@@ -409,10 +460,10 @@ class ResponsesForm:
         cut = choices[0].finish != "stop"
         used = usage_of(choices, asked)
         usage = {"input_tokens": used["prompt_tokens"], "input_tokens_details": used["prompt_tokens_details"],
-                 "output_tokens": used["completion_tokens"], "output_tokens_details": {"reasoning_tokens": 0},
+                 "output_tokens": used["completion_tokens"], "output_tokens_details": used["completion_tokens_details"],
                  "total_tokens": used["total_tokens"]}
         # Programs read the arguments of every call there is: one that was cut is none.
-        output = [item for item in self._items if item["type"] == "message" or item["status"] == "completed"]
+        output = [item for item in self._items if item["type"] != "function_call" or item["status"] == "completed"]
         return self._frame | {
             "status": "incomplete" if cut else "completed", "output": output, "usage": usage,
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,

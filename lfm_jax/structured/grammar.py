@@ -24,6 +24,7 @@ from lfm_jax.structured.kept import Kept
 from lfm_jax.structured.schema import GrammarError
 from lfm_jax.structured.size import check_pattern
 from lfm_jax.structured.trial import tried
+from lfm_jax.text.thoughts import CLOSE, OPEN, Stage, Thinking, ThoughtLimit
 from lfm_jax.text.tokenizer import without_limits
 from lfm_jax.text.tool_schemas import Tool, tool_schemas
 from lfm_jax.text.tools import END, START
@@ -145,6 +146,40 @@ class Grammar:
                      lambda: _of_calls(chosen, form, rules, parallel, bounds))
 
 
+    @classmethod
+    def free(cls) -> Grammar:
+        """Any text, without special tokens."""
+        return cls("start: /(?s:.*)/")
+
+    def after_thought(self, how: Thinking, begin: Stage = "start") -> Grammar:
+        """The same text, with a thought and up to four blanks before it.
+
+        Args:
+          how: the model writes thoughts.
+          begin: where the text goes on: at the `start` a thought may come, inside of a `thought` it must end, and in
+            the `answer` none comes.
+        """
+        if begin == "answer":
+            return self
+        # The form for added tokens fails where the marks are plain text, and the other way round.
+        if how.token_ids:
+            thought = rf"FREE {CLOSE} BLANKS"
+            opened = f"{OPEN} {thought}"
+            rules = [r"FREE: /(?s:.*)/ & ~/(?s:.*)<\/think>(?s:.*)/"]
+        else:
+            thought = "free BLANKS"
+            opened = f'"{OPEN}" {thought}'
+            rules = [r"free[lazy]: /(?s:.*)<\/think>/"]
+        form = f"({opened})?" if begin == "start" else thought
+        first = "\n".join([f"start: {form} @answer", *rules, r"BLANKS: /[ \t\r\n]{0,4}/"])
+        if self.text.lstrip().startswith("{"):
+            answer, *others = json.loads(self.text)["grammars"]
+        else:
+            answer, others = {"lark_grammar": self.text}, []
+        grammars = [{"lark_grammar": first}, answer | {"name": "answer"}, *others]
+        return dataclasses.replace(self, text=json.dumps({"grammars": grammars}))
+
+
 def _of_calls(
     tools: Sequence[Mapping[str, Any]], form: str, others: Sequence[str], parallel: bool, bounds: Bounds
 ) -> Grammar:
@@ -231,6 +266,8 @@ class Matcher:
     def __init__(self, tokenizer: GrammarTokenizer, matcher: Any):
         self.tokenizer = tokenizer
         self.handle = matcher
+        self.limit: ThoughtLimit | None = None
+        """Of the thought before the text: where it is reached only the tokens that end the thought are allowed."""
         self.error: str | None = None
         """Why the grammar can be followed no further, as when it needs too much work; only eos is allowed then."""
 
@@ -259,20 +296,24 @@ class Matcher:
             if re.search("doesn't satisfy|out of range|parser stopped", why):
                 raise ValueError(f"token {token} is not allowed by the grammar: {why}")
             self.error = why
+        if self.limit is not None:
+            self.limit.push(token)
 
     def rollback(self, tokens: int) -> None:
         """Takes the last tokens back.
 
         Raises:
-          ValueError: there are not as many.
+          ValueError: there are not as many, or the matcher has a limit of its thought.
         """
+        if self.limit is not None:
+            raise ValueError("cannot take back tokens of a matcher with a limit of its thought")
         if tokens and not self.handle.rollback(tokens):
             raise ValueError(f"cannot take back {tokens} tokens: {one_line(self.handle.get_error())}")
 
     def copy(self) -> Matcher:
         """Another matcher at the same place."""
         copy = Matcher(self.tokenizer, self.handle.deep_copy())
-        copy.error = self.error
+        copy.error, copy.limit = self.error, self.limit and self.limit.copy()
         return copy
 
 
@@ -309,6 +350,12 @@ def fill_masks(matchers: Sequence[Matcher | None], masks_BW: np.ndarray) -> None
             matcher.error = DEAD_END
         if matcher.error is not None:
             mask_W[:] = matcher.tokenizer.eos_W
+        elif matcher.limit is not None and (token := matcher.limit.forced) is not None:
+            bit = np.uint32(1 << token % 32)
+            # Where half a character stands open, what completes it comes first.
+            if mask_W[token // 32] & bit:
+                mask_W[:] = 0
+                mask_W[token // 32] = bit
 
 
 def _packed(ids: Sequence[int], vocab_size: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from lfm_jax.problems import raise_problems
 from lfm_jax.text.codec import encoded
 from lfm_jax.text.contents import encode_contents_plainly
 from lfm_jax.text.templates import GENERATION_OPENS, compiled_template, render
+from lfm_jax.text.thoughts import BLANKS, CLOSE, OPEN
 from lfm_jax.text.tools import END, START, ToolCall, render_calls
 
 if TYPE_CHECKING:
@@ -141,7 +142,9 @@ def encode_chat(
     """Encodes a conversation up to the opening of the assistant's turn; template None means DEFAULT_TEMPLATE.
 
     Calls in earlier turns (`tool_calls`, each with `name` and `arguments`, itself or in its `function`) are written as
-    the model writes them, unless the template writes them.
+    the model writes them, unless the template writes them. A thought in an earlier turn (`reasoning_content`) is
+    written before its content where the template names `</think>`, so that the template's own rule says what becomes of
+    it; a template that names `reasoning_content` gets it as it is, and one that names neither has no thoughts.
 
     Args:
       plain_contents: the names of special tokens in messages and tools are encoded as plain text, so that only the
@@ -184,7 +187,7 @@ def encode_chat(
 def with_calls(
     template: str, messages: Sequence[Message], change: Callable[[Any], Any] = lambda value: value
 ) -> list[Message]:
-    """Writes the calls of messages as text, unless the template writes them (see `encode_chat`).
+    """Writes the calls and thoughts of messages as text, unless the template writes them (see `encode_chat`).
 
     Args:
       change: applied to everything in the messages, and to calls as they are written.
@@ -192,9 +195,32 @@ def with_calls(
     Raises:
       ValueError: messages or calls that are not valid, by the numbers of the messages from 0.
     """
-    if "tool_calls" in template:
-        return _for_each(lambda message: change(_with_calls_in_full(message)), messages)
-    return _for_each(lambda message: _with_calls_as_text(message, change), messages)
+
+    def written(message: Message) -> Message:
+        thought, message = _thought(template, message)
+        if "tool_calls" in template:
+            message = change(_with_calls_in_full(message))
+        else:
+            message = _with_calls_as_text(message, change)
+        if not thought:
+            return message
+        content = message.get("content") or ""
+        if not isinstance(content, str):
+            raise ValueError(f"its content is {content!r:.80}; expected a text after its reasoning_content")
+        return dict(message) | {"content": f"{OPEN}\n{change(thought)}\n{CLOSE}\n\n{content}"}
+
+    return _for_each(written, messages)
+
+
+def _thought(template: str, message: Message) -> tuple[str, Message]:
+    """The thought of a message that is to be written into its content, and the rest of the message."""
+    thought = message.get("reasoning_content")
+    if thought is None or "reasoning_content" in template:
+        return "", message
+    if not isinstance(thought, str):
+        raise ValueError(f"its reasoning_content is {thought!r:.80}; expected a text")
+    rest = {key: value for key, value in message.items() if key != "reasoning_content"}
+    return thought if CLOSE in template else "", rest
 
 
 def _calls(message: Message) -> Sequence[Mapping[str, Any]]:
@@ -233,6 +259,20 @@ def _tool_call(call: Mapping[str, Any]) -> ToolCall:
         raise ValueError(f"the arguments of a call of {function['name']!r} must be an object, not "
                          f"{function['arguments']!r}; parse the text of one first")
     return ToolCall(function["name"], dict(function["arguments"]))
+
+
+def begun_turn(tokenizer: Tokenizer, prompt: Sequence[int]) -> str:
+    """Returns what a prompt has of the assistant's turn, such as `<think>`: what follows its opening.
+
+    Of a prompt whose turns have another form than LFM2's this is at most the `<think>` that ends it.
+    """
+    start = tokenizer.token_to_id(START_OF_TURN)
+    at = next((i for i in range(len(prompt) - 1, -1, -1) if prompt[i] == start), max(len(prompt) - 64, 0))
+    text = tokenizer.decode(list(prompt[at:]), skip_special_tokens=False)
+    _, found, turn = text.rpartition(START_OF_TURN)
+    if not found:
+        return OPEN if text.rstrip(BLANKS).endswith(OPEN) else ""
+    return turn.partition("\n")[2]
 
 
 def turn_stop_ids(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:

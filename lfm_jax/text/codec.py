@@ -161,16 +161,20 @@ class Reply:
     A stop string may be or contain special tokens, even where the text leaves them out: it is then also matched against
     the text with them included. A hidden token that occurs in a stop string ends a pending character, which is then
     U+FFFD.
+
+    Args:
+      shown: special tokens that the text has even where it leaves out the others.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str], stop_ids: Collection[int], *, skip_special_tokens: bool
+        self, tokenizer: Tokenizer, stop: Sequence[str], stop_ids: Collection[int], *, skip_special_tokens: bool,
+        shown: Collection[int] = (),
     ):
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
         self._stop_ids = frozenset(stop_ids)
         self._hidden = {
             i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()
-            if token.special and (skip_special_tokens or i in self._stop_ids)
+            if token.special and ((skip_special_tokens and i not in shown) or i in self._stop_ids)
         }
         through_hidden = [s for s in stop if any(name in s for name in self._hidden.values())]
         self._named = frozenset(i for i, name in self._hidden.items() if any(name in s for s in through_hidden))

@@ -10,6 +10,7 @@ import numpy as np
 import pydantic
 import pytest
 from limits import LIMITS, limited
+from tokenizers import AddedToken
 
 import lfm_jax as lfm
 from lfm_jax.engine.request import LOGITS_NOT_FINITE, Continuation
@@ -18,6 +19,7 @@ from lfm_jax.infer.extract import classify, extract
 from lfm_jax.sampling import Sampling
 from lfm_jax.testing import tiny_model, tiny_tokenizer
 from lfm_jax.text.chat import DEFAULT_TEMPLATE, render_chat, special_tokens
+from lfm_jax.text.thoughts import CLOSE, OPEN
 
 SCHEMA = {
     "type": "object", "required": ["who", "when"], "additionalProperties": False,
@@ -49,6 +51,29 @@ def test_extracted_data_fits_the_schema():
         extract(model(), tokenizer(), ["a", "jumps " * 900], SCHEMA, max_new_tokens=9)
     with pytest.raises(ValueError, match="the JSON schema is"):
         extract(model(), tokenizer(), "a", {"type": "strange"})
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_data_comes_after_a_thought(monkeypatch, opens):
+    thoughtful = tiny_tokenizer()
+    thoughtful.add_special_tokens([AddedToken(mark, normalized=False) for mark in (OPEN, CLOSE)])
+    end = 'assistant\\n" -}}'
+    assert end in DEFAULT_TEMPLATE
+    template = DEFAULT_TEMPLATE.replace(end, 'assistant\\n<think>" -}}') if opens else DEFAULT_TEMPLATE
+    written = ("" if opens else OPEN) + f"true?{CLOSE}\n\nfalse"
+    ids = [*thoughtful.encode(written, add_special_tokens=False).ids, 7]
+
+    def complete(engine, requests):
+        for request in requests:
+            follow = request.grammar.copy()
+            for token in ids:
+                follow.consume(token)
+            assert follow.done
+        return [[Continuation(ids, "stop")] for _ in requests]
+
+    monkeypatch.setattr(module.Engine, "complete", complete)
+    thinker = tiny_model(vocab_size=thoughtful.get_vocab_size(), max_position=1024)
+    assert extract(thinker, thoughtful, TEXTS[:2], {"type": "boolean"}, template=template) == [False, False]
 
 
 def test_more_texts_than_may_wait(monkeypatch):
