@@ -28,6 +28,8 @@ AttentionImpl = Literal["auto", "xla", "blockwise", "splash", "cudnn"]
 ExpertsImpl = Literal["auto", "dense", "ragged", "blocks"]
 Init = Literal["normal", "scaled"]
 Remat = Literal["none", "ffn", "dots", "full"]
+ENCODER_LAYERS = ("conv", "full_attention")
+"""The operators that can see both sides of a token."""
 
 
 class Layer(NamedTuple):
@@ -89,6 +91,9 @@ class ModelConfig:
     """Operator of each layer, first to last; there are as many layers as entries."""
     ffn_types: tuple[FfnType, ...] = ("swiglu",)
     """Feed-forward of each layer, first to last; a single one is for all layers."""
+    causal: bool = True
+    """Whether a token sees only itself and earlier ones. False is an encoder (LFM2.5-Embedding, LFM2.5-ColBERT): each
+    token sees its whole document in `full_attention`, and half of the taps of `conv` on each side."""
     vocab_size: int = 65_536
     """V, number of rows of the embedding table."""
     hidden_size: int = 1024
@@ -203,6 +208,12 @@ class ModelConfig:
         """The operators whose decode state cannot go back; a model with any of them gets no drafts."""
         return tuple(kind for kind in dict.fromkeys(self.layer_types) if not OPERATORS[kind].rolls_back)
 
+    def need_causal(self, what: str) -> None:
+        """Raises ValueError, for `what` cannot be done, if the model is an encoder."""
+        if not self.causal:
+            raise ValueError(f"{what} needs a causal model, and causal is False: an encoder sees whole documents and "
+                             "predicts no next token; use lfm.embed or lfm.rerank, or a model with causal=True")
+
     def replace(self, **changes: Any) -> ModelConfig:
         """Returns a copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
@@ -244,9 +255,9 @@ class ModelConfig:
     def flops_per_token(self, T: int) -> float:
         """Returns the forward FLOPs per token of a document of T tokens, two per multiply-add.
 
-        Counts every matrix product (head included), the conv taps, the step `a h + b` of a recurrence and causal
-        attention, whose token at position t meets t + 1 keys, but no more than a window holds. Elementwise work and
-        the embedding lookup are left out. One training step costs three times this.
+        Counts every matrix product (head included), the conv taps, the step `a h + b` of a recurrence and attention:
+        if it is causal, a token at position t meets t + 1 keys, but no more than a window holds, else T. Elementwise
+        work and the embedding lookup are left out. One training step costs three times this.
         """
         macs = float(self.hidden_size * self.vocab_size)
         for operator, ffn in self.layers:
@@ -255,7 +266,10 @@ class ModelConfig:
         return 2 * macs
 
     def state_bytes(self, T: int, dtype: DType | None = None) -> int:
-        """Returns the bytes of the decode state of one sequence with room for T tokens (see `state.py`)."""
+        """Returns the bytes of the decode state of one sequence with room for T tokens (see `state.py`); an encoder has
+        none."""
+        if not self.causal:
+            return 0
         item = ITEMSIZE[dtype or self.dtype]
         return 4 + sum(OPERATORS[kind].state_bytes(self, T, item) for kind in self.layer_types)
 
@@ -317,7 +331,7 @@ def _problems(c: ModelConfig) -> list[str]:
                        ("remat", Remat)):
         value, choices = getattr(c, name), get_args(kind)
         need(value in choices, f"{name} is {value!r}; choose one of {', '.join(choices)}")
-    for name in ("conv_bias", "expert_bias", "normed_weights", "qk_norm", "attention_gate", "post_norm",
+    for name in ("causal", "conv_bias", "expert_bias", "normed_weights", "qk_norm", "attention_gate", "post_norm",
                  "tie_embedding", "scan_layers"):
         value = getattr(c, name)
         need(type(value) is bool, f"{name} is {value!r}; it must be true or false")
@@ -337,6 +351,14 @@ def _problems(c: ModelConfig) -> list[str]:
          f"active_experts {c.active_experts} is more than num_experts {c.num_experts}; change one of them")
     need(c.num_heads % c.num_kv_heads == 0,
          f"num_heads {c.num_heads} is not a multiple of num_kv_heads {c.num_kv_heads}; change one of them")
+    if not c.causal:
+        bad = sorted(set(c.layer_types) - set(ENCODER_LAYERS))
+        need(not bad,
+             f"layer_types has {', '.join(bad)}; a model with causal=False has {', '.join(ENCODER_LAYERS)} only")
+        for name, impls in (("conv_impl", ("auto", "shifted")),
+                            ("attention_impl", ("auto", "xla", "blockwise", "cudnn"))):
+            need(getattr(c, name) in impls,
+                 f"{name} is {getattr(c, name)!r}; with causal=False choose one of {', '.join(impls)}")
     need(c.head_dim % 2 == 0, f"head_dim is {c.head_dim}; it must be even, because rotary embedding turns pairs")
     for name, ids in (("pad_id", (c.pad_id,)), ("bos_id", (c.bos_id,)), ("eos_ids", c.eos_ids)):
         bad = [i for i in ids if type(i) is not int or not 0 <= i < c.vocab_size]

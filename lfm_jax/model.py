@@ -223,9 +223,12 @@ class _Aligned(NamedTuple):
 
 def _aligned(
     tokens_BT: jax.Array, positions_BT: jax.Array | None, segment_ids_BT: jax.Array | None, first_B: jax.Array,
-    padding: str,
+    padding: str, *, unread: bool,
 ) -> _Aligned:
-    """Moves padding to the right end, and counts documents and positions; keeps the caller's layout over a mesh."""
+    """Moves padding to the right end, and counts documents and positions; keeps the caller's layout over a mesh.
+
+    With `unread`, id -d is of a token of document d, and negative again in the result.
+    """
     B, T = tokens_BT.shape
     split = spec_of(tokens_BT)
     if parts(tokens_BT, 1) == 1:  # An axis of one device in the type would still prevent a gather.
@@ -236,12 +239,15 @@ def _aligned(
         positions_BT = first_B[:, None] + jnp.arange(T, dtype=jnp.int32) if positions_BT is None else positions_BT
         return _Aligned(tokens_BT, reshard(positions_BT, split), None, None, jnp.full((B,), T, jnp.int32))
     # Documents are counted along whole rows; ids are small beside what a layer computes of them.
-    gather_BT, ids_BT = state_lib.align(reshard(segment_ids_BT, P(split[0], None)), right_padded=padding == "right")
+    given_BT = reshard(segment_ids_BT, P(split[0], None))
+    gather_BT, ids_BT = state_lib.align(jnp.abs(given_BT) if unread else given_BT, right_padded=padding == "right")
     if gather_BT is not None:
         tokens_BT = jnp.take_along_axis(tokens_BT, gather_BT, axis=1)
         positions_BT = None if positions_BT is None else jnp.take_along_axis(positions_BT, gather_BT, axis=1)
     if positions_BT is None:
         positions_BT = state_lib.count_positions(ids_BT, first_B)
+    if unread:
+        ids_BT *= jnp.sign(given_BT if gather_BT is None else jnp.take_along_axis(given_BT, gather_BT, axis=1))
     length_B = state_lib.lengths(ids_BT)
     return _Aligned(tokens_BT, reshard(positions_BT, split), reshard(ids_BT, split), gather_BT, length_B)
 
@@ -293,7 +299,8 @@ class LFM(nnx.Module):
           positions_BT: rotary positions. None counts them within each document, the first of which continues the
             state.
           segment_ids_BT: 0 for padding, another id for each document; a change of id starts a new
-            document. None means one document per row without padding.
+            document. None means one document per row without padding. In an encoder (`config.causal` is False) id -d
+            marks a token of document d that attention does not read, its own included; such tokens expand queries.
           state: from `init_state` or an earlier call; None for a pass without a state.
           logits: `all` for [B, T, V], `last` for [B, 1, V] at each row's last real token, None for the
             normed hidden states [B, T, D].
@@ -314,7 +321,7 @@ class LFM(nnx.Module):
         self._check(tokens_BT, positions_BT, segment_ids_BT, state, logits, padding)
         first_B = jnp.zeros((tokens_BT.shape[0],), jnp.int32) if state is None else state.position_B
         tokens_BT, positions_BT, segment_ids_BT, gather_BT, length_B = _aligned(
-            tokens_BT, positions_BT, segment_ids_BT, first_B, padding
+            tokens_BT, positions_BT, segment_ids_BT, first_B, padding, unread=not self.config.causal
         )
 
         x_BTD = self._embed(tokens_BT)
@@ -352,7 +359,7 @@ class LFM(nnx.Module):
         self._check(tokens_BT, positions_BT, segment_ids_BT, None, None, "right")
         first_B = jnp.zeros((tokens_BT.shape[0],), jnp.int32)
         tokens_BT, positions_BT, segment_ids_BT, _, _ = _aligned(
-            tokens_BT, positions_BT, segment_ids_BT, first_B, "right"
+            tokens_BT, positions_BT, segment_ids_BT, first_B, "right", unread=not self.config.causal
         )
         kinds = self.config.layer_types
         counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)} | {"feed_forward": len(kinds)}
@@ -445,6 +452,7 @@ class LFM(nnx.Module):
             raise ValueError("tokens_BT is split over devices; with a decode state give every device all rows")
         if state is None:
             return
+        self.config.need_causal("a call with a state")
         if self.stacked:
             raise ValueError("a model of stacked layers runs without a state; unstack its parameters to decode")
         if len(state.layers) != self.config.num_layers:

@@ -82,9 +82,10 @@ def init_state(
     Over a mesh (`jax.set_mesh`) heads and channels are split over `tensor`; every device has all rows.
 
     Raises:
-      ValueError: batch or max_len is below 1, max_len is above `config.max_position`, or layers cannot go back and
-        rollback is not 0.
+      ValueError: batch or max_len is below 1, max_len is above `config.max_position`, layers cannot go back and
+        rollback is not 0, or the model is an encoder (`config.causal`), which has no decode state.
     """
+    config.need_causal("a decode state")
     if batch < 1 or max_len < 1:
         raise ValueError(f"batch is {batch} and max_len is {max_len}; both must be at least 1")
     if max_len > config.max_position:

@@ -37,6 +37,13 @@ def causal_conv(y_TD, w_WD):
     return z_TD
 
 
+def centred_conv(y_TD, w_WD):
+    """`torch.nn.Conv1d` with W // 2 zeros on both sides, cropped to T."""
+    T, W = len(y_TD), len(w_WD)
+    padded_SD = np.pad(y_TD, ((W // 2, W // 2), (0, 0)))
+    return np.stack([sum(w_WD[k] * padded_SD[t + k] for k in range(W)) for t in range(T)])
+
+
 def linear_scan(a_TD, b_TD):
     """`h_t = a_t h_{t-1} + b_t`, nothing before the first token."""
     h_TD = np.zeros_like(b_TD)
@@ -45,13 +52,13 @@ def linear_scan(a_TD, b_TD):
     return h_TD
 
 
-def attention(q_TNH, k_TKH, v_TKH, window=None):
-    """Causal attention of one document, head by head; `window` counts the token itself."""
+def attention(q_TNH, k_TKH, v_TKH, window=None, causal=True):
+    """Attention of one document, head by head; `window` counts the token itself."""
     T, N, H = q_TNH.shape
     group = N // k_TKH.shape[1]
     out_TNH = np.zeros_like(q_TNH)
     for t in range(T):
-        seen = slice(0 if window is None else max(0, t + 1 - window), t + 1)
+        seen = slice(0 if window is None else max(0, t + 1 - window), t + 1 if causal else T)
         for n in range(N):
             scores_S = k_TKH[seen, n // group] @ q_TNH[t, n] / np.sqrt(H)
             weights_S = np.exp(scores_S - scores_S.max())
@@ -75,7 +82,8 @@ def short_conv_operator(p, x_TD, positions_T, config):
     c_TD = streams.pop() if gates in ("output", "both") else 1
     b_TD = streams.pop() if gates in ("input", "both") else 1
     assert not streams
-    z_TD = causal_conv(b_TD * h_TD, p["conv"]) + p.get("conv_bias", 0)
+    conv = causal_conv if config.causal else centred_conv
+    z_TD = conv(b_TD * h_TD, p["conv"]) + p.get("conv_bias", 0)
     return (c_TD * z_TD) @ p["out_proj"].T + p.get("out_bias", 0)
 
 
@@ -111,7 +119,7 @@ def gqa(p, x_TD, positions_T, config, theta, fraction, window):
         q_TNH = rms_norm(q_TNH, p["q_norm"]["weight"], config.norm_eps)
         k_TKH = rms_norm(k_TKH, p["k_norm"]["weight"], config.norm_eps)
     q_TNH, k_TKH = (rotate(x, positions_T, theta, fraction) for x in (q_TNH, k_TKH))
-    out_TNH = attention(q_TNH, k_TKH, v_TKH, window)
+    out_TNH = attention(q_TNH, k_TKH, v_TKH, window, config.causal)
     if config.attention_gate:
         out_TNH = out_TNH * sigmoid(x_TD @ p["gate"].T)[:, :, None]
     return np.einsum("TNH,DNH->TD", out_TNH, p["out_proj"])

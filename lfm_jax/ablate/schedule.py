@@ -53,7 +53,8 @@ TUNING_SEED = 1_000_000
 """Seed of the runs that choose a learning rate; no run that is reported has it."""
 _CONDITIONS = "conditions.txt"
 _NEWER = ("attention_gate", "rope_fraction", "sliding_rope_theta", "num_experts", "active_experts", "expert_size",
-          "expert_bias", "expert_bias_rate", "normed_weights", "expert_scale", "router_z_loss", "experts_impl")
+          "expert_bias", "expert_bias_rate", "normed_weights", "expert_scale", "router_z_loss", "experts_impl",
+          "causal")
 """Fields of ModelConfig from after the first records. A fingerprint has them only where they are not as they always
 were, so that earlier runs go on."""
 SAY_SECONDS = 30.0

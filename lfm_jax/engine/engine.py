@@ -71,11 +71,12 @@ class Engine:
         `tensor`. None: one device.
 
     Raises:
-      ValueError: a slot is longer than the model's context, the model's layers or the mesh do not support the config,
-        or the memory is too small.
+      ValueError: the model is an encoder, a slot is longer than the model's context, the model's layers or the mesh do
+        not support the config, or the memory is too small.
     """
 
     def __init__(self, model: LFM, config: EngineConfig = DEFAULT, mesh: Mesh | None = None):
+        model.config.need_causal("an engine")
         graphdef, state = nnx.split(model, nnx.Param)
         params = nnx.to_pure_dict(state)
         limit = config.memory_bytes or device_memory()

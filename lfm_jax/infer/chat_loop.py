@@ -64,8 +64,10 @@ def chat_loop(
       The messages of the conversation; those that began with a thought have it as `reasoning_content`.
 
     Raises:
-      ValueError: a tokenizer that does not fit the model, a bad option, or a template that fails.
+      ValueError: the model is an encoder, a tokenizer that does not fit the model, a bad option, or a template that
+        fails.
     """
+    model.config.need_causal("a chat")
     check_tokenizer(tokenizer, model.config)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")

@@ -254,6 +254,7 @@ def check(
     prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling], max_new_tokens: int, config: ModelConfig
 ) -> list[Sampling]:
     """Returns the sampling of each prompt; raises ValueError, with all problems, for arguments that cannot run."""
+    config.need_causal("generation")
     if isinstance(prompts, str) or not len(prompts):
         raise ValueError(f"prompts is {prompts!r}; expected a list with at least one prompt")
     samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)

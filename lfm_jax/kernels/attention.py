@@ -1,4 +1,4 @@
-"""Causal grouped-query attention with documents, windows and key slots in any order.
+"""Grouped-query attention, causal or over whole documents, with documents, windows and key slots in any order.
 
 Dimensions: B batch, T query time, S key slots, N query heads, K key/value heads, G = N / K, H head width.
 """
@@ -39,13 +39,15 @@ def attention(
     segment_ids_BT: jax.Array | None = None,
     key_segment_ids_BS: jax.Array | None = None,
     window: int | None = None,
+    causal: bool = True,
     impl: str = "auto",
     interpret: bool = False,
 ) -> jax.Array:
     """Softmax attention, scale H ** -0.5, softmax in float32.
 
     A key is visible to a query when `key_order <= order`, `order - key_order < window` and both belong to the same
-    document. The value of a key that is not visible meets the weight 0: it must be finite.
+    document; without `causal`, when both belong to the same document. The value of a key that is not visible meets the
+    weight 0: it must be finite.
 
     Args:
       q_BTNH: queries; N is a multiple of K.
@@ -57,6 +59,7 @@ def attention(
       segment_ids_BT: document of each query, or None when every row is one document.
       key_segment_ids_BS: document of each key; None exactly when `segment_ids_BT` is.
       window: how many tokens back a query sees, its own included; None for no limit.
+      causal: whether order matters; without it, orders and window are None, and `splash` cannot.
       impl: the implementation.
         - `xla`: `jax.nn.dot_product_attention`, the reference, with all scores in memory.
         - `direct`: for one query per row, as in decoding. Keys and values are read once where they lie, while the
@@ -80,6 +83,8 @@ def attention(
       ValueError: shapes or dtypes that do not fit together, an unknown impl, or one that cannot do what is asked.
     """
     _check(q_BTNH, k_BSKH, v_BSKH, order_BT, key_order_BS, segment_ids_BT, key_segment_ids_BS, window)
+    if not causal and any(x is not None for x in (order_BT, key_order_BS, window)):
+        raise ValueError("causal=False has no order: leave order_BT, key_order_BS and window out")
     if impl == "auto":
         whole = order_BT is None and key_order_BS is None and q_BTNH.shape[1] == k_BSKH.shape[1]
         cudnn = whole and window is None and not _what_cudnn_lacks(q_BTNH, segment_ids_BT)
@@ -93,13 +98,15 @@ def attention(
             raise ValueError(f"impl={impl!r} does self-attention of whole rows only: order_BT and key_order_BS None, "
                              f"T = S; here T = {q_BTNH.shape[1]}, S = {k_BSKH.shape[1]}; use impl='blockwise'")
         if impl == "cudnn":
-            return _cudnn(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window)
+            return _cudnn(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window, causal)
+        if not causal:
+            raise ValueError("impl='splash' is causal; use impl='blockwise' with causal=False")
         from lfm_jax.kernels.splash import splash_attention  # Pallas is slow to import.
 
         ids = (segment_ids_BT, key_segment_ids_BS)
         return splash_attention(q_BTNH, k_BSKH, v_BSKH, *ids, window, interpret=interpret)
-    query_BT = Place(_order(order_BT, q_BTNH), segment_ids_BT)
-    key_BS = Place(_order(key_order_BS, k_BSKH), key_segment_ids_BS)
+    query_BT = Place(_order(order_BT, q_BTNH, causal), segment_ids_BT)
+    key_BS = Place(_order(key_order_BS, k_BSKH, causal), key_segment_ids_BS)
     if impl == "blockwise":
         return blockwise_attention(q_BTNH, k_BSKH, v_BSKH, query_BT, key_BS, window)
     visible_BTS = visible(query_BT, key_BS, window)
@@ -187,7 +194,9 @@ def _by_kernel_backward(interpret: bool, args: tuple[jax.Array, ...], dout_BTNH:
 _by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)
 
 
-def _order(order: jax.Array | None, x: jax.Array) -> jax.Array:
+def _order(order: jax.Array | None, x: jax.Array, causal: bool) -> jax.Array:
+    if not causal:  # All are equally far.
+        return jnp.zeros(x.shape[:2], jnp.int32)
     return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2]) if order is None else order
 
 
@@ -297,13 +306,14 @@ _direct_by_blocks.defvjp(_direct_forward, _direct_backward)
 
 
 def _cudnn(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array | None, window: int | None
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array | None, window: int | None,
+    causal: bool,
 ) -> jax.Array:
     if lacks := _what_cudnn_lacks(q_BTNH, segment_ids_BT):
         raise ValueError(f"impl='cudnn' {lacks}; use impl='blockwise'")
     # Its left window leaves the query's own token out.
     return jax.nn.dot_product_attention(
-        q_BTNH, k_BSKH, v_BSKH, is_causal=True, local_window_size=None if window is None else (window - 1, 0),
+        q_BTNH, k_BSKH, v_BSKH, is_causal=causal, local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
     )
 

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from lfm_jax.kernels import attention as attention_kernel
 from lfm_jax.kernels import causal_conv as conv_kernel
+from lfm_jax.kernels import centred_conv as centred_kernel
 from lfm_jax.kernels import experts as experts_kernel
 from lfm_jax.kernels import linear_scan as scan_kernel
 from lfm_jax.sharding import CONTEXT, EXPERT, FSDP, axis_names, is_sharded, over_mesh, parts, spec_of, whole
@@ -65,6 +66,32 @@ def causal_conv(
     )
     body = partial(_conv_shard, local) if shards > 1 and V > 0 else local
     return over_mesh(body, args, specs, P(b, t, d))
+
+
+def centred_conv(
+    y_BTD: jax.Array,
+    w_WD: jax.Array,
+    segment_ids_BT: jax.Array | None = None,
+    *,
+    gate_in_BTD: jax.Array | None = None,
+    gate_out_BTD: jax.Array | None = None,
+    bias_D: jax.Array | None = None,
+) -> jax.Array:
+    """`kernels.centred_conv.centred_conv`, over a mesh too.
+
+    Raises:
+      ValueError: time is split over devices.
+    """
+    args = dict(y_BTD=y_BTD, w_WD=w_WD, segment_ids_BT=segment_ids_BT, gate_in_BTD=gate_in_BTD,
+                gate_out_BTD=gate_out_BTD, bias_D=bias_D)
+    if not is_sharded(y_BTD):
+        return centred_kernel.centred_conv(**args)
+    if _time_shards(y_BTD) > 1:
+        raise ValueError(f"a convolution with causal=False cannot split time over `{CONTEXT}`; give it whole rows")
+    b, t, d = spec_of(y_BTD)
+    specs = dict(y_BTD=P(b, t, d), w_WD=P(None, d), segment_ids_BT=P(b, t), gate_in_BTD=P(b, t, d),
+                 gate_out_BTD=P(b, t, d), bias_D=P(d))
+    return over_mesh(centred_kernel.centred_conv, args, specs, P(b, t, d))
 
 
 def _conv_shard(local: Callable[..., jax.Array], **args: Any) -> jax.Array:
@@ -116,16 +143,17 @@ def attention(
     segment_ids_BT: jax.Array | None = None,
     key_segment_ids_BS: jax.Array | None = None,
     window: int | None = None,
+    causal: bool = True,
     impl: str = "auto",
     interpret: bool = False,
 ) -> jax.Array:
     """`kernels.attention.attention`, over a mesh too.
 
     Raises:
-      ValueError: as there; or time is split and the keys are not those of the queries' own tokens (a decode state); or
-        the key/value heads do not divide over the devices that heads are split over.
+      ValueError: as there; or time is split and the keys are not those of the queries' own tokens (a decode state), or
+        attention is not causal; or the key/value heads do not divide over the devices that heads are split over.
     """
-    local = partial(attention_kernel.attention, window=window, impl=impl, interpret=interpret)
+    local = partial(attention_kernel.attention, window=window, causal=causal, impl=impl, interpret=interpret)
     args = dict(
         q_BTNH=q_BTNH, k_BSKH=k_BSKH, v_BSKH=v_BSKH, order_BT=order_BT, key_order_BS=key_order_BS,
         segment_ids_BT=segment_ids_BT, key_segment_ids_BS=key_segment_ids_BS,
@@ -136,6 +164,8 @@ def attention(
     shards, body = _time_shards(q_BTNH), local
     _check_heads(q_BTNH, k_BSKH)
     if shards > 1:
+        if not causal:
+            raise ValueError(f"attention with causal=False cannot split time over `{CONTEXT}`; give it whole rows")
         if order_BT is not None or key_order_BS is not None:
             raise ValueError(f"attention to a decode state cannot split time over `{CONTEXT}`; give it whole rows")
         heads = k_BSKH.shape[2] // parts(q_BTNH, 2)

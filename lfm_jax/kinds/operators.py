@@ -65,7 +65,8 @@ def _attention_params(c: ModelConfig) -> int:
 
 
 def _attention_mixing(c: ModelConfig, T: int, reach: int) -> float:
-    keys = reach - reach * (reach - 1) / (2 * T)  # Mean of min(t + 1, reach) over t = 0 .. T - 1.
+    # Mean of min(t + 1, reach) over t = 0 .. T - 1; an encoder sees all of a document.
+    keys = reach - reach * (reach - 1) / (2 * T) if c.causal else T
     return 2 * c.num_heads * c.head_dim * keys
 
 

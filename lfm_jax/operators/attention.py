@@ -90,7 +90,7 @@ class RollingKV(KV):
 
 
 class Attention(nnx.Module):
-    """Causal GQA: project, norm per head, rotate, attend, gate per head, project."""
+    """GQA, causal or over whole documents: project, norm per head, rotate, attend, gate per head, project."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
@@ -115,7 +115,7 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(H, config)
         self.theta, self.fraction = config.rope_theta, config.rope_fraction
         self.window: int | None = None
-        self.impl = config.attention_impl
+        self.causal, self.impl = config.causal, config.attention_impl
 
     def __call__(
         self,
@@ -134,9 +134,12 @@ class Attention(nnx.Module):
         q_BTNH = rotary(q_BTNH, positions_BT, self.theta, self.fraction)
         k_BTKH = rotary(k_BTKH, positions_BT, self.theta, self.fraction)
         if state is None:
+            key_segment_ids_BT = segment_ids_BT
+            if not self.causal and segment_ids_BT is not None:  # Of a token of -d only the query belongs to d.
+                segment_ids_BT, key_segment_ids_BT = jnp.abs(segment_ids_BT), jnp.maximum(segment_ids_BT, 0)
             out_BTNH = attention(
-                q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=segment_ids_BT, key_segment_ids_BS=segment_ids_BT,
-                window=self.window, impl=self.impl,
+                q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=segment_ids_BT, key_segment_ids_BS=key_segment_ids_BT,
+                window=self.window, causal=self.causal, impl=self.impl,
             )
         else:
             out_BTNH, state = _attend_to_state(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, state, self.window)

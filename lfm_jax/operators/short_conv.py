@@ -17,7 +17,7 @@ from flax import nnx
 from lfm_jax import state as state_lib
 from lfm_jax.config import ModelConfig
 from lfm_jax.kernels.linear import linear
-from lfm_jax.kernels.sharded import causal_conv
+from lfm_jax.kernels.sharded import causal_conv, centred_conv
 from lfm_jax.kinds import GATES
 from lfm_jax.layers import OUT_IN, normal_param, param
 from lfm_jax.state import LayerState
@@ -57,7 +57,7 @@ class ConvTail(LayerState):
 
 
 class ShortConv(nnx.Module):
-    """Up to two gates around a causal depthwise convolution of W taps."""
+    """Up to two gates around a depthwise convolution of W taps, causal or (in an encoder) centred on each token."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D, W = config.hidden_size, config.conv_taps
@@ -76,7 +76,7 @@ class ShortConv(nnx.Module):
             self.conv_bias = param(jnp.zeros((D,)), ("channels",), config, decay=False, matrix=None)
             self.out_bias = param(jnp.zeros((D,)), (None,), config, decay=False, matrix=None)
         self.bias = config.conv_bias
-        self.impl = config.conv_impl
+        self.causal, self.impl = config.causal, config.conv_impl
 
     def __call__(
         self,
@@ -96,12 +96,15 @@ class ShortConv(nnx.Module):
         c_BTD = streams_BTCD[:, :, -2] if self.gates in ("output", "both") else None
         h_BTD = streams_BTCD[:, :, -1]
         tail_BVD = None if state is None else state.tail_BVD
-        # Older columns, if any, are there for rollback.
-        newest_BVD = None if tail_BVD is None else tail_BVD[:, tail_BVD.shape[1] - self.conv[...].shape[0] + 1 :]
-        z_BTD = causal_conv(
-            h_BTD, self.conv[...].astype(dtype), newest_BVD, segment_ids_BT, gate_in_BTD=b_BTD, gate_out_BTD=c_BTD,
-            bias_D=self.conv_bias[...].astype(dtype) if self.bias else None, impl=self.impl,
-        )
+        w_WD, bias_D = self.conv[...].astype(dtype), self.conv_bias[...].astype(dtype) if self.bias else None
+        gates = dict(gate_in_BTD=b_BTD, gate_out_BTD=c_BTD)
+        if self.causal:
+            # Older columns, if any, are there for rollback.
+            newest_BVD = None if tail_BVD is None else tail_BVD[:, tail_BVD.shape[1] - w_WD.shape[0] + 1 :]
+            z_BTD = causal_conv(h_BTD, w_WD, newest_BVD, segment_ids_BT, bias_D=bias_D, impl=self.impl, **gates)
+        else:
+            document_BT = None if segment_ids_BT is None else jnp.abs(segment_ids_BT)
+            z_BTD = centred_conv(h_BTD, w_WD, document_BT, bias_D=bias_D, **gates)
         out_BTD = linear(z_BTD, self.out_proj[...])
         if self.bias:
             out_BTD += self.out_bias[...].astype(dtype)

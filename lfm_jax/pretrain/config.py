@@ -52,6 +52,8 @@ class TrainConfig(RunConfig):
             problems.append(f"loss_chunk is {self.loss_chunk}; it must be at least 1")
         if not self.z_loss >= 0:
             problems.append(f"z_loss is {self.z_loss}; it must not be negative")
+        if not self.model.causal:
+            problems.append("model.causal is False; next-token prediction needs a causal model")
         if not self.model.eos_ids:
             problems.append("model.eos_ids is empty; name the id that ends a document")
         problems += [

@@ -45,6 +45,7 @@ class NextToken:
         return batch["tokens"].size if ids is None else jnp.sum(ids != 0, dtype=jnp.float32)
 
     def __call__(self, model: LFM, batch: DeviceBatch) -> Terms:
+        model.config.need_causal("next-token prediction")
         hidden_BTD, aux = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
         with jax.named_scope("loss"):
             loss = cross_entropy(

@@ -113,7 +113,7 @@ LFM3 = Family(
     name="LFM3",
     model_types=("lfm3",),
     architectures=("Lfm3ForCausalLM",),
-    features={"qk_norm": (True,), "conv_gates": ("both",), "layer_types": ("conv", *_ATTENTION),
+    features={"causal": (True,), "qk_norm": (True,), "conv_gates": ("both",), "layer_types": ("conv", *_ATTENTION),
               "ffn_types": ("swiglu",)},
     read=_read,
     write=_write,
