@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import oracle
 import pytest
@@ -13,11 +14,12 @@ from lfm_jax import ModelConfig
 from lfm_jax.config import PRESETS
 from lfm_jax.convert.families import config_from_hf, config_to_hf, family_of
 from lfm_jax.convert.families.lfm2 import LFM2
+from lfm_jax.convert.families.lfm2_encoder import LFM2_ENCODER
 from lfm_jax.convert.families.lfm2_moe import LFM2_MOE
 from lfm_jax.convert.families.lfm3 import LFM3
-from lfm_jax.convert.hf import tensors
+from lfm_jax.convert.hf import load_hf, save_hf, tensors
 from lfm_jax.kinds import OPERATORS
-from lfm_jax.testing import tiny_config
+from lfm_jax.testing import tiny_config, tiny_model
 
 SIZES = dict(model_type="lfm2", vocab_size=120, hidden_size=24, num_hidden_layers=4, num_attention_heads=4,
              num_key_value_heads=2, intermediate_size=1000)
@@ -217,9 +219,10 @@ def test_mlx_lm_builds_the_model_of_an_exported_config():
     [
         (dict(model_type="lfm2_vl"),
          r"model_type is 'lfm2_vl'; expected 'lfm2' \(LFM2\), 'lfm2_moe' \(LFM2 MoE\), 'lfm3' \(LFM3\)"),
-        (dict(architectures=["Lfm3ForCausalLM"]), r"expected a list with Lfm2ForCausalLM for model_type 'lfm2'"),
-        (dict(architectures=["Lfm2BidirectionalModel"]),
-         r"architectures is \['Lfm2BidirectionalModel'\]; expected a list with Lfm2ForCausalLM for model_type 'lfm2'"),
+        (dict(architectures=["Lfm3ForCausalLM"]), r"a list with Lfm2ForCausalLM, Lfm2B.* for model_type 'lfm2'"),
+        (dict(architectures=["Lfm2BidirectionalForMaskedLM"]),
+         r"architectures is \['Lfm2BidirectionalForMaskedLM'\]; expected a list with Lfm2ForCausalLM, Lfm2Bidirectional"
+         r"Model for model_type 'lfm2'"),
         (dict(architectures="Lfm2ForCausalLM"), r"architectures is 'Lfm2ForCausalLM'; expected a list"),
         (dict(architectures=[["Lfm2ForCausalLM"]]), r"expected a list with Lfm2ForCausalLM"),
         (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1.0)), r"rope_type is 'yarn'"),
@@ -284,6 +287,36 @@ def test_what_lfm2_cannot_express_is_lfm3(changes):
     assert config_to_hf(tiny_config())["model_type"] == "lfm2"
 
 
+def test_an_encoder_is_named_by_its_architecture():
+    published = SIZES | RELEASE_ONLY | dict(architectures=["Lfm2BidirectionalModel"], tie_word_embeddings=False)
+    config = config_from_hf(published)
+    assert config == config_from_hf(SIZES | RELEASE_ONLY).replace(causal=False)
+    hf = config_to_hf(config)
+    assert (hf["model_type"], hf["architectures"], hf["use_cache"]) == ("lfm2", ["Lfm2BidirectionalModel"], False)
+    assert family_of(config) is LFM2_ENCODER
+    assert family_of(config.replace(causal=True)) is LFM2
+    assert LFM2.lacks(config) == ["causal=False"]
+    assert LFM2_ENCODER.lacks(config.replace(causal=True)) == ["causal=True"]
+    with pytest.raises(ValueError, match="LFM3 in transformers has no causal=False; such"):
+        config_to_hf(config.replace(attention_gate=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_encoder_round_trips_to_the_bit_under_names_without_a_prefix(tmp_path, dtype):
+    model = tiny_model(causal=False, conv_bias=True, param_dtype=dtype, dtype=dtype)
+    save_hf(model, tmp_path / "encoder")
+    loaded, _ = load_hf(tmp_path / "encoder")
+    assert loaded.config == model.config
+    for a, b in zip(jax.tree.leaves(nnx.state(loaded)), jax.tree.leaves(nnx.state(model)), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+    names = tensors(model.config)
+    assert {"embed_tokens.weight", "embedding_norm.weight", "layers.0.conv.conv.weight",
+            "layers.1.self_attn.q_layernorm.weight", "layers.2.feed_forward.w1.weight"} < set(names)
+    with_prefix = {f"model.{name}": shape for name, shape in names.items()}
+    assert with_prefix == tensors(model.config.replace(causal=True))
+
+
 def test_everything_that_a_family_lacks_comes_at_once():
     config = tiny_config(qk_norm=False, post_norm=True, layer_types=("recurrence", "conv", "sliding_attention"))
     with pytest.raises(ValueError, match="LFM3 in transformers has no qk_norm=False, recurrence layers; such"):
@@ -309,12 +342,14 @@ CHANGED_LFM3 = CHANGED | dict(
     layer_types=("full_attention", "sliding_attention", "conv"), sliding_window=3, post_norm=True, attention_gate=True,
     rope_fraction=0.3, sliding_rope_theta=2e4,
 )
+CHANGED_ENCODER = {name: value for name, value in CHANGED.items() if name != "tie_embedding"} | {"causal": False}
 
 
 @pytest.mark.parametrize(("family", "changed", "lacked"), [
     (LFM2, CHANGED, RECURRENT | WINDOWS | MIXTURE.keys()), (LFM2_MOE, CHANGED_MOE, RECURRENT | WINDOWS),
     (LFM3, CHANGED_LFM3, RECURRENT | MIXTURE.keys()),
-], ids=["lfm2", "lfm2_moe", "lfm3"])
+    (LFM2_ENCODER, CHANGED_ENCODER, RECURRENT | WINDOWS | MIXTURE.keys()),
+], ids=["lfm2", "lfm2_moe", "lfm3", "lfm2_encoder"])
 def test_every_field_of_a_model_is_written_and_read_or_held_to_what_the_family_has(family, changed, lacked):
     """A field that ModelConfig gains must be one of these, or exports would lose it in silence."""
     known = changed.keys() | family.features.keys() | NOT_THE_NETWORK | lacked

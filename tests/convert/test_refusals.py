@@ -253,7 +253,8 @@ def test_no_directory(tmp_path):
     ("3", "config.json holds a int, not an object"),
     ('{"model_type": "llama"}', "config.json: model_type is 'llama'; expected 'lfm2'"),
     ('{"model_type": "lfm2"}', "config.json: lacks hidden_size"),
-    ('{"model_type": "lfm2", "architectures": ["Lfm2BidirectionalModel"]}', "config.json: architectures is ['Lfm2Bi"),
+    ('{"model_type": "lfm2", "architectures": ["Lfm2BidirectionalForMaskedLM"]}',
+     "config.json: architectures is ['Lfm2BidirectionalForM"),
 ])
 def test_config_that_is_not_lfm2(broken, content, expected):
     (broken / "config.json").write_text(content)

@@ -8,10 +8,11 @@ from typing import Any
 from lfm_jax.config import ModelConfig
 from lfm_jax.convert.families.family import Family
 from lfm_jax.convert.families.lfm2 import LFM2
+from lfm_jax.convert.families.lfm2_encoder import LFM2_ENCODER
 from lfm_jax.convert.families.lfm2_moe import LFM2_MOE
 from lfm_jax.convert.families.lfm3 import LFM3
 
-FAMILIES: list[Family] = [LFM2, LFM2_MOE, LFM3]
+FAMILIES: list[Family] = [LFM2, LFM2_MOE, LFM3, LFM2_ENCODER]
 """In order of preference, for files that name only a model_type and for models that several can express."""
 
 
