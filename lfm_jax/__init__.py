@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lfm_jax.config import ModelConfig
     from lfm_jax.convert.hf import from_state_dict, save_hf, to_state_dict
+    from lfm_jax.infer.embed import embed, load_encoder, rerank
     from lfm_jax.infer.extract import classify, extract
     from lfm_jax.infer.generate import generate, stream
     from lfm_jax.loading import load
@@ -22,10 +23,13 @@ __all__ = [
     "Sampling",
     "State",
     "classify",
+    "embed",
     "extract",
     "from_state_dict",
     "generate",
     "load",
+    "load_encoder",
+    "rerank",
     "save_hf",
     "stream",
     "to_state_dict",
@@ -33,9 +37,9 @@ __all__ = [
 
 _MODULES = {
     "LFM": "model", "ModelConfig": "config", "Sampling": "sampling", "State": "state",
-    "classify": "infer.extract", "extract": "infer.extract", "from_state_dict": "convert.hf",
-    "generate": "infer.generate", "load": "loading", "save_hf": "convert.hf",
-    "stream": "infer.generate", "to_state_dict": "convert.hf",
+    "classify": "infer.extract", "embed": "infer.embed", "extract": "infer.extract", "from_state_dict": "convert.hf",
+    "generate": "infer.generate", "load": "loading", "load_encoder": "infer.embed", "rerank": "infer.embed",
+    "save_hf": "convert.hf", "stream": "infer.generate", "to_state_dict": "convert.hf",
 }
 
 

@@ -83,7 +83,11 @@ def recognise(path: str | Path) -> ModelSource:
 
 def _load_hugging_face(path: Path, dtype: Any) -> Loaded:
     from lfm_jax.convert.hf import load_hf
+    from lfm_jax.convert.sidecars import DENSE
 
+    if os.path.lexists(path / DENSE):
+        raise ValueError(f"{path} has a projection of its vectors, {DENSE}, which a model alone would lose; load it "
+                         "with lfm.load_encoder")
     return load_hf(path, dtype)
 
 

@@ -57,6 +57,18 @@ def read_json(directory: Path, name: str) -> tuple[dict[str, Any], list[str]]:
     return (value, []) if isinstance(value, dict) else ({}, [f"{name} holds a {type(value).__name__}, not an object"])
 
 
+def read_tensors(directory: Path, name: str) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Reads all tensors of a small file; returns them, none if there are problems, and the problems."""
+    problem = file_problem(directory, name)
+    if problem is not None:
+        return {}, [problem]
+    try:
+        with safe_open(directory / name, framework="np") as opened:
+            return {tensor: opened.get_tensor(tensor) for tensor in opened.keys()}, []  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as e:
+        return {}, [f"{name} is truncated, damaged or not readable ({e}); fetch it again"]
+
+
 def open_directory(directory: Path) -> tuple[Source, list[str]]:
     """Opens the weights of a directory, `model.safetensors` or the shards of its index; returns them and all problems.
 

@@ -20,7 +20,12 @@ TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json",
                    "merges.txt", "tokenizer.model")
 GENERATION_CONFIG = "generation_config.json"
-OTHER_FILES = (GENERATION_CONFIG, CHAT_TEMPLATE, "LICENSE")
+SENTENCES, POOLING = "config_sentence_transformers.json", "1_Pooling/config.json"
+DENSE = "1_Dense/model.safetensors"
+"""The projection of a model with a vector for each token."""
+ENCODER_FILES = (SENTENCES, POOLING, DENSE, "1_Dense/config.json", "modules.json", "sentence_bert_config.json")
+"""Of an encoder, in the form of sentence-transformers."""
+OTHER_FILES = (GENERATION_CONFIG, CHAT_TEMPLATE, "LICENSE", *ENCODER_FILES)
 """Carried along with any tokenizer."""
 
 
