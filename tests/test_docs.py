@@ -15,11 +15,14 @@ from typing import NamedTuple
 
 import jax
 import jsonschema
+import numpy as np
 import pytest
+import tokenizers
 import transformers
 import yaml
 from flax import nnx
 from huggingface_hub import constants
+from safetensors.numpy import save_file
 
 import lfm_jax as lfm
 from lfm_jax.ablate.schedule import AblateConfig
@@ -82,6 +85,7 @@ def desk(tmp_path_factory):
     tokenizer = tiny_tokenizer()
     model = tiny_model(vocab_size=tokenizer.get_vocab_size(), layer_types=("conv", "full_attention"), init_std=0.05)
     lfm.save_hf(model, path / CHECKPOINT, tokenizer=tokenizer)
+    save_encoders(path)
     cached = path / "hub" / f"models--LiquidAI--{CHECKPOINT}"
     for folder in ("refs", "snapshots"):
         (cached / folder).mkdir(parents=True)
@@ -101,6 +105,18 @@ def desk(tmp_path_factory):
         patch.setattr(constants, "HF_HUB_CACHE", str(path / "hub"))
         assert status(["train", "configs/demo.yaml", "--run-dir", "runs/mine", "--data.sources", "my_texts"]) == 0
         yield path
+
+
+def save_encoders(path):
+    """One with a vector for a text, one with a vector for each token."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([tokenizers.AddedToken(prefix, normalized=False) for prefix in ("[Q] ", "[D] ")])
+    encoder = tiny_model(vocab_size=tokenizer.get_vocab_size(), causal=False)
+    for name in ("Embedding", "ColBERT"):
+        lfm.save_hf(encoder, path / f"LFM2.5-{name}-350M", tokenizer=tokenizer)
+    (path / "LFM2.5-ColBERT-350M" / "1_Dense").mkdir()
+    projection = np.random.default_rng(0).standard_normal((8, encoder.config.hidden_size)).astype(np.float32)
+    save_file({"linear.weight": projection}, path / "LFM2.5-ColBERT-350M" / "1_Dense" / "model.safetensors")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -206,6 +222,12 @@ def check_constrained(desk, namespace):
         assert matcher.accepts_eos
 
 
+def check_embeddings(desk, namespace):
+    assert namespace["scores"].shape == (1, 3)
+    assert sorted(index for index, _ in namespace["ranking"]) == [0, 1, 2]
+    assert namespace["query_QO"].shape == (32, 8)
+
+
 def check_engine(desk, namespace):
     assert all(1 <= len(tokens) <= 8 for tokens in namespace["tokens"])
 
@@ -219,7 +241,7 @@ CHECKS = {
     "docs/tutorials/generate.md": check_generate, "docs/tutorials/change_the_network.md": check_network,
     "docs/tutorials/train.md": check_train, "docs/tutorials/export.md": check_export,
     "docs/how_to/constrained_output.md": check_constrained, "docs/explanation/engine.md": check_engine,
-    "docs/how_to/offline_batches.md": check_batch,
+    "docs/how_to/offline_batches.md": check_batch, "docs/how_to/embeddings.md": check_embeddings,
 }
 """What must be there after the code of a page; the other pages need only run."""
 

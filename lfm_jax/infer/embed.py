@@ -62,8 +62,9 @@ class LateInteraction:
     prefix_ids: Mapping[str, int]
     """The token after the first one, by kind of text."""
     query_length: int = 32
-    """Tokens of every query: longer ones are cut, shorter ones filled up with `expansion_id`. Convolutions read what
-    fills them up, attention does not, and its vectors count as the others do."""
+    """Tokens of every query: longer ones are cut, shorter ones filled up with `expansion_id`. Attention does not read
+    what fills them up, convolutions do, and its vectors count as the others do: the code that LFM2.5-ColBERT brings
+    along (`modeling_lfm2_bidirectional.py`) leaves it unmasked there, other than that of LFM2.5-Embedding."""
     expansion_id: int
     skipped_ids: frozenset[int] = frozenset()
     """Tokens of documents that get no vector: punctuation."""
