@@ -16,8 +16,9 @@ from meshes import collectives, mesh_of
 from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.feed_forward.swiglu import SwiGLU
 from lfm_jax.kinds import FEED_FORWARDS
-from lfm_jax.model import abstract_model
+from lfm_jax.model import abstract_model, param_axes
 from lfm_jax.pretrain.objective import NextToken, next_token_training
+from lfm_jax.sharding import shardings
 from lfm_jax.stacking import stack_layers
 
 B, T = 2, 32
@@ -171,6 +172,26 @@ def test_rows_over_devices_and_a_mesh_of_one(sizes, padding):
         hidden = np.asarray(run(params, tokens, ids))
     real = data["segment_ids"] != 0
     assert rel_err(hidden[real], expected[real]) < 1e-5
+
+
+def test_an_encoder_with_rows_and_heads_over_devices():
+    model, data = Net(causal=False, num_kv_heads=4, conv_bias=True, vocab_size=98), batch()
+    expected, _ = model(data["tokens"], segment_ids=data["segment_ids"])
+
+    @jax.jit
+    def run(params, tokens, ids):
+        return nnx.merge(model.graphdef, params)(tokens, segment_ids_BT=ids, logits=None, padding="right")[0]
+
+    def split(sizes):
+        with jax.set_mesh(mesh_of(**sizes)):
+            tokens, ids = (jax.device_put(data[name], TOKENS) for name in ("tokens", "segment_ids"))
+            params = jax.device_put(model.params, shardings(model.params, param_axes(model.config)))
+            return np.asarray(run(params, tokens, ids))
+
+    real = data["segment_ids"] != 0
+    assert rel_err(split(dict(data=2, tensor=2))[real], expected[real]) < 1e-5
+    with pytest.raises(ValueError, match="causal=False cannot split time over `context`; give it whole rows"):
+        split(dict(context=2))
 
 
 def test_what_rows_over_devices_do_not_go_with_is_refused():
