@@ -35,7 +35,8 @@ def serve(
 ) -> int:
     """Serve a model over HTTP with the API of OpenAI, and a page to try it at /. Needs `lfm_jax[serve]`.
 
-    With a key in the environment variable LFM_API_KEY, clients must send it.
+    An encoder answers /v1/embeddings and /v1/rerank. With a key in the environment variable LFM_API_KEY, clients must
+    send it.
 
     Args:
       path: Hugging Face directory, run directory, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
@@ -58,6 +59,15 @@ def serve(
     launch = _serving("launch")
     address = launch.listen(host, port)  # What can be refused is refused before anything is loaded.
     path = local(path)
+    if launch.is_encoder(path):
+        from lfm_jax.infer.embed import load_encoder
+
+        if (sampling, engine, data, tensor, warm_up, plain_contents) != (PUBLISHED, SERVER, 1, 1, "first", False):
+            raise ValueError(f"{path} is an encoder, which has no slots, samples nothing and runs on one device: leave "
+                             "out --sampling, --engine, --data, --tensor, --warm-up and --plain-contents")
+        encoder = load_encoder(path, dtype)
+        launch.serve_encoder(encoder, name or _name(path), address, limits, drain_seconds, cors_origins)
+        return 0
     service = launch.open_service(path, dtype, engine, (data, tensor), everything=warm_up == "all",
                                   plain_contents=plain_contents)
     launch.serve(service, name or _name(path), address, sampling, limits, drain_seconds, cors_origins)

@@ -131,6 +131,15 @@ class Encoder:
                                  self.token_vectors(documents, "document", max_tokens)])
         return [Ranked(int(i), float(scores[i])) for i in np.argsort(-scores, kind="stable")]
 
+    @property
+    def max_tokens(self) -> int:
+        """The length at which texts are cut, unless a call says another one."""
+        return min(MAX_TOKENS, self.model.config.max_position)
+
+    def count_tokens(self, texts: str | Sequence[str], kind: Kind = "document") -> int:
+        """Returns the number of tokens of texts, as the model takes them in."""
+        return sum(len(ids) for ids, _ in self._rows(texts, kind, self.max_tokens))
+
     def _none(self) -> np.ndarray:
         return np.zeros((0, self.model.config.hidden_size), np.float32)
 

@@ -85,7 +85,24 @@ def make_app(
         tidying.cancel()
         await asyncio.to_thread(service.engine.close)
 
-    app = FastAPI(title="lfm_jax", version="1", lifespan=life, docs_url=None, redoc_url=None, redirect_slashes=False)
+    def check_health() -> None:
+        if service.engine.failure is not None:
+            raise RefusalError(503, "the engine has failed")
+
+    app = bare_app(life, metrics, api_key, limits, cors_origins)
+    app.include_router(_page())
+    app.include_router(about(name, metrics, service.engine.longest, check_health))
+    app.include_router(_completions(_Desk(service, name, sampling, limits, metrics)))
+    return app
+
+
+def bare_app(
+    lifespan: Any, metrics: Metrics, api_key: str | None, limits: Limits, cors_origins: Sequence[str]
+) -> FastAPI:
+    """Makes an application without endpoints, with its checks and the form of its errors; arguments as in
+    `make_app`."""
+    app = FastAPI(title="lfm_jax", version="1", lifespan=lifespan, docs_url=None, redoc_url=None,
+                  redirect_slashes=False)
     app.add_middleware(Gate, api_key=api_key, limits=limits, metrics=metrics)
     if cors_origins:
         # Around the gate: a browser asks first, without the key, what it may send.
@@ -95,8 +112,6 @@ def make_app(
     app.add_exception_handler(RefusalError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
-    app.include_router(_about(service, name, metrics))
-    app.include_router(_completions(_Desk(service, name, sampling, limits, metrics)))
     app.openapi = functools.partial(_document, app)
     return app
 
@@ -155,43 +170,54 @@ async def _http(request: Request, error: Any) -> Response:
     return await _refused(request, RefusalError(error.status_code, message, headers=error.headers))
 
 
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": ERROR_TYPES[status]} for status in statuses}
 
 
-def _about(service: Service, name: str, metrics: Metrics) -> APIRouter:
-    """Makes the routes of the page, health, metrics and the model."""
+def _page() -> APIRouter:
+    """Makes the route of the page."""
     router = APIRouter()
-    entry = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "lfm_jax",
-             "max_model_len": service.engine.longest}
 
     @router.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> str:
         return (files("lfm_jax.serve") / "page.html").read_text(encoding="utf-8")
 
-    @router.get("/health", responses=_errors(400, 503))
+    return router
+
+
+def about(name: str, metrics: Metrics, longest: int, check_health: Callable[[], None]) -> APIRouter:
+    """Makes the routes of health, metrics and the model.
+
+    Args:
+      longest: tokens of the longest request.
+      check_health: raises RefusalError if the server is not well.
+    """
+    router = APIRouter()
+    entry = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "lfm_jax",
+             "max_model_len": longest}
+
+    @router.get("/health", responses=errors(400, 503))
     async def health() -> dict[str, str]:
-        if service.engine.failure is not None:
-            raise RefusalError(503, "the engine has failed")
+        check_health()
         return {"status": "ok"}
 
-    @router.get("/metrics", response_class=PlainTextResponse, responses=_errors(400, 401))
+    @router.get("/metrics", response_class=PlainTextResponse, responses=errors(400, 401))
     async def metrics_page() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @router.get("/v1/models", responses=_errors(400, 401))
+    @router.get("/v1/models", responses=errors(400, 401))
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [entry]}
 
-    @router.get("/v1/models/{model:path}", responses=_errors(400, 401, 404))
+    @router.get("/v1/models/{model:path}", responses=errors(400, 401, 404))
     async def model(model: str) -> dict[str, Any]:
-        _check_model(model, name)
+        check_model(model, name)
         return entry
 
     return router
 
 
-def _check_model(wanted: str, name: str) -> None:
+def check_model(wanted: str, name: str) -> None:
     if wanted != name:
         raise RefusalError(404, f"there is no model {wanted[:100]!r}; this server has {name!r}", "model_not_found",
                            param="model")
@@ -200,17 +226,17 @@ def _check_model(wanted: str, name: str) -> None:
 def _completions(desk: _Desk) -> APIRouter:
     """The endpoints that generate."""
     router = APIRouter()
-    errors = _errors(400, 401, 404, 408, 413, 429, 500, 503, 504)
+    refused = errors(400, 401, 404, 408, 413, 429, 500, 503, 504)
 
-    @router.post("/v1/completions", responses=errors)
+    @router.post("/v1/completions", responses=refused)
     async def completions(body: CompletionBody, request: Request) -> Response:
         return await desk.complete(body, request)
 
-    @router.post("/v1/chat/completions", responses=errors)
+    @router.post("/v1/chat/completions", responses=refused)
     async def chat(body: ChatBody, request: Request) -> Response:
         return await desk.chat(body, request)
 
-    @router.post("/v1/responses", responses=errors)
+    @router.post("/v1/responses", responses=refused)
     async def responses(body: ResponsesBody, request: Request) -> Response:
         return await desk.respond(body, request)
 
@@ -323,7 +349,7 @@ class _Desk:
             self._preparing -= 1
 
     def _check(self, body: Shared, prompts: int) -> None:
-        _check_model(body.model, self._name)
+        check_model(body.model, self._name)
         if prompts * (body.n or 1) > self._limits.choices:
             raise RefusalError(400, f"n is {body.n or 1} for {prompts} prompts; at most {self._limits.choices} "
                                     "continuations in all", param="n")

@@ -10,8 +10,9 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lfm_jax.config import ModelConfig
 from lfm_jax.engine.config import EngineConfig
@@ -22,6 +23,11 @@ from lfm_jax.sampling import Sampling
 from lfm_jax.serve.app import make_app
 from lfm_jax.serve.limits import Limits
 from lfm_jax.text.templates import check_template
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from lfm_jax.infer.embed import Encoder
 
 KEY_VARIABLE = "LFM_API_KEY"
 TELL_SECONDS = 5
@@ -123,6 +129,29 @@ def listen(host: str, port: int) -> socket.socket:
     return taken
 
 
+def is_encoder(path: Path) -> bool:
+    """Returns whether a directory is that of an encoder (`config.causal` is False), as far as its config.json says."""
+    from lfm_jax.convert.families import config_from_hf
+    from lfm_jax.convert.safetensors_io import read_json
+
+    try:
+        return not config_from_hf(read_json(path, "config.json")[0]).causal
+    except (ValueError, TypeError, ArithmeticError, AttributeError):
+        return False  # Whoever loads it says what is wrong.
+
+
+def serve_encoder(
+    encoder: Encoder, name: str, address: socket.socket, limits: Limits, drain_seconds: int,
+    cors_origins: Sequence[str] = (),
+) -> None:
+    """Serves an encoder as `serve` does a service."""
+    from lfm_jax.serve.encoders import make_encoder_app
+
+    key = api_key()
+    app = make_encoder_app(encoder, name, api_key=key, limits=limits, cors_origins=cors_origins)
+    _run(app, name, address, limits, limits.prepared, drain_seconds, key, lambda: None)
+
+
 def serve(
     service: Service, name: str, address: socket.socket, sampling: Sampling, limits: Limits, drain_seconds: int,
     cors_origins: Sequence[str] = (),
@@ -131,6 +160,22 @@ def serve(
 
     Then it takes no more requests, lets what runs end within `drain_seconds`, and ends the rest with an error that says
     so.
+    """
+    key = api_key()
+    app = make_app(service, name, api_key=key, sampling=sampling, limits=limits, cors_origins=cors_origins)
+    most = service.engine.slots + service.engine.config.max_queue + limits.prepared
+    _run(app, name, address, limits, most, drain_seconds, key, lambda: service.engine.close(drain=False))
+
+
+def _run(
+    app: FastAPI, name: str, address: socket.socket, limits: Limits, most: int, drain_seconds: int, key: str | None,
+    cut_short: Callable[[], None],
+) -> None:
+    """Serves an application until a signal.
+
+    Args:
+      most: requests that can run or wait.
+      cut_short: ends those that still run `drain_seconds` after the signal.
     """
     import uvicorn
 
@@ -157,17 +202,13 @@ def serve(
 
         async def _cut_short(self) -> None:
             await asyncio.sleep(drain_seconds)
-            await asyncio.to_thread(service.engine.close, drain=False)
+            await asyncio.to_thread(cut_short)
 
-    key = api_key()
-    app = make_app(service, name, api_key=key, sampling=sampling, limits=limits, cors_origins=cors_origins)
     host, port = address.getsockname()[:2]
     say(f"serving {name} on http://{f'[{host}]' if ':' in host else host}:{port}{'' if key else ', no key asked for'}")
     Server(uvicorn.Config(
         app, log_level="warning", timeout_graceful_shutdown=drain_seconds + TELL_SECONDS,
         server_header=False, http=with_head_timer(limits.body_seconds), h11_max_incomplete_event_size=2**16,
         # For each request that can run or wait two connections: its own, and one for a quick question such as /health.
-        limit_concurrency=room_for(
-            2 * (service.engine.slots + service.engine.config.max_queue + limits.prepared)
-        ),
+        limit_concurrency=room_for(2 * most),
     )).run(sockets=[address])

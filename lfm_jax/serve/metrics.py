@@ -12,7 +12,8 @@ from lfm_jax.engine.engine import Engine
 from lfm_jax.engine.request import Finish
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
-PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/responses")
+PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/responses",
+         "/v1/embeddings", "/v1/rerank")
 """Others are counted together, lest a client makes up series without end."""
 TOKENS = {"prompt_tokens": "Tokens of prompts", "cached_tokens": "Tokens of prompts found in the prefix cache",
           "drafted_tokens": "Tokens drafted by prompt lookup", "accepted_tokens": "Drafted tokens that were right",
@@ -21,9 +22,9 @@ TOKENS = {"prompt_tokens": "Tokens of prompts", "cached_tokens": "Tokens of prom
 
 
 class Metrics:
-    """The metrics of one server, in a registry of their own."""
+    """The metrics of one server, in a registry of their own; those of its engine too, if it has one."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine | None = None):
         self._registry = CollectorRegistry()
         self._requests = Counter("lfm_requests", "Requests by path and status", ["path", "status"],
                                  registry=self._registry)
@@ -31,7 +32,8 @@ class Metrics:
                                   buckets=SECONDS, registry=self._registry)
         self.first_token = Histogram("lfm_first_token_seconds", "Time from a whole body to the first token",
                                      buckets=SECONDS, registry=self._registry)
-        self._registry.register(_EngineCounts(engine))
+        if engine is not None:
+            self._registry.register(_EngineCounts(engine))
 
     def request(self, path: str, status: int, seconds: float) -> None:
         """Counts a request that has ended."""
