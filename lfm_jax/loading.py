@@ -61,10 +61,10 @@ def local(name: str | Path) -> Path:
     """
     from lfm_jax.convert import hub
 
-    path = Path(name)
-    if os.path.lexists(path) or not hub.is_id(path.as_posix()):
+    path, text = Path(name), str(name)
+    if os.path.lexists(path) or text.startswith(("./", "../")) or text.endswith("/") or not hub.is_id(text):
         return path
-    return hub.fetch(path.as_posix())
+    return hub.fetch(text)
 
 
 def recognise(path: str | Path) -> ModelSource:

@@ -220,7 +220,8 @@ def _model(base: ModelConfig, settings: dict[str, Any], step: int, place: Place)
         width = _width_field(base.replace(**changes))
         changes[width] = max(1, round(settings["ffn_ratio"] * base.hidden_size / step)) * step
     model = base.replace(**changes)
-    if {"experts", "active"} & set(settings) and _width_field(model) != "expert_size":
+    mixtures = any(FEED_FORWARDS[kind].width == "expert_size" for kind in model.ffn_types)
+    if {"experts", "active"} & set(settings) and not mixtures:
         raise ValueError("it has no mixture; set feed_forward to moe in the same grid, or give the base mixtures")
     if "hidden_size" in settings:
         model = _scaled(model, settings["hidden_size"], step)

@@ -26,7 +26,7 @@ from flax import nnx
 from lfm_jax.config import ModelConfig
 from lfm_jax.convert import safetensors_io as files
 from lfm_jax.convert import sidecars
-from lfm_jax.convert.families import config_from_hf, config_to_hf, family_of
+from lfm_jax.convert.families import config_from_hf, config_to_hf, families_of, family_of, named_family
 from lfm_jax.convert.sidecars import chat_template
 from lfm_jax.convert.sources import Source, Spec, cast, check, common_dtype
 from lfm_jax.convert.weights import Group, Weight, groups, leaf, misfits
@@ -48,7 +48,12 @@ def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     Raises:
       ValueError: no family can express the model, so its tensors have no names.
     """
-    return {name: group.tensor.shape for group in _groups(config) for name in group.names}
+    return tensors_of(family_of(config).weights, config)
+
+
+def tensors_of(weights: tuple[Weight, ...], config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the name and shape of every tensor of a table."""
+    return {name: group.tensor.shape for group in groups(weights, config) for name in group.names}
 
 
 def _groups(config: ModelConfig) -> list[Group]:
@@ -59,9 +64,9 @@ def _specs(config: ModelConfig) -> dict[str, Spec]:
     return {name: Spec(group.tensor.shape, group.dtype) for group in _groups(config) for name in group.names}
 
 
-def _apart(config: ModelConfig) -> set[str]:
+def _apart(weights: tuple[Weight, ...], config: ModelConfig) -> set[str]:
     """The tensors that have a dtype of their own."""
-    return {name for group in _groups(config) if group.own_dtype for name in group.names}
+    return {name for group in groups(weights, config) if group.own_dtype for name in group.names}
 
 
 def _fitting_groups(weights: tuple[Weight, ...], config: ModelConfig, params: Any) -> list[Group]:
@@ -90,10 +95,10 @@ def from_state_dict(state_dict: Mapping[str, Any], config: ModelConfig) -> LFM:
         name: Spec(tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in state_dict.items()
     }
     source = Source(specs, lambda name: _as_numpy(state_dict[name]))
-    family = family_of(config)
-    in_memory = {name for group in groups(family.in_memory, config) for name in group.names}
-    # A dict with the names of files is read too.
-    weights = family.in_memory if state_dict.keys() & (in_memory - tensors(config).keys()) else family.weights
+    # By the names in it: several families may express the model, and a dict with the names of files is read too.
+    able = families_of(config) or [family_of(config)]
+    tables = [table for family in able for table in (family.in_memory, family.weights)]
+    weights = max(tables, key=lambda table: len(tensors_of(table, config).keys() & state_dict.keys()))
     raise_problems("the state dict is not this model", check(source, weights, config), most=None)
     return _build(config, source.read, weights)
 
@@ -150,10 +155,24 @@ def _arrays(model: LFM, weights: tuple[Weight, ...]) -> Iterator[tuple[str, np.n
 class _Checkpoint:
     config: ModelConfig
     read: Callable[[str], np.ndarray]
+    weights: tuple[Weight, ...]
+    """The table of the family that the file names."""
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        for name, spec in _specs(self.config).items():
-            yield name, cast(name, self.read(name), spec.dtype)
+        """The tensors of `write_hf`, which may be those of another family that can express the model."""
+        written = _groups(self.config)
+        if {name for group in written for name in group.names} == tensors_of(self.weights, self.config).keys():
+            for group in written:
+                for name in group.names:
+                    yield name, cast(name, self.read(name), group.dtype)
+            return
+        places = {path: (group, i) for group in groups(self.weights, self.config) for i, path in enumerate(group.paths)}
+        for group in written:
+            leaves = []
+            for path in group.paths:
+                held, i = places[path]
+                leaves.append(held.to_leaves(cast(name, self.read(name), held.dtype) for name in held.names)[i])
+            yield from zip(group.names, group.to_tensors(leaves), strict=True)
 
 
 def _inspect(path: Path, dtype: Any) -> tuple[_Checkpoint | None, list[str]]:
@@ -167,21 +186,22 @@ def _inspect(path: Path, dtype: Any) -> tuple[_Checkpoint | None, list[str]]:
     hf, problems = files.read_json(path, "config.json")
     source, found = files.open_directory(path)
     problems += found
-    config = None
+    config, weights = None, ()
     if hf:
         try:
             config = config_from_hf(hf, param_dtype="float32", dtype="float32")
+            weights = named_family(hf).weights
         except (ValueError, TypeError, ArithmeticError, AttributeError) as e:
             problems.append(f"config.json: {str(e).removeprefix('config.json ')}")
     # The dtype is that of the tensors, not of the config, or float32 if theirs is not known.
-    kept, found = common_dtype(source, dtype, _apart(config) if config else frozenset())
+    kept, found = common_dtype(source, dtype, _apart(weights, config) if config else frozenset())
     problems += found
     if config is not None and kept is not None:
         config = config.replace(param_dtype=kept, dtype=kept)
     # If no file could be read, that is the problem, not that every tensor is missing.
     if config is not None and (source.specs or not problems):
-        problems += check(source, family_of(config).weights, config)
-    return (None if config is None or problems else _Checkpoint(config, source.read)), problems
+        problems += check(source, weights, config)
+    return (None if config is None or problems else _Checkpoint(config, source.read, weights)), problems
 
 
 def load_hf(path: str | os.PathLike, dtype: Any = None) -> tuple[LFM, Tokenizer | None]:
@@ -206,7 +226,7 @@ def load_hf(path: str | os.PathLike, dtype: Any = None) -> tuple[LFM, Tokenizer 
     # As in transformers, generation ends at the ids of generation_config.json too.
     more = [i for i in sidecars.generation_eos_ids(path) if i < config.vocab_size]
     config = config.replace(eos_ids=tuple(dict.fromkeys([*config.eos_ids, *more])))
-    return _build(config, checkpoint.read, family_of(config).weights), tokenizer
+    return _build(config, checkpoint.read, checkpoint.weights), tokenizer
 
 
 def save_hf(
@@ -233,7 +253,7 @@ def save_hf(
     specs = {name: Spec(group.tensor.shape, " and ".join(sorted({array.dtype.name for array in leaves})))
              for group, leaves in _leaves(model, weights) for name in group.names}
     held = Source(specs, _unreadable)
-    kept, problems = common_dtype(held, None, _apart(model.config))
+    kept, problems = common_dtype(held, None, _apart(weights, model.config))
     problems += check(held, weights, model.config) + _output_problems(path, source, max_shard_bytes)
     raise_problems(f"cannot save to {path}", problems, most=None)
     config = model.config.replace(param_dtype=kept)

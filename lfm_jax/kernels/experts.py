@@ -92,10 +92,11 @@ def _ragged(x_MD: jax.Array, chosen_MA: jax.Array, weight_MA: jax.Array, w1_EDF:
     def product(rows: jax.Array, w: jax.Array) -> jax.Array:
         return lax.ragged_dot(rows, w.astype(dtype), size_E, precision=precision)
 
-    x_RD = x_MD[order_R // A]
+    # Rows beyond the groups are not defined in products, nor in what their derivatives give.
+    in_group_R1 = (jnp.arange(order_R.size) < jnp.sum(size_E))[:, None]
+    x_RD = jnp.where(in_group_R1, x_MD[order_R // A], 0)
     y_RD = product(jax.nn.silu(product(x_RD, w1_EDF)) * product(x_RD, w3_EDF), w2_EFD)
-    y_MAD = y_RD[jnp.argsort(order_R)].reshape(M, A, -1)
-    y_MAD = jnp.where((chosen_MA < E)[:, :, None], y_MAD, 0)  # What lies beyond the groups is not defined.
+    y_MAD = jnp.where(in_group_R1, y_RD, 0)[jnp.argsort(order_R)].reshape(M, A, -1)
     return jnp.einsum("MAD,MA->MD", y_MAD.astype(jnp.float32), weight_MA).astype(dtype)
 
 

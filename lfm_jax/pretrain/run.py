@@ -23,6 +23,7 @@ from lfm_jax.data.corpora import make_tokenizer, open_corpus
 from lfm_jax.data.corpora.corpus import check_lasts
 from lfm_jax.files import write_whole
 from lfm_jax.loading import load, local
+from lfm_jax.model import abstract_model
 from lfm_jax.pretrain.config import TrainConfig
 from lfm_jax.problems import raise_problems
 from lfm_jax.text.codec import check_tokenizer
@@ -98,7 +99,7 @@ class Pretraining:
 
 
 def _weights_of(config: TrainConfig) -> Any:
-    """The weights of `init_from` in `param_dtype`."""
+    """The weights of `init_from` in the dtypes of the run."""
     assert config.init_from is not None
     model, _ = load(config.init_from)
     raise_problems(
@@ -106,7 +107,8 @@ def _weights_of(config: TrainConfig) -> Any:
         differences(recipe.to_plain(model.config), recipe.to_plain(config.model), NUMERICS),
     )
     weights = nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
-    return jax.tree.map(lambda x: np.asarray(x.astype(config.model.param_dtype)), weights)
+    _, abstract = abstract_model(config.model)  # Some weights have a dtype of their own.
+    return jax.tree.map(lambda x, kept: np.asarray(x.astype(kept.dtype)), weights, abstract)
 
 
 def _new_tokenizer(config: TrainConfig, run_dir: Path) -> Tokenizer:

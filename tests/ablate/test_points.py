@@ -139,6 +139,13 @@ def test_points_that_make_no_model_are_all_named():
         points(study)
 
 
+def test_a_base_with_mixtures_in_some_layers_has_experts_to_vary():
+    study = tiny_study(match="none", vary=grids({"experts": [8]}))
+    base = study.model.replace(layer_types=("conv", "full_attention"), ffn_types=("moe", "swiglu"))
+    eight = points(dataclasses.replace(study, pattern="ca", model=base))[1]
+    assert (eight.model.num_experts, eight.model.ffn_types) == (8, ("moe", "swiglu"))
+
+
 @pytest.mark.parametrize("sizes", [(), ("20m",), ("20m", "100m")], ids=lambda sizes: "+".join(sizes) or "cpu")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_study_loads_and_matches(path, sizes):

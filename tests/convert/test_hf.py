@@ -4,16 +4,21 @@ import json
 import shutil
 
 import hf_dirs
+import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 import torch
+from flax import nnx
+from helpers import rel_err, tokens_like
 from limits import LIMITS, limited
 from oracle import CASES
 from test_state_dict import bits
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
+import lfm_jax as lfm
 from lfm_jax.convert.families import config_from_hf
 from lfm_jax.convert.hf import chat_template, convert, load_hf, save_hf, tensors, to_state_dict, write_hf
 from lfm_jax.testing import tiny_model, tiny_tokenizer
@@ -288,6 +293,25 @@ def test_loaded_model_has_the_logits_of_the_oracle(tmp_path):
     tokens = np.random.default_rng(0).integers(1, 97, (2, 19))
     actual = jax.jit(lambda p: nnx.merge(graphdef, p)(jnp.asarray(tokens))[0])(nnx.to_pure_dict(params))
     assert rel_err(actual, hf_dirs.logits(src)) < 1e-4
+
+
+def test_a_file_of_one_family_that_an_earlier_one_can_express_too(tmp_path):
+    """LFM3 without what is new in it: its tensors have the names of LFM3, and are exported with those of LFM2."""
+    plain = dict(model_type="lfm3", use_sandwich_norm=False, use_attention_gate=False,
+                 layer_types=("conv", "full_attention"), rope_parameters={
+                     "full_attention": {"rope_type": "default", "rope_theta": 1e4},
+                     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}})
+    theirs = oracle.hf_model(oracle.hf_config(**plain))
+    theirs.save_pretrained(tmp_path / "lfm3")
+    model, _ = lfm.load(tmp_path / "lfm3")
+    tokens = tokens_like((1, 9), 0, 1, 97)
+    assert rel_err(model(tokens)[0], oracle.forward(theirs, tokens)[1]) < 1e-4
+    convert(tmp_path / "lfm3", tmp_path / "lfm2")
+    assert json.loads((tmp_path / "lfm2" / "config.json").read_text())["model_type"] == "lfm2"
+    again, of_dict = lfm.load(tmp_path / "lfm2")[0], lfm.from_state_dict(theirs.state_dict(), model.config)
+    for other in (again, of_dict):
+        for a, b in zip(*(jax.tree.leaves(nnx.state(m, nnx.Param)) for m in (other, model)), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_stop_ids_of_the_generation_config_are_the_models_too(tmp_path):

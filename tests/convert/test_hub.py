@@ -159,6 +159,11 @@ def test_a_part_in_the_cache_is_no_model_offline_and_is_completed_online(hub, ch
         assert same(lfm.load("Org/tiny"), checkpoint)
 
 
+@pytest.mark.parametrize("name", ["./tiny/model", "../tiny/model", "tiny/model/"])
+def test_what_is_written_as_a_path_is_no_id(name):
+    assert local(name) == Path(name)
+
+
 def test_a_directory_of_the_name_of_an_id_wins(hub, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lfm.save_hf(tiny_model(seed=1), "Org/tiny")

@@ -94,6 +94,17 @@ def test_padding_takes_no_work():
     np.testing.assert_array_equal(kernel._sizes(chosen_MA, 8), [2, 2, 2, 2, 0, 0, 0, 0])
 
 
+@pytest.mark.parametrize("impl", ["ragged", "blocks"])
+def test_what_padding_holds_reaches_no_gradient(impl):
+    chosen_MA = choices("padding", 30, 2, 4)
+    args, padding_M = problem(chosen_MA, 4), (chosen_MA == 4).all(axis=1)
+    args["x_MD"][padding_M] = np.nan
+    gradients = jax.grad(lambda args: jnp.sum(experts(**args, chosen_MA=chosen_MA, impl=impl)))(args)
+    assert padding_M.any()
+    assert np.isfinite(gradients.pop("x_MD")[~padding_M]).all()
+    assert all(np.isfinite(gradient).all() for gradient in gradients.values())
+
+
 def test_a_result_does_not_depend_on_the_batch():
     """To the bit: one row is computed in a block of several, as in a batch."""
     chosen_MA = choices("even", 9, 2, 4)

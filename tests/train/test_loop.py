@@ -10,6 +10,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -21,7 +22,7 @@ from lfm_jax.convert.hf import chat_template
 from lfm_jax.data.build import BuildConfig, build
 from lfm_jax.data.corpora.text import TextCorpus
 from lfm_jax.files import locked
-from lfm_jax.pretrain.run import Pretraining, train
+from lfm_jax.pretrain.run import Pretraining, _weights_of, train
 from lfm_jax.recipe import to_plain
 from lfm_jax.testing import tiny_tokenizer
 from lfm_jax.train import run_dir as run_dirs
@@ -290,6 +291,21 @@ def test_init_from_weights_without_a_tokenizer_wants_one_named(corpus, tmp_path,
     lfm.save_hf(lfm.load(whole_run.run_dir)[0], tmp_path / "bare")
     with pytest.raises(ValueError, match=r"has no tokenizer.json; name its tokenizer in data.tokenizer"):
         train(load(recipe(corpus, tmp_path / "run", init_from=str(tmp_path / "bare"))))
+
+
+def test_init_from_keeps_the_biases_of_experts_in_float32(corpus, tmp_path, whole_run):
+    fields = dict(model__ffn_types=["moe"], model__num_experts=4, model__active_experts=2, model__expert_size=8,
+                  model__param_dtype="bfloat16", model__vocab_size=300)
+    model = lfm.LFM(load(recipe(corpus, tmp_path / "x", **fields)).model, rngs=nnx.Rngs(0))
+    bias_E = jnp.asarray([1, 1.001, 1.002, 1.003], jnp.float32)
+    for block in model.blocks:
+        block.feed_forward.expert_bias[...] = bias_E
+    tokenizer = lfm.load(whole_run.run_dir)[1]
+    lfm.save_hf(model, tmp_path / "weights", tokenizer)
+    weights = _weights_of(load(recipe(corpus, tmp_path / "run", init_from=str(tmp_path / "weights"), **fields)))
+    held = weights["blocks"][0]["feed_forward"]
+    np.testing.assert_array_equal(held["expert_bias"], bias_E)
+    assert (held["expert_bias"].dtype, held["w1"].dtype) == (jnp.float32, jnp.bfloat16)
 
 
 def test_init_from_another_shape_is_refused(corpus, tmp_path, whole_run):

@@ -30,7 +30,7 @@ def config_from_hf(hf: Mapping[str, Any], **overrides: Any) -> ModelConfig:
       ValueError: no family has that model_type or architecture, a size is missing, or a field is not supported or not
         valid.
     """
-    return ModelConfig(**(_named_family(hf).read(hf) | overrides))
+    return ModelConfig(**(named_family(hf).read(hf) | overrides))
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -41,6 +41,11 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """
     family = family_of(config)
     return {"architectures": [family.architectures[0]], "model_type": family.model_types[0]} | family.write(config)
+
+
+def families_of(config: ModelConfig) -> list[Family]:
+    """Returns all families that can express the model, in order of preference."""
+    return [family for family in FAMILIES if not family.lacks(config)]
 
 
 def family_of(config: ModelConfig) -> Family:
@@ -56,7 +61,12 @@ def family_of(config: ModelConfig) -> Family:
     return nearest
 
 
-def _named_family(hf: Mapping[str, Any]) -> Family:
+def named_family(hf: Mapping[str, Any]) -> Family:
+    """Returns the family that a config.json names.
+
+    Raises:
+      ValueError: no family has its model_type, or one of its architectures.
+    """
     model_type, architectures = hf.get("model_type"), hf.get("architectures")
     by_type = [family for family in FAMILIES if model_type in family.model_types]
     if not by_type:
