@@ -96,6 +96,7 @@ def extract(
     sampling: Flat = GREEDY,
     instruction: str | None = None,
     max_new_tokens: int = 512,
+    max_thinking_tokens: int | None = None,
     dtype: DType | None = None,
 ) -> int:
     """Find data that fits a JSON schema in one or more texts and print it, a line of JSON each.
@@ -110,6 +111,7 @@ def extract(
       sampling: sampling parameters.
       instruction: the system message, in which the schema replaces {schema}; a general one if left out.
       max_new_tokens: the most tokens of an answer.
+      max_thinking_tokens: after so many tokens a thought before the answer is closed; 0 for none.
       dtype: dtype of parameters and computation; the stored one if left out.
     """
     from lfm_jax.infer.extract import EXTRACTION
@@ -121,7 +123,7 @@ def extract(
     model, tokenizer, template = _load_chat(path, dtype)
     try:
         found = run(model, tokenizer, text, wanted, template=template, instruction=instruction or EXTRACTION,
-                    sampling=sampling, max_new_tokens=max_new_tokens)
+                    sampling=sampling, max_new_tokens=max_new_tokens, max_thinking_tokens=max_thinking_tokens)
     except ImportError as error:  # llguidance is an extra.
         raise ValueError(str(error)) from None
     for data in found:

@@ -25,7 +25,7 @@ from lfm_jax.sampling import GREEDY, Sampling
 from lfm_jax.state import State
 from lfm_jax.text.chat import begun_turn, encode_chat, turn_stop_ids
 from lfm_jax.text.codec import check_tokenizer, encoded
-from lfm_jax.text.thoughts import Stage, split_thought, stage, thinking
+from lfm_jax.text.thoughts import Stage, ThoughtLimit, split_thought, stage, thinking
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -53,35 +53,39 @@ class DataModel(Protocol):
 @overload
 def extract[M: DataModel](
     model: LFM, tokenizer: Tokenizer, text: str, schema: type[M], *, template: str | None = None,
-    instruction: str = EXTRACTION, sampling: Sampling = GREEDY, max_new_tokens: int = 512, plain_contents: bool = True,
+    instruction: str = EXTRACTION, sampling: Sampling = GREEDY, max_new_tokens: int = 512,
+    max_thinking_tokens: int | None = None, plain_contents: bool = True,
 ) -> M: ...
 
 
 @overload
 def extract[M: DataModel](
     model: LFM, tokenizer: Tokenizer, text: Sequence[str], schema: type[M], *, template: str | None = None,
-    instruction: str = EXTRACTION, sampling: Sampling = GREEDY, max_new_tokens: int = 512, plain_contents: bool = True,
+    instruction: str = EXTRACTION, sampling: Sampling = GREEDY, max_new_tokens: int = 512,
+    max_thinking_tokens: int | None = None, plain_contents: bool = True,
 ) -> list[M]: ...
 
 
 @overload
 def extract(
     model: LFM, tokenizer: Tokenizer, text: str, schema: Mapping[str, Any], *, template: str | None = None,
-    instruction: str = EXTRACTION, sampling: Sampling = GREEDY, max_new_tokens: int = 512, plain_contents: bool = True,
+    instruction: str = EXTRACTION, sampling: Sampling = GREEDY, max_new_tokens: int = 512,
+    max_thinking_tokens: int | None = None, plain_contents: bool = True,
 ) -> Any: ...
 
 
 @overload
 def extract(
     model: LFM, tokenizer: Tokenizer, text: Sequence[str], schema: Mapping[str, Any], *, template: str | None = None,
-    instruction: str = EXTRACTION, sampling: Sampling = GREEDY, max_new_tokens: int = 512, plain_contents: bool = True,
+    instruction: str = EXTRACTION, sampling: Sampling = GREEDY, max_new_tokens: int = 512,
+    max_thinking_tokens: int | None = None, plain_contents: bool = True,
 ) -> list[Any]: ...
 
 
 def extract(
     model: LFM, tokenizer: Tokenizer, text: str | Sequence[str], schema: Mapping[str, Any] | type[DataModel], *,
     template: str | None = None, instruction: str = EXTRACTION, sampling: Sampling = GREEDY, max_new_tokens: int = 512,
-    plain_contents: bool = True,
+    max_thinking_tokens: int | None = None, plain_contents: bool = True,
 ) -> Any:
     """Extracts data that fits a JSON schema from a text. Needs the extra `lfm_jax[grammar]`.
 
@@ -96,6 +100,7 @@ def extract(
       instruction: the system's message; `{schema}` in it stands for the schema.
       sampling: how tokens are chosen.
       max_new_tokens: of the JSON, and of the thought before it where the model has one.
+      max_thinking_tokens: after so many tokens a thought is closed; 0: none is begun. None: no limit of its own.
       plain_contents: the names of special tokens in a text are text like any other (see `chat.encode_chat`).
 
     Returns:
@@ -123,7 +128,10 @@ def extract(
                           prefix_cache_bytes=2 * model.config.state_bytes(length))
     # The template opens each reply in the same way.
     begin: Stage = "answer" if how is None else stage(begun_turn(tokenizer, prompts[0]))
-    grammar = follow.matcher(constraint.after_thought(how, begin) if how else constraint)
+    may_think = how is not None and not (begin == "start" and max_thinking_tokens == 0)
+    grammar = follow.matcher(constraint.after_thought(how, begin) if may_think else constraint)
+    if may_think and max_thinking_tokens is not None:
+        grammar.limit = ThoughtLimit(tokenizer, how, begin, max_thinking_tokens)
     requests = [
         Request(prompt=prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids, grammar=grammar)
         for prompt in prompts
@@ -134,7 +142,7 @@ def extract(
             raise ValueError(f"the answer for text {number} cannot be finished: {answer.reason}")
         if answer.finish != "stop":
             raise ValueError(f"the answer for text {number} needs more than max_new_tokens {max_new_tokens}; raise it, "
-                             "or bound the schema (maxLength, maxItems)")
+                             "bound the schema (maxLength, maxItems), or set max_thinking_tokens if the model thinks")
         reply = tokenizer.decode([i for i in answer.tokens if i not in stop_ids], skip_special_tokens=False)
         data = json.loads(split_thought(reply, begin).answer)
         try:

@@ -76,6 +76,23 @@ def test_data_comes_after_a_thought(monkeypatch, opens):
     assert extract(thinker, thoughtful, TEXTS[:2], {"type": "boolean"}, template=template) == [False, False]
 
 
+@pytest.mark.parametrize("opens", [True, False])
+@pytest.mark.parametrize("most", [0, 3])
+def test_a_thought_that_would_not_end_is_closed(opens, most):
+    """By a model that, left alone, fills all its room with a thought."""
+    thoughtful = tiny_tokenizer()
+    thoughtful.add_special_tokens([AddedToken(mark, normalized=False) for mark in (OPEN, CLOSE)])
+    end = 'assistant\\n" -}}'
+    template = DEFAULT_TEMPLATE.replace(end, 'assistant\\n<think>" -}}') if opens else DEFAULT_TEMPLATE
+    thinker = tiny_model(vocab_size=thoughtful.get_vocab_size(), max_position=1024)
+    run = functools.partial(extract, thinker, thoughtful, TEXTS[0], {"type": "boolean"}, template=template,
+                            max_new_tokens=40)
+    if opens:
+        with pytest.raises(ValueError, match="or set max_thinking_tokens if the model thinks"):
+            run()
+    assert run(max_thinking_tokens=most) in (True, False)
+
+
 def test_more_texts_than_may_wait(monkeypatch):
     monkeypatch.setattr(module, "EngineConfig", functools.partial(module.EngineConfig, max_queue=2))
     assert {type(data) for data in extract(model(), tokenizer(), TEXTS * 2, {"type": "boolean"})} == {bool}
