@@ -249,3 +249,28 @@ def test_a_thought_that_the_client_began(ask):
                                guided_choice=["yes", "no"])
     assert (message["content"], used(usage)) == ("s", 0)
 
+
+
+def continued(ask, content, **fields):
+    last = {"role": "assistant", "content": content, "prefix": True}
+    return ask(messages=[*HELLO, last | fields.pop("last", {})], **fields)
+
+
+def test_an_answer_after_a_thought_that_the_client_closed(ask):
+    for blanks in ("", "\n", "\n\n\n\n\n"):
+        message, _, usage, _ = continued(ask, f"\n<think>\nx\n</think>{blanks}", guided_choice=["yes", "no"])
+        assert (message["content"] in ("yes", "no"), used(usage)) == (True, 0)
+    message, _, _, _ = continued(ask, "<think>\nx\n</think>\n\n\n\n\n\nye", guided_choice=["yes", "no"])
+    assert message["content"] == "s"
+    for begun in ("", "ye"):
+        message, _, usage, _ = continued(ask, begun, last={"reasoning_content": "hm"}, guided_choice=["yes", "yet"])
+        assert (begun + message["content"] in ("yes", "yet"), used(usage)) == (True, 0)
+
+
+def test_the_limit_of_a_thought_that_the_client_began(ask):
+    # What the client wrote of the thought counts.
+    for begun, most in (("<think>\nx", 0), ("\n<think>\nx", 1), ("<think>\nThe fox over the dog", 2)):
+        message, _, usage, tokenizer = continued(ask, begun, guided_choice=["yes", "no"], max_thinking_tokens=most)
+        assert message["content"] in ("yes", "no")
+        assert "reasoning_content" not in message
+        assert used(usage) == len(tokenizer.encode(CLOSE, add_special_tokens=False).ids)
