@@ -328,7 +328,7 @@ class _Desk:
             return None if grammar is None else self._service.matcher(grammar)
         if grammar is None and most is None:
             return None
-        matcher = self._service.matcher((grammar or Grammar.free()).after_thought(how, begin))
+        matcher = self._service.matcher(grammar and grammar.after_thought(how, begin))
         if most is not None:
             if begin == "thought":
                 text = begun.lstrip(BLANKS).removeprefix(OPEN)
@@ -385,7 +385,7 @@ class _Desk:
             error = engine_request.ContextLengthError(longest, len(prompt), most)
             raise RefusalError(400, str(error), "context_length_exceeded", param=param)
         most = min(most, room)
-        own = () if body.ignore_eos and matcher is None else self._service.stop_ids
+        own = () if body.ignore_eos and (matcher is None or matcher.free) else self._service.stop_ids
         stop_ids = tuple(dict.fromkeys([*own, *(body.stop_token_ids or ())]))
         for field, ids in (("stop_token_ids", stop_ids), ("logit_bias", body.logit_bias or {})):
             if strange := [token for token in ids if token >= V]:

@@ -274,3 +274,24 @@ def test_the_limit_of_a_thought_that_the_client_began(ask):
         assert message["content"] in ("yes", "no")
         assert "reasoning_content" not in message
         assert used(usage) == len(tokenizer.encode(CLOSE, add_special_tokens=False).ids)
+
+
+def test_the_limit_alone_leaves_the_answer_free(ask):
+    message, finish, usage, tokenizer = continued(ask, CALL.removesuffix("<|tool_call_end|>"), max_thinking_tokens=3,
+                                                  max_tokens=4)
+    assert used(usage) == 0
+    bias = {str(tokenizer.token_to_id("<|tool_call_start|>")): 100}
+    for fields in (dict(ignore_eos=True, skip_special_tokens=False), dict(stop_token_ids=[5], min_tokens=40)):
+        message, finish, usage, _ = continued(ask, "<think>\nThe fox", max_thinking_tokens=0, logit_bias=bias,
+                                              max_tokens=40, **fields)
+        assert (finish, usage["completion_tokens"]) == ("length", 40)
+        close = len(tokenizer.encode(CLOSE, add_special_tokens=False).ids)
+        assert used(usage) == close
+        if "ignore_eos" in fields:
+            assert message["content"] == "<|tool_call_start|>" * (40 - close)
+    # Where eos would come at once.
+    eos = {str(tokenizer.token_to_id("<|im_end|>")): 100}
+    for ignore_eos, finish in ((True, "length"), (False, "stop")):
+        answer = continued(ask, "<think>\nThe fox", max_thinking_tokens=0, logit_bias=eos, max_tokens=20,
+                           ignore_eos=ignore_eos)
+        assert answer[1] == finish
