@@ -165,6 +165,22 @@ def test_thoughts_of_earlier_turns():
         ("user", "hello", None, 0), ("assistant", "x", "ab", 1), ("assistant", "", "c", 2), ("user", "z", None, 0)]
 
 
+def test_reasoning_items_of_other_servers():
+    def thought_of(*items):
+        body = ResponsesBody.model_validate({"model": "tiny", "input": [
+            *HELLO, *({"type": "reasoning"} | item for item in items), {"role": "assistant", "content": "x"}]})
+        return plain_messages(body.as_chat().messages)[-1].get("reasoning_content")
+
+    a, b = ({"summary": [{"type": "summary_text", "text": text}]} for text in "ab")
+    assert thought_of(a, {"summary": [], "encrypted_content": "?"}, b) == "a\nb"
+    for strange in ("a thought", [{"type": "text", "text": "?"}], ["?"], [{"type": ["?"]}], {"text": "?"}, 1, None):
+        for field in ("summary", "content"):
+            assert thought_of({field: strange}) is None
+        assert thought_of(a | {"content": strange}) == "a"
+    with pytest.raises(ValueError, match="text"):
+        thought_of({"summary": [{"type": "summary_text"}]})
+
+
 # -------------------------------------------------------------------- from the engine
 
 TEMPLATE = """\
