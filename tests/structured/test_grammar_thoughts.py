@@ -180,3 +180,14 @@ def test_a_limit_without_a_grammar(kind):
     assert allowed(m).tolist() == every
     assert allowed(other).tolist() == [how(kind).close_ids[0]]
     assert (m.error, m.accepts_eos, m.done) == (None, True, False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_limit_without_a_grammar_ends_a_thought_whose_mark_is_spelled_out(kind):
+    m = grammar_tokenizer(tokenizer(kind), V, EOS).matcher(None)
+    m.limit = ThoughtLimit(tokenizer(kind), how(kind), "start", 0)
+    for letter in OPEN:
+        [token] = tokenizer(kind).encode(letter, add_special_tokens=False).ids
+        assert m.limit.forced is None
+        m.consume(token)
+    assert allowed(m).tolist() == [how(kind).close_ids[0]]
