@@ -181,7 +181,8 @@ class Engine:
         if request.grammar is not None and request.grammar.tokenizer.vocab_size != self.model_config.vocab_size:
             problems.append(f"grammar is for {request.grammar.tokenizer.vocab_size} ids; the model has "
                             f"{self.model_config.vocab_size}")
-        elif request.grammar is not None and not set(request.grammar.tokenizer.eos_ids) <= set(stop_ids):
+        elif not (request.grammar is None or request.grammar.free
+                  or set(request.grammar.tokenizer.eos_ids) <= set(stop_ids)):
             problems.append(f"grammar ends texts with {request.grammar.tokenizer.eos_ids}; stop_ids {tuple(stop_ids)} "
                             "must name these too")
         raise_problems("the engine cannot take this request", problems)

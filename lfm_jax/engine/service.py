@@ -87,8 +87,8 @@ class Service:
         """Returns where the reply to the prompt of a chat goes on; of a model without thoughts, in the answer."""
         return "answer" if self.thinking is None else stage(begun_turn(self.tokenizer, prompt))
 
-    def matcher(self, grammar: Grammar) -> Matcher:
-        """Returns a matcher for `Request.grammar`.
+    def matcher(self, grammar: Grammar | None) -> Matcher:
+        """Returns a matcher for `Request.grammar`; without a grammar, one for a limit of the thought alone.
 
         Raises:
           GrammarError: see `GrammarTokenizer.matcher`.

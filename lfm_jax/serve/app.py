@@ -47,7 +47,7 @@ from lfm_jax.serve.protocol import ChatBody, CompletionBody, Shared
 from lfm_jax.serve.responses import ResponsesBody, ResponsesForm
 from lfm_jax.structured.grammar import Grammar, Matcher
 from lfm_jax.text.codec import encoded
-from lfm_jax.text.thoughts import Stage, ThoughtLimit
+from lfm_jax.text.thoughts import BLANKS, OPEN, Stage, ThoughtLimit, split_thought, stage
 
 TIDY_SECONDS = 60
 """How often free memory goes back to the system."""
@@ -304,25 +304,35 @@ class _Desk:
         with blamed("messages"):
             prompt = self._service.encode_chat(messages, tools, continue_final=body.continues,
                                                variables=body.chat_template_kwargs)
-        matcher = self._chat_matcher(grammar, body, prompt)
+        begun = messages[-1]["content"] if body.continues else ""
+        begin = self._service.stage(prompt)
+        if begin == "start":  # As in every prompt whose turns have another form than LFM2's.
+            begin = stage(begun)
+        matcher = self._chat_matcher(grammar, body, begin, begun)
         with blamed("messages"):
-            if matcher is not None and body.continues:
-                self._follow(matcher, messages[-1]["content"])
+            if matcher is not None and begin != "thought":
+                self._follow(matcher, begun if self._service.thinking is None else split_thought(begun).answer)
         most = body.max_completion_tokens or body.max_tokens or self._limits.tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         return self._ask(prompt, body, most, logprobs, matcher, "messages")
 
-    def _chat_matcher(self, grammar: Grammar | None, body: ChatBody, prompt: list[int]) -> Matcher | None:
-        """A matcher of the answer and of a thought before it, where one may come."""
+    def _chat_matcher(self, grammar: Grammar | None, body: ChatBody, begin: Stage, begun: str) -> Matcher | None:
+        """A matcher of the answer and of a thought before it, where one may come.
+
+        Args:
+          begin: where the reply goes on.
+          begun: what the client wrote of it.
+        """
         how, most = self._service.thinking, body.max_thinking_tokens
-        # What a client has begun is followed from its first word on.
-        begin: Stage = "start" if body.continues else self._service.stage(prompt)
         if how is None or begin == "answer" or (begin == "start" and grammar is not None and most == 0):
             return None if grammar is None else self._service.matcher(grammar)
         if grammar is None and most is None:
             return None
-        matcher = self._service.matcher((grammar or Grammar.free()).after_thought(how, begin))
+        matcher = self._service.matcher(grammar and grammar.after_thought(how, begin))
         if most is not None:
+            if begin == "thought":
+                text = begun.lstrip(BLANKS).removeprefix(OPEN)
+                most = max(most - len(encoded(self._service.tokenizer, text, add_special_tokens=False).ids), 0)
             matcher.limit = ThoughtLimit(self._service.tokenizer, how, begin, most)
         return matcher
 
@@ -375,7 +385,7 @@ class _Desk:
             error = engine_request.ContextLengthError(longest, len(prompt), most)
             raise RefusalError(400, str(error), "context_length_exceeded", param=param)
         most = min(most, room)
-        own = () if body.ignore_eos and matcher is None else self._service.stop_ids
+        own = () if body.ignore_eos and (matcher is None or matcher.free) else self._service.stop_ids
         stop_ids = tuple(dict.fromkeys([*own, *(body.stop_token_ids or ())]))
         for field, ids in (("stop_token_ids", stop_ids), ("logit_bias", body.logit_bias or {})):
             if strange := [token for token in ids if token >= V]:

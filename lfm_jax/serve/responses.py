@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from lfm_jax.engine.request import Request
 from lfm_jax.engine.service import Piece, Service
@@ -75,12 +75,22 @@ class ReasoningText(Body):
     text: str
 
 
+def _of_thought(value: Any) -> Any:
+    """What a list has of a thought's parts; other servers have others, or no list."""
+    parts = value if isinstance(value, list) else []
+    return [part for part in parts if isinstance(part, ReasoningText)
+            or (isinstance(part, dict) and part.get("type") in (None, "summary_text", "reasoning_text"))]
+
+
+ReasoningTexts = Annotated[list[ReasoningText], BeforeValidator(_of_thought)]
+
+
 class ReasoningItem(InputItem):
     """The thought before the assistant's message or calls that follow."""
 
     type: Literal["reasoning"]
-    summary: list[ReasoningText] | None = None
-    content: list[ReasoningText] | None = None
+    summary: ReasoningTexts | None = None
+    content: ReasoningTexts | None = None
     encrypted_content: Annotated[Any, Ignored(ECHO)] = None
 
 
@@ -227,11 +237,12 @@ class ResponsesBody(Body):
             found.append(({"role": "system", "content": self.instructions}, "instructions"))
         if isinstance(self.input, str):
             return [*found, ({"role": "user", "content": self.input}, "input")]
-        thought: dict[str, Any] = {}  # Of the assistant's next message.
+        thought: dict[str, str] = {}  # Of the assistant's next message.
         for i, item in enumerate(self.input):
             if isinstance(item, ReasoningItem):
                 text = joined(item.content or item.summary)
-                thought = {"reasoning_content": text} if text else {}
+                if text:
+                    thought = {"reasoning_content": "\n".join([*thought.values(), text])}
                 continue
             if isinstance(item, InputMessage):
                 own = thought if item.role == "assistant" else {}

@@ -145,12 +145,6 @@ class Grammar:
         return _kept("tools", [chosen, form, rules, parallel, dataclasses.astuple(bounds)],
                      lambda: _of_calls(chosen, form, rules, parallel, bounds))
 
-
-    @classmethod
-    def free(cls) -> Grammar:
-        """Any text, without special tokens."""
-        return cls("start: /(?s:.*)/")
-
     def after_thought(self, how: Thinking, begin: Stage = "start") -> Grammar:
         """The same text, with a thought and up to four blanks before it.
 
@@ -238,12 +232,17 @@ class GrammarTokenizer:
         self.eos_W = _packed(eos_ids, vocab_size)
         self._matchers: Kept[Matcher] = Kept(64, 2**20, lambda text, _: len(text))
 
-    def matcher(self, grammar: Grammar) -> Matcher:
+    def matcher(self, grammar: Grammar | None) -> Matcher:
         """A matcher at the start of the grammar, of which the last ones are kept and copied.
+
+        Without a grammar every token of the tokenizer is allowed, and eos need not end the text: only a `Matcher.limit`
+        says more.
 
         Raises:
           GrammarError: the grammar names a special token that the tokenizer lacks, or is too large.
         """
+        if grammar is None:
+            return Matcher(self, None)
         return self._matchers.get(grammar.text, lambda: self._compiled(grammar)).copy()
 
     def _compiled(self, grammar: Grammar) -> Matcher:
@@ -272,14 +271,19 @@ class Matcher:
         """Why the grammar can be followed no further, as when it needs too much work; only eos is allowed then."""
 
     @property
+    def free(self) -> bool:
+        """There is no grammar, so that the text need not end by an eos of the tokenizer."""
+        return self.handle is None
+
+    @property
     def accepts_eos(self) -> bool:
         """The text so far is complete."""
-        return self.error is None and self.handle.is_accepting()
+        return self.free or (self.error is None and self.handle.is_accepting())
 
     @property
     def done(self) -> bool:
         """The text is complete and cannot go on: only eos is allowed, or has come."""
-        return self.accepts_eos and self.handle.is_stopped()
+        return not self.free and self.accepts_eos and self.handle.is_stopped()
 
     def mask(self, out_W: np.ndarray) -> None:
         """Writes the mask of the next token, uint32: bit `i % 32` of word `i // 32` is 1 where token i is allowed."""
@@ -291,7 +295,7 @@ class Matcher:
         Raises:
           ValueError: the token is not allowed; the matcher is of no use any more.
         """
-        if self.error is None and not self.handle.consume_token(token):
+        if not self.free and self.error is None and not self.handle.consume_token(token):
             why = one_line(self.handle.get_error())
             if re.search("doesn't satisfy|out of range|parser stopped", why):
                 raise ValueError(f"token {token} is not allowed by the grammar: {why}")
@@ -307,12 +311,12 @@ class Matcher:
         """
         if self.limit is not None:
             raise ValueError("cannot take back tokens of a matcher with a limit of its thought")
-        if tokens and not self.handle.rollback(tokens):
+        if tokens and not self.free and not self.handle.rollback(tokens):
             raise ValueError(f"cannot take back {tokens} tokens: {one_line(self.handle.get_error())}")
 
     def copy(self) -> Matcher:
         """Another matcher at the same place."""
-        copy = Matcher(self.tokenizer, self.handle.deep_copy())
+        copy = Matcher(self.tokenizer, None if self.free else self.handle.deep_copy())
         copy.error, copy.limit = self.error, self.limit and self.limit.copy()
         return copy
 
@@ -329,7 +333,7 @@ def fill_masks(matchers: Sequence[Matcher | None], masks_BW: np.ndarray) -> None
     if masks_BW.dtype != np.uint32 or words != {masks_BW.shape[-1]} or masks_BW.shape[:-1] != (len(matchers),):
         shape = [len(matchers), *words]
         raise ValueError(f"masks_BW is {masks_BW.dtype}{list(masks_BW.shape)}; expected uint32{shape}")
-    live = [(m.handle, row) for row, m in enumerate(matchers) if m is not None]
+    live = [(m.handle, row) for row, m in enumerate(matchers) if m is not None and not m.free]
     if len(live) > 1:
         from llguidance.numpy import fill_next_token_bitmask_par
 
@@ -340,11 +344,12 @@ def fill_masks(matchers: Sequence[Matcher | None], masks_BW: np.ndarray) -> None
         ((handle, row),) = live
         fill_next_token_bitmask(handle, masks_BW.view(np.int32), row)
     for matcher, mask_W in zip(matchers, masks_BW, strict=True):
-        if matcher is None:
+        if matcher is None or matcher.free:
             mask_W[:] = 0xFFFFFFFF
+        if matcher is None:
             continue
         mask_W &= matcher.tokenizer.known_W  # A grammar may name ids that are no token.
-        if matcher.handle.is_error():
+        if not matcher.free and matcher.handle.is_error():
             matcher.error = one_line(matcher.handle.get_error()).replace("NoExtensionBias", DEAD_END)
         elif not mask_W.any():
             matcher.error = DEAD_END
@@ -352,7 +357,7 @@ def fill_masks(matchers: Sequence[Matcher | None], masks_BW: np.ndarray) -> None
             mask_W[:] = matcher.tokenizer.eos_W
         elif matcher.limit is not None and (token := matcher.limit.forced) is not None:
             bit = np.uint32(1 << token % 32)
-            # Where half a character stands open, what completes it comes first.
+            # Not in an answer that a grammar lets begin with the letters of the mark.
             if mask_W[token // 32] & bit:
                 mask_W[:] = 0
                 mask_W[token // 32] = bit

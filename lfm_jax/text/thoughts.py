@@ -5,6 +5,7 @@ The marks are added tokens of some tokenizers and plain text to others; a reply'
 
 from __future__ import annotations
 
+import codecs
 import copy
 import dataclasses
 from collections.abc import Iterable
@@ -182,14 +183,17 @@ class ThoughtLimit:
     """
 
     def __init__(self, tokenizer: Tokenizer, how: Thinking, begin: Stage, most: int):
-        self._counter, self._close_ids, self._most = ThoughtCounter(tokenizer, begin), how.close_ids, most
+        self._tokenizer, self._counter = tokenizer, ThoughtCounter(tokenizer, begin)
+        self._close_ids, self._most = how.close_ids, most
         self._closing = 0
         """Tokens of the mark that were forced so far."""
+        self._half = b""
+        """What there is of a character that is not complete."""
 
     @property
     def forced(self) -> int | None:
-        """The token that must come next; None: any may."""
-        if not self._counter.open or self._counter.inside < self._most:
+        """The token that must come next; None: any may, as where half a character stands open."""
+        if not self._counter.open or self._counter.inside < self._most or self._half:
             return None
         return self._close_ids[self._closing]
 
@@ -197,6 +201,9 @@ class ThoughtLimit:
         """Takes the next token in."""
         self._closing = self._closing + 1 if token == self.forced else 0
         self._counter.push([token])
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(self._half + token_bytes(self._tokenizer, token))
+        self._half = decoder.getstate()[0]
 
     def copy(self) -> ThoughtLimit:
         """Returns another limit at the same place."""

@@ -165,6 +165,22 @@ def test_thoughts_of_earlier_turns():
         ("user", "hello", None, 0), ("assistant", "x", "ab", 1), ("assistant", "", "c", 2), ("user", "z", None, 0)]
 
 
+def test_reasoning_items_of_other_servers():
+    def thought_of(*items):
+        body = ResponsesBody.model_validate({"model": "tiny", "input": [
+            *HELLO, *({"type": "reasoning"} | item for item in items), {"role": "assistant", "content": "x"}]})
+        return plain_messages(body.as_chat().messages)[-1].get("reasoning_content")
+
+    a, b = ({"summary": [{"type": "summary_text", "text": text}]} for text in "ab")
+    assert thought_of(a, {"summary": [], "encrypted_content": "?"}, b) == "a\nb"
+    for strange in ("a thought", [{"type": "text", "text": "?"}], ["?"], [{"type": ["?"]}], {"text": "?"}, 1, None):
+        for field in ("summary", "content"):
+            assert thought_of({field: strange}) is None
+        assert thought_of(a | {"content": strange}) == "a"
+    with pytest.raises(ValueError, match="text"):
+        thought_of({"summary": [{"type": "summary_text"}]})
+
+
 # -------------------------------------------------------------------- from the engine
 
 TEMPLATE = """\
@@ -249,3 +265,49 @@ def test_a_thought_that_the_client_began(ask):
                                guided_choice=["yes", "no"])
     assert (message["content"], used(usage)) == ("s", 0)
 
+
+
+def continued(ask, content, **fields):
+    last = {"role": "assistant", "content": content, "prefix": True}
+    return ask(messages=[*HELLO, last | fields.pop("last", {})], **fields)
+
+
+def test_an_answer_after_a_thought_that_the_client_closed(ask):
+    for blanks in ("", "\n", "\n\n\n\n\n"):
+        message, _, usage, _ = continued(ask, f"\n<think>\nx\n</think>{blanks}", guided_choice=["yes", "no"])
+        assert (message["content"] in ("yes", "no"), used(usage)) == (True, 0)
+    message, _, _, _ = continued(ask, "<think>\nx\n</think>\n\n\n\n\n\nye", guided_choice=["yes", "no"])
+    assert message["content"] == "s"
+    for begun in ("", "ye"):
+        message, _, usage, _ = continued(ask, begun, last={"reasoning_content": "hm"}, guided_choice=["yes", "yet"])
+        assert (begun + message["content"] in ("yes", "yet"), used(usage)) == (True, 0)
+
+
+def test_the_limit_of_a_thought_that_the_client_began(ask):
+    # What the client wrote of the thought counts.
+    for begun, most in (("<think>\nx", 0), ("\n<think>\nx", 1), ("<think>\nThe fox over the dog", 2)):
+        message, _, usage, tokenizer = continued(ask, begun, guided_choice=["yes", "no"], max_thinking_tokens=most)
+        assert message["content"] in ("yes", "no")
+        assert "reasoning_content" not in message
+        assert used(usage) == len(tokenizer.encode(CLOSE, add_special_tokens=False).ids)
+
+
+def test_the_limit_alone_leaves_the_answer_free(ask):
+    message, finish, usage, tokenizer = continued(ask, CALL.removesuffix("<|tool_call_end|>"), max_thinking_tokens=3,
+                                                  max_tokens=4)
+    assert used(usage) == 0
+    bias = {str(tokenizer.token_to_id("<|tool_call_start|>")): 100}
+    for fields in (dict(ignore_eos=True, skip_special_tokens=False), dict(stop_token_ids=[5], min_tokens=40)):
+        message, finish, usage, _ = continued(ask, "<think>\nThe fox", max_thinking_tokens=0, logit_bias=bias,
+                                              max_tokens=40, **fields)
+        assert (finish, usage["completion_tokens"]) == ("length", 40)
+        close = len(tokenizer.encode(CLOSE, add_special_tokens=False).ids)
+        assert used(usage) == close
+        if "ignore_eos" in fields:
+            assert message["content"] == "<|tool_call_start|>" * (40 - close)
+    # Where eos would come at once.
+    eos = {str(tokenizer.token_to_id("<|im_end|>")): 100}
+    for ignore_eos, finish in ((True, "length"), (False, "stop")):
+        answer = continued(ask, "<think>\nThe fox", max_thinking_tokens=0, logit_bias=eos, max_tokens=20,
+                           ignore_eos=ignore_eos)
+        assert answer[1] == finish

@@ -18,6 +18,7 @@ KINDS = ("text", "special", "plain")
 CALL = f"{START}[f(a=1)]{END}"
 TOOLS = [{"name": "f", "parameters": {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"]}}]
 SCHEMA = {"enum": [12]}
+FREE = Grammar.lark("start: /(?s:.*)/")
 GRAMMARS = {  # With an answer that fits, and one that does not.
     "schema": (Grammar.json_schema(SCHEMA), "12", "13"),
     "object": (Grammar.json_schema({"type": "object", "properties": {"a": {"const": "x"}}, "required": ["a"]}),
@@ -126,7 +127,7 @@ def test_a_limit_ends_the_thought(kind, most):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_forced(kind):
-    m = matcher(kind, Grammar.free(), "thought", 3)
+    m = matcher(kind, FREE, "thought", 3)
     fox = tokenizer(kind).encode("the fox over the", add_special_tokens=False).ids
     for token in fox[:3]:
         assert m.limit.forced is None
@@ -143,7 +144,7 @@ def test_what_is_forced(kind):
 
 
 def test_half_a_character_is_completed_before_the_thought_ends():
-    m = matcher("special", Grammar.free(), "thought", 1)
+    m = matcher("special", FREE, "thought", 1)
     first, *rest = tokenizer("special").encode("🦊", add_special_tokens=False).ids
     m.consume(first)
     for token in rest:
@@ -160,3 +161,33 @@ def test_no_thought_no_limit():
         m.consume(token)
     assert m.done
     assert json.loads(Grammar.json_schema(SCHEMA).after_thought(how("text")).text)["grammars"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_limit_without_a_grammar(kind):
+    m = grammar_tokenizer(tokenizer(kind), V, EOS).matcher(None)
+    m.limit = ThoughtLimit(tokenizer(kind), how(kind), "thought", 1)
+    every = sorted(tokenizer(kind).get_vocab(with_added_tokens=True).values())
+    assert allowed(m).tolist() == every
+    for token in tokenizer(kind).encode("🦊", add_special_tokens=False).ids:
+        assert allowed(m).tolist() == every  # Half a character is completed first.
+        m.consume(token)
+    other = m.copy()
+    for token in how(kind).close_ids:
+        assert allowed(m).tolist() == [token]
+        m.consume(token)
+    m.consume(tokenizer(kind).token_to_id(START))
+    assert allowed(m).tolist() == every
+    assert allowed(other).tolist() == [how(kind).close_ids[0]]
+    assert (m.error, m.accepts_eos, m.done) == (None, True, False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_limit_without_a_grammar_ends_a_thought_whose_mark_is_spelled_out(kind):
+    m = grammar_tokenizer(tokenizer(kind), V, EOS).matcher(None)
+    m.limit = ThoughtLimit(tokenizer(kind), how(kind), "start", 0)
+    for letter in OPEN:
+        [token] = tokenizer(kind).encode(letter, add_special_tokens=False).ids
+        assert m.limit.forced is None
+        m.consume(token)
+    assert allowed(m).tolist() == [how(kind).close_ids[0]]
