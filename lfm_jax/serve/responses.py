@@ -183,7 +183,7 @@ class ResponsesBody(Body):
         | Annotated[list[Item], Field(min_length=1, max_length=4096, fail_fast=True), Tag("(items)")],
         one_of(lambda v: "(text)" if isinstance(v, str) else "(items)" if isinstance(v, list) else None,
                "a text or a list of items"),
-    ] = Field(description="a text, or messages, calls, outputs of calls and reasoning (which is left out)")
+    ] = Field(description="a text, or messages, calls, outputs of calls and reasoning (thoughts of earlier turns)")
     instructions: str | None = Field(None, description="a system message before the input")
     max_output_tokens: Annotated[int, Field(ge=1, lt=MAX_ID)] | None = Field(
         None, description="ends as incomplete where the context ends")
