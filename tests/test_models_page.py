@@ -76,24 +76,27 @@ def decodes(model, path):
     assert len(generate_tokens(model, [[3, 4, 5]], max_new_tokens=3, stop_ids=())[0].tokens) == 3
 
 
+PAIRS = [token for first in range(8) for second in range(8) for token in (first, second)]
+"""Every pair of eight tokens, so that whatever two of them a model says have been said before."""
+
+
 def in_an_engine(model, **config):
     """The counts of an engine after the same request twice."""
-    made = Engine(model, EngineConfig(slots=((2, 96),), chunk=16, prefix_cache_bytes=1 << 20, **config))
+    made = Engine(model, EngineConfig(slots=((2, 160),), chunk=16, prefix_cache_bytes=1 << 20, **config))
     for _ in range(2):
-        made.submit(Request(prompt=[7, 8] * 20, max_new_tokens=56), lambda event: None)
+        made.submit(Request(prompt=PAIRS, max_new_tokens=8), lambda event: None)
         while made.step():
             pass
     return made.counts
 
 
 def serves_with_a_prefix_cache(model, path):
-    assert in_an_engine(model)["cached_tokens"] == 32
+    assert in_an_engine(model)["cached_tokens"] == len(PAIRS) - 16
 
 
 def drafts(model, path):
-    """Of a few words, which soon come again."""
-    few = LFM(model.config.replace(vocab_size=12), rngs=nnx.Rngs(0))
-    assert in_an_engine(few, draft=2)["drafted_tokens"] > 0
+    eight = LFM(model.config.replace(vocab_size=8), rngs=nnx.Rngs(0))
+    assert in_an_engine(eight, draft=2)["drafted_tokens"] > 0
 
 
 def embeds_and_ranks(model, path):
