@@ -5,10 +5,13 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lfm_jax.infer.generate import stream_pieces
 from lfm_jax.model import LFM
@@ -196,11 +199,14 @@ class _Talk:
             stage(begun_turn(self._tokenizer, ids)) if self._thinking else "answer"))
         tokens, first, began, stopped = [], 0.0, time.monotonic(), False
         try:
-            for piece in stream_pieces(self._model, self._tokenizer, ids, self._sampling, most,
-                                       stop_ids=self._stop_ids, shown=marks):
-                first = first or time.monotonic() - began
-                tokens += piece.tokens
-                reply.push(piece.text)
+            with _interrupts() as asked:
+                for piece in stream_pieces(self._model, self._tokenizer, ids, self._sampling, most,
+                                           stop_ids=self._stop_ids, shown=marks):
+                    if asked.is_set():
+                        raise KeyboardInterrupt
+                    first = first or time.monotonic() - began
+                    tokens += piece.tokens
+                    reply.push(piece.text)
             reply.finish()
         except KeyboardInterrupt:
             stopped = True
@@ -224,6 +230,29 @@ class _Talk:
 
     def _encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
         return encode_chat(self._tokenizer, self._model.config, self._template, messages)
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Gives an event that Ctrl-C sets while the block runs; a second Ctrl-C raises KeyboardInterrupt.
+
+    Raised at once it could be lost: Python ignores what callbacks of its collector raise.
+    """
+    asked = threading.Event()
+
+    def note(*_: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    if threading.current_thread() is not threading.main_thread():  # Which alone may handle signals.
+        yield asked
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Shown:
