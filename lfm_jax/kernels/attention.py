@@ -68,8 +68,7 @@ def attention(
           rows that see it.
         - `blockwise`: online softmax over blocks (`blockwise_attention`); memory of the order of q, k and v.
         - `splash`: JAX's Pallas kernel for TPU; whole rows only: T = S, both orders None.
-        - `cudnn`: cuDNN's flash attention for NVIDIA GPUs; whole rows only, one document each, in
-          half precision.
+        - `cudnn`: cuDNN's flash attention for NVIDIA GPUs; whole rows only, one document each, in half precision.
         - `auto`: `cudnn` wherever it applies, except for windows. Elsewhere `blockwise` where the scores would exceed
           SCORE_BYTES, and below that `xla`, but on CPU `direct` for one query and `blockwise` for long rows
           (docs/measurements/kernels.md). Never `splash` before a benchmark on a TPU is committed.
@@ -85,8 +84,8 @@ def attention(
     _check(q_BTNH, k_BSKH, v_BSKH, order_BT, key_order_BS, segment_ids_BT, key_segment_ids_BS, window)
     if not causal and any(x is not None for x in (order_BT, key_order_BS, window)):
         raise ValueError("causal=False has no order: leave order_BT, key_order_BS and window out")
+    whole = order_BT is None and key_order_BS is None and q_BTNH.shape[1] == k_BSKH.shape[1]
     if impl == "auto":
-        whole = order_BT is None and key_order_BS is None and q_BTNH.shape[1] == k_BSKH.shape[1]
         cudnn = whole and window is None and not _what_cudnn_lacks(q_BTNH, segment_ids_BT)
         impl = "cudnn" if cudnn else _choose(q_BTNH.shape, k_BSKH.shape[1])
     if impl not in IMPLS:
@@ -94,17 +93,12 @@ def attention(
     if interpret and impl != "splash":
         raise ValueError(f"interpret=True is for impl='splash'; {impl} has nothing to interpret")
     if impl in ("splash", "cudnn"):
-        if order_BT is not None or key_order_BS is not None or q_BTNH.shape[1] != k_BSKH.shape[1]:
+        if not whole:
             raise ValueError(f"impl={impl!r} does self-attention of whole rows only: order_BT and key_order_BS None, "
                              f"T = S; here T = {q_BTNH.shape[1]}, S = {k_BSKH.shape[1]}; use impl='blockwise'")
         if impl == "cudnn":
             return _cudnn(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window, causal)
-        if not causal:
-            raise ValueError("impl='splash' is causal; use impl='blockwise' with causal=False")
-        from lfm_jax.kernels.splash import splash_attention  # Pallas is slow to import.
-
-        ids = (segment_ids_BT, key_segment_ids_BS)
-        return splash_attention(q_BTNH, k_BSKH, v_BSKH, *ids, window, interpret=interpret)
+        return _splash(q_BTNH, k_BSKH, v_BSKH, (segment_ids_BT, key_segment_ids_BS), window, causal, interpret)
     query_BT = Place(_order(order_BT, q_BTNH, causal), segment_ids_BT)
     key_BS = Place(_order(key_order_BS, k_BSKH, causal), key_segment_ids_BS)
     if impl == "blockwise":
@@ -303,6 +297,17 @@ def _direct_backward(args: tuple[jax.Array, ...], dout_BTNH: jax.Array) -> tuple
 
 
 _direct_by_blocks.defvjp(_direct_forward, _direct_backward)
+
+
+def _splash(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ids: tuple[jax.Array | None, jax.Array | None],
+    window: int | None, causal: bool, interpret: bool,
+) -> jax.Array:
+    if not causal:
+        raise ValueError("impl='splash' is causal; use impl='blockwise' with causal=False")
+    from lfm_jax.kernels.splash import splash_attention  # Pallas is slow to import.
+
+    return splash_attention(q_BTNH, k_BSKH, v_BSKH, *ids, window, interpret=interpret)
 
 
 def _cudnn(
