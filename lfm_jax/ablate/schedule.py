@@ -52,11 +52,14 @@ if TYPE_CHECKING:
 TUNING_SEED = 1_000_000
 """Seed of the runs that choose a learning rate; no run that is reported has it."""
 _CONDITIONS = "conditions.txt"
-_NEWER = ("attention_gate", "rope_fraction", "sliding_rope_theta", "num_experts", "active_experts", "expert_size",
-          "expert_bias", "expert_bias_rate", "normed_weights", "expert_scale", "router_z_loss", "experts_impl",
-          "causal")
-"""Fields of ModelConfig from after the first records. A fingerprint has them only where they are not as they always
-were, so that earlier runs go on."""
+_FIRST = frozenset({
+    "layer_types", "ffn_types", "vocab_size", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim",
+    "conv_taps", "conv_bias", "conv_gates", "recurrence", "sliding_window", "qk_norm", "post_norm", "tie_embedding",
+    "norm_eps", "rope_theta", "max_position", "init", "init_std", "pad_id", "bos_id", "eos_ids", "param_dtype",
+    "dtype", "logits_dtype", "conv_impl", "scan_impl", "attention_impl", "remat", "scan_layers",
+})
+"""Fields of ModelConfig that every fingerprint has. A later one is in it only where it is not at its default, so that
+earlier runs go on."""
 SAY_SECONDS = 30.0
 """Seconds between lines about a run under way."""
 
@@ -530,7 +533,7 @@ def _of_the_study(args: Sequence[str]) -> list[str]:
 def _fields(model: ModelConfig) -> dict[str, Any]:
     """A model as plain values, for fingerprints."""
     fields, before = recipe.to_plain(model), recipe.to_plain(ModelConfig())
-    return {name: value for name, value in fields.items() if name not in _NEWER or value != before[name]}
+    return {name: value for name, value in fields.items() if name in _FIRST or value != before[name]}
 
 
 def _letters(model: ModelConfig) -> str:
