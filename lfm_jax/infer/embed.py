@@ -45,6 +45,23 @@ SHORTEST = 16
 """Tokens of the shortest rows that a program is compiled for; the others are powers of two."""
 
 
+class NotFiniteError(ValueError):
+    """The vectors of a model are not finite."""
+
+
+class Rows(NamedTuple):
+    """Texts as a model takes them in (`Encoder.prepare`)."""
+
+    rows: list[tuple[np.ndarray, np.ndarray]]
+    """Token ids and segment ids of each text."""
+    kind: Kind
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens of all texts."""
+        return sum(len(ids) for ids, _ in self.rows)
+
+
 class Ranked(NamedTuple):
     """A document in the order of a ranking."""
 
@@ -95,11 +112,7 @@ class Encoder:
         self, texts: str | Sequence[str], kind: Kind = "document", max_tokens: int = MAX_TOKENS
     ) -> np.ndarray:
         """Does as `lfm_jax.embed`."""
-        if self.late is not None:
-            raise ValueError("the model has a vector for each token and none for a text; use rerank or token_vectors")
-        rows = [ids for ids, _ in self._rows(texts, kind, max_tokens)]
-        vectors = self._run([(ids, np.ones_like(ids)) for ids in rows])
-        return np.stack([x_TO[0] for x_TO in vectors]) if rows else self._none()
+        return self.vectors(self.prepare(texts, kind, max_tokens))
 
     def token_vectors(
         self, texts: str | Sequence[str], kind: Kind = "document", max_tokens: int = MAX_TOKENS
@@ -114,37 +127,47 @@ class Encoder:
         """
         if self.late is None:
             raise ValueError("the model has one vector for a text (no 1_Dense projection); use embed")
-        rows = self._rows(texts, kind, max_tokens)
-        skipped = np.asarray(sorted(self.late.skipped_ids) if kind == "document" else [], np.int32)
-        return [x_TO[~np.isin(ids, skipped)] for x_TO, (ids, _) in zip(self._run(rows), rows, strict=True)]
+        return self._of_tokens(self.prepare(texts, kind, max_tokens))
 
     def rerank(self, query: str, documents: Sequence[str], max_tokens: int = MAX_TOKENS) -> list[Ranked]:
         """Does as `lfm_jax.rerank`."""
         if not isinstance(query, str):
             raise ValueError(f"query is {query!r:.60}; expected one text")
+        return self.rank(self.prepare(query, "query", max_tokens), self.prepare(documents, "document", max_tokens))
+
+    def vectors(self, texts: Rows) -> np.ndarray:
+        """Computes the vector of each prepared text, as `lfm_jax.embed`."""
+        if self.late is not None:
+            raise ValueError("the model has a vector for each token and none for a text; use rerank or token_vectors")
+        vectors = self._run([(ids, np.ones_like(ids)) for ids, _ in texts.rows])
+        return np.stack([x_TO[0] for x_TO in vectors]) if vectors else self._none()
+
+    def rank(self, query: Rows, documents: Rows) -> list[Ranked]:
+        """Ranks prepared documents by their similarity to one prepared query, as `lfm_jax.rerank`."""
         if self.late is None:
-            [query_O] = self.embed(query, "query", max_tokens)
-            scores = self.embed(documents, "document", max_tokens) @ query_O
+            [query_O] = self.vectors(query)
+            scores = self.vectors(documents) @ query_O
         else:
-            [query_QO] = self.token_vectors(query, "query", max_tokens)
-            scores = np.asarray([max_sim(query_QO, x_SO) for x_SO in
-                                 self.token_vectors(documents, "document", max_tokens)])
+            [query_QO] = self._of_tokens(query)
+            scores = np.asarray([max_sim(query_QO, x_SO) for x_SO in self._of_tokens(documents)])
         return [Ranked(int(i), float(scores[i])) for i in np.argsort(-scores, kind="stable")]
+
+    def _of_tokens(self, texts: Rows) -> list[np.ndarray]:
+        assert self.late is not None
+        skipped = np.asarray(sorted(self.late.skipped_ids) if texts.kind == "document" else [], np.int32)
+        vectors = zip(self._run(texts.rows), texts.rows, strict=True)
+        return [x_TO[~np.isin(ids, skipped)] for x_TO, (ids, _) in vectors]
 
     @property
     def max_tokens(self) -> int:
         """The length at which texts are cut, unless a call says another one."""
         return min(MAX_TOKENS, self.model.config.max_position)
 
-    def count_tokens(self, texts: str | Sequence[str], kind: Kind = "document") -> int:
-        """Returns the number of tokens of texts, as the model takes them in."""
-        return sum(len(ids) for ids, _ in self._rows(texts, kind, self.max_tokens))
-
     def _none(self) -> np.ndarray:
         return np.zeros((0, self.model.config.hidden_size), np.float32)
 
-    def _rows(self, texts: str | Sequence[str], kind: str, max_tokens: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Returns the token ids and the segment ids of each text."""
+    def prepare(self, texts: str | Sequence[str], kind: Kind, max_tokens: int = MAX_TOKENS) -> Rows:
+        """Turns texts into tokens; raises as `lfm_jax.embed`."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         config, late = self.model.config, self.late
         problems = [f"texts[{i}] is {text!r:.60}; expected a text"
@@ -169,7 +192,7 @@ class Encoder:
                     ids = ids[:length] + [late.expansion_id] * expansion
             ids = np.asarray(ids[:length], np.int32)
             rows.append((ids, np.where(np.arange(len(ids)) < len(ids) - expansion, 1, -1).astype(np.int32)))
-        return rows
+        return Rows(rows, kind)
 
     def _run(self, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
         """Returns the vectors of each row: [1, O], or [T, O] with late interaction.
@@ -192,7 +215,8 @@ class Encoder:
                     arrays[:, row, : len(rows[i][0])] = rows[i]
                 vectors = np.asarray(run(params, *arrays, projection_OD))
                 if not np.isfinite(vectors[: len(batch)]).all():
-                    raise ValueError("the vectors are not finite; the weights are damaged, or the dtype is too narrow")
+                    raise NotFiniteError(
+                        "the vectors are not finite; the weights are damaged, or the dtype is too narrow")
                 found |= {i: vectors[row, : len(rows[i][0])] for row, i in enumerate(batch)}
         return [found[i] for i in range(len(rows))]
 
@@ -217,7 +241,8 @@ def embed(
       float32 [texts, D], vectors of length 1: the hidden state of the first token.
 
     Raises:
-      ValueError: the model is causal (`config.causal`), the tokenizer does not fit it, or an argument is not valid.
+      ValueError: the model is causal (`config.causal`), the tokenizer does not fit it, an argument is not valid, or the
+        vectors are not finite (`NotFiniteError`).
     """
     return Encoder(model, tokenizer).embed(texts, kind, max_tokens)
 

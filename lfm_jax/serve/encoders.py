@@ -17,7 +17,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BeforeValidator, Field
 
-from lfm_jax.infer.embed import Encoder, Ranked
+from lfm_jax.infer.embed import Encoder, NotFiniteError, Ranked
 from lfm_jax.serve.app import about, bare_app, check_model, errors
 from lfm_jax.serve.errors import RefusalError
 from lfm_jax.serve.fields import ACCOUNT, Body, Ignored, Refused, UnknownFieldLog
@@ -96,10 +96,13 @@ class _Desk:
     async def embed(self, body: EmbeddingsBody, request: Request) -> JSONResponse:
         """Answers POST /v1/embeddings."""
         check_model(body.model, self._name)
-        texts, kind = body.input, body.input_type or "document"
-        vectors, tokens = await self._in_turn(
-            lambda: (self._encoder.embed(texts, kind), self._encoder.count_tokens(texts, kind))
-        )
+        encoder = self._encoder
+
+        def work() -> tuple[np.ndarray, int]:
+            texts = encoder.prepare(body.input, body.input_type or "document", encoder.max_tokens)
+            return encoder.vectors(texts), texts.tokens
+
+        vectors, tokens = await self._in_turn(work)
         data = [{"object": "embedding", "index": i, "embedding": _written(vector, body.encoding_format)}
                 for i, vector in enumerate(vectors)]
         answer = {"object": "list", "data": data, "model": self._name, "usage": _usage(tokens)}
@@ -111,8 +114,9 @@ class _Desk:
         encoder = self._encoder
 
         def work() -> tuple[list[Ranked], int]:
-            ranked = encoder.rerank(body.query, body.documents)
-            return ranked, encoder.count_tokens(body.query, "query") + encoder.count_tokens(body.documents, "document")
+            query = encoder.prepare(body.query, "query", encoder.max_tokens)
+            documents = encoder.prepare(body.documents, "document", encoder.max_tokens)
+            return encoder.rank(query, documents), query.tokens + documents.tokens
 
         ranked, tokens = await self._in_turn(work)
         results: list[dict[str, Any]] = [
@@ -132,6 +136,8 @@ class _Desk:
         try:
             async with self._turn:
                 return await asyncio.to_thread(work)
+        except NotFiniteError as error:  # No fault of the client.
+            raise RefusalError(500, str(error)) from None
         except ValueError as error:
             raise RefusalError(400, str(error)) from None
         finally:

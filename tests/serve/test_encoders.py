@@ -4,6 +4,7 @@ import asyncio
 import functools
 
 import httpx
+import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
@@ -53,6 +54,23 @@ def test_openai_gets_the_vectors_of_embed(form):
     assert answer.model == "tiny"
     tokens = sum(len(encoder().tokenizer.encode(f"document: {text}").ids) for text in TEXTS)
     assert answer.usage.prompt_tokens == answer.usage.total_tokens == tokens
+
+
+@pytest.mark.parametrize(("path", "body"), [
+    ("embeddings", dict(input="a")), ("rerank", dict(query="a", documents=["b"])),
+])
+def test_weights_that_are_damaged_are_no_fault_of_the_client(path, body):
+    model = tiny_model(vocab_size=encoder().tokenizer.get_vocab_size(), causal=False)
+    model.norm.weight[...] = jnp.nan * model.norm.weight[...]
+    app = make_encoder_app(Encoder(model, encoder().tokenizer), "tiny")
+
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
+            return await client.post(f"/v1/{path}", json={"model": "tiny"} | body, timeout=120)
+
+    answer = asyncio.run(ask())
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+    assert "the vectors are not finite" in answer.json()["error"]["message"]
 
 
 def test_one_text_and_queries():
