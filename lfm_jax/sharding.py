@@ -239,6 +239,10 @@ def platform() -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
+AMPERE, HOPPER = 8.0, 9.0
+"""Compute capabilities. Kernels in Pallas' Mosaic GPU dialect are written for Hopper and nothing else."""
+
+
 def nvidia_capability() -> float:
     """Returns the compute capability of the NVIDIA GPU in use, 9.0 for Hopper; 0.0 on other devices."""
     found = getattr(jax.devices()[0], "compute_capability", None) if platform() == "gpu" else None

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lfm_jax.kernels import cudnn_attention
 from lfm_jax.kernels.blockwise_attention import Place, blockwise_attention, visible
-from lfm_jax.sharding import nvidia_capability, platform
+from lfm_jax.sharding import AMPERE, nvidia_capability, platform
 
 IMPLS = ("xla", "direct", "blockwise", "splash", "cudnn")
 SCORE_BYTES = 2**30
@@ -21,8 +22,8 @@ SCORE_BYTES = 2**30
 CPU_QUERIES, CPU_SCORES = 32, 2**16
 """T and T * S from which `blockwise` is the faster one on a CPU (docs/measurements/kernels.md)."""
 
-AMPERE = 8.0
-"""Compute capability from which on cuDNN and Triton have what is asked of them."""
+MASKED_PAIRS = 2**20
+"""B * T * S from which cuDNN with a mask is faster than `xla` on an H200 (docs/measurements/kernels.md)."""
 DECODE_IMPLS = ("xla", "direct", "pallas_gpu")
 """Of `decode_attention`."""
 DIRECT_KEYS = 64
@@ -68,10 +69,11 @@ def attention(
           rows that see it.
         - `blockwise`: online softmax over blocks (`blockwise_attention`); memory of the order of q, k and v.
         - `splash`: JAX's Pallas kernel for TPU; whole rows only: T = S, both orders None.
-        - `cudnn`: cuDNN's flash attention for NVIDIA GPUs; whole rows only, one document each, in half precision.
-        - `auto`: `cudnn` wherever it applies, except for windows. Elsewhere `blockwise` where the scores would exceed
-          SCORE_BYTES, and below that `xla`, but on CPU `direct` for one query and `blockwise` for long rows
-          (docs/measurements/kernels.md). Never `splash` before a benchmark on a TPU is committed.
+        - `cudnn`: cuDNN's flash attention for NVIDIA GPUs in half precision (`cudnn_attention`). With documents in
+          whole rows it computes what is seen; otherwise it takes a mask, 2 * B * T * S bytes.
+        - `auto`: `cudnn` where it applies, with a mask from MASKED_PAIRS on. Elsewhere `blockwise` where the scores
+          would exceed SCORE_BYTES, and below that `xla`, but on CPU `direct` for one query and `blockwise` for long
+          rows (docs/measurements/kernels.md). Never `splash` before a benchmark on a TPU is committed.
       interpret: run `splash` without a TPU, slowly.
 
     Returns:
@@ -86,24 +88,31 @@ def attention(
         raise ValueError("causal=False has no order: leave order_BT, key_order_BS and window out")
     whole = order_BT is None and key_order_BS is None and q_BTNH.shape[1] == k_BSKH.shape[1]
     if impl == "auto":
-        cudnn = whole and window is None and not _what_cudnn_lacks(q_BTNH, segment_ids_BT)
+        pairs = q_BTNH.shape[0] * q_BTNH.shape[1] * k_BSKH.shape[1]
+        cudnn = (whole or pairs >= MASKED_PAIRS) and not _what_cudnn_lacks(q_BTNH, k_BSKH, whole)
         impl = "cudnn" if cudnn else _choose(q_BTNH.shape, k_BSKH.shape[1])
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; choose one of auto, {', '.join(IMPLS)}")
     if interpret and impl != "splash":
         raise ValueError(f"interpret=True is for impl='splash'; {impl} has nothing to interpret")
-    if impl in ("splash", "cudnn"):
+    ids = segment_ids_BT, key_segment_ids_BS
+    if impl == "splash":
         if not whole:
-            raise ValueError(f"impl={impl!r} does self-attention of whole rows only: order_BT and key_order_BS None, "
+            raise ValueError(f"impl='splash' does self-attention of whole rows only: order_BT and key_order_BS None, "
                              f"T = S; here T = {q_BTNH.shape[1]}, S = {k_BSKH.shape[1]}; use impl='blockwise'")
-        if impl == "cudnn":
-            return _cudnn(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window, causal)
-        return _splash(q_BTNH, k_BSKH, v_BSKH, (segment_ids_BT, key_segment_ids_BS), window, causal, interpret)
+        return _splash(q_BTNH, k_BSKH, v_BSKH, ids, window, causal, interpret)
+    if impl == "cudnn":
+        if lacks := _what_cudnn_lacks(q_BTNH, k_BSKH, whole):
+            raise ValueError(f"impl='cudnn' {lacks}; use impl='blockwise'")
+        if whole:
+            return cudnn_attention.attend_rows(q_BTNH, k_BSKH, v_BSKH, *ids, window, causal)
     query_BT = Place(_order(order_BT, q_BTNH, causal), segment_ids_BT)
     key_BS = Place(_order(key_order_BS, k_BSKH, causal), key_segment_ids_BS)
     if impl == "blockwise":
         return blockwise_attention(q_BTNH, k_BSKH, v_BSKH, query_BT, key_BS, window)
     visible_BTS = visible(query_BT, key_BS, window)
+    if impl == "cudnn":
+        return cudnn_attention.attend_masked(q_BTNH, k_BSKH, v_BSKH, visible_BTS)
     if impl == "direct":
         # What padding sees, above all in a row that idles, is no reason to go further.
         real_BTS = visible_BTS if segment_ids_BT is None else visible_BTS & (segment_ids_BT[:, :, None] != 0)
@@ -310,28 +319,15 @@ def _splash(
     return splash_attention(q_BTNH, k_BSKH, v_BSKH, *ids, window, interpret=interpret)
 
 
-def _cudnn(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array | None, window: int | None,
-    causal: bool,
-) -> jax.Array:
-    if lacks := _what_cudnn_lacks(q_BTNH, segment_ids_BT):
-        raise ValueError(f"impl='cudnn' {lacks}; use impl='blockwise'")
-    # Its left window leaves the query's own token out.
-    return jax.nn.dot_product_attention(
-        q_BTNH, k_BSKH, v_BSKH, is_causal=causal, local_window_size=None if window is None else (window - 1, 0),
-        implementation="cudnn",
-    )
-
-
-def _what_cudnn_lacks(q_BTNH: jax.Array, segment_ids_BT: jax.Array | None) -> str:
+def _what_cudnn_lacks(q_BTNH: jax.Array, k_BSKH: jax.Array, whole: bool) -> str:
     """Why cuDNN cannot do it; empty if it can."""
-    H, dtype = q_BTNH.shape[3], q_BTNH.dtype
-    if segment_ids_BT is not None:
-        return "knows no documents: leave segment_ids_BT out"
+    T, S, H, dtype = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[3], q_BTNH.dtype
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes q, k and v in bfloat16 or float16, not {dtype}"
     if H % 8 or H > 128:
         return f"takes head widths that are multiples of 8 up to 128, not {H}"
+    if not whole and (T % 2 or S % 2):
+        return f"takes even numbers of queries and of key slots, not {T} and {S}"
     return "" if nvidia_capability() >= AMPERE else f"needs an NVIDIA GPU of Ampere or later; this is {platform()}"
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -168,14 +169,18 @@ def test_a_model_on_a_gpu_decodes_with_the_kernel(ampere):
 
 
 @pytest.mark.parametrize(("changes", "chosen"), [
-    ({}, "cudnn"), (dict(window=4), "xla"), (dict(dtype=jnp.float32), "xla"), (dict(ids=True), "xla"),
+    ({}, "rows"), (dict(window=4), "rows"), (dict(ids=True), "rows"), (dict(dtype=jnp.float32), "xla"),
+    (dict(slots=512), "xla"), (dict(T=1024, slots=2048), "masked"), (dict(T=1025, slots=2048), "xla"),
 ])
-def test_whole_rows_on_a_gpu_go_to_cudnn_where_it_can(ampere, monkeypatch, changes, chosen):
+def test_attention_on_a_gpu_goes_to_cudnn_where_it_can(ampere, monkeypatch, changes, chosen):
+    """A mask is worth it for many pairs of queries and key slots."""
     taken = []
-    monkeypatch.setattr(attention, "_cudnn", lambda q, *args: taken.append("cudnn") or q)
+    monkeypatch.setattr(attention, "cudnn_attention", SimpleNamespace(
+        attend_rows=lambda *args: taken.append("rows"), attend_masked=lambda *args: taken.append("masked")))
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, *args, **options: taken.append("xla") or q)
     monkeypatch.setattr(attention, "platform", lambda: "gpu")
-    x = jnp.ones((2, 8, 2, 16), changes.get("dtype", jnp.bfloat16))
-    ids = jnp.ones((2, 8), jnp.int32) if changes.get("ids") else None
-    attention.attention(x, x, x, segment_ids_BT=ids, key_segment_ids_BS=ids, window=changes.get("window"))
+    T, dtype = changes.get("T", 8), changes.get("dtype", jnp.bfloat16)
+    q, k = jnp.ones((1, T, 2, 16), dtype), jnp.ones((1, changes.get("slots", T), 2, 16), dtype)
+    ids = jnp.ones((1, T), jnp.int32) if changes.get("ids") else None
+    attention.attention(q, k, k, segment_ids_BT=ids, key_segment_ids_BS=ids, window=changes.get("window"))
     assert taken == [chosen]
