@@ -2,8 +2,9 @@
 
 Implementations (`IMPLS`), compared in docs/measurements/kernels.md:
   - `dense`: every expert on every token, weighted; the reference;
-  - `ragged`: tokens sorted by expert and `jax.lax.ragged_dot`, which TPUs and GPUs have; on a CPU it is one masked
-    product over all experts;
+  - `ragged`: tokens sorted by expert and `jax.lax.ragged_dot`, which TPUs have; elsewhere it is one masked product
+    over all experts;
+  - `pallas_gpu`: the same with kernels for Hopper GPUs (`pallas_gpu_experts`), in half precision;
   - `blocks`: sorted tokens in blocks of one expert each, a loop over the blocks that are used, and a derivative that
     makes the hidden layer again, block by block. What it keeps is its arguments.
 
@@ -13,16 +14,22 @@ expert, N blocks, b rows of a block.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lfm_jax.sharding import platform
+from lfm_jax.sharding import HOPPER, nvidia_capability, platform
 
 LEAST_ROWS, MOST_ROWS = 8, 64
 """Rows of a block. One row alone would take another code path, whose results differ."""
+KERNEL_BLOCK = 128
+"""What D and F are multiples of for `pallas_gpu`."""
+MASKED = 2**28
+"""Numbers in the masked rows of `ragged` on a GPU above which every expert on every token is faster, and smaller."""
 
 
 def experts(
@@ -40,7 +47,8 @@ def experts(
       weight_MA: float32.
       w1_EDF, w3_EDF, w2_EFD: gate, up and down of every expert; cast to x's dtype. They are stored [in, out], which
         `ragged_dot` takes without a copy and a CPU multiplies twice as fast in few rows.
-      impl: one of `IMPLS`, or `auto`: `blocks` on CPU, `ragged` elsewhere.
+      impl: one of `IMPLS`, or `auto`: `blocks` on CPU, `ragged` on TPU; on a GPU `pallas_gpu` where it applies, else
+        `ragged` for few rows and `dense` for many.
 
     Returns:
       [M, D] in x's dtype, summed in float32.
@@ -56,12 +64,22 @@ def experts(
         if given[name].shape != shape:
             raise ValueError(f"{name} has shape {given[name].shape}; expected {shape}")
     if impl == "auto":
-        impl = "blocks" if platform() == "cpu" else "ragged"
+        impl = _choose(x_MD, chosen_MA.shape[1], E, F)
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; choose one of auto, {', '.join(IMPLS)}")
     real_MA = (chosen_MA >= 0) & (chosen_MA < E)
     chosen_MA, weight_MA = jnp.where(real_MA, chosen_MA, E), jnp.where(real_MA, weight_MA, 0.0)
     return IMPLS[impl](*map(jnp.asarray, (x_MD, chosen_MA, weight_MA, w1_EDF, w3_EDF, w2_EFD)))
+
+
+def _choose(x_MD: jax.Array, A: int, E: int, F: int) -> str:
+    M, D = x_MD.shape
+    if platform() != "gpu":
+        return "blocks" if platform() == "cpu" else "ragged"
+    half = x_MD.dtype in (jnp.bfloat16, jnp.float16)
+    if half and nvidia_capability() == HOPPER and not D % KERNEL_BLOCK and not F % KERNEL_BLOCK:
+        return "pallas_gpu"
+    return "ragged" if M * A * E * max(D, F) <= MASKED else "dense"
 
 
 def _dense(x_MD: jax.Array, chosen_MA: jax.Array, weight_MA: jax.Array, w1_EDF: jax.Array, w3_EDF: jax.Array,
@@ -77,27 +95,36 @@ def _dense(x_MD: jax.Array, chosen_MA: jax.Array, weight_MA: jax.Array, w1_EDF: 
     return y_MD.astype(x_MD.dtype)
 
 
-# -------------------------------------------------------------------------------------------------------------- ragged
+# ------------------------------------------------------------------------------------------------- products by groups
 
 
-def _ragged(x_MD: jax.Array, chosen_MA: jax.Array, weight_MA: jax.Array, w1_EDF: jax.Array, w3_EDF: jax.Array,
-            w2_EFD: jax.Array) -> jax.Array:
+Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def _by_groups(product: Product, x_MD: jax.Array, chosen_MA: jax.Array, weight_MA: jax.Array, w1_EDF: jax.Array,
+               w3_EDF: jax.Array, w2_EFD: jax.Array) -> jax.Array:
+    """Args: product: of sorted rows, the matrices, and the rows of each."""
     (M, A), E, dtype = chosen_MA.shape, len(w1_EDF), x_MD.dtype
     order_R = jnp.argsort(chosen_MA.reshape(-1), stable=True)  # Rows of no expert are last, beyond every group.
     size_E = _sizes(chosen_MA, E)
-
-    # A TPU refuses a precision above that of half-precision operands.
-    precision = None if dtype == jnp.float32 else lax.Precision.DEFAULT
-
-    def product(rows: jax.Array, w: jax.Array) -> jax.Array:
-        return lax.ragged_dot(rows, w.astype(dtype), size_E, precision=precision)
-
+    w1_EDF, w3_EDF, w2_EFD = (w.astype(dtype) for w in (w1_EDF, w3_EDF, w2_EFD))
     # Rows beyond the groups are not defined in products, nor in what their derivatives give.
     in_group_R1 = (jnp.arange(order_R.size) < jnp.sum(size_E))[:, None]
     x_RD = jnp.where(in_group_R1, x_MD[order_R // A], 0)
-    y_RD = product(jax.nn.silu(product(x_RD, w1_EDF)) * product(x_RD, w3_EDF), w2_EFD)
+    y_RD = product(jax.nn.silu(product(x_RD, w1_EDF, size_E)) * product(x_RD, w3_EDF, size_E), w2_EFD, size_E)
     y_MAD = jnp.where(in_group_R1, y_RD, 0)[jnp.argsort(order_R)].reshape(M, A, -1)
     return jnp.einsum("MAD,MA->MD", y_MAD.astype(jnp.float32), weight_MA).astype(dtype)
+
+
+def _ragged_dot(rows: jax.Array, w: jax.Array, size_E: jax.Array) -> jax.Array:
+    # A TPU refuses a precision above that of half-precision operands.
+    return lax.ragged_dot(rows, w, size_E, precision=None if w.dtype == jnp.float32 else lax.Precision.DEFAULT)
+
+
+def _pallas_gpu(rows: jax.Array, w: jax.Array, size_E: jax.Array) -> jax.Array:
+    from lfm_jax.kernels.pallas_gpu_experts import grouped_product  # Pallas is slow to import.
+
+    return grouped_product(rows, w, size_E)
 
 
 def _sizes(chosen_MA: jax.Array, E: int) -> jax.Array:
@@ -216,4 +243,5 @@ def _blocks_backward(kept: tuple[jax.Array, ...], dy_MD: jax.Array) -> tuple[jax
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)
 
-IMPLS = {"dense": _dense, "ragged": _ragged, "blocks": _blocks}
+IMPLS = {"dense": _dense, "ragged": partial(_by_groups, _ragged_dot), "blocks": _blocks,
+         "pallas_gpu": partial(_by_groups, _pallas_gpu)}

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from lfm_jax.kernels import experts as kernel
 from lfm_jax.kernels import reference
 from lfm_jax.kernels.experts import IMPLS, block_rows, experts, in_blocks
+from lfm_jax.sharding import AMPERE, HOPPER
 
 D, F = 12, 20
+ANYWHERE = [impl for impl in IMPLS if impl != "pallas_gpu"]
 TPU = tpu_aot.TOPOLOGIES["v5e"]
 
 
@@ -39,7 +41,7 @@ def choices(kind, M, A, E):
     return chosen_MA.astype(np.int32)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ANYWHERE)
 @pytest.mark.parametrize(("kind", "M", "A", "E"), [
     ("even", 61, 3, 7), ("even", 1, 4, 8), ("even", 300, 1, 2), ("all on one", 90, 2, 5), ("padding", 61, 2, 4),
     ("padding", 3, 1, 1), ("another device's", 61, 3, 7),
@@ -61,7 +63,7 @@ def test_values_and_gradients_equal_float64(impl, kind, M, A, E):
         np.testing.assert_allclose(gradients[name], gradient, atol=1e-5 * np.abs(gradient).max(), err_msg=name)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ANYWHERE)
 def test_bfloat16_sums_in_float32(impl):
     chosen_MA = choices("even", 40, 4, 8)
     args = problem(chosen_MA, 8, dtype=jnp.bfloat16)
@@ -159,9 +161,24 @@ def test_a_tpu_multiplies_active_experts_only():
 def test_what_does_not_fit_is_refused():
     chosen_MA = choices("even", 4, 2, 3)
     args = problem(chosen_MA, 3)
-    with pytest.raises(ValueError, match="choose one of auto, dense, ragged, blocks"):
+    with pytest.raises(ValueError, match="choose one of auto, dense, ragged, blocks, pallas_gpu"):
         experts(**args, chosen_MA=chosen_MA, impl="sparse")
     with pytest.raises(ValueError, match=r"w2_EFD has shape \(2, 20, 12\); expected \(3, 20, 12\)"):
         experts(**args | {"w2_EFD": args["w2_EFD"][:2]}, chosen_MA=chosen_MA)
     with pytest.raises(ValueError, match=r"weight_MA has shape \(4, 1\); expected \(4, 2\)"):
         experts(**args | {"weight_MA": args["weight_MA"][:, :1]}, chosen_MA=chosen_MA)
+
+
+@pytest.mark.parametrize(("platform", "capability", "M", "D", "dtype", "chosen"), [
+    ("cpu", 0, 4, 128, jnp.bfloat16, "blocks"), ("tpu", 0, 4, 128, jnp.bfloat16, "ragged"),
+    ("gpu", HOPPER, 4, 128, jnp.bfloat16, "pallas_gpu"), ("gpu", HOPPER, 10**5, 128, jnp.float16, "pallas_gpu"),
+    ("gpu", HOPPER, 4, 192, jnp.bfloat16, "ragged"), ("gpu", HOPPER, 10**5, 128, jnp.float32, "dense"),
+    ("gpu", AMPERE, 10**5, 128, jnp.bfloat16, "dense"), ("gpu", AMPERE, 4, 128, jnp.bfloat16, "ragged"),
+])
+def test_what_is_chosen(monkeypatch, platform, capability, M, D, dtype, chosen):
+    monkeypatch.setattr(kernel, "platform", lambda: platform)
+    monkeypatch.setattr(kernel, "nvidia_capability", lambda: capability)
+    for impl in IMPLS:
+        monkeypatch.setitem(kernel.IMPLS, impl, lambda *args, impl=impl: jnp.zeros(0) if impl == chosen else 1 / 0)
+    args, choice = sizes(M, 4, 32, D, 256, dtype)
+    jax.eval_shape(lambda args, choice: experts(**args, chosen_MA=choice), args, choice)
