@@ -17,8 +17,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from lfm_jax.kernels import shifted_conv
+from lfm_jax.sharding import HOPPER, nvidia_capability
 
 PALLAS = ("pallas_tpu", "pallas_gpu")
+KERNEL_TAPS, KERNEL_TOKENS = 9, 256
+"""The most taps that `pallas_gpu` takes, and the tokens of a row from which `auto` takes it on a Hopper GPU."""
 IMPLS = ("lax", "shifted", "associative", *PALLAS)
 
 
@@ -48,8 +51,8 @@ def causal_conv(
       bias_D: added to the convolution, before `gate_out`; None leaves it out.
       impl: `lax` (`lax.conv_general_dilated`, the reference), `shifted` (W multiply-adds that XLA fuses),
         `associative` (the shift register as an associative scan), `pallas_tpu`, `pallas_gpu` (fused kernels), or
-        `auto`: `shifted`. docs/measurements/kernels.md has the times, and for TPU the bytes that its compiler counts.
-        On a Hopper GPU `pallas_gpu` is faster; it becomes the default once `lfm selfcheck` has passed on one.
+        `auto`: `pallas_gpu` for rows of KERNEL_TOKENS and more on a Hopper GPU, `shifted` elsewhere.
+        docs/measurements/kernels.md has the times, and for TPU the bytes that its compiler counts.
       interpret: runs a Pallas implementation in interpret mode, on any platform, for tests.
 
     Returns:
@@ -75,7 +78,8 @@ def causal_conv(
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} has shape {x.shape}; expected {shape} to match y_BTD {y_BTD.shape}")
     if impl == "auto":
-        impl = "shifted"
+        kernel = nvidia_capability() == HOPPER and T >= KERNEL_TOKENS and W <= KERNEL_TAPS
+        impl = "pallas_gpu" if kernel and y_BTD.dtype in (jnp.bfloat16, jnp.float32) else "shifted"
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; choose one of auto, {', '.join(IMPLS)}")
     if interpret and impl not in PALLAS:

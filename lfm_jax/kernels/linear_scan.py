@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lfm_jax.sharding import platform
+from lfm_jax.sharding import HOPPER, nvidia_capability, platform
 
 CHUNK = 8
 """Tokens of a chunk: what `chunked` recomputes grows with it, the number of summaries shrinks."""
@@ -31,6 +31,8 @@ CPU_LOOP = 1024
 CPU_MANY = 2**20
 """Elements B * T * D from which the passes of `chunked`, spread over the cores, beat the single one of `sequential`."""
 PALLAS = ("pallas_tpu", "pallas_gpu")
+KERNEL_TOKENS = 256
+"""Tokens of a row from which `auto` takes `pallas_gpu` on a Hopper GPU."""
 
 
 def linear_scan(
@@ -57,8 +59,8 @@ def linear_scan(
         document per row.
       impl: `sequential` (a loop over tokens, the reference), `associative` (`jax.lax.associative_scan`), `chunked` (a
         loop over the tokens of a chunk, for all chunks side by side), `pallas_tpu`, `pallas_gpu` (kernels), or `auto`:
-        on CPU `sequential` for small arrays, `chunked` for the others. docs/measurements/kernels.md has the times. On a
-        Hopper GPU `pallas_gpu` is faster; it becomes the default once `lfm selfcheck` has passed on one.
+        `pallas_gpu` for rows of KERNEL_TOKENS and more on a Hopper GPU, `sequential` for small arrays on a CPU,
+        `chunked` for the others. docs/measurements/kernels.md has the times.
       interpret: runs a Pallas implementation in interpret mode, on any platform, for tests.
       axis: the mesh axis over which time is split into contiguous shards of equal length; the arguments are one
         shard, h0 and the last state those of whole rows. For use inside `jax.shard_map(..., check_vma=False)`.
@@ -80,7 +82,9 @@ def linear_scan(
             raise ValueError(f"{name} has shape {x.shape}; expected {shape} to match b_BTD {b_BTD.shape}")
     if impl == "auto":
         small = platform() == "cpu" and B * T * D < CPU_MANY
-        impl = "sequential" if small else "chunked"
+        half_or_single = a_BTD.dtype in (jnp.bfloat16, jnp.float32) and b_BTD.dtype in (jnp.bfloat16, jnp.float32)
+        kernel = nvidia_capability() == HOPPER and T >= KERNEL_TOKENS and half_or_single
+        impl = "pallas_gpu" if kernel else "sequential" if small else "chunked"
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; choose one of auto, {', '.join(IMPLS)}")
     if interpret and impl not in PALLAS:
