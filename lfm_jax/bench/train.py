@@ -179,15 +179,14 @@ class Variant:
 def gpu_jobs(preset: str) -> list[Variant]:
     """A shape in bfloat16, the most telling variants first: the time may not suffice for all."""
     model = {"preset": preset, "param_dtype": "float32", "dtype": "bfloat16"}
-    kernels = model | {"conv_impl": "pallas_gpu"}
 
     def ours(rows: int, T: int, *, documents: int = 0, micro_batches: int = 1, **changes: Any) -> Variant:
-        job = Job(side="ours", model=kernels | changes, rows=rows, T=T, documents=documents,
+        job = Job(side="ours", model=model | changes, rows=rows, T=T, documents=documents,
                   micro_batches=micro_batches)
         named = {"attention_impl": "attention", "remat": "remat", "scan_layers": "scan_layers"}
         parts = [f"{named[key]} {value}" for key, value in changes.items()]
         parts += [f"{micro_batches} micro-batches"] * (micro_batches > 1)
-        return Variant(", ".join(parts) or "conv pallas_gpu", job)
+        return Variant(", ".join(parts) or "lfm_jax", job)
 
     def peer(rows: int, T: int) -> Variant:
         job = Job(side="peer", model=model, rows=rows, T=T, compile=True)
@@ -195,18 +194,18 @@ def gpu_jobs(preset: str) -> list[Variant]:
 
     short, long = 4096, 32_768
     return [
+        ours(8, short, documents=8),
+        ours(1, long, documents=8),
+        ours(32, short, documents=8, remat="ffn"),
         ours(8, short),
         peer(8, short),
+        ours(16, short, documents=8),
         ours(1, long),
-        ours(8, short, documents=8),
-        ours(16, short),
+        ours(2, long, documents=8, remat="ffn"),
         peer(1, long),
-        ours(32, short, remat="ffn"),
-        ours(2, long, remat="ffn"),
-        ours(1, long, documents=8),
-        ours(32, short, micro_batches=4),
-        ours(8, short, scan_layers=True),
-        ours(32, short, remat="dots"),
+        ours(32, short, documents=8, micro_batches=4),
+        ours(8, short, documents=8, scan_layers=True),
+        ours(32, short, documents=8, remat="dots"),
     ]
 
 
@@ -260,8 +259,8 @@ def bench_gpu(variants: Sequence[Variant], *, limit: float = GPU_SECONDS, measur
             key = job.T, job.side, job.documents > 1
             best[key] = max(best.get(key, (0.0, "")), (job.tokens / found["step"], f"{variant.name}, {job.rows} rows"))
     notes = [f"{device or 'no device'}; bfloat16 with float32 parameters, AdamW, clipping at 1.0; every variant in a "
-             "process of its own. MFU: `train/metrics.py`, each row counted as one document. The rows of transformers "
-             "hold one document each: it cannot keep several apart."]
+             "process of its own. MFU: `train/metrics.py`; of packed rows only the attention within documents counts. "
+             "The rows of transformers hold one document each: it cannot keep several apart."]
     notes += [_best_line(T, packed, *best[T, side, packed], best.get((T, "peer", False)))
               for T, side, packed in best if side == "ours"]
     if left_out:
@@ -283,7 +282,7 @@ def _measure(job: Job, deadline: float, environment: dict[str, str], measure: fl
 
 def _gpu_cells(job: Job, found: dict[str, Any]) -> list[str]:
     speed = job.tokens / found["step"]
-    share = mfu(3 * job.config.flops_per_token(job.T), speed, [found["device"]])
+    share = mfu(3 * job.config.flops_per_token(job.T // max(job.documents, 1)), speed, [found["device"]])
     memory, compiled = found["device_bytes"], found["compile_seconds"]
     return [
         f"{speed:,.0f}", "" if share is None else f"{share:.1%}".replace("%", " %"), f"{found['step'] * 1e3:.1f} ms",
