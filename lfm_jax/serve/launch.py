@@ -149,7 +149,7 @@ def serve_encoder(
 
     key = api_key()
     app = make_encoder_app(encoder, name, api_key=key, limits=limits, cors_origins=cors_origins)
-    _run(app, name, address, limits, limits.prepared, drain_seconds, key, lambda: None)
+    _run(app, name, address, limits, limits.prepared, drain_seconds, key, app.state.queue.close)
 
 
 def serve(
