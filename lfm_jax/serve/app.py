@@ -46,8 +46,9 @@ from lfm_jax.serve.metrics import EngineCounts, Metrics
 from lfm_jax.serve.protocol import ChatBody, CompletionBody, Shared
 from lfm_jax.serve.responses import ResponsesBody, ResponsesForm
 from lfm_jax.structured.grammar import Grammar, Matcher
+from lfm_jax.text.chat import is_marked
 from lfm_jax.text.codec import encoded
-from lfm_jax.text.thoughts import BLANKS, OPEN, Stage, ThoughtLimit, split_thought, stage
+from lfm_jax.text.thoughts import BLANKS, OPEN, Stage, ThoughtLimit, split_thought
 
 TIDY_SECONDS = 60
 """How often free memory goes back to the system."""
@@ -317,13 +318,13 @@ class _Desk:
             prompt = self._service.encode_chat(messages, tools, continue_final=body.continues,
                                                variables=body.chat_template_kwargs)
         begun = messages[-1]["content"] if body.continues else ""
-        begin = self._service.stage(prompt)
-        if begin == "start":  # As in every prompt whose turns have another form than LFM2's.
-            begin = stage(begun)
+        begin = self._service.stage(prompt, begun)
         matcher = self._chat_matcher(grammar, body, begin, begun)
         with blamed("messages"):
             if matcher is not None and begin != "thought":
-                self._follow(matcher, begun if self._service.thinking is None else split_thought(begun).answer)
+                how = self._service.thinking
+                marked = how is not None and is_marked(self._service.tokenizer, how, prompt)
+                self._follow(matcher, split_thought(begun).answer if marked else begun)
         most = body.max_completion_tokens or body.max_tokens or self._limits.tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         return self._ask(prompt, body, most, logprobs, matcher, "messages")
