@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from lfm_jax.cli.arguments import ModelName
 from lfm_jax.config import DType
 from lfm_jax.sampling import GREEDY, PUBLISHED, Sampling
 
@@ -21,7 +22,7 @@ Flat = Annotated[Sampling, tyro.conf.arg(name="")]
 
 
 def generate(
-    path: tyro.conf.Positional[Path],
+    path: ModelName,
     prompt: tyro.conf.Positional[tuple[str, ...]],
     /,
     sampling: Flat = GREEDY,
@@ -41,10 +42,11 @@ def generate(
     """
     from lfm_jax.infer.generate import generate as run
     from lfm_jax.infer.generate import stream
+    from lfm_jax.loading import local
 
     if not prompt:
         raise ValueError("generate needs at least one prompt: lfm generate PATH 'some text'")
-    model, tokenizer = _load(path, dtype)
+    model, tokenizer = _load(local(path), dtype)
     if len(prompt) == 1:
         pieces = stream(model, tokenizer, prompt[0], sampling=sampling, max_new_tokens=max_new_tokens, stop=stop)
         print(prompt[0], end="", flush=True)  # Nothing is printed of what is refused.
@@ -61,7 +63,7 @@ def generate(
 
 
 def chat(
-    path: tyro.conf.Positional[Path],
+    path: ModelName,
     /,
     sampling: Flat = PUBLISHED,
     system: str | None = None,
@@ -89,7 +91,7 @@ def chat(
 
 
 def extract(
-    path: tyro.conf.Positional[Path],
+    path: ModelName,
     text: tyro.conf.Positional[tuple[str, ...]],
     /,
     schema: Path,
@@ -132,7 +134,7 @@ def extract(
 
 
 def classify(
-    path: tyro.conf.Positional[Path],
+    path: ModelName,
     text: tyro.conf.Positional[tuple[str, ...]],
     /,
     labels: tuple[str, ...],
@@ -178,20 +180,20 @@ def _read_schema(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path, dtype: str | None) -> tuple[LFM, Tokenizer]:
-    from lfm_jax.loading import load
+    from lfm_jax.loading import recognise
 
-    model, tokenizer = load(path, dtype)
+    model, tokenizer = recognise(path).load(path, dtype)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer.json; put that of the checkpoint beside its weights")
     return model, tokenizer
 
 
-def _load_chat(path: Path, dtype: str | None) -> tuple[LFM, Tokenizer, str]:
+def _load_chat(name: str, dtype: str | None) -> tuple[LFM, Tokenizer, str]:
     """Loads a model with its tokenizer and chat template."""
     from lfm_jax.convert.hf import chat_template
     from lfm_jax.loading import local
     from lfm_jax.text.chat import DEFAULT_TEMPLATE
 
-    path = local(path)
+    path = local(name)
     template = chat_template(path) or DEFAULT_TEMPLATE  # First: a file that cannot be read is found at once.
     return *_load(path, dtype), template

@@ -391,7 +391,7 @@ def load_encoder(path: str | os.PathLike, dtype: Any = None) -> Encoder:
       ValueError: as `lfm_jax.load`; the model is causal; or files beside the weights ask for what it does not do. The
         message lists all problems with these.
     """
-    directory = local(Path(path))
+    directory = local(path)
     model, tokenizer = load_hf(directory, dtype)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer.json, and an encoder takes texts; put it beside the weights")
