@@ -1,10 +1,10 @@
-"""`lfm generate`, `lfm chat`, `lfm extract`, `lfm classify`."""
+"""`lfm generate`, `lfm chat`, `lfm extract`, `lfm classify`, `lfm embed`."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -162,6 +162,38 @@ def classify(
     for chances in found:
         best_first = sorted(chances.items(), key=lambda item: -item[1])
         print(json.dumps({label: round(chance, 6) for label, chance in best_first}, ensure_ascii=False))
+    return 0
+
+
+def embed(
+    path: ModelName,
+    source: tyro.conf.Positional[Path],
+    target: tyro.conf.Positional[Path],
+    /,
+    kind: Literal["query", "document"] = "document",
+    max_tokens: int = 512,
+    dimensions: int | None = None,
+    dtype: DType | None = None,
+) -> int:
+    """Write the vectors of a file of texts, with an encoder such as LFM2.5-Embedding-350M.
+
+    Example: `lfm embed LFM2.5-Embedding-350M texts.txt vectors.npy`.
+
+    Args:
+      path: Hugging Face directory or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
+      source: a text for each line; in a .jsonl file a JSON string, or an object with a "text".
+      target: a new file, .npy with float32 [texts, numbers of a vector], or .jsonl with a line for each text.
+      kind: query for what is searched for, document for what is searched.
+      max_tokens: a text is cut after so many tokens, its prefix included.
+      dimensions: how many numbers of a vector are kept, the first ones; all if left out.
+      dtype: dtype of parameters and computation; the stored one if left out.
+    """
+    from lfm_jax.infer.embed import load_encoder
+    from lfm_jax.infer.embed_file import embed_file
+
+    count = embed_file(lambda: load_encoder(path, dtype), source, target, kind=kind, max_tokens=max_tokens,
+                       dimensions=dimensions)
+    print(f"{target}: vectors of {count} texts")
     return 0
 
 
