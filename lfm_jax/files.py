@@ -6,9 +6,10 @@ import fcntl
 import os
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 @contextmanager
@@ -32,18 +33,29 @@ def locked(path: Path, otherwise: str) -> Iterator[None]:
 
 
 def write_whole(path: Path, text: str, *, by_many: bool = False) -> None:
-    """Writes a small file whole or not at all.
+    """Writes a small file whole or not at all; `by_many` as in `whole`."""
+    with whole(path, by_many=by_many) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def whole(path: Path, *, by_many: bool = False) -> Generator[BinaryIO]:
+    """Opens a file that takes its name when the block ends well, and is removed if it does not.
 
     Args:
       by_many: several processes may write it at once, and the last one wins. A process that is killed then leaves a
         partial file behind.
     """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial" if by_many else f"{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def say(text: str, *, who: str = "lfm") -> None:

@@ -51,10 +51,11 @@ def load(path: str | Path, dtype: Any = None) -> Loaded:
     return recognise(path).load(path, dtype)
 
 
-def local(name: str | Path) -> Path:
+def local(name: str | os.PathLike) -> Path:
     """Returns the path of a model: the name itself, or for a Hub id the directory of its files in the Hub's cache.
 
-    Files that are not there are fetched first. A path that exists wins over an id.
+    Files that are not there are fetched first. A path that exists wins over an id, and what begins with `./` or `../`
+    is a path; a Path has no `./` any more, so hand over what was typed.
 
     Raises:
       ValueError: the model of an id cannot be had; see `convert.hub.fetch`.

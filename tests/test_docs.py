@@ -98,6 +98,7 @@ def desk(tmp_path_factory):
     body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
     request = {"custom_id": "1", "url": "/v1/chat/completions", "body": body}
     (path / "requests.jsonl").write_text(json.dumps(request))
+    (path / "documents.txt").write_text("Paris is the capital of France.\nWhales are mammals.\n")
     (path / "person.json").write_text(json.dumps({"enum": ["Ada", "Alan"]}))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
@@ -226,6 +227,7 @@ def check_embeddings(desk, namespace):
     assert namespace["scores"].shape == (1, 3)
     assert sorted(index for index, _ in namespace["ranking"]) == [0, 1, 2]
     assert namespace["query_QO"].shape == (32, 8)
+    assert len(np.load(desk / "vectors.npy")) == 2
 
 
 def check_engine(desk, namespace):

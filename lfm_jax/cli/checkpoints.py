@@ -6,11 +6,12 @@ from pathlib import Path
 
 import tyro
 
+from lfm_jax.cli.arguments import ModelName
 from lfm_jax.config import DType
 
 
 def convert(
-    src: tyro.conf.Positional[Path],
+    src: ModelName,
     dst: tyro.conf.Positional[Path],
     /,
     dtype: DType | None = None,
@@ -26,13 +27,13 @@ def convert(
     """
     from lfm_jax.convert.hf import convert as run
     from lfm_jax.convert.hf import save_hf
-    from lfm_jax.loading import HUGGING_FACE, load, local, recognise
+    from lfm_jax.loading import HUGGING_FACE, local, recognise
 
-    src = local(src)
-    if recognise(src) is HUGGING_FACE:
-        run(src, dst, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    path = local(src)
+    if (source := recognise(path)) is HUGGING_FACE:
+        run(path, dst, dtype=dtype, max_shard_bytes=max_shard_bytes)
     else:
-        model, tokenizer = load(src, dtype)
-        save_hf(model, dst, tokenizer=tokenizer, source=src, max_shard_bytes=max_shard_bytes)
+        model, tokenizer = source.load(path, dtype)
+        save_hf(model, dst, tokenizer=tokenizer, source=path, max_shard_bytes=max_shard_bytes)
     print(f"wrote {dst}")
     return 0

@@ -1,13 +1,14 @@
-"""`lfm generate`, `lfm chat`, `lfm extract`, `lfm classify`."""
+"""`lfm generate`, `lfm chat`, `lfm extract`, `lfm classify`, `lfm embed`."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from lfm_jax.cli.arguments import ModelName
 from lfm_jax.config import DType
 from lfm_jax.sampling import GREEDY, PUBLISHED, Sampling
 
@@ -21,7 +22,7 @@ Flat = Annotated[Sampling, tyro.conf.arg(name="")]
 
 
 def generate(
-    path: tyro.conf.Positional[Path],
+    path: ModelName,
     prompt: tyro.conf.Positional[tuple[str, ...]],
     /,
     sampling: Flat = GREEDY,
@@ -41,10 +42,11 @@ def generate(
     """
     from lfm_jax.infer.generate import generate as run
     from lfm_jax.infer.generate import stream
+    from lfm_jax.loading import local
 
     if not prompt:
         raise ValueError("generate needs at least one prompt: lfm generate PATH 'some text'")
-    model, tokenizer = _load(path, dtype)
+    model, tokenizer = _load(local(path), dtype)
     if len(prompt) == 1:
         pieces = stream(model, tokenizer, prompt[0], sampling=sampling, max_new_tokens=max_new_tokens, stop=stop)
         print(prompt[0], end="", flush=True)  # Nothing is printed of what is refused.
@@ -61,7 +63,7 @@ def generate(
 
 
 def chat(
-    path: tyro.conf.Positional[Path],
+    path: ModelName,
     /,
     sampling: Flat = PUBLISHED,
     system: str | None = None,
@@ -89,7 +91,7 @@ def chat(
 
 
 def extract(
-    path: tyro.conf.Positional[Path],
+    path: ModelName,
     text: tyro.conf.Positional[tuple[str, ...]],
     /,
     schema: Path,
@@ -132,7 +134,7 @@ def extract(
 
 
 def classify(
-    path: tyro.conf.Positional[Path],
+    path: ModelName,
     text: tyro.conf.Positional[tuple[str, ...]],
     /,
     labels: tuple[str, ...],
@@ -163,6 +165,38 @@ def classify(
     return 0
 
 
+def embed(
+    path: ModelName,
+    source: tyro.conf.Positional[Path],
+    target: tyro.conf.Positional[Path],
+    /,
+    kind: Literal["query", "document"] = "document",
+    max_tokens: int = 512,
+    dimensions: int | None = None,
+    dtype: DType | None = None,
+) -> int:
+    """Write the vectors of a file of texts, with an encoder such as LFM2.5-Embedding-350M.
+
+    Example: `lfm embed LFM2.5-Embedding-350M texts.txt vectors.npy`.
+
+    Args:
+      path: Hugging Face directory or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
+      source: a text for each line; in a .jsonl file a JSON string, or an object with a "text".
+      target: a new file, .npy with float32 [texts, numbers of a vector], or .jsonl with a line for each text.
+      kind: query for what is searched for, document for what is searched.
+      max_tokens: a text is cut after so many tokens, its prefix included.
+      dimensions: how many numbers of a vector are kept, the first ones; all if left out.
+      dtype: dtype of parameters and computation; the stored one if left out.
+    """
+    from lfm_jax.infer.embed import load_encoder
+    from lfm_jax.infer.embed_file import embed_file
+
+    count = embed_file(lambda: load_encoder(path, dtype), source, target, kind=kind, max_tokens=max_tokens,
+                       dimensions=dimensions)
+    print(f"{target}: vectors of {count} texts")
+    return 0
+
+
 def _read_schema(path: Path) -> dict[str, Any]:
     try:
         schema = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -178,20 +212,20 @@ def _read_schema(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path, dtype: str | None) -> tuple[LFM, Tokenizer]:
-    from lfm_jax.loading import load
+    from lfm_jax.loading import recognise
 
-    model, tokenizer = load(path, dtype)
+    model, tokenizer = recognise(path).load(path, dtype)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer.json; put that of the checkpoint beside its weights")
     return model, tokenizer
 
 
-def _load_chat(path: Path, dtype: str | None) -> tuple[LFM, Tokenizer, str]:
+def _load_chat(name: str, dtype: str | None) -> tuple[LFM, Tokenizer, str]:
     """Loads a model with its tokenizer and chat template."""
     from lfm_jax.convert.hf import chat_template
     from lfm_jax.loading import local
     from lfm_jax.text.chat import DEFAULT_TEMPLATE
 
-    path = local(path)
+    path = local(name)
     template = chat_template(path) or DEFAULT_TEMPLATE  # First: a file that cannot be read is found at once.
     return *_load(path, dtype), template

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import tyro
 
+from lfm_jax.cli.arguments import ModelName
 from lfm_jax.config import DType
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.sampling import PUBLISHED, Sampling
@@ -17,7 +18,7 @@ SERVER = EngineConfig(slots=(), max_logprobs=20, prefix_cache_bytes=2**28)
 
 
 def serve(
-    path: tyro.conf.Positional[Path],
+    path: ModelName,
     /,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -58,24 +59,24 @@ def serve(
 
     launch = _serving("launch")
     address = launch.listen(host, port)  # What can be refused is refused before anything is loaded.
-    path = local(path)
-    if launch.is_encoder(path):
+    directory = local(path)
+    if launch.is_encoder(directory):
         from lfm_jax.infer.embed import load_encoder
 
         if (sampling, engine, data, tensor, warm_up, plain_contents) != (PUBLISHED, SERVER, 1, 1, "first", False):
             raise ValueError(f"{path} is an encoder, which has no slots, samples nothing and runs on one device: leave "
                              "out --sampling, --engine, --data, --tensor, --warm-up and --plain-contents")
-        encoder = load_encoder(path, dtype)
-        launch.serve_encoder(encoder, name or _name(path), address, limits, drain_seconds, cors_origins)
+        encoder = load_encoder(directory, dtype)
+        launch.serve_encoder(encoder, name or _name(directory), address, limits, drain_seconds, cors_origins)
         return 0
-    service = launch.open_service(path, dtype, engine, (data, tensor), everything=warm_up == "all",
+    service = launch.open_service(directory, dtype, engine, (data, tensor), everything=warm_up == "all",
                                   plain_contents=plain_contents)
-    launch.serve(service, name or _name(path), address, sampling, limits, drain_seconds, cors_origins)
+    launch.serve(service, name or _name(directory), address, sampling, limits, drain_seconds, cors_origins)
     return 0
 
 
 def batch(
-    path: tyro.conf.Positional[Path],
+    path: ModelName,
     source: tyro.conf.Positional[Path],
     target: tyro.conf.Positional[Path],
     /,
@@ -109,13 +110,13 @@ def batch(
     from lfm_jax.loading import local, recognise
 
     run, launch = _serving("batch"), _serving("launch")
-    path = local(path)
-    recognise(path)  # Before a target is made.
+    directory = local(path)
+    recognise(directory)  # Before a target is made.
 
     def open_service() -> Any:
-        return launch.open_service(path, dtype, engine, (data, tensor), plain_contents=plain_contents)
+        return launch.open_service(directory, dtype, engine, (data, tensor), plain_contents=plain_contents)
 
-    bad = run.batch(open_service, _name(path), source, target, shard=shard, sampling=sampling, limits=limits)
+    bad = run.batch(open_service, _name(directory), source, target, shard=shard, sampling=sampling, limits=limits)
     print(f"{target}: every line is answered{f', {bad} with an error' if bad else ''}")
     return 1 if bad else 0
 

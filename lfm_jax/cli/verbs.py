@@ -39,6 +39,7 @@ VERBS = (
     Verb("chat", USE, "talk with a model in the terminal", "inference:chat"),
     Verb("extract", USE, "get data that fits a JSON schema out of texts", "inference:extract"),
     Verb("classify", USE, "find out which of some labels fits a text", "inference:classify"),
+    Verb("embed", USE, "write the vectors of a file of texts", "inference:embed"),
     Verb("serve", USE, "serve a model over HTTP with OpenAI's API", "serving:serve"),
     Verb("batch", USE, "answer a file of requests in OpenAI's batch format", "serving:batch"),
     Verb("data build", TRAIN, "build a dataset of packed rows from text", "datasets:build", "data.build:BuildConfig",

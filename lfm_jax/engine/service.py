@@ -20,9 +20,9 @@ from lfm_jax.engine.pool import Ticket
 from lfm_jax.engine.request import Event, Finish, Request, TokenLogprob
 from lfm_jax.model import LFM
 from lfm_jax.structured.grammar import Grammar, Matcher, grammar_tokenizer
-from lfm_jax.text.chat import Message, begun_turn, encode_chat, turn_stop_ids
+from lfm_jax.text.chat import Message, encode_chat, reply_stage, turn_stop_ids
 from lfm_jax.text.codec import Reply, check_tokenizer, encode
-from lfm_jax.text.thoughts import Stage, stage, thinking
+from lfm_jax.text.thoughts import Stage, thinking
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -83,9 +83,9 @@ class Service:
         return encode_chat(self.tokenizer, self.config, self._template, messages, tools,
                            plain_contents=self._plain_contents, **options)
 
-    def stage(self, prompt: Sequence[int]) -> Stage:
-        """Returns where the reply to the prompt of a chat goes on; of a model without thoughts, in the answer."""
-        return "answer" if self.thinking is None else stage(begun_turn(self.tokenizer, prompt))
+    def stage(self, prompt: Sequence[int], begun: str = "") -> Stage:
+        """Returns where the reply to the prompt of a chat goes on; see `reply_stage`."""
+        return reply_stage(self.tokenizer, self.thinking, prompt, begun)
 
     def matcher(self, grammar: Grammar | None) -> Matcher:
         """Returns a matcher for `Request.grammar`; without a grammar, one for a limit of the thought alone.

@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lfm_jax.infer.generate import stream_pieces
+from lfm_jax.infer.generate import Piece, stream_pieces
 from lfm_jax.model import LFM
 from lfm_jax.sampling import GREEDY, Sampling
-from lfm_jax.text.chat import DEFAULT_TEMPLATE, begun_turn, encode_chat, turn_stop_ids
+from lfm_jax.text.chat import DEFAULT_TEMPLATE, encode_chat, reply_stage, turn_stop_ids
 from lfm_jax.text.codec import check_tokenizer
-from lfm_jax.text.thoughts import Split, ThoughtSplitter, stage, thinking
+from lfm_jax.text.thoughts import Split, ThoughtCounter, ThoughtSplitter, thinking
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -195,8 +195,8 @@ class _Talk:
                 "left for a reply. Send something shorter, or begin anew with /reset; /save FILE keeps what there is.")
         most = min(self._most, room)
         marks = self._thinking.token_ids if self._thinking else ()
-        reply = _Shown(self._write, ThoughtSplitter(
-            stage(begun_turn(self._tokenizer, ids)) if self._thinking else "answer"))
+        begin = reply_stage(self._tokenizer, self._thinking, ids)
+        reply = _Shown(self._write, ThoughtSplitter(begin), ThoughtCounter(self._tokenizer, self._thinking, begin))
         tokens, first, began, stopped = [], 0.0, time.monotonic(), False
         try:
             with _interrupts() as asked:
@@ -206,7 +206,7 @@ class _Talk:
                         raise KeyboardInterrupt
                     first = first or time.monotonic() - began
                     tokens += piece.tokens
-                    reply.push(piece.text)
+                    reply.push(piece)
             reply.finish()
         except KeyboardInterrupt:
             stopped = True
@@ -258,12 +258,15 @@ def _interrupts() -> Iterator[threading.Event]:
 class _Shown:
     """Shows a reply as it comes: its thought, if it has one, and the answer, each under a line that says so."""
 
-    def __init__(self, write: Callable[..., None], splitter: ThoughtSplitter):
-        self._write, self._splitter = write, splitter
+    def __init__(self, write: Callable[..., None], splitter: ThoughtSplitter, counter: ThoughtCounter):
+        self._write, self._splitter, self._counter = write, splitter, counter
         self.thought = self.answer = ""
 
-    def push(self, text: str) -> None:
-        self._show(self._splitter.push(text))
+    def push(self, piece: Piece) -> None:
+        self._counter.push(piece.tokens)
+        if self._counter.none:
+            self._splitter.skip()
+        self._show(self._splitter.push(piece.text))
 
     def finish(self) -> None:
         self._show(self._splitter.finish())

@@ -4,16 +4,19 @@ LFM2.5-Embedding gives a text one vector, that of its first token; LFM2.5-ColBER
 interaction; Khattab and Zaharia 2020, https://arxiv.org/abs/2004.12832), as its library PyLate prepares and scores
 them. Files beside the weights say which, in the form of sentence-transformers.
 
-Dimensions: B texts of a batch, T time, D model width, O width of a vector, Q vectors of a query, S of a document.
+Dimensions: B texts of a batch, T time, D model width, O width of a vector, Q vectors of a query, S of a document,
+V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -49,17 +52,19 @@ class NotFiniteError(ValueError):
     """The vectors of a model are not finite."""
 
 
-class Rows(NamedTuple):
-    """Texts as a model takes them in (`Encoder.prepare`)."""
+class Row(NamedTuple):
+    """A text as a model takes it in (`Encoder.prepare`)."""
 
-    rows: list[tuple[np.ndarray, np.ndarray]]
-    """Token ids and segment ids of each text."""
+    ids: np.ndarray
+    """int32 [T]: its tokens."""
+    read: int
+    """How many of them attention reads, from the first one on: all but what fills a query up."""
     kind: Kind
 
     @property
-    def tokens(self) -> int:
-        """The number of tokens of all texts."""
-        return sum(len(ids) for ids, _ in self.rows)
+    def padded(self) -> int:
+        """The length of the row in a batch: its own alone, so that its neighbours change nothing."""
+        return max(SHORTEST, _power_of_two(len(self.ids)))
 
 
 class Ranked(NamedTuple):
@@ -109,10 +114,16 @@ class Encoder:
         check_tokenizer(self.tokenizer, self.model.config)
 
     def embed(
-        self, texts: str | Sequence[str], kind: Kind = "document", max_tokens: int = MAX_TOKENS
+        self, texts: str | Sequence[str], kind: Kind = "document", max_tokens: int = MAX_TOKENS,
+        dimensions: int | None = None,
     ) -> np.ndarray:
         """Does as `lfm_jax.embed`."""
-        return self.vectors(self.prepare(texts, kind, max_tokens))
+        self.check_dimensions(dimensions)
+        rows = self.prepare(texts, kind, max_tokens)
+        vectors_BD = np.zeros((len(rows), dimensions or self.model.config.hidden_size), np.float32)
+        for i, x_SO in self._each(rows):
+            vectors_BD[i] = shortened(x_SO[0], dimensions)
+        return vectors_BD
 
     def token_vectors(
         self, texts: str | Sequence[str], kind: Kind = "document", max_tokens: int = MAX_TOKENS
@@ -127,103 +138,156 @@ class Encoder:
         """
         if self.late is None:
             raise ValueError("the model has one vector for a text (no 1_Dense projection); use embed")
-        return self._of_tokens(self.prepare(texts, kind, max_tokens))
+        found = dict(self._each(self.prepare(texts, kind, max_tokens)))
+        return [found[i] for i in range(len(found))]
 
     def rerank(self, query: str, documents: Sequence[str], max_tokens: int = MAX_TOKENS) -> list[Ranked]:
         """Does as `lfm_jax.rerank`."""
         if not isinstance(query, str):
             raise ValueError(f"query is {query!r:.60}; expected one text")
-        return self.rank(self.prepare(query, "query", max_tokens), self.prepare(documents, "document", max_tokens))
-
-    def vectors(self, texts: Rows) -> np.ndarray:
-        """Computes the vector of each prepared text, as `lfm_jax.embed`."""
-        if self.late is not None:
-            raise ValueError("the model has a vector for each token and none for a text; use rerank or token_vectors")
-        vectors = self._run([(ids, np.ones_like(ids)) for ids, _ in texts.rows])
-        return np.stack([x_TO[0] for x_TO in vectors]) if vectors else self._none()
-
-    def rank(self, query: Rows, documents: Rows) -> list[Ranked]:
-        """Ranks prepared documents by their similarity to one prepared query, as `lfm_jax.rerank`."""
-        if self.late is None:
-            [query_O] = self.vectors(query)
-            scores = self.vectors(documents) @ query_O
-        else:
-            [query_QO] = self._of_tokens(query)
-            scores = np.asarray([max_sim(query_QO, x_SO) for x_SO in self._of_tokens(documents)])
-        return [Ranked(int(i), float(scores[i])) for i in np.argsort(-scores, kind="stable")]
-
-    def _of_tokens(self, texts: Rows) -> list[np.ndarray]:
-        assert self.late is not None
-        skipped = np.asarray(sorted(self.late.skipped_ids) if texts.kind == "document" else [], np.int32)
-        vectors = zip(self._run(texts.rows), texts.rows, strict=True)
-        return [x_TO[~np.isin(ids, skipped)] for x_TO, (ids, _) in vectors]
+        asked, rows = self.prepare(query, "query", max_tokens), self.prepare(documents, "document", max_tokens)
+        [(_, query_QO)] = self._each(asked)
+        scores = np.zeros(len(rows))
+        for i, x_SO in self._each(rows):  # Scores are kept, vectors are not: those of tokens would take much room.
+            scores[i] = max_sim(query_QO, x_SO)
+        return ranking(scores)
 
     @property
     def max_tokens(self) -> int:
         """The length at which texts are cut, unless a call says another one."""
         return min(MAX_TOKENS, self.model.config.max_position)
 
-    def _none(self) -> np.ndarray:
-        return np.zeros((0, self.model.config.hidden_size), np.float32)
+    def check_dimensions(self, dimensions: int | None = None) -> None:
+        """Checks that a text has one vector, and that it can be shortened to so many numbers.
 
-    def prepare(self, texts: str | Sequence[str], kind: Kind, max_tokens: int = MAX_TOKENS) -> Rows:
-        """Turns texts into tokens; raises as `lfm_jax.embed`."""
+        Raises:
+          ValueError: it has not, or it cannot.
+        """
+        D = self.model.config.hidden_size
+        if self.late is not None:
+            raise ValueError("the model has a vector for each token and none for a text; use rerank or token_vectors")
+        if dimensions is not None and (type(dimensions) is not int or not 1 <= dimensions <= D):
+            raise ValueError(f"dimensions is {dimensions!r}; it must be from 1 to the width of a vector, {D}")
+
+    def prepare(
+        self, texts: str | Sequence[str], kind: Kind, max_tokens: int = MAX_TOKENS, *, cuts: bool = True,
+        name: str = "texts",
+    ) -> list[Row]:
+        """Turns texts into tokens.
+
+        Args:
+          texts, kind, max_tokens: as in `lfm_jax.embed`.
+          cuts: cut what is longer than max_tokens, rather than refuse it.
+          name: of the texts, in errors.
+
+        Raises:
+          ValueError: as in `lfm_jax.embed`.
+        """
+        single, late = isinstance(texts, str), self.late
+        if not isinstance(texts, Iterable):
+            raise ValueError(f"{name} is {texts!r:.60}; expected a text or several")
         texts = [texts] if isinstance(texts, str) else list(texts)
-        config, late = self.model.config, self.late
-        problems = [f"texts[{i}] is {text!r:.60}; expected a text"
-                    for i, text in enumerate(texts) if not isinstance(text, str)]
+        places = [name if single else f"{name}[{i}]" for i in range(len(texts))]
+        problems = [f"{place} is {text!r:.60}; expected a text"
+                    for place, text in zip(places, texts, strict=True) if not isinstance(text, str)]
         if kind not in PREFIXES:
             problems.append(f"kind is {kind!r}; choose one of {', '.join(PREFIXES)}")
-        if type(max_tokens) is not int or not 2 <= max_tokens <= config.max_position:
-            problems.append(f"max_tokens is {max_tokens!r}; it must be a whole number from 2 to config.max_position "
-                            f"{config.max_position}")
-        raise_problems("cannot embed", problems)
+        raise_problems("cannot embed", [*problems, *self._wrong_length(max_tokens)])
+        query_length = late.query_length if late is not None and kind == "query" else None
         rows = []
-        for i, text in enumerate(texts):
-            ids = encode(self.tokenizer, text if late else self.prefixes[kind] + text, config.bos_id)
+        for place, text in zip(places, texts, strict=True):
+            try:
+                ids = encode(self.tokenizer, text if late else self.prefixes[kind] + text, self.model.config.bos_id)
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from None
             if not ids:
-                raise ValueError(f"texts[{i}] has no tokens, and the tokenizer adds none; give it a text")
-            length, expansion = max_tokens, 0
+                raise ValueError(f"{place} has no tokens, and the tokenizer adds none; give it a text")
             if late is not None:
-                length = min(late.query_length, max_tokens) if kind == "query" else max_tokens
                 ids = [ids[0], late.prefix_ids[kind], *ids[1:]]
-                if kind == "query":
-                    expansion = max(length - len(ids), 0)
-                    ids = ids[:length] + [late.expansion_id] * expansion
-            ids = np.asarray(ids[:length], np.int32)
-            rows.append((ids, np.where(np.arange(len(ids)) < len(ids) - expansion, 1, -1).astype(np.int32)))
-        return Rows(rows, kind)
+            ids = _cut(np.asarray(ids, np.int32), min(max_tokens, query_length or max_tokens), cuts, place)
+            read = len(ids)
+            if late is not None and query_length is not None:
+                ids = np.pad(ids, (0, min(query_length, max_tokens) - read), constant_values=late.expansion_id)
+            rows.append(Row(ids, read, kind))
+        return rows
 
-    def _run(self, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
-        """Returns the vectors of each row: [1, O], or [T, O] with late interaction.
+    def prepare_ids(
+        self, rows: Sequence[Sequence[int]], max_tokens: int = MAX_TOKENS, *, cuts: bool = True, name: str = "ids"
+    ) -> list[Row]:
+        """Takes the tokens of texts as they are: no prefix and no special token is added.
 
-        The shape of the row in a batch is its own, so that its neighbours change nothing. Two rows are the fewest,
-        because products of one row take another path and round otherwise.
+        So a model reads what was sent and nothing else. `tokenizer.encode(prefix + text).ids` gives the vector that the
+        text has; its first token is bos, whose vector it is.
+
+        Args:
+          rows: token ids of each text.
+          max_tokens, cuts, name: as in `prepare`.
+
+        Raises:
+          ValueError: a text without tokens, an id that the model does not have, or as `prepare`.
+        """
+        V, problems, found = self.model.config.vocab_size, self._wrong_length(max_tokens), []
+        for i, ids in enumerate(rows):
+            ids = np.asarray(ids)
+            if not len(ids):
+                problems.append(f"{name}[{i}] has no tokens")
+            elif ids.ndim != 1 or ids.dtype.kind not in "iu":
+                problems.append(f"{name}[{i}] is {rows[i]!r:.60}; expected token ids")
+            elif len(wrong := np.flatnonzero((ids < 0) | (ids >= V))):
+                problems.append(f"{name}[{i}][{wrong[0]}] is {ids[wrong[0]]}; token ids lie in 0..{V - 1}")
+            found.append(ids)
+        raise_problems("cannot embed", problems)
+        cut = [_cut(ids, max_tokens, cuts, f"{name}[{i}]") for i, ids in enumerate(found)]
+        return [Row(ids.astype(np.int32), len(ids), "document") for ids in cut]
+
+    def _wrong_length(self, max_tokens: int) -> list[str]:
+        most = self.model.config.max_position
+        if type(max_tokens) is int and 2 <= max_tokens <= most:
+            return []
+        return [f"max_tokens is {max_tokens!r}; it must be a whole number from 2 to config.max_position {most}"]
+
+    def _each(self, rows: Sequence[Row]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields the number and the vectors of each row, [1, D] or [S, O] with late interaction, the shortest first."""
+        compute, by_length = self.program(), defaultdict(list)
+        for i, row in enumerate(rows):
+            by_length[row.padded].append(i)
+        for T, numbers in sorted(by_length.items()):
+            for batch in itertools.batched(numbers, rows_of_batch(T)):
+                yield from zip(batch, map(checked, compute([rows[i] for i in batch])), strict=True)
+
+    def program(self) -> Callable[[Sequence[Row]], list[np.ndarray]]:
+        """Returns a function that computes the vectors of each row of a batch, float32 [1, D], or [S, O] with late
+        interaction; with the weights that the model has now.
+
+        Its rows have one padded length T, and are at most `rows_of_batch(T)`. Whether vectors are finite is for
+        `checked`.
         """
         graphdef, params = nnx.split(self.model, nnx.Param)
-        params, run = nnx.to_pure_dict(params), _program(graphdef)
-        projection_OD = None if self.late is None else self.late.projection_OD
-        found: dict[int, np.ndarray] = {}
-        widths = [max(SHORTEST, _power_of_two(len(ids))) for ids, _ in rows]
-        for T in sorted(set(widths)):
-            of_width = [i for i, width in enumerate(widths) if width == T]
-            most = max(2, BATCH_TOKENS // T)
-            for start in range(0, len(of_width), most):
-                batch = of_width[start : start + most]
-                arrays = np.zeros((2, max(2, _power_of_two(len(batch))), T), np.int32)
-                for row, i in enumerate(batch):
-                    arrays[:, row, : len(rows[i][0])] = rows[i]
-                vectors = np.asarray(run(params, *arrays, projection_OD))
-                if not np.isfinite(vectors[: len(batch)]).all():
-                    raise NotFiniteError(
-                        "the vectors are not finite; the weights are damaged, or the dtype is too narrow")
-                found |= {i: vectors[row, : len(rows[i][0])] for row, i in enumerate(batch)}
-        return [found[i] for i in range(len(rows))]
+        params, run, late = nnx.to_pure_dict(params), _program(graphdef), self.late
+        projection_OD = None if late is None else late.projection_OD
+        skipped = np.asarray([] if late is None else sorted(late.skipped_ids), np.int32)
+
+        def vectors_of(row: Row, x_TO: np.ndarray) -> np.ndarray:
+            if late is None or row.kind == "query":
+                return x_TO[: len(row.ids)]
+            return x_TO[: len(row.ids)][~np.isin(row.ids, skipped)]
+
+        def compute(rows: Sequence[Row]) -> list[np.ndarray]:
+            tokens_BT = np.zeros(shape_of_batch(rows), np.int32)
+            segment_ids_BT = np.zeros_like(tokens_BT)
+            for i, row in enumerate(rows):
+                tokens_BT[i, : len(row.ids)] = row.ids
+                segment_ids_BT[i, : len(row.ids)] = -1
+                segment_ids_BT[i, : row.read] = 1
+            x_BTO = np.asarray(run(params, tokens_BT, segment_ids_BT, projection_OD))
+            return [vectors_of(row, x_BTO[i]) for i, row in enumerate(rows)]
+
+        return compute
 
 
 def embed(
     model: LFM, tokenizer: Tokenizer, texts: str | Sequence[str], kind: Kind = "document",
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int = MAX_TOKENS, dimensions: int | None = None,
 ) -> np.ndarray:
     """Computes a vector of each text with LFM2.5-Embedding; the product of two vectors is their similarity (cosine).
 
@@ -236,15 +300,16 @@ def embed(
       texts: one text or several.
       kind: `query` for what is searched for, `document` for what is searched.
       max_tokens: a text is cut after so many tokens, its prefix included.
+      dimensions: how many numbers of a vector are kept, the first ones, which are brought back to length 1; None: all.
 
     Returns:
-      float32 [texts, D], vectors of length 1: the hidden state of the first token.
+      float32 [texts, D], or [texts, dimensions], vectors of length 1: the hidden state of the first token.
 
     Raises:
       ValueError: the model is causal (`config.causal`), the tokenizer does not fit it, an argument is not valid, or the
         vectors are not finite (`NotFiniteError`).
     """
-    return Encoder(model, tokenizer).embed(texts, kind, max_tokens)
+    return Encoder(model, tokenizer).embed(texts, kind, max_tokens, dimensions)
 
 
 def rerank(
@@ -269,9 +334,46 @@ def rerank(
     return Encoder(model, tokenizer).rerank(query, documents, max_tokens)
 
 
+def shortened(vector_D: np.ndarray, dimensions: int | None) -> np.ndarray:
+    """Returns the first numbers of a vector, brought back to length 1; the vector itself for None."""
+    if dimensions is None:
+        return vector_D
+    first = vector_D[:dimensions]
+    return first / np.maximum(np.linalg.norm(first), 1e-12)
+
+
+def ranking(scores: np.ndarray) -> list[Ranked]:
+    """Returns (index, score) of each document, the highest score first, of equal ones the earlier document."""
+    return [Ranked(int(i), float(scores[i])) for i in np.argsort(-scores, kind="stable")]
+
+
+def checked(x_SO: np.ndarray) -> np.ndarray:
+    """Returns the vectors of a text; raises NotFiniteError if they are not finite."""
+    if not np.isfinite(x_SO).all():
+        raise NotFiniteError("the vectors are not finite; the weights are damaged, or the dtype is too narrow")
+    return x_SO
+
+
+def rows_of_batch(T: int) -> int:
+    """Returns the most rows of a padded length that a batch has."""
+    return max(2, BATCH_TOKENS // T)
+
+
+def shape_of_batch(rows: Sequence[Row]) -> tuple[int, int]:
+    """Returns (B, T) of a batch with these rows, which have one padded length."""
+    # Two rows are the fewest, because products of one row take another path and round otherwise.
+    return max(2, _power_of_two(len(rows))), rows[0].padded
+
+
+def _cut(ids: np.ndarray, most: int, cuts: bool, place: str) -> np.ndarray:
+    if len(ids) > most and not cuts:
+        raise ValueError(f"{place} has {len(ids)} tokens, and at most {most} are read; shorten it, or let it be cut")
+    return ids[:most]
+
+
 def max_sim(query_QO: np.ndarray, document_SO: np.ndarray) -> float:
     """Returns the sum, over the vectors of a query, of the product with the most similar vector of a document; minus
-    infinity for a document without vectors."""
+    infinity for a document without vectors. Of one vector each it is their product."""
     if not len(document_SO):
         return -np.inf
     return float((query_QO @ document_SO.T).max(axis=1).sum())
@@ -289,7 +391,7 @@ def load_encoder(path: str | os.PathLike, dtype: Any = None) -> Encoder:
       ValueError: as `lfm_jax.load`; the model is causal; or files beside the weights ask for what it does not do. The
         message lists all problems with these.
     """
-    directory = local(Path(path))
+    directory = local(path)
     model, tokenizer = load_hf(directory, dtype)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer.json, and an encoder takes texts; put it beside the weights")

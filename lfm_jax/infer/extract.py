@@ -23,9 +23,9 @@ from lfm_jax.kernels.logprobs import token_logprobs
 from lfm_jax.model import LFM
 from lfm_jax.sampling import GREEDY, Sampling
 from lfm_jax.state import State
-from lfm_jax.text.chat import begun_turn, encode_chat, turn_stop_ids
+from lfm_jax.text.chat import encode_chat, reply_stage, turn_stop_ids
 from lfm_jax.text.codec import check_tokenizer, encoded
-from lfm_jax.text.thoughts import Stage, ThoughtLimit, split_thought, stage, thinking
+from lfm_jax.text.thoughts import Stage, ThoughtLimit, split_thought, thinking
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -127,7 +127,7 @@ def extract(
     config = EngineConfig(slots=((min(SLOTS, max(2, len(texts))), length),), chunk=CHUNK,
                           prefix_cache_bytes=2 * model.config.state_bytes(length))
     # The template opens each reply in the same way.
-    begin: Stage = "answer" if how is None else stage(begun_turn(tokenizer, prompts[0]))
+    begin: Stage = reply_stage(tokenizer, how, prompts[0])
     may_think = how is not None and not (begin == "start" and max_thinking_tokens == 0)
     grammar = follow.matcher(constraint.after_thought(how, begin) if may_think else constraint)
     if may_think and max_thinking_tokens is not None:

@@ -42,15 +42,19 @@ from lfm_jax.serve.formats import ChatForm, Form, TextForm, dumped, streamed_ans
 from lfm_jax.serve.gate import REQUEST_ID, Gate, Named
 from lfm_jax.serve.limits import LIMITS, Limits
 from lfm_jax.serve.messages import plain_messages
-from lfm_jax.serve.metrics import Metrics
+from lfm_jax.serve.metrics import EngineCounts, Metrics
 from lfm_jax.serve.protocol import ChatBody, CompletionBody, Shared
 from lfm_jax.serve.responses import ResponsesBody, ResponsesForm
 from lfm_jax.structured.grammar import Grammar, Matcher
+from lfm_jax.text.chat import is_marked
 from lfm_jax.text.codec import encoded
-from lfm_jax.text.thoughts import BLANKS, OPEN, Stage, ThoughtLimit, split_thought, stage
+from lfm_jax.text.thoughts import BLANKS, OPEN, Stage, ThoughtLimit, split_thought
 
 TIDY_SECONDS = 60
 """How often free memory goes back to the system."""
+GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
+ENCODING = ("/v1/embeddings", "/v1/rerank", "/v2/rerank")
+"""Paths that causal models answer, and those that encoders do."""
 
 
 def make_app(
@@ -67,7 +71,7 @@ def make_app(
       limits: of one request.
       cors_origins: origins whose pages may read answers; "*": any.
     """
-    metrics = Metrics(service.engine)
+    metrics = Metrics(EngineCounts(service.engine))
 
     async def tidy() -> None:
         # Neither the engine nor grammars grow by themselves, and yet a process under a mixed load did: what the
@@ -89,7 +93,8 @@ def make_app(
         if service.engine.failure is not None:
             raise RefusalError(503, "the engine has failed")
 
-    app = bare_app(life, metrics, api_key, limits, cors_origins)
+    elsewhere = f"{name!r} is a causal model, whose tokens see no later ones; serve an encoder, LFM2.5-Embedding"
+    app = bare_app(life, metrics, api_key, limits, cors_origins, dict.fromkeys(ENCODING, elsewhere))
     app.include_router(_page())
     app.include_router(about(name, metrics, service.engine.longest, check_health))
     app.include_router(_completions(_Desk(service, name, sampling, limits, metrics)))
@@ -97,10 +102,16 @@ def make_app(
 
 
 def bare_app(
-    lifespan: Any, metrics: Metrics, api_key: str | None, limits: Limits, cors_origins: Sequence[str]
+    lifespan: Any, metrics: Metrics, api_key: str | None, limits: Limits, cors_origins: Sequence[str],
+    elsewhere: Mapping[str, str],
 ) -> FastAPI:
-    """Makes an application without endpoints, with its checks and the form of its errors; arguments as in
-    `make_app`."""
+    """Makes an application without endpoints, with its checks and the form of its errors.
+
+    Args:
+      elsewhere: paths that its model cannot answer, and why.
+
+    The others are those of `make_app`.
+    """
     app = FastAPI(title="lfm_jax", version="1", lifespan=lifespan, docs_url=None, redoc_url=None,
                   redirect_slashes=False)
     app.add_middleware(Gate, api_key=api_key, limits=limits, metrics=metrics)
@@ -113,6 +124,7 @@ def bare_app(
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.openapi = functools.partial(_document, app)
+    app.state.elsewhere = elsewhere
     return app
 
 
@@ -166,7 +178,8 @@ async def _http(request: Request, error: Any) -> Response:
     if error.status_code in (404, 405):
         there = ", ".join(f"{method.upper()} {path}" for path, methods in _document(request.app)["paths"].items()
                           for method in methods)
-        message = f"there is no {request.method} {request.url.path[:100]}; this server has {there}"
+        why = f": {why}" if (why := request.app.state.elsewhere.get(request.url.path)) else ""
+        message = f"there is no {request.method} {request.url.path[:100]}{why}; this server has {there}"
     return await _refused(request, RefusalError(error.status_code, message, headers=error.headers))
 
 
@@ -305,13 +318,13 @@ class _Desk:
             prompt = self._service.encode_chat(messages, tools, continue_final=body.continues,
                                                variables=body.chat_template_kwargs)
         begun = messages[-1]["content"] if body.continues else ""
-        begin = self._service.stage(prompt)
-        if begin == "start":  # As in every prompt whose turns have another form than LFM2's.
-            begin = stage(begun)
+        begin = self._service.stage(prompt, begun)
         matcher = self._chat_matcher(grammar, body, begin, begun)
         with blamed("messages"):
             if matcher is not None and begin != "thought":
-                self._follow(matcher, begun if self._service.thinking is None else split_thought(begun).answer)
+                how = self._service.thinking
+                marked = how is not None and is_marked(self._service.tokenizer, how, prompt)
+                self._follow(matcher, split_thought(begun).answer if marked else begun)
         most = body.max_completion_tokens or body.max_tokens or self._limits.tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         return self._ask(prompt, body, most, logprobs, matcher, "messages")

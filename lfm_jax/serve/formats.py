@@ -280,7 +280,8 @@ class ChatReply:
     """
 
     def __init__(self, service: Service, body: ChatBody, begin: Stage):
-        self._splitter, self._counter = ThoughtSplitter(begin), ThoughtCounter(service.tokenizer, begin)
+        self._splitter = ThoughtSplitter(begin)
+        self._counter = ThoughtCounter(service.tokenizer, service.thinking, begin)
         tools = body.schemas or [] if body.calls_tools else []
         self._parser: ToolCallParser | None = None
         if tools:
@@ -290,6 +291,8 @@ class ChatReply:
         """The events that have become certain with a piece; text that may still become a call is kept back."""
         self._counter.push(piece.tokens)
         choice.thought_tokens = self._counter.tokens
+        if self._counter.none:
+            self._splitter.skip()
         thought, text = self._splitter.push(piece.text)
         if piece.finish is not None:
             rest = self._splitter.finish()

@@ -49,12 +49,12 @@ def open_service(
       ValueError: the path has no model or no tokenizer, or a chat template that is not valid; or see `Engine`.
     """
     from lfm_jax.convert.hf import chat_template
-    from lfm_jax.loading import load
+    from lfm_jax.loading import recognise
     from lfm_jax.sharding import make_mesh
 
     if template := chat_template(path):
         check_template(template)
-    model, tokenizer = load(path, dtype)
+    model, tokenizer = recognise(path).load(path, dtype)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer.json; put that of the checkpoint beside its weights")
     data, tensor = mesh
@@ -149,7 +149,7 @@ def serve_encoder(
 
     key = api_key()
     app = make_encoder_app(encoder, name, api_key=key, limits=limits, cors_origins=cors_origins)
-    _run(app, name, address, limits, limits.prepared, drain_seconds, key, lambda: None)
+    _run(app, name, address, limits, limits.prepared, drain_seconds, key, app.state.queue.close)
 
 
 def serve(

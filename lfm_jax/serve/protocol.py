@@ -170,9 +170,11 @@ class Shared(Body):
 Ids = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 """Errors of every element of a long list would take seconds to collect."""
 MAX_PROMPTS = 256
+ONE_OF_FOUR = "a text, a list of texts, a list of token ids, or a list of such lists"
 
 
-def _prompt_kind(value: Any) -> str | None:
+def prompt_kind(value: Any) -> str | None:
+    """The tag of one of four: a text, a list of texts, a list of token ids, a list of such lists."""
     if isinstance(value, str):
         return "(text)"
     if not isinstance(value, list):
@@ -189,7 +191,7 @@ class CompletionBody(Shared):
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("(texts)")]
         | Annotated[Ids, Tag("(ids)")]
         | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("(lists)")],
-        one_of(_prompt_kind, "a text, a list of texts, a list of token ids, or a list of such lists"),
+        one_of(prompt_kind, ONE_OF_FOUR),
     ] = Field(description="texts or token ids, one or several")
     max_tokens: Annotated[int, Field(ge=0, lt=MAX_ID)] | None = Field(
         None, description="16 where it is left out; ends with `length` where the context ends; 0 with `echo` scores")

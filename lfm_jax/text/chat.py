@@ -16,7 +16,7 @@ from lfm_jax.problems import raise_problems
 from lfm_jax.text.codec import encoded
 from lfm_jax.text.contents import encode_contents_plainly
 from lfm_jax.text.templates import GENERATION_OPENS, compiled_template, render
-from lfm_jax.text.thoughts import BLANKS, CLOSE, OPEN
+from lfm_jax.text.thoughts import BLANKS, CLOSE, OPEN, Stage, Thinking, stage
 from lfm_jax.text.tools import END, START, ToolCall, render_calls
 
 if TYPE_CHECKING:
@@ -266,13 +266,35 @@ def begun_turn(tokenizer: Tokenizer, prompt: Sequence[int]) -> str:
 
     Of a prompt whose turns have another form than LFM2's this is at most the `<think>` that ends it.
     """
-    start = tokenizer.token_to_id(START_OF_TURN)
-    at = next((i for i in range(len(prompt) - 1, -1, -1) if prompt[i] == start), max(len(prompt) - 64, 0))
-    text = tokenizer.decode(list(prompt[at:]), skip_special_tokens=False)
+    at = _last_turn(tokenizer, prompt)
+    text = tokenizer.decode(list(prompt[max(len(prompt) - 64, 0) if at is None else at :]), skip_special_tokens=False)
     _, found, turn = text.rpartition(START_OF_TURN)
     if not found:
         return OPEN if text.rstrip(BLANKS).endswith(OPEN) else ""
     return turn.partition("\n")[2]
+
+
+def _last_turn(tokenizer: Tokenizer, prompt: Sequence[int]) -> int | None:
+    start = tokenizer.token_to_id(START_OF_TURN)
+    return next((i for i in range(len(prompt) - 1, -1, -1) if prompt[i] == start), None)
+
+
+def is_marked(tokenizer: Tokenizer, how: Thinking, prompt: Sequence[int]) -> bool:
+    """Returns whether `<think>` in the assistant's turn of a prompt is a mark. Where a tokenizer has a token for it,
+    texts of strangers may spell it out (`contents`)."""
+    return not how.token_ids or how.token_ids[0] in prompt[_last_turn(tokenizer, prompt) or 0 :]
+
+
+def reply_stage(tokenizer: Tokenizer, how: Thinking | None, prompt: Sequence[int], begun: str = "") -> Stage:
+    """Returns where the reply to a prompt goes on; of a model without thoughts, in the answer.
+
+    Args:
+      begun: what a client wrote of it, for prompts whose turns have another form than LFM2's.
+    """
+    if how is None:
+        return "answer"
+    turn = begun_turn(tokenizer, prompt)
+    return stage(turn if turn.strip(BLANKS) else begun, marked=is_marked(tokenizer, how, prompt))
 
 
 def turn_stop_ids(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Thoughts: what a model writes before its answer, between `<think>` and `</think>`.
 
-The marks are added tokens of some tokenizers and plain text to others; a reply's text is the same either way.
+The marks are added tokens of some tokenizers and plain text to others; a reply's text is the same either way. Where
+they are tokens, only the token opens a thought, and `<think>` that is spelled out is text.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ class Thinking:
 def thinking(tokenizer: Tokenizer, template: str | None) -> Thinking | None:
     """Returns how a model writes thoughts, or None where nothing says that it may.
 
-    It may where its tokenizer has the two marks as added tokens, or its chat template names the mark that ends one.
+    It may where its tokenizer has the two marks as added tokens, or its chat template names the mark that ends one. A
+    template that only strips the thoughts of past turns is enough: those of LFM2.5 are alike for releases that think
+    (LFM2.5-1.2B-Thinking, whose tokenizer lacks the marks) and for those that do not, and neither opens a thought in
+    the generation prompt. No file tells them apart, so both may think; a reply that does not is read as it is.
     """
     added = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
     if OPEN in added and CLOSE in added:
@@ -47,10 +51,14 @@ def thinking(tokenizer: Tokenizer, template: str | None) -> Thinking | None:
     return None
 
 
-def stage(begun: str) -> Stage:
-    """Returns where a reply goes on of which this text is there already, written by a template or a client."""
+def stage(begun: str, *, marked: bool = True) -> Stage:
+    """Returns where a reply goes on of which this text is there already, written by a template or a client.
+
+    Args:
+      marked: its marks are marks; False: they are spelled out, where a tokenizer has tokens for them.
+    """
     begun = begun.lstrip(BLANKS)
-    if begun.startswith(OPEN):
+    if marked and begun.startswith(OPEN):
         return "answer" if CLOSE in begun else "thought"
     return "answer" if begun else "start"
 
@@ -87,6 +95,11 @@ class ThoughtSplitter:
         """Nothing of the thought, or of the answer after one, has been given yet."""
         self._is_after = False
         """A thought has come before the answer."""
+
+    def skip(self) -> None:
+        """Takes a reply that has not begun with a thought for the answer (`ThoughtCounter.none`)."""
+        if self.stage == "start":
+            self.stage = "answer"
 
     def push(self, text: str) -> Split:
         """Returns what has become certain with this piece."""
@@ -137,11 +150,13 @@ class ThoughtCounter:
     """Counts the tokens of a reply's thought, its marks among them.
 
     Args:
+      how: the model writes thoughts; None: not at all.
       begin: as for `ThoughtSplitter`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, begin: Stage):
-        self._tokenizer, self._splitter = tokenizer, ThoughtSplitter(begin)
+    def __init__(self, tokenizer: Tokenizer, how: Thinking | None, begin: Stage):
+        self._tokenizer, self._splitter = tokenizer, ThoughtSplitter(begin if how else "answer")
+        self._open_ids = how.token_ids[:1] if how else ()
         self._seen = 0
         self.tokens = 0
         """Tokens of the thought so far."""
@@ -153,6 +168,11 @@ class ThoughtCounter:
         """Whether a thought has begun and not ended."""
         return self._splitter.stage == "thought"
 
+    @property
+    def none(self) -> bool:
+        """Whether the reply has begun without a thought, as tokens alone tell: its text may spell the mark out."""
+        return bool(self._open_ids) and self._splitter.stage == "answer" and not self.tokens
+
     def push(self, ids: Iterable[int]) -> None:
         """Takes tokens in."""
         for i in ids:
@@ -160,7 +180,10 @@ class ThoughtCounter:
             if before == "answer":
                 return
             # Bytes as characters: the marks are ASCII, and a token may hold half a character.
-            self._splitter.push(token_bytes(self._tokenizer, i).decode("latin-1"))
+            text = token_bytes(self._tokenizer, i).decode("latin-1")
+            if before == "start" and self._open_ids and i not in self._open_ids and text.strip(BLANKS):
+                self._splitter.skip()
+            self._splitter.push(text)
             self._seen += 1
             if "thought" in (before, self._splitter.stage):
                 self.tokens = self._seen
@@ -183,7 +206,7 @@ class ThoughtLimit:
     """
 
     def __init__(self, tokenizer: Tokenizer, how: Thinking, begin: Stage, most: int):
-        self._tokenizer, self._counter = tokenizer, ThoughtCounter(tokenizer, begin)
+        self._tokenizer, self._counter = tokenizer, ThoughtCounter(tokenizer, how, begin)
         self._close_ids, self._most = how.close_ids, most
         self._closing = 0
         """Tokens of the mark that were forced so far."""

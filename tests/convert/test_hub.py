@@ -164,6 +164,19 @@ def test_what_is_written_as_a_path_is_no_id(name):
     assert local(name) == Path(name)
 
 
+def test_on_a_command_line_too(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s").write_text("{}")
+    for verb, *more in (
+        ("generate", "x"), ("chat",), ("extract", "x", "--schema", "s"), ("classify", "x", "--labels", "a", "b"),
+        ("convert", "new"), ("serve", "--port", "0"), ("batch", "requests", "answers"),
+    ):
+        assert run(verb, "./Org/tiny", *more) == 2
+        assert "Org/tiny is not a directory; a model is" in capsys.readouterr().err, verb
+    with pytest.raises(ValueError, match=r"cannot load Org/tiny:\s+- there is no such directory"):
+        lfm.load_encoder("./Org/tiny")
+
+
 def test_a_directory_of_the_name_of_an_id_wins(hub, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lfm.save_hf(tiny_model(seed=1), "Org/tiny")

@@ -3,6 +3,7 @@
 import functools
 import json
 import string
+import weakref
 
 import jax
 import numpy as np
@@ -121,7 +122,54 @@ def test_documents_are_ranked_by_their_cosine_and_equal_ones_keep_their_order():
     assert lfm.rerank(model(), tokenizer(), "the dog", []) == []
 
 
+def test_vectors_are_shortened_to_their_first_numbers():
+    whole = lfm.embed(model(), tokenizer(), TEXTS, "query")
+    for d in (1, 7, 32):
+        found = lfm.embed(model(), tokenizer(), TEXTS, "query", dimensions=d)
+        np.testing.assert_allclose(found, unit(whole[:, :d]), atol=1e-6)
+    assert lfm.embed(model(), tokenizer(), [], dimensions=7).shape == (0, 7)
+    assert (module.shortened(np.float32([0, 0, 1]), 2) == 0).all()
+
+
+def test_token_ids_are_taken_as_they_are():
+    encoder = Encoder(model(), tokenizer())
+    ids = [ids_of(f"document: {text}") for text in TEXTS]
+    texts = encoder.prepare(TEXTS, "document")
+    for given in (ids, [np.asarray(one) for one in ids]):
+        for found, expected in zip(encoder.prepare_ids(given), texts, strict=True):
+            np.testing.assert_array_equal(found.ids, expected.ids)
+            assert found[1:] == expected[1:]
+    [row] = encoder.prepare_ids([[5, 6, 7]], max_tokens=2)
+    assert (row.ids.tolist(), row.read) == ([5, 6], 2)
+
+
+def test_ranking_keeps_no_vectors(monkeypatch):
+    encoder = Encoder(model(), tokenizer(), late=late())
+    monkeypatch.setattr(module, "BATCH_TOKENS", 32)
+    seen, most, scored = [], 0, module.max_sim
+
+    def watched(query_QO, x_SO):
+        nonlocal most
+        seen.append(weakref.ref(x_SO))
+        most = max(most, sum(one() is not None for one in seen))
+        return scored(query_QO, x_SO)
+
+    monkeypatch.setattr(module, "max_sim", watched)
+    assert len(encoder.rerank("the dog", ["fox"] * 40)) == 40
+    assert 0 < most < 10
+
+
 @pytest.mark.parametrize(("call", "match"), [
+    (lambda: lfm.embed(model(), tokenizer(), 5), "texts is 5; expected a text or several"),
+    (lambda: lfm.embed(model(), tokenizer(), ["x", "\ud800"]), r"texts\[1\]: the text has half of a surrogate pair"),
+    (lambda: lfm.embed(model(), tokenizer(), "x", dimensions=33), "dimensions is 33; .* from 1 to the width .* 32"),
+    (lambda: lfm.embed(model(), tokenizer(), "x", dimensions=True), "dimensions is True"),
+    (lambda: Encoder(model(), tokenizer(), late=late()).embed("x", dimensions=4), "a vector for each token"),
+    (lambda: Encoder(model(), tokenizer()).prepare_ids([[1], []]), r"ids\[1\] has no tokens"),
+    (lambda: Encoder(model(), tokenizer()).prepare_ids([[1], [2, 10**6]]), r"ids\[1\]\[1\] is 1000000; token ids lie"),
+    (lambda: Encoder(model(), tokenizer()).prepare_ids([[1, -1]]), r"ids\[0\]\[1\] is -1"),
+    (lambda: Encoder(model(), tokenizer()).prepare_ids([[1.5]]), r"ids\[0\] is \[1.5\]; expected token ids"),
+    (lambda: Encoder(model(), tokenizer()).prepare_ids([[1, 2, 3]], 2, cuts=False), r"ids\[0\] has 3 tokens, and at m"),
     (lambda: lfm.embed(tiny_model(), tokenizer(), "x"), "config.causal is True: .*load an encoder, such as LFM2.5-Emb"),
     (lambda: lfm.rerank(tiny_model(), tokenizer(), "x", ["y"]), "config.causal is True"),
     (lambda: lfm.embed(tiny_model(causal=False), tokenizer(), "x"), "ids but the model's vocab_size is 97"),

@@ -234,6 +234,18 @@ def test_a_constrained_answer_follows_the_thought(ask):
         assert used(usage) == 0
 
 
+def test_an_answer_that_spells_the_mark_out_is_no_thought_where_there_is_a_token_for_it(ask):
+    [t] = tiny_tokenizer().encode("t", add_special_tokens=False).ids
+    message, finish, usage, tokenizer = ask(guided_regex="<(think>x|-)y", max_thinking_tokens=0,
+                                            logit_bias={str(t): 100})
+    assert finish == "stop"
+    if tokenizer.token_to_id(OPEN) is None:  # Nothing tells it from a thought.
+        assert (message["content"], message["reasoning_content"]) == ("", "xy")
+    else:
+        assert (message["content"], used(usage)) == ("<think>xy", 0)
+        assert "reasoning_content" not in message
+
+
 def test_a_forced_call_follows_the_thought(ask):
     for choice in ("required", {"type": "function", "function": {"name": "f"}}):
         message, finish, usage, _ = ask(tools=[{"type": "function", "function": TOOL}], tool_choice=choice,

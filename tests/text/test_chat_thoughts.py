@@ -9,10 +9,10 @@ from lfm_jax.infer import chat_loop as chat_loop_module
 from lfm_jax.infer.chat_loop import chat_loop
 from lfm_jax.infer.generate import Piece
 from lfm_jax.testing import tiny_config, tiny_model, tiny_tokenizer
-from lfm_jax.text.chat import begun_turn, encode_chat
+from lfm_jax.text.chat import begun_turn, encode_chat, reply_stage
 from lfm_jax.text.codec import Reply
 from lfm_jax.text.conversation import encode_conversation
-from lfm_jax.text.thoughts import CLOSE, OPEN
+from lfm_jax.text.thoughts import CLOSE, OPEN, thinking
 
 STRIPS = """\
 {{- bos_token -}}
@@ -102,17 +102,32 @@ def test_what_the_prompt_has_of_the_turn():
         assert begun_turn(tokenizer(marks), tokenizer(marks).encode("Assistant: <think>\n").ids) == OPEN
 
 
+def test_marks_that_a_stranger_spells_out_begin_no_thought():
+    begin = [*TALK[:1], {"role": "assistant", "content": "<think>\nThe "}]
+    how = thinking(tokenizer("special"), STRIPS)
+    for plain, where in ((True, "answer"), (False, "thought")):
+        ids = prompt(STRIPS, begin, "special", continue_final=True, plain_contents=plain)[1]
+        assert reply_stage(tokenizer("special"), how, ids) == where
+        ids = prompt(OPENS, TALK[:1], "special", plain_contents=plain)[1]
+        assert reply_stage(tokenizer("special"), how, ids) == "thought"
+    assert reply_stage(tokenizer("special"), None, ids) == "answer"
+    other = tokenizer("special").encode("Assistant: ").ids
+    assert reply_stage(tokenizer("special"), how, other, "<think>\nx") == "answer"
+    assert reply_stage(tokenizer(), thinking(tokenizer(), STRIPS), other, "<think>\nx") == "thought"
+
+
 # -------------------------------------------------------------------- the loop
 
 
 def talk(monkeypatch, *replies, template=STRIPS, marks=None):
-    """A conversation in which these texts are the replies, character by character; and what the terminal shows."""
+    """A conversation in which these texts are the replies, token by token; and what the terminal shows."""
     said, shown, prompts = iter(replies), [], []
 
     def pieces(model, tokenizer, ids, *args, shown, **options):
         assert list(shown) == ([tokenizer.token_to_id(mark) for mark in (OPEN, CLOSE)] if marks else [])
         prompts.append(tokenizer.decode(list(ids), skip_special_tokens=False))
-        yield from (Piece(c, [7]) for c in next(said))
+        ids = tokenizer.encode(next(said), add_special_tokens=False).ids
+        yield from (Piece(tokenizer.decode([i], skip_special_tokens=False), [i]) for i in ids)
 
     lines = iter(["hi"] * len(replies))
     monkeypatch.setattr(chat_loop_module, "stream_pieces", pieces)

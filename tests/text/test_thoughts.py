@@ -61,6 +61,7 @@ def test_text_comes_as_soon_as_it_is_certain():
 ])
 def test_where_a_reply_goes_on(begun, where):
     assert stage(begun) == where
+    assert stage(begun, marked=False) == ("answer" if begun.strip() else "start")
 
 
 def with_marks(special):
@@ -72,7 +73,7 @@ def with_marks(special):
 def test_how_tokenizers_write_thoughts():
     plain = tiny_tokenizer()
     assert thinking_of(plain, None) is thinking_of(plain, "{{ messages }}") is None
-    text = thinking_of(plain, "{{ content.split('</think>')[-1] }}")
+    text = thinking_of(plain, "{{ content.split('</think>')[-1] }}")  # All that the templates of LFM2.5 say.
     assert text.token_ids == ()
     assert plain.decode(text.close_ids) == CLOSE
     for special in (True, False):
@@ -87,19 +88,41 @@ def test_tokens_of_a_thought(tokenizer):
     def ids(text):
         return tokenizer.encode(text, add_special_tokens=False).ids
 
+    how = thinking_of(tokenizer, CLOSE)
     thought, answer = f"{OPEN}\nthe fox 🦊?{CLOSE}", "\n\nover <think>"
     tokens, marks = [*ids(thought), *ids(answer)], len(ids(OPEN))
     for size in (1, 3, len(tokens)):
-        counter = ThoughtCounter(tokenizer, "start")
+        counter = ThoughtCounter(tokenizer, how, "start")
         for i in range(0, len(tokens), size):
             counter.push(tokens[i : i + size])
         assert counter.tokens == len(ids(thought))
         assert not counter.open
         assert counter.inside == len(ids(thought)) - marks
-    counter = ThoughtCounter(tokenizer, "thought")
+    counter = ThoughtCounter(tokenizer, how, "thought")
     counter.push(ids("the fox"))
     assert counter.open
     assert counter.tokens == counter.inside == len(ids("the fox"))
-    counter = ThoughtCounter(tokenizer, "start")
+    counter = ThoughtCounter(tokenizer, how, "start")
     counter.push(ids("\nthe fox"))
     assert (counter.open, counter.tokens) == (False, 0)
+    assert counter.none == bool(how.token_ids)
+    counter = ThoughtCounter(tokenizer, None, "start")
+    counter.push(ids(thought))
+    assert (counter.open, counter.tokens) == (False, 0)
+
+
+@pytest.mark.parametrize("marks", [None, True, False], ids=["text", "special", "plain"])
+def test_only_a_token_opens_a_thought_where_there_is_one(marks):
+    tokenizer = tiny_tokenizer() if marks is None else with_marks(marks)
+    how = thinking_of(tokenizer, CLOSE)
+    spelled = [tokenizer.encode(letter, add_special_tokens=False).ids[0] for letter in f"\n{OPEN}the fox"]
+    counter, splitter = ThoughtCounter(tokenizer, how, "start"), ThoughtSplitter()
+    found = []
+    for i in spelled:
+        counter.push([i])
+        if counter.none:
+            splitter.skip()
+        found.append(splitter.push(tokenizer.decode([i])))
+    found = Split(*map("".join, zip(*[*found, splitter.finish()], strict=True)))
+    assert counter.open == (marks is None)
+    assert found == (("the fox", "") if marks is None else ("", f"\n{OPEN}the fox"))
