@@ -33,8 +33,10 @@ BLOCKS: dict[str, tuple[int, np.dtype]] = {
     "Q6_K": (k_quants.SUPER, k_quants.Q6_K),
 }
 """Types of blocks that `quantize` makes: how many numbers a block has, and its bytes."""
-_CHUNK = 2**16
-"""How many numbers a thread takes at a time: its temporaries then stay in a core's cache."""
+_SCALED = {"Q6_K": 16}
+"""How many numbers share a scale where it is not 32."""
+_CHUNK = 2**17
+"""How many numbers a thread takes at a time; about ten float32 arrays of that size are its temporaries."""
 
 
 class TypeSize(NamedTuple):
@@ -73,8 +75,9 @@ def quantize(
       array: any floating dtype, [..., columns]; made float32 piece by piece.
       type: one of PLAIN and BLOCKS.
       importance: how much an error in each column counts, [columns], or [E, columns] for stacked matrices
-        [E, rows, columns]: the mean square of a product's inputs (llama.cpp's imatrix). Only ratios within a row matter.
-        Blocks whose importance is all zero are quantised as if it were equal. Plain types and Q8_0 ignore it.
+        [E, rows, columns]: the mean square of a product's inputs (llama.cpp's imatrix). Only ratios within a row
+        matter. Blocks whose importance is all zero are quantised as if it were equal, where llama.cpp loses them.
+        Plain types and Q8_0 ignore it.
       name: what errors call the tensor.
 
     Returns:
@@ -88,13 +91,13 @@ def quantize(
         raise ValueError(f"{name}: cannot write the type {type!r}; take one of {', '.join([*PLAIN, *BLOCKS])}")
     size = type_size(type)
     if array.ndim == 0 or array.shape[-1] % size.elements:
-        raise ValueError(f"{name}: {type} needs rows of a multiple of {size.elements} numbers, not {list(array.shape)}; "
-                         "take a type with smaller blocks, as `mix` does")
+        raise ValueError(f"{name}: {type} needs rows of a multiple of {size.elements} numbers, not "
+                         f"{list(array.shape)}; take a type with smaller blocks, as `mix` does")
     *leading, columns = array.shape
-    rows = array.reshape(-1, columns)
+    rows = array.reshape(math.prod(leading), columns)
     out = np.empty((len(rows), size.row_bytes(columns)), np.uint8)
     if importance is not None:
-        importance = _checked_importance(importance, array.shape, size.elements if type != "Q6_K" else 16, name)
+        importance = _checked_importance(importance, array.shape, min(_SCALED.get(type, 32), size.elements), name)
     per_matrix = array.shape[-2] if array.ndim == 3 else max(1, len(rows))
     encode = _encoder(type)
 
@@ -105,13 +108,12 @@ def quantize(
         w_RX = None if importance is None else importance[np.arange(part.start, part.stop) // per_matrix]
         with np.errstate(over="ignore", invalid="ignore"):  # What overflows is told below.
             records = encode(x_RX, w_RX)
-        for field in (records[key] for key in records.dtype.names) if records.dtype.names else (records,):
-            if not np.isfinite(field).all():
-                raise ValueError(f"{name} has numbers too large for {type}: {np.abs(x_RX).max():.3g}; check its weights")
+        if not all(np.isfinite(field).all() for field in _fields(records)):
+            raise ValueError(f"{name} has numbers too large for {type}: {np.abs(x_RX).max():.3g}; check its weights")
         out[part] = np.ascontiguousarray(records).view(np.uint8).reshape(len(x_RX), -1)
 
     _in_parts(convert, *rows.shape)
-    return out.reshape(*leading, -1)
+    return out.reshape(*leading, out.shape[1])
 
 
 def dequantize(data: bytes | memoryview | np.ndarray, type: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -139,16 +141,20 @@ def dequantize(data: bytes | memoryview | np.ndarray, type: str, shape: tuple[in
     return out.reshape(shape)
 
 
-def _checked_importance(importance: np.ndarray, shape: tuple[int, ...], block: int, name: str) -> np.ndarray:
-    """Returns float32 [matrices, columns], equal where a block has nothing but zeros."""
+def _checked_importance(importance: np.ndarray, shape: tuple[int, ...], scaled: int, name: str) -> np.ndarray:
+    """Returns float32 [matrices, columns]; `scaled` numbers in a row that have nothing but zeros have ones."""
     expected = shape[:-2] * (len(shape) == 3) + shape[-1:]
     if importance.shape != expected:
         raise ValueError(f"{name}: importance {list(importance.shape)} for {list(shape)}; expected {list(expected)}")
-    weights = np.array(importance, np.float32).reshape(-1, min(block, 32))
+    weights = np.array(importance, np.float32).reshape(-1, scaled)
     if not np.isfinite(weights).all() or (weights < 0).any():
         raise ValueError(f"{name}: importance must be finite and not negative; collect it again")
     weights[(weights == 0).all(1)] = 1
     return weights.reshape(-1, shape[-1])
+
+
+def _fields(records: np.ndarray) -> list[np.ndarray]:
+    return [records[key] for key in records.dtype.names] if records.dtype.names else [records]
 
 
 def _in_parts(convert: Callable[[slice], None], rows: int, columns: int) -> None:
