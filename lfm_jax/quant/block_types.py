@@ -76,8 +76,8 @@ def quantize(
       type: one of PLAIN and BLOCKS.
       importance: how much an error in each column counts, [columns], or [E, columns] for stacked matrices
         [E, rows, columns]: the mean square of a product's inputs (llama.cpp's imatrix). Only ratios within a row
-        matter. Blocks whose importance is all zero are quantised as if it were equal, where llama.cpp loses them.
-        Plain types and Q8_0 ignore it.
+        matter. Where a block has none, it is taken as equal and very small; llama.cpp loses such blocks. Plain types
+        and Q8_0 ignore it.
       name: what errors call the tensor.
 
     Returns:
@@ -142,15 +142,18 @@ def dequantize(data: bytes | memoryview | np.ndarray, type: str, shape: tuple[in
 
 
 def _checked_importance(importance: np.ndarray, shape: tuple[int, ...], scaled: int, name: str) -> np.ndarray:
-    """Returns float32 [matrices, columns]; `scaled` numbers in a row that have nothing but zeros have ones."""
+    """Returns float32 [matrices, columns], above 0 somewhere in each `scaled` columns, which share a scale."""
     expected = shape[:-2] * (len(shape) == 3) + shape[-1:]
     if importance.shape != expected:
         raise ValueError(f"{name}: importance {list(importance.shape)} for {list(shape)}; expected {list(expected)}")
-    weights = np.array(importance, np.float32).reshape(-1, scaled)
+    weights = np.array(importance, np.float32).reshape(-1, shape[-1])
     if not np.isfinite(weights).all() or (weights < 0).any():
         raise ValueError(f"{name}: importance must be finite and not negative; collect it again")
-    weights[(weights == 0).all(1)] = 1
-    return weights.reshape(-1, shape[-1])
+    small = np.float32(1e-6) * weights.max(1)
+    small[small == 0] = 1
+    blocks = weights.reshape(len(weights), -1, scaled)
+    np.copyto(blocks, small[:, None, None], where=(blocks == 0).all(2, keepdims=True))
+    return weights
 
 
 def _fields(records: np.ndarray) -> list[np.ndarray]:

@@ -88,11 +88,15 @@ def test_importance_lowers_the_error_that_it_weights(type):
     np.testing.assert_array_equal(quantize(x, type, 4 * importance), quantize(x, type, importance))
 
 
-@pytest.mark.parametrize("type", ["Q4_0", "Q6_K"])
-def test_blocks_without_importance_are_rounded_as_if_all_counted(type):
-    x = tensor("normal")
+@pytest.mark.parametrize("type", [type for type in BLOCKS if type != "Q8_0"])
+def test_blocks_without_importance_are_kept_and_take_none_from_others(type):
+    x, importance = tensor("normal"), weights()
     np.testing.assert_array_equal(
         quantize(x, type, np.zeros(COLUMNS, np.float32)), quantize(x, type, np.ones(COLUMNS, np.float32)))
+    partly = np.where(np.arange(COLUMNS) < 32, 0, importance)
+    found, full = (dequantize(quantize(x, type, w), type, x.shape) for w in (partly, importance))
+    assert relative_error(found[:, :32], x[:, :32]) < 0.15
+    assert relative_error(found, x, partly) < 1.01 * relative_error(full, x, partly)
 
 
 @pytest.mark.parametrize("type", ["Q4_K", "Q4_0"])
