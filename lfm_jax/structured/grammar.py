@@ -25,7 +25,7 @@ from lfm_jax.structured.schema import GrammarError
 from lfm_jax.structured.size import check_pattern
 from lfm_jax.structured.trial import tried
 from lfm_jax.text.thoughts import CLOSE, OPEN, Stage, Thinking, ThoughtLimit
-from lfm_jax.text.tokenizer import without_limits
+from lfm_jax.text.tokenizer import without_limits, without_specials
 from lfm_jax.text.tool_schemas import Tool, tool_schemas
 from lfm_jax.text.tools import END, START
 
@@ -230,6 +230,9 @@ class GrammarTokenizer:
         self.handle = llguidance().LLTokenizer(text, vocab_size, list(eos_ids), _SLICES)
         self.known_W = _packed([*ids, *eos_ids], vocab_size)
         self.eos_W = _packed(eos_ids, vocab_size)
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_W = _packed([i for i, token in added.items() if token.special and i not in eos_ids], vocab_size)
+        self._plain = without_specials(tokenizer)
         self._matchers: Kept[Matcher] = Kept(64, 2**20, lambda text, _: len(text))
 
     def matcher(self, grammar: Grammar | None) -> Matcher:
@@ -244,6 +247,10 @@ class GrammarTokenizer:
         if grammar is None:
             return Matcher(self, None)
         return self._matchers.get(grammar.text, lambda: self._compiled(grammar)).copy()
+
+    def first_of(self, text: bytes) -> int:
+        """The first token of a text in which names of special tokens are text."""
+        return self._plain.encode(text.decode(errors="ignore"), add_special_tokens=False).ids[0]
 
     def _compiled(self, grammar: Grammar) -> Matcher:
         limits = llguidance().LLParserLimits(step_lexer_fuel=STEP_FUEL, verbose_errors=False)
@@ -288,6 +295,20 @@ class Matcher:
     def mask(self, out_W: np.ndarray) -> None:
         """Writes the mask of the next token, uint32: bit `i % 32` of word `i // 32` is 1 where token i is allowed."""
         fill_masks([self], out_W[None])
+
+    def as_text(self, mask_W: np.ndarray) -> None:
+        """Mends a mask whose only token is a special one that cannot come.
+
+        Where text is forced, llguidance takes the first token that the tokenizer makes of it: for the name of a special
+        token that token, which is no text.
+        """
+        if not (mask_W & self.tokenizer.special_W).any() or np.bitwise_count(mask_W).sum() > 1:
+            return
+        (token,) = np.flatnonzero(np.unpackbits(mask_W.view(np.uint8), bitorder="little"))
+        if not self.handle.validate_tokens([int(token)]):
+            token = self.tokenizer.first_of(self.handle.compute_ff_bytes())
+            mask_W[:] = 0
+            mask_W[token // 32] = np.uint32(1 << token % 32)
 
     def consume(self, token: int) -> None:
         """Goes on by a token; a matcher with an `error` stays where it is.
@@ -349,6 +370,8 @@ def fill_masks(matchers: Sequence[Matcher | None], masks_BW: np.ndarray) -> None
         if matcher is None:
             continue
         mask_W &= matcher.tokenizer.known_W  # A grammar may name ids that are no token.
+        if not matcher.free:
+            matcher.as_text(mask_W)
         if not matcher.free and matcher.handle.is_error():
             matcher.error = one_line(matcher.handle.get_error()).replace("NoExtensionBias", DEAD_END)
         elif not mask_W.any():

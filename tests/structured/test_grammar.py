@@ -96,6 +96,18 @@ def test_special_tokens_are_no_text():
     assert m.done
 
 
+@pytest.mark.parametrize("make", [
+    lambda name: Grammar.choice([f"{name}yes", f"{name}no"]), lambda name: Grammar.regex(f"a{re.escape(name)}+"),
+    lambda name: Grammar.json_schema({"const": f"é{name}{name}"}),
+])
+def test_forced_text_may_be_the_name_of_a_special_token(make):
+    """It is spelled out."""
+    name = "<|tool_call_start|>"
+    assert tokenizer().token_to_id(name) is not None
+    for text in samples(make(name), 4):
+        assert name in text
+
+
 def test_a_token_that_is_not_allowed_raises():
     m = matcher(Grammar.choice(["ab"]))
     with pytest.raises(ValueError, match="token 7 is not allowed"):
