@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lfm_jax.config import ModelConfig
     from lfm_jax.convert.hf import from_state_dict, save_hf, to_state_dict
+    from lfm_jax.infer.chat import chat
     from lfm_jax.infer.embed import embed, load_encoder, rerank
     from lfm_jax.infer.extract import classify, extract
     from lfm_jax.infer.generate import generate, stream
@@ -16,12 +17,15 @@ if TYPE_CHECKING:
     from lfm_jax.model import LFM
     from lfm_jax.sampling import Sampling
     from lfm_jax.state import State
+    from lfm_jax.text.reply import Reply, read_reply
 
 __all__ = [
     "LFM",
     "ModelConfig",
+    "Reply",
     "Sampling",
     "State",
+    "chat",
     "classify",
     "embed",
     "extract",
@@ -29,6 +33,7 @@ __all__ = [
     "generate",
     "load",
     "load_encoder",
+    "read_reply",
     "rerank",
     "save_hf",
     "stream",
@@ -36,10 +41,11 @@ __all__ = [
 ]
 
 _MODULES = {
-    "LFM": "model", "ModelConfig": "config", "Sampling": "sampling", "State": "state",
-    "classify": "infer.extract", "embed": "infer.embed", "extract": "infer.extract", "from_state_dict": "convert.hf",
-    "generate": "infer.generate", "load": "loading", "load_encoder": "infer.embed", "rerank": "infer.embed",
-    "save_hf": "convert.hf", "stream": "infer.generate", "to_state_dict": "convert.hf",
+    "LFM": "model", "ModelConfig": "config", "Reply": "text.reply", "Sampling": "sampling", "State": "state",
+    "chat": "infer.chat", "classify": "infer.extract", "embed": "infer.embed", "extract": "infer.extract",
+    "from_state_dict": "convert.hf", "generate": "infer.generate", "load": "loading", "load_encoder": "infer.embed",
+    "read_reply": "text.reply", "rerank": "infer.embed", "save_hf": "convert.hf", "stream": "infer.generate",
+    "to_state_dict": "convert.hf",
 }
 
 

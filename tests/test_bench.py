@@ -5,6 +5,7 @@ import sys
 import types
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -102,8 +103,10 @@ def test_peers_that_cannot_be_imported_say_why(monkeypatch):
     arrays = {name: jnp.ones((1, 4, 2)) for name in ("y_BTD", "a_BTD", "b_BTD")}
     monkeypatch.setitem(sys.modules, "torch", None)
     found = gpu_peers.conv(arrays, arrays["y_BTD"]) + gpu_peers.scan(arrays, arrays["y_BTD"])
+    found += gpu_peers.experts({}, jnp.ones((4, 2)), flops=10)
     assert {entry.name for entry in found} == {
         "PyTorch conv1d alone", "PyTorch gate, conv1d, gate", "fla chunk_hgrn", "fla fused_recurrent_hgrn",
+        "PyTorch grouped_mm",
     }
     assert all(entry.forward.reason.startswith("absent: import of torch halted") for entry in found)
 
@@ -114,6 +117,25 @@ def test_the_peer_s_convolution_is_ours():
     z_BDT = gpu_peers.conv1d(torch, torch.tensor(y_BTD).transpose(1, 2), torch.tensor(w_WD).T[:, None])
     expected, _ = reference.causal_conv(y_BTD, w_WD)
     np.testing.assert_allclose(z_BDT.transpose(1, 2).numpy(), expected, atol=1e-12)
+
+
+def test_the_peer_s_experts_are_ours_with_their_gradient():
+    torch = pytest.importorskip("torch", minversion="2.10")
+    rng = np.random.default_rng(0)
+    x_MD, w1_EDF, w3_EDF, w2_EFD = (
+        rng.standard_normal(shape, np.float32) for shape in ((6, 8), (3, 8, 4), (3, 8, 4), (3, 4, 8))
+    )
+    chosen_MA = np.array([[0, 2]] * 5 + [[2, 0]], np.int32)  # Nobody has chosen the second.
+    x, w13, w2 = (torch.tensor(w, requires_grad=True) for w in (x_MD, np.concatenate([w1_EDF, w3_EDF], -1), w2_EFD))
+    y = gpu_peers.grouped_experts(torch, torch.tensor(chosen_MA), x, w13, w2)
+    y.backward(torch.ones_like(y))
+
+    arrays = {"x_MD": x_MD, "chosen_MA": chosen_MA, "w1_EDF": w1_EDF, "w3_EDF": w3_EDF, "w2_EFD": w2_EFD}
+    expected, vjp = jax.vjp(lambda arrays: kernels._experts("dense", arrays), arrays)
+    (gradient,) = vjp(jnp.ones_like(expected))
+    np.testing.assert_allclose(y.detach().numpy(), expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in (("x_MD", x.grad), ("w1_EDF", w13.grad[..., :4]), ("w2_EFD", w2.grad)):
+        np.testing.assert_allclose(theirs.numpy(), gradient[ours], rtol=1e-5, atol=1e-5)
 
 
 def test_kernels_suite_and_selfcheck_need_jax_and_numpy_only():

@@ -1,8 +1,10 @@
-"""Other people's kernels on the same tensors: PyTorch's depthwise convolution, flash-linear-attention's HGRN scan.
+"""Other people's kernels on the same tensors: PyTorch's depthwise convolution and its grouped product,
+flash-linear-attention's HGRN scan.
 
 Each is optional; where it cannot be imported or fails, its row says so.
 
-Dimensions: B batch, T time, D channels, W taps.
+Dimensions: B batch, T time, D channels, W taps, M tokens, A active experts of a token, R = M A (token, choice) rows, E
+experts, F width of an expert, U = 2 F.
 """
 
 from __future__ import annotations
@@ -73,10 +75,41 @@ def scan(arrays: Arrays, dh_BTD: jax.Array) -> list[Entry]:
     ]
 
 
+def experts(arrays: Arrays, dy_MD: jax.Array, flops: int) -> list[Entry]:
+    """The tokens of each expert sorted together, and `grouped_mm` of torch 2.10 and later: bfloat16 on CUDA."""
+    names = {"PyTorch grouped_mm": (1, 3)}
+    torch, reason = _cuda_torch()
+    if not reason and not hasattr(torch.nn.functional, "grouped_mm"):
+        reason = f"torch {torch.__version__} has no torch.nn.functional.grouped_mm"
+    if reason:
+        return _absent(names, flops, reason)
+    x, w1, w3, w2 = (_tensor(torch, arrays[name]) for name in ("x_MD", "w1_EDF", "w3_EDF", "w2_EFD"))
+    inputs = tuple(w.requires_grad_() for w in (x, torch.cat((w1, w3), -1), w2))
+    chosen, dy = torch.tensor(np.asarray(arrays["chosen_MA"]), device="cuda"), _tensor(torch, dy_MD)
+
+    def call() -> Any:
+        return grouped_experts(torch, chosen, *inputs)
+
+    return [_entry(torch, name, flops, works, call, inputs, dy) for name, works in names.items()]
+
+
+def grouped_experts(torch: Any, chosen_MA: Any, x_MD: Any, w13_EDU: Any, w2_EFD: Any) -> Any:
+    """Experts with equal weights, gate and up in one product as in `Lfm2MoeExperts`. Nothing waits for the device."""
+    M, A = chosen_MA.shape
+    sorted_R, order_R = chosen_MA.reshape(-1).sort(stable=True)
+    each_E = torch.arange(len(w2_EFD), dtype=sorted_R.dtype, device=sorted_R.device)
+    stop_E = torch.searchsorted(sorted_R, each_E, right=True, out_int32=True)
+    grouped_mm = torch.nn.functional.grouped_mm
+    gate_RF, up_RF = grouped_mm(x_MD[order_R // A], w13_EDU, offs=stop_E).chunk(2, dim=-1)
+    y_RD = grouped_mm(torch.nn.functional.silu(gate_RF) * up_RF, w2_EFD, offs=stop_E)
+    return y_RD[order_R.argsort()].reshape(M, A, -1).mean(1)
+
+
 def _entry(
     torch: Any, name: str, unit: int, copies: tuple[int, int], call: Callable[[], Any], inputs: tuple[Any, ...],
     cotangent: Any,
 ) -> Entry:  # fmt: skip
+    """Work, forward and both: so many copies of a unit, in bytes or operations."""
     def forward(calls: int) -> None:
         with torch.no_grad():
             for _ in range(calls):

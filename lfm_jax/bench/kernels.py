@@ -302,22 +302,25 @@ def _experts_table(bench: _Bench) -> str:
         dense = _arrays(bench.sizes.dtype, x_MD=(M, D), w1=(D, A * F), w3=(D, A * F), w2=(A * F, D))
         dy_MD = _arrays(bench.sizes.dtype, dy_MD=(M, D))["dy_MD"]
         flops, unit = 6 * M * A * D * F, M * A * F * dy_MD.dtype.itemsize
+        scores_ME = jax.random.normal(jax.random.key(0), (M, E))
+        arrays["chosen_MA"] = lax.top_k(scores_ME, A)[1]  # Equally often in the mean.
         entries = []
-        runs = [(impl, partial(_experts, impl, A), arrays) for impl in bench.impls(kernel)]
+        runs = [(impl, partial(_experts, impl), arrays) for impl in bench.impls(kernel)]
         for name, run, given in [*runs, (f"a dense layer of {A} F", _dense_layer, dense)]:
             forward = bench.compile((kernel, name, "forward"), M, run, given)
             both = bench.compile((kernel, name, "both"), M, gradient(run), given, dy_MD)
             entries.append(Entry(name, forward, both, flops, 3 * flops))
+        if jax.default_backend() == "gpu":
+            entries += gpu_peers.experts(arrays, dy_MD, flops)
         lines += bench.rows(kernel, shape, M, entries, M, unit)
     return "\n".join(lines)
 
 
-def _experts(impl: str, A: int, arrays: dict[str, jax.Array]) -> jax.Array:
-    """Experts at random, equally often in the mean, with equal weights."""
-    x_MD, *matrices = (arrays[name] for name in ("x_MD", "w1_EDF", "w3_EDF", "w2_EFD"))
-    scores_ME = jax.random.normal(jax.random.key(0), (len(x_MD), len(matrices[0])))
-    chosen_MA = lax.top_k(scores_ME, A)[1]
-    return experts.experts(x_MD, chosen_MA, jnp.full(chosen_MA.shape, 1 / A, jnp.float32), *matrices, impl=impl)
+def _experts(impl: str, arrays: dict[str, jax.Array]) -> jax.Array:
+    """Equal weights."""
+    x_MD, chosen_MA, *matrices = (arrays[name] for name in ("x_MD", "chosen_MA", "w1_EDF", "w3_EDF", "w2_EFD"))
+    weight_MA = jnp.full(chosen_MA.shape, 1 / chosen_MA.shape[1], jnp.float32)
+    return experts.experts(x_MD, chosen_MA, weight_MA, *matrices, impl=impl)
 
 
 def _dense_layer(arrays: dict[str, jax.Array]) -> jax.Array:

@@ -21,7 +21,7 @@ from lfm_jax.engine.request import Event, Finish, Request, TokenLogprob
 from lfm_jax.model import LFM
 from lfm_jax.structured.grammar import Grammar, Matcher, grammar_tokenizer
 from lfm_jax.text.chat import Message, encode_chat, reply_stage, turn_stop_ids
-from lfm_jax.text.codec import Reply, check_tokenizer, encode
+from lfm_jax.text.codec import ReplyText, check_tokenizer, encode
 from lfm_jax.text.thoughts import Stage, thinking
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Answers:
         self._tickets: list[Ticket] = []
         self._firsts: list[int] = []
         """The number of the first continuation of each request."""
-        self._replies: dict[int, Reply] = {}
+        self._replies: dict[int, ReplyText] = {}
         """By continuation, of those that have not ended."""
         most = self._engine.config.max_queue
         if len(requests) > most:
@@ -134,7 +134,7 @@ class Answers:
                 ids = service.stop_ids if request.stop_ids is None else request.stop_ids
                 self._firsts.append(len(self._replies))
                 for _ in range(request.n):
-                    self._replies[len(self._replies)] = Reply(
+                    self._replies[len(self._replies)] = ReplyText(
                         service.tokenizer, stop, ids, skip_special_tokens=skip_special_tokens, shown=shown
                     )
                 listener = partial(self._listen, len(self._tickets))

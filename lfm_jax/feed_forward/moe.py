@@ -45,7 +45,8 @@ class MoE(nnx.Module):
         self, x_BTD: jax.Array, *, segment_ids_BT: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         config, E = self.config, self.config.num_experts
-        score_BTE = linear(x_BTD, self.router[...], dtype="float32")
+        # Not `left`: a CPU's exponential over [E, rows] rounds the last rows unlike the others.
+        score_BTE = linear(x_BTD, self.router[...], dtype="float32", impl="dot")
         gate_BTE = jax.nn.sigmoid(score_BTE)
         biased_BTE = gate_BTE + self.expert_bias[...] if config.expert_bias else gate_BTE
         chosen_BTA = highest(lax.stop_gradient(biased_BTE), config.active_experts)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from lfm_jax.infer.decoding import DISPATCH, Decoding, check, resolve_stop_ids
 from lfm_jax.model import LFM
 from lfm_jax.sampling import GREEDY, Sampling
-from lfm_jax.text.codec import Reply, check_tokenizer, encode
+from lfm_jax.text.codec import ReplyText, check_tokenizer, encode
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -75,7 +75,7 @@ def generate(
         prompts = [prompts]
     rows = [encode(tokenizer, p, model.config.bos_id) if isinstance(p, str) else p for p in prompts]
     decoding = Decoding(model, rows, sampling, max_new_tokens, ids)
-    replies = [Reply(tokenizer, stop, ids, skip_special_tokens=skip_special_tokens) for _ in rows]
+    replies = [ReplyText(tokenizer, stop, ids, skip_special_tokens=skip_special_tokens) for _ in rows]
     texts = [""] * len(rows)
     while not decoding.done:
         for row, tokens in enumerate(decoding.advance(DISPATCH)):
@@ -124,7 +124,7 @@ def stream_pieces(
     ids = resolve_stop_ids(stop_ids, model.config)
     row = encode(tokenizer, prompt, model.config.bos_id) if isinstance(prompt, str) else prompt
     check([row], sampling, max_new_tokens, model.config)
-    reply = Reply(tokenizer, _stop_strings(stop), ids, skip_special_tokens=skip_special_tokens, shown=shown)
+    reply = ReplyText(tokenizer, _stop_strings(stop), ids, skip_special_tokens=skip_special_tokens, shown=shown)
 
     def run() -> Iterator[Piece]:
         decoding = Decoding(model, [row], sampling, max_new_tokens, ids)

@@ -144,7 +144,8 @@ class Attention(nnx.Module):
         else:
             out_BTNH, state = _attend_to_state(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, state, self.window)
         if self.gated:
-            out_BTNH *= jax.nn.sigmoid(linear(x_BTD, self.gate[...]))[:, :, :, None]
+            # Not `left`: a CPU's exponential over [N, rows] rounds the last rows unlike the others.
+            out_BTNH *= jax.nn.sigmoid(linear(x_BTD, self.gate[...], impl="dot"))[:, :, :, None]
         return linear(out_BTNH, self.out_proj[...], inputs=2), state
 
 

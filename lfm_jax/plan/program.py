@@ -170,10 +170,11 @@ def expected_collectives(config: RunConfig, budget: Budget) -> list[Traffic]:
 
     fsdp: every matrix is gathered in `dtype` for the forward pass and again for the backward pass, the table of the
     loss once; embeddings are traded for rows and back. Gradients of what is trained are summed over all devices that
-    share rows or time.
+    share rows or time; before that, those of the rows looked up in the table, in its dtype, over all that hold the same
+    columns.
     tensor: two sums of the residual stream for each layer and pass. context: what operators trade (`OperatorKind`), as
     attention trades time for heads, forward and back. expert: rows are gathered and their sums scattered for each
-    mixture, forward and back.
+    mixture, forward and back; under remat rows are gathered again, and nothing needs the sums again.
     """
     model, mesh = config.model, budget.mesh
     item, D, micro = ITEMSIZE[model.dtype], model.hidden_size, budget.micro_batches
@@ -186,21 +187,25 @@ def expected_collectives(config: RunConfig, budget: Budget) -> list[Traffic]:
     stream = local * D * item
     passes = 2 + (model.remat == "full")
     trained = budget.trained_params / budget.num_params
-    rows_of_all = passes * mixtures * stream * mesh["expert"]
+    rows_of_all = mixtures * stream * mesh["expert"]
     rows = [
         ("all-gather", ("fsdp",), micro * (2 * (layers + of_experts) + table)),
         ("all-to-all", ("fsdp",), 2 * stream),
         ("all-reduce", (*ROWS, "context"), micro * (layers + table) * trained),
         ("all-reduce", ("data", "fsdp", "context"), micro * of_experts * trained),
-        ("all-gather", ("expert",), rows_of_all),
-        ("reduce-scatter", ("expert",), rows_of_all),
+        ("all-reduce", (*(axis for axis in ROWS if axis != "fsdp"), "context"),
+         micro * table / item * ITEMSIZE[model.param_dtype] / mesh["fsdp"] * trained),
+        ("all-gather", ("expert",), passes * rows_of_all),
+        ("reduce-scatter", ("expert",), 2 * rows_of_all),
         ("all-reduce", ("tensor",), passes * 2 * model.num_layers * stream),
         ("all-to-all", ("context",), passes * sum(OPERATORS[kind].traded(model) for kind in model.layer_types) * local
          / tensor * item),
     ]
-    found = []
+    total: dict[tuple[str, Axes], float] = collections.defaultdict(float)
     for kind, over, bytes_ in rows:
-        axes = tuple(axis for axis in over if mesh[axis] > 1)
+        total[kind, tuple(axis for axis in over if mesh[axis] > 1)] += bytes_
+    found = []
+    for (kind, axes), bytes_ in total.items():
         group = math.prod(mesh[axis] for axis in axes)
         if group > 1 and bytes_:
             sent = bytes_ * (group - 1) / group * (2 if kind == "all-reduce" else 1)

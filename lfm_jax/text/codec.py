@@ -155,7 +155,7 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-class Reply:
+class ReplyText:
     """Turns the tokens of one row into text: without stop ids, up to a stop string, never half a character.
 
     A stop string may be or contain special tokens, even where the text leaves them out: it is then also matched against

@@ -5,6 +5,7 @@ import functools
 
 import numpy as np
 import pytest
+from helpers import KINDS
 
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.engine import Engine
@@ -17,8 +18,8 @@ CONFIG = EngineConfig(slots=((6, 64), (2, 320)), chunk=16, prefix_cache_bytes=1 
 
 
 @functools.cache
-def model():
-    return tiny_model(vocab_size=V)
+def model(kind="hybrid"):
+    return tiny_model(vocab_size=V, **KINDS[kind])
 
 
 @functools.cache
@@ -81,6 +82,37 @@ def run(made, *requests):
     assert made.running() == made.waiting() == 0
     assert_slots_are_whole(made)
     return heard
+
+
+def assert_mixes_are_as_alone(made, requests, alone, mixes, rng, tolerance):
+    """Random mixes of the requests, that come and are cancelled at any turn: the same tokens and log-probabilities."""
+    for _ in range(mixes):
+        picked = rng.choice(len(requests), rng.integers(2, 10), replace=False)
+        arrivals = sorted(rng.integers(0, 6, len(picked)).tolist())
+        heard, cancelled = {i: Heard() for i in picked}, {}
+        turn = 0
+        todo = list(zip(arrivals, picked, strict=True))
+        while todo or made.step():
+            while todo and todo[0][0] <= turn:
+                i = todo.pop(0)[1]
+                ticket = made.submit(requests[i], heard[i])
+                if rng.random() < 0.1:
+                    cancelled[i] = (turn + int(rng.integers(0, 4)), ticket)
+            for when, ticket in cancelled.values():
+                if when == turn:
+                    made.cancel(ticket)
+            turn += 1
+            if todo:
+                made.step()
+        for i, each in heard.items():
+            if each.finish == ["cancelled"]:
+                assert i in cancelled
+                assert alone[i].tokens[0][: len(each.tokens[0])] == each.tokens[0]
+            else:
+                assert (each.tokens, each.finish) == (alone[i].tokens, alone[i].finish)
+                assert_same_logprobs(each.logprobs[0], alone[i].logprobs[0], tolerance)
+    assert made.running() == made.waiting() == 0
+    assert_slots_are_whole(made)
 
 
 def noted(monkeypatch, made, name, what):

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from engines import STOP, Heard, V, a_request, assert_same_logprobs, assert_slots_are_whole, engine, model, run
+from engines import CONFIG, STOP, Heard, V, a_request, assert_mixes_are_as_alone, engine, model, run
 from helpers import long
 
 from lfm_jax.engine.config import EngineConfig
@@ -34,36 +34,30 @@ def test_mixes_give_each_request_what_it_gets_alone(mixes, fixed_rows):
             compiled.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(note)
-    for _ in range(mixes):
-        picked = rng.choice(len(requests), rng.integers(2, 10), replace=False)
-        arrivals = sorted(rng.integers(0, 6, len(picked)).tolist())
-        heard, cancelled = {i: Heard() for i in picked}, {}
-        turn = 0
-        todo = list(zip(arrivals, picked, strict=True))
-        while todo or made.step():
-            while todo and todo[0][0] <= turn:
-                i = todo.pop(0)[1]
-                ticket = made.submit(requests[i], heard[i])
-                if rng.random() < 0.1:
-                    cancelled[i] = (turn + int(rng.integers(0, 4)), ticket)
-            for when, ticket in cancelled.values():
-                if when == turn:
-                    made.cancel(ticket)
-            turn += 1
-            if todo:
-                made.step()
-        for i, each in heard.items():
-            if each.finish == ["cancelled"]:
-                assert i in cancelled
-                assert alone[i].tokens[0][: len(each.tokens[0])] == each.tokens[0]
-            else:
-                assert (each.tokens, each.finish) == (alone[i].tokens, alone[i].finish)
-                assert_same_logprobs(each.logprobs[0], alone[i].logprobs[0], 0 if fixed_rows else 1e-5)
-    assert made.running() == made.waiting() == 0
-    assert_slots_are_whole(made)
+    assert_mixes_are_as_alone(made, requests, alone, mixes, rng, 0 if fixed_rows else 1e-5)
     assert made.counts["cached_tokens"] > cached
     jax.monitoring.unregister_event_duration_listener(note)
     assert compiled == []
+
+
+@pytest.mark.parametrize(("kind", "mixes", "fixed_rows"), [
+    *((kind, 30, True) for kind in ("moe", "lfm3")),
+    *(long(kind, 200, fixed_rows) for kind in ("moe", "lfm3") for fixed_rows in (True, False)),
+])
+def test_mixes_of_other_layers(kind, mixes, fixed_rows):
+    """Experts, whose blocks hold tokens of several requests; and the windows, taps and gates of LFM3.
+
+    To the bit with `fixed_rows`, experts too: a dispatch then always has the same number of tokens, which decides how
+    many rows a block has, and a row of a block is computed alike wherever it stands. Without, the rounding may depend
+    on that number too. In `make test-long` more mixes, and those without `fixed_rows`.
+    """
+    made = Engine(model(kind), dataclasses.replace(CONFIG, slots=((6, 256),), fixed_rows=fixed_rows))
+    rng = np.random.default_rng(0)
+    requests = [a_request(rng) for _ in range(30)]
+    alone = [run(made, request)[0] for request in requests]
+    cached = made.counts["cached_tokens"]
+    assert_mixes_are_as_alone(made, requests, alone, mixes, rng, 0 if fixed_rows else 1e-5)
+    assert made.counts["cached_tokens"] > cached
 
 
 def test_as_generate_where_the_best_two_are_apart():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
-from helpers import Net, optimizer_for, rel_err, tokens_like
+from helpers import Net, assert_place_in_the_batch_is_nothing, optimizer_for, rel_err, tokens_like
 
 from lfm_jax.feed_forward.moe import MoE, balanced
 from lfm_jax.pretrain.objective import next_token_training
@@ -47,6 +47,13 @@ def test_forms_equal_float64(form, impl):
     for row in range(2):
         assert rel_err(y_BTD[row], reference.moe(params, x_BTD[row].astype(np.float64), config)) < 1e-5
     assert moe(jnp.asarray(x_BTD, jnp.bfloat16), segment_ids_BT=None)[0].dtype == jnp.bfloat16
+
+
+def test_a_row_does_not_depend_on_its_place():
+    config = tiny_config(**SIZES | dict(num_experts=32, active_experts=4, hidden_size=256, init_std=0.06))
+    graphdef, params = nnx.split(MoE(config, rngs=nnx.Rngs(0)))
+    run = jax.jit(lambda x_BTD: nnx.merge(graphdef, params)(x_BTD, segment_ids_BT=None)[0])
+    assert_place_in_the_batch_is_nothing(run, 256)
 
 
 def test_of_equal_scores_the_first_experts_are_chosen():

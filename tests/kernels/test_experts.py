@@ -22,7 +22,7 @@ ANYWHERE = [impl for impl in IMPLS if impl != "pallas_gpu"]
 TPU = tpu_aot.TOPOLOGIES["v5e"]
 
 
-def problem(chosen_MA, E, seed=0, dtype=np.float32):
+def problem(chosen_MA, E, seed=0, dtype=np.float32, D=D, F=F):
     rng = np.random.default_rng(seed)
     shapes = dict(x_MD=(len(chosen_MA), D), w1_EDF=(E, D, F), w3_EDF=(E, D, F), w2_EFD=(E, F, D))
     arrays = {name: (rng.standard_normal(shape) * shape[-2] ** -0.5).astype(dtype) for name, shape in shapes.items()}
@@ -116,6 +116,24 @@ def test_a_result_does_not_depend_on_the_batch():
     for m in range(9):
         alone = args | {name: args[name][m : m + 1] for name in ("x_MD", "weight_MA")}
         np.testing.assert_array_equal(run(chosen_MA[m : m + 1], alone)[0], together_MD[m])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_of_as_many_tokens_a_result_does_not_depend_on_the_others(dtype):
+    """To the bit, at real widths: neighbours that choose the same experts, others, or none as idle slots do."""
+    M, A, E, wide = 64, 4, 8, dict(D=1024, F=896)
+    chosen_MA = choices("even", M, A, E)
+    args = problem(chosen_MA, E, dtype=dtype, **wide)
+    run = jax.jit(lambda chosen_MA, args: experts(**args, chosen_MA=chosen_MA, impl="blocks"))
+    together_MD = run(chosen_MA, args)
+    for seed in range(4):
+        others = problem(chosen_MA, E, seed + 1, dtype, **wide)
+        place, chosen = 13 * seed, chosen_MA.copy() if seed else np.full_like(chosen_MA, E)
+        chosen[place:] = chosen_MA[5]
+        x_MD, weight_MA = others["x_MD"], others["weight_MA"]
+        x_MD[place], weight_MA[place], chosen[place] = args["x_MD"][5], args["weight_MA"][5], chosen_MA[5]
+        moved_MD = run(chosen, args | dict(x_MD=x_MD, weight_MA=weight_MA))
+        np.testing.assert_array_equal(moved_MD[place], together_MD[5])
 
 
 def sizes(M, A, E, D, F, dtype=jnp.bfloat16):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
-from helpers import loud, rel_err
+from helpers import assert_place_in_the_batch_is_nothing, loud, rel_err
 
 from lfm_jax import state as state_lib
 from lfm_jax.kinds import OPERATORS
@@ -89,3 +89,15 @@ def test_dtype_of_activations_is_the_input_s(name):
     out, after = run(params, jnp.asarray(X, jnp.bfloat16), POSITIONS, None, state)
     assert out.dtype == jnp.bfloat16
     assert [x.dtype for x in jax.tree.leaves(after)] == [x.dtype for x in jax.tree.leaves(state)]
+
+
+def test_a_row_s_gate_does_not_depend_on_its_place():
+    config = tiny_config(attention_gate=True, hidden_size=256, num_heads=16, head_dim=32, init_std=0.06)
+    graphdef, params = nnx.split(OPERATORS["full_attention"].find_module()(config, rngs=nnx.Rngs(0)))
+
+    @jax.jit
+    def run(x_BTD):
+        positions_BT = jnp.zeros(x_BTD.shape[:2], jnp.int32)
+        return nnx.merge(graphdef, params)(x_BTD, positions_BT=positions_BT, segment_ids_BT=None, state=None)[0]
+
+    assert_place_in_the_batch_is_nothing(run, 256)

@@ -147,7 +147,9 @@ def test_experts_over_devices_keep_their_weights_and_trade_rows():
     assert rows["all-gather", ("expert",)] == rows["reduce-scatter", ("expert",)] == 2 * 2 * 4 * tokens * D * 2
     # But for the biases of experts, which have no gradient.
     assert rows["all-reduce", ("data",)] == pytest.approx(experts / 4 * 2, rel=1e-3)
-    assert rows["all-reduce", ("data", "expert")] == pytest.approx((found.num_params - experts) * 2, rel=1e-3)
+    lookups = 512 * D * 4  # In float32, before they are added to the rest of the table's gradient.
+    others = (found.num_params - experts) * 2
+    assert rows["all-reduce", ("data", "expert")] == pytest.approx(others + lookups, rel=1e-3)
     alone = budget_on(recipe(model=model, mesh=dict(data=8)))
     held = 4 * (alone.num_params - experts + experts / 4)
     assert found.parameters == pytest.approx(held, abs=1)

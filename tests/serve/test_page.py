@@ -266,6 +266,62 @@ def test_stop_keeps_what_is_written(visit):
     assert page.locator(".note").last.inner_text().startswith("stopped after ")
 
 
+def stream_of(*deltas, finish="stop"):
+    """An answer as the server streams it."""
+    chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+    chunks += [{"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]},
+               {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 9}}] if finish else []
+    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + ("data: [DONE]\n\n" if finish else "")
+
+
+def test_a_thought_is_folded_above_its_answer(visit):
+    page = visit()
+    thought = [{"reasoning_content": text} for text in ("91 is ", "7 <b>times</b> 13.")]
+    answers = [stream_of({"role": "assistant", "content": ""}, *thought, {"content": "N"}, {"content": "o."}),
+               stream_of(*thought, finish="length"), stream_of(*thought, finish=None), stream_of({"content": "Yes."})]
+    page.route(ASK, lambda route: route.fulfill(body=answers.pop(0), content_type="text/event-stream"))
+    send(page, "Is 91 a prime?")
+    wait_for_answer(page)
+    folded = page.locator(".turn .thought:visible")
+    assert folded.count() == 1  # None above the question.
+    assert folded.locator("summary").inner_text() == "Thought"
+    assert folded.locator("div").is_hidden()
+    assert page.locator(".turn .text").last.inner_text() == "No."
+    assert SPEED.match(page.locator(".note").last.inner_text())
+    folded.locator("summary").focus()
+    page.keyboard.press("Enter")
+    assert folded.locator("div").inner_text() == "91 is 7 <b>times</b> 13."
+    assert contrast(page, ".turn.assistant .thought") >= 4.5
+    page.reload()
+    page.wait_for_selector("#model:has-text('tiny')")
+    assert folded.locator("div").text_content() == "91 is 7 <b>times</b> 13."
+
+    for note in ("cut at the limit", "broken off"):  # In the midst of a thought, which is kept.
+        send(page, "and 97?")
+        wait_for_answer(page)
+        assert note in page.locator(".note").last.inner_text()
+        assert page.locator(".thought").last.is_visible()
+        assert page.locator(".turn .text").last.inner_text() == ""
+    assert page.bodies[-1]["messages"][1] == {
+        "role": "assistant", "content": "No.", "reasoning_content": "91 is 7 <b>times</b> 13."}
+    send(page, "and 97?")
+    wait_for_answer(page)
+    assert page.locator(".thought").last.is_hidden()
+    assert page.locator(".turn .text").last.inner_text() == "Yes."
+
+
+def test_what_is_being_thought_is_said(visit):
+    page = visit(script=ENDLESS.replace('"content"', '"reasoning_content"'))
+    send(page, "hello")
+    page.wait_for_function("current.turns.at(-1).thought.length > 5")
+    assert page.locator(".thought summary:visible").inner_text() == "Thinking"
+    assert page.locator(".note").last.inner_text() == "thinking"
+    page.click("#stop")
+    wait_for_answer(page)
+    assert page.locator(".thought summary:visible").inner_text() == "Thought"
+    assert page.locator(".note").last.inner_text().startswith("stopped after ")
+
+
 def test_an_answer_outlives_the_page_it_was_written_on(visit):
     page = visit(script=ENDLESS)
     send(page, "hello")

@@ -20,7 +20,7 @@ from lfm_jax.serve.messages import plain_messages
 from lfm_jax.serve.protocol import ChatBody
 from lfm_jax.serve.responses import ResponsesBody, ResponsesForm
 from lfm_jax.testing import tiny_model, tiny_tokenizer
-from lfm_jax.text.codec import Reply
+from lfm_jax.text.codec import ReplyText
 from lfm_jax.text.thoughts import CLOSE, OPEN, thinking
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -40,7 +40,7 @@ def answers(service, form, text, size=2, finish="stop"):
     ids = service.tokenizer.encode(text, add_special_tokens=False).ids
 
     async def pieces():
-        reply = Reply(service.tokenizer, (), [7], skip_special_tokens=not form().keeps_markers, shown=form().shown)
+        reply = ReplyText(service.tokenizer, (), [7], skip_special_tokens=not form().keeps_markers, shown=form().shown)
         for i in range(0, len(ids), size):
             tokens = ids[i : i + size]
             told = [TokenLogprob(token, -1.0, ()) for token in tokens]

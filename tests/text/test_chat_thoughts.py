@@ -10,7 +10,7 @@ from lfm_jax.infer.chat_loop import chat_loop
 from lfm_jax.infer.generate import Piece
 from lfm_jax.testing import tiny_config, tiny_model, tiny_tokenizer
 from lfm_jax.text.chat import begun_turn, encode_chat, reply_stage
-from lfm_jax.text.codec import Reply
+from lfm_jax.text.codec import ReplyText
 from lfm_jax.text.conversation import encode_conversation
 from lfm_jax.text.thoughts import CLOSE, OPEN, thinking
 
@@ -163,5 +163,5 @@ def test_without_thoughts_a_mark_is_text(monkeypatch):
 def test_the_marks_come_through_though_they_are_special():
     marks = [tokenizer("special").token_to_id(mark) for mark in (OPEN, CLOSE)]
     ids = [marks[0], 6, *tokenizer().encode("the", add_special_tokens=False).ids, marks[1], 7]
-    reply = Reply(tokenizer("special"), (), [7], skip_special_tokens=True, shown=marks)
+    reply = ReplyText(tokenizer("special"), (), [7], skip_special_tokens=True, shown=marks)
     assert reply.push(ids) + reply.finish() == "<think>the</think>"

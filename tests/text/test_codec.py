@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lfm_jax.testing import tiny_config, tiny_tokenizer
-from lfm_jax.text.codec import Detokenizer, Reply, StopStrings, check_tokenizer, encode
+from lfm_jax.text.codec import Detokenizer, ReplyText, StopStrings, check_tokenizer, encode
 
 MULTIBYTE = "naïve Zürich 東京 🦊🦊 über straße ñandú 🇯🇵 "
 
@@ -123,10 +123,10 @@ def test_what_a_stop_string_holds_back_does_not_grow_with_hidden_text(stop):
 
 def test_reply_leaves_stop_ids_out_and_joins_characters_before_it_looks_for_stop_strings():
     tokens = tokenizer().encode("ab🦊cd", add_special_tokens=False).ids
-    reply = Reply(tokenizer(), ["🦊c"], {7}, skip_special_tokens=False)
+    reply = ReplyText(tokenizer(), ["🦊c"], {7}, skip_special_tokens=False)
     assert "".join(reply.push([i]) for i in tokens) + reply.finish() == "ab"
     assert reply.stopped
-    reply = Reply(tokenizer(), ["🦊x"], {7}, skip_special_tokens=False)
+    reply = ReplyText(tokenizer(), ["🦊x"], {7}, skip_special_tokens=False)
     assert "".join(reply.push([i]) for i in [*tokens, 6, 7]) + reply.finish() == "ab🦊cd<|im_start|>"
     assert not reply.stopped
 
@@ -140,14 +140,15 @@ def reference_reply(tokens, stop, hidden):
     for end in range(len(tokens) + 1):
         shown = tokenizer().decode(tokens[:end], skip_special_tokens=False)
         text = "".join(tokenizer().id_to_token(i) for i in tokens[:end] if i not in hidden)
-        starts = [len(text) - len(s) for s in stop if text.endswith(s)]
+        # Of those that the last token completes, how far before its end, and where they start.
+        found = [(at + len(s) - len(text), at) for s in stop if (at := text.find(s)) >= 0]
         for s in stop:
             if any(name in s for name in names) and shown.endswith(s):
                 before = next(n for n in range(end + 1)
                               if len(tokenizer().decode(tokens[:n], skip_special_tokens=False)) >= len(shown) - len(s))
-                starts.append(sum(len(tokenizer().id_to_token(i)) for i in tokens[:before] if i not in hidden))
-        if starts:
-            return text[: min(starts)], True
+                found.append((0, sum(len(tokenizer().id_to_token(i)) for i in tokens[:before] if i not in hidden)))
+        if found:
+            return text[: min(found)[1]], True
     return text, False
 
 
@@ -161,7 +162,7 @@ def test_a_stop_string_may_be_or_hold_special_tokens(tokens, skip, ends, data):
     rows = st.one_of(cuts, st.lists(st.sampled_from([*LETTERS, 6, 7, 8]), max_size=3))
     stop = [tokenizer().decode(row, skip_special_tokens=False) for row in data.draw(st.lists(rows, max_size=3)) if row]
     expected, stopped = reference_reply(tokens, stop, {6, 7, 8} if skip else {7} if ends else set())
-    reply, text, at = Reply(tokenizer(), stop, [7] * ends, skip_special_tokens=skip), "", 0
+    reply, text, at = ReplyText(tokenizer(), stop, [7] * ends, skip_special_tokens=skip), "", 0
     while at < len(tokens):
         size = data.draw(st.integers(1, 4))
         text += reply.push(tokens[at : at + size])
@@ -178,20 +179,20 @@ def test_letters_of_hidden_tokens_are_no_text_and_spelled_out_tokens_are():
         ([LETTERS[0], 7, LETTERS[1]], ["im_", "<"], "ab"), ([LETTERS[0], 7, LETTERS[1]], ["ab"], ""),
         (spelled, ["<|im_end|>"], "a"), (spelled, ["n", "<|im_end|>b"], "a<|im_e"),
     ):
-        reply = Reply(tokenizer(), stop, (), skip_special_tokens=True)
+        reply = ReplyText(tokenizer(), stop, (), skip_special_tokens=True)
         assert reply.push(tokens) + reply.finish() == expected
 
 
 def test_a_special_token_that_is_a_stop_string_ends_a_character():
     [first, _] = tokenizer().encode("é", add_special_tokens=False).ids
-    reply = Reply(tokenizer(), ["<|im_end|>x"], (), skip_special_tokens=True)
+    reply = ReplyText(tokenizer(), ["<|im_end|>x"], (), skip_special_tokens=True)
     assert reply.push([LETTERS[0], first, 7]) == "a\ufffd"
     assert reply.push([LETTERS[2]]) + reply.finish() == ""
     assert reply.stopped
 
 
 def test_a_stop_string_in_the_last_bytes_still_counts():
-    reply = Reply(tokenizer(), ["\ufffd"], (), skip_special_tokens=True)
+    reply = ReplyText(tokenizer(), ["\ufffd"], (), skip_special_tokens=True)
     half = tokenizer().encode("é", add_special_tokens=False).ids[:1]
     assert len(tokenizer().encode("é", add_special_tokens=False).ids) == 2
     shown = reply.push([*tokenizer().encode("x", add_special_tokens=False).ids, *half])
