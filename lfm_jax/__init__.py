@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lfm_jax.config import ModelConfig
     from lfm_jax.convert.hf import from_state_dict, save_hf, to_state_dict
+    from lfm_jax.export.stablehlo import export_stablehlo
     from lfm_jax.infer.chat import chat
     from lfm_jax.infer.embed import embed, load_encoder, rerank
     from lfm_jax.infer.extract import classify, extract
@@ -28,6 +29,7 @@ __all__ = [
     "chat",
     "classify",
     "embed",
+    "export_stablehlo",
     "extract",
     "from_state_dict",
     "generate",
@@ -42,10 +44,10 @@ __all__ = [
 
 _MODULES = {
     "LFM": "model", "ModelConfig": "config", "Reply": "text.reply", "Sampling": "sampling", "State": "state",
-    "chat": "infer.chat", "classify": "infer.extract", "embed": "infer.embed", "extract": "infer.extract",
-    "from_state_dict": "convert.hf", "generate": "infer.generate", "load": "loading", "load_encoder": "infer.embed",
-    "read_reply": "text.reply", "rerank": "infer.embed", "save_hf": "convert.hf", "stream": "infer.generate",
-    "to_state_dict": "convert.hf",
+    "chat": "infer.chat", "classify": "infer.extract", "embed": "infer.embed", "export_stablehlo": "export.stablehlo",
+    "extract": "infer.extract", "from_state_dict": "convert.hf", "generate": "infer.generate", "load": "loading",
+    "load_encoder": "infer.embed", "read_reply": "text.reply", "rerank": "infer.embed", "save_hf": "convert.hf",
+    "stream": "infer.generate", "to_state_dict": "convert.hf",
 }
 
 

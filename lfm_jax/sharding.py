@@ -244,8 +244,12 @@ AMPERE, HOPPER = 8.0, 9.0
 
 
 def nvidia_capability() -> float:
-    """Returns the compute capability of the NVIDIA GPU in use, 9.0 for Hopper; 0.0 on other devices."""
-    found = getattr(jax.devices()[0], "compute_capability", None) if platform() == "gpu" else None
+    """Returns the compute capability of the NVIDIA GPU in use, 9.0 for Hopper; 0.0 on other devices, and ahead of time
+    for a GPU that is not this machine's."""
+    meant, here = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None), jax.devices()[0]
+    if platform() != "gpu" or (meant is not None and meant.device_kind != here.device_kind):
+        return 0.0
+    found = getattr(here, "compute_capability", None)
     try:
         return float(found or 0)
     except ValueError:  # Those of AMD are names.
