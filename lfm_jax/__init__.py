@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lfm_jax.config import ModelConfig
+    from lfm_jax.convert.gguf.models import save_gguf
     from lfm_jax.convert.hf import from_state_dict, save_hf, to_state_dict
     from lfm_jax.infer.embed import embed, load_encoder, rerank
     from lfm_jax.infer.extract import classify, extract
@@ -30,6 +31,7 @@ __all__ = [
     "load",
     "load_encoder",
     "rerank",
+    "save_gguf",
     "save_hf",
     "stream",
     "to_state_dict",
@@ -39,7 +41,8 @@ _MODULES = {
     "LFM": "model", "ModelConfig": "config", "Sampling": "sampling", "State": "state",
     "classify": "infer.extract", "embed": "infer.embed", "extract": "infer.extract", "from_state_dict": "convert.hf",
     "generate": "infer.generate", "load": "loading", "load_encoder": "infer.embed", "rerank": "infer.embed",
-    "save_hf": "convert.hf", "stream": "infer.generate", "to_state_dict": "convert.hf",
+    "save_gguf": "convert.gguf.models", "save_hf": "convert.hf", "stream": "infer.generate",
+    "to_state_dict": "convert.hf",
 }
 
 

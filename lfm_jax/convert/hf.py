@@ -262,7 +262,8 @@ def save_hf(
     problems += check(held, weights, model.config) + _output_problems(path, source, max_shard_bytes)
     raise_problems(f"cannot save to {path}", problems, most=None)
     config = model.config.replace(param_dtype=kept)
-    write_hf(path, config, arrays_of(model, weights), tokenizer=tokenizer, source=source, max_shard_bytes=max_shard_bytes)
+    arrays = arrays_of(model, weights)
+    write_hf(path, config, arrays, tokenizer=tokenizer, source=source, max_shard_bytes=max_shard_bytes)
 
 
 def convert(
