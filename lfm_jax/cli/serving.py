@@ -122,8 +122,8 @@ def batch(
 
 
 def _name(path: Path) -> str:
-    """What a model is called: as its directory, its file without .gguf, or a link to it, or as its repository in a cache
-    of the Hugging Face Hub (`models--OWNER--NAME/snapshots/COMMIT`)."""
+    """What a model is called: as its directory, its file without `.gguf`, or a link to it, or as its repository in a
+    cache of the Hugging Face Hub (`models--OWNER--NAME/snapshots/COMMIT`)."""
     path = path.resolve() if path.name == ".." else path.parent.resolve() / path.name
     repository = path.parent.parent.name
     if path.parent.name == "snapshots" and repository.startswith("models--"):
