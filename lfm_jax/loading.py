@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lfm_jax.config import ModelConfig
+from lfm_jax.convert import sidecars
 from lfm_jax.model import LFM, abstract_model
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ class ModelSource(NamedTuple):
     recognises: Callable[[Path], bool]
     load: Callable[[Path, Any], Loaded]
     """(path, dtype or None) -> (model, tokenizer), as `load`."""
+    template: Callable[[Path], str | None] = sidecars.chat_template
+    """Returns its chat template, or None."""
 
 
 def load(path: str | Path, dtype: Any = None) -> Loaded:
@@ -38,11 +41,13 @@ def load(path: str | Path, dtype: Any = None) -> Loaded:
 
     Args:
       path: a Hugging Face directory (config.json and safetensors); a run directory of `lfm train`, whose latest
-        checkpoint is loaded; or a Hub id, `OWNER/NAME` or `OWNER/NAME@REVISION` (see `local`).
-      dtype: dtype of parameters and computation, for example jnp.bfloat16. None keeps the stored dtype.
+        checkpoint is loaded; a GGUF file of llama.cpp, whose weights are dequantised; or a Hub id, `OWNER/NAME` or
+        `OWNER/NAME@REVISION` (see `local`).
+      dtype: dtype of parameters and computation, for example jnp.bfloat16. None keeps the stored dtype; weights that
+        are quantised become float32.
 
     Returns:
-      (model, tokenizer); the tokenizer neither truncates nor pads, and is None if the directory has none.
+      (model, tokenizer); the tokenizer neither truncates nor pads, and is None if the path has none.
 
     Raises:
       ValueError: the path is neither, or its checkpoint is damaged; the message lists all problems. Or see `local`.
@@ -82,13 +87,21 @@ def recognise(path: str | Path) -> ModelSource:
     raise ValueError(f"{path} {found}; a model is {' or '.join([*accepted, 'a Hub id (OWNER/NAME[@REVISION])'])}")
 
 
+def chat_template(path: str | Path) -> str | None:
+    """Returns the Jinja chat template of a model's path, None if it has none.
+
+    Raises:
+      ValueError: the path has no model, or its template cannot be read.
+    """
+    return recognise(path).template(Path(path))
+
+
 def _load_hugging_face(path: Path, dtype: Any) -> Loaded:
     from lfm_jax.convert.hf import load_hf
-    from lfm_jax.convert.sidecars import DENSE
 
-    if os.path.lexists(path / DENSE):
-        raise ValueError(f"{path} has a projection of its vectors, {DENSE}, which a model alone would lose; load it "
-                         "with lfm.load_encoder")
+    if os.path.lexists(path / sidecars.DENSE):
+        raise ValueError(f"{path} has a projection of its vectors, {sidecars.DENSE}, which a model alone would lose; "
+                         "load it with lfm.load_encoder")
     return load_hf(path, dtype)
 
 
@@ -120,9 +133,28 @@ def _load_run(run_dir: Path, dtype: Any) -> Loaded:
     return nnx.merge(graphdef, params), tokenizer
 
 
+def _is_gguf(path: Path) -> bool:
+    from lfm_jax.convert.gguf.models import is_gguf
+
+    return is_gguf(path)
+
+
+def _load_gguf(path: Path, dtype: Any) -> Loaded:
+    from lfm_jax.convert.gguf.models import load_gguf
+
+    return load_gguf(path, dtype)
+
+
+def _gguf_template(path: Path) -> str | None:
+    from lfm_jax.convert.gguf import models
+
+    return models.chat_template(path)
+
+
 HUGGING_FACE = ModelSource(
     "a Hugging Face directory (with config.json)", lambda path: (path / "config.json").exists(), _load_hugging_face
 )
 RUN = ModelSource("a run directory of lfm train (with checkpoints/)", _is_run, _load_run)
-SOURCES: list[ModelSource] = [HUGGING_FACE, RUN]
+GGUF = ModelSource("a GGUF file (.gguf)", _is_gguf, _load_gguf, _gguf_template)
+SOURCES: list[ModelSource] = [HUGGING_FACE, RUN, GGUF]
 """In the order in which they are tried."""

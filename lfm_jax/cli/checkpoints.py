@@ -1,13 +1,21 @@
-"""`lfm convert`."""
+"""`lfm convert`, `lfm export`, `lfm imatrix`."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from lfm_jax.cli.arguments import ModelName
 from lfm_jax.config import DType
+from lfm_jax.quant.mixes import MIXES
+
+if TYPE_CHECKING:
+    Mix = str
+else:
+    Mix = Literal[*MIXES]  # So that --help lists them.
 
 
 def convert(
@@ -20,20 +28,102 @@ def convert(
     """Write a checkpoint as a Hugging Face directory that `transformers` loads.
 
     Args:
-      src: Hugging Face directory, run directory, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
+      src: Hugging Face directory, run directory, GGUF file, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
       dst: a new directory.
       dtype: dtype of the written weights; the stored one if left out.
       max_shard_bytes: size of the largest safetensors file; larger weights become several files with an index.
     """
     from lfm_jax.convert.hf import convert as run
     from lfm_jax.convert.hf import save_hf
-    from lfm_jax.loading import HUGGING_FACE, local, recognise
+    from lfm_jax.loading import GGUF, HUGGING_FACE, local, recognise
 
     path = local(src)
     if (source := recognise(path)) is HUGGING_FACE:
         run(path, dst, dtype=dtype, max_shard_bytes=max_shard_bytes)
     else:
+        from lfm_jax.convert.gguf.models import sidecar_directory
+
         model, tokenizer = source.load(path, dtype)
-        save_hf(model, dst, tokenizer=tokenizer, source=path, max_shard_bytes=max_shard_bytes)
+        with sidecar_directory(path) if source is GGUF else contextlib.nullcontext(path) as directory:
+            save_hf(model, dst, tokenizer=tokenizer, source=directory, max_shard_bytes=max_shard_bytes)
     print(f"wrote {dst}")
+    return 0
+
+
+def export(
+    src: ModelName,
+    dst: tyro.conf.Positional[Path],
+    /,
+    type: Mix | None = None,
+    imatrix: Path | None = None,
+) -> int:
+    """Write a GGUF file that llama.cpp runs. Needs `lfm_jax[gguf]`.
+
+    Tokenizer and chat template are in it. Example: `lfm export LFM2.5-350M lfm.gguf --type Q4_K_M`.
+
+    Args:
+      src: Hugging Face directory, run directory, GGUF file, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
+      dst: a new file.
+      type: the numbers of the weights, from 32 bits to about 4. If left out, those of a GGUF file stay as they are, and
+        others become Q4_K_M.
+      imatrix: file with the importance of inputs, of `lfm imatrix` or llama.cpp's llama-imatrix.
+    """
+    from lfm_jax.files import say
+    from lfm_jax.loading import RUN, local, recognise
+
+    path = local(src)
+    source = recognise(path)
+    try:
+        from lfm_jax.convert.gguf import models
+
+        if source is RUN:
+            model, tokenizer = source.load(path, None)
+            models.save_gguf(model, dst, tokenizer, type=type, imatrix=imatrix, source=path, tell=say)
+        else:
+            models.export(path, dst, type, imatrix, tell=say)
+    except ImportError as error:  # gguf is an extra.
+        raise ValueError(str(error)) from None
+    print(f"wrote {dst}: {dst.stat().st_size / 1e6:,.1f} MB")
+    return 0
+
+
+def imatrix(
+    path: ModelName,
+    text: tyro.conf.Positional[Path],
+    dst: tyro.conf.Positional[Path],
+    /,
+    context: int = 512,
+    pieces: int | None = None,
+    dtype: DType | None = None,
+) -> int:
+    """Measure over a text which inputs of a model's matrices are large, for `lfm export --imatrix`. Needs
+    `lfm_jax[gguf]`.
+
+    llama.cpp's llama-quantize reads the file too. Example: `lfm imatrix LFM2.5-350M sample.txt lfm.imatrix.gguf`.
+
+    Args:
+      path: Hugging Face directory, run directory, GGUF file, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
+      text: a text of the kind that the model is for; some hundred thousand tokens are enough.
+      dst: a new file.
+      context: tokens of a piece; each is read by itself.
+      pieces: read no more pieces of the text.
+      dtype: dtype of parameters and computation; the stored one if left out.
+    """
+    from lfm_jax.cli.inference import load_with_tokenizer
+    from lfm_jax.files import say
+    from lfm_jax.loading import local
+
+    if dst.exists():
+        raise ValueError(f"{dst} exists, and nothing is overwritten; choose another name")
+    sample = text.read_text(encoding="utf-8")
+    try:
+        from lfm_jax.convert.gguf.calibration import importance
+        from lfm_jax.convert.gguf.imatrix import write_imatrix
+
+        model, tokenizer = load_with_tokenizer(local(path), dtype)
+        found = importance(model, tokenizer, sample, dataset=text.name, context=context, max_pieces=pieces, tell=say)
+        write_imatrix(dst, found)
+    except ImportError as error:
+        raise ValueError(str(error)) from None
+    print(f"wrote {dst}: {found.chunks} pieces, {len(found.squares)} matrices")
     return 0

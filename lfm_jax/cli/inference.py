@@ -33,7 +33,7 @@ def generate(
     """Continue one or more prompts and print the texts.
 
     Args:
-      path: Hugging Face directory, run directory, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
+      path: Hugging Face directory, run directory, GGUF file, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
       prompt: one or more texts.
       sampling: sampling parameters.
       max_new_tokens: the most tokens to add to a prompt.
@@ -46,7 +46,7 @@ def generate(
 
     if not prompt:
         raise ValueError("generate needs at least one prompt: lfm generate PATH 'some text'")
-    model, tokenizer = _load(local(path), dtype)
+    model, tokenizer = load_with_tokenizer(local(path), dtype)
     if len(prompt) == 1:
         pieces = stream(model, tokenizer, prompt[0], sampling=sampling, max_new_tokens=max_new_tokens, stop=stop)
         print(prompt[0], end="", flush=True)  # Nothing is printed of what is refused.
@@ -76,7 +76,7 @@ def chat(
     type is kept for the next session in `chat_history`, beside the compiled programs (`lfm cache`).
 
     Args:
-      path: Hugging Face directory, run directory, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
+      path: Hugging Face directory, run directory, GGUF file, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
       sampling: sampling parameters; those published for LFM2.5-350M if left out.
       system: system message.
       max_new_tokens: longest reply; one also ends where the model's context is full.
@@ -107,7 +107,7 @@ def extract(
     `lfm_jax[grammar]`. Example: `lfm extract LFM2.5-350M "Ada was born in 1815" --schema person.json`.
 
     Args:
-      path: Hugging Face directory, run directory, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
+      path: Hugging Face directory, run directory, GGUF file, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
       text: one or more texts.
       schema: file with the JSON schema.
       sampling: sampling parameters.
@@ -146,7 +146,7 @@ def classify(
     Example: `lfm classify LFM2.5-350M "What a day!" --labels good bad`.
 
     Args:
-      path: Hugging Face directory, run directory, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
+      path: Hugging Face directory, run directory, GGUF file, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
       text: one or more texts.
       labels: at least two different labels.
       instruction: the system message, in which the labels replace {labels}; a general one if left out.
@@ -211,21 +211,21 @@ def _read_schema(path: Path) -> dict[str, Any]:
     return schema
 
 
-def _load(path: Path, dtype: str | None) -> tuple[LFM, Tokenizer]:
+def load_with_tokenizer(path: Path, dtype: str | None) -> tuple[LFM, Tokenizer]:
+    """Loads a model that must have a tokenizer."""
     from lfm_jax.loading import recognise
 
     model, tokenizer = recognise(path).load(path, dtype)
     if tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer.json; put that of the checkpoint beside its weights")
+        raise ValueError(f"{path} has no tokenizer; put the tokenizer.json of the checkpoint beside its weights")
     return model, tokenizer
 
 
 def _load_chat(name: str, dtype: str | None) -> tuple[LFM, Tokenizer, str]:
     """Loads a model with its tokenizer and chat template."""
-    from lfm_jax.convert.hf import chat_template
-    from lfm_jax.loading import local
+    from lfm_jax.loading import chat_template, local
     from lfm_jax.text.chat import DEFAULT_TEMPLATE
 
     path = local(name)
     template = chat_template(path) or DEFAULT_TEMPLATE  # First: a file that cannot be read is found at once.
-    return *_load(path, dtype), template
+    return *load_with_tokenizer(path, dtype), template

@@ -40,7 +40,7 @@ def serve(
     send it.
 
     Args:
-      path: Hugging Face directory, run directory, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
+      path: Hugging Face directory, run directory, GGUF file, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
       host: address to listen on; one that other machines can reach needs a key.
       port: port to listen on; 0 takes any free one.
       name: name of the model for clients; if left out that of the directory, or the NAME of a Hub id.
@@ -95,7 +95,7 @@ def batch(
     gets an answer in any case.
 
     Args:
-      path: Hugging Face directory, run directory, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
+      path: Hugging Face directory, run directory, GGUF file, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
       source: lines `{"custom_id": ..., "url": "/v1/chat/completions", "body": {...}}`.
       target: one line of answer for each.
       shard: I/N answers only every N-th line from number I on, to spread a file over machines.
@@ -122,13 +122,13 @@ def batch(
 
 
 def _name(path: Path) -> str:
-    """What a model is called: as its directory or a link to it, or as its repository in a cache of the Hugging Face Hub
-    (`models--OWNER--NAME/snapshots/COMMIT`)."""
+    """What a model is called: as its directory, its file without `.gguf`, or a link to it, or as its repository in a
+    cache of the Hugging Face Hub (`models--OWNER--NAME/snapshots/COMMIT`)."""
     path = path.resolve() if path.name == ".." else path.parent.resolve() / path.name
     repository = path.parent.parent.name
     if path.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.split("--")[-1]
-    return path.name
+    return path.name.removesuffix(".gguf")
 
 
 def _serving(module: Literal["launch", "batch"]) -> Any:

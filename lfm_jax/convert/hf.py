@@ -69,10 +69,10 @@ def _apart(weights: tuple[Weight, ...], config: ModelConfig) -> set[str]:
     return {name for group in groups(weights, config) if group.own_dtype for name in group.names}
 
 
-def _fitting_groups(weights: tuple[Weight, ...], config: ModelConfig, params: Any) -> list[Group]:
+def fitting_groups(weights: tuple[Weight, ...], config: ModelConfig, params: Any) -> list[Group]:
     """Returns the tensors of a model; raises ValueError if they do not make exactly these parameters."""
     table = groups(weights, config)
-    raise_problems(f"the tensors of {family_of(config).name} are not this model", misfits(table, params), most=None)
+    raise_problems("the tensors of the format are not this model", misfits(table, params), most=None)
     return table
 
 
@@ -100,7 +100,7 @@ def from_state_dict(state_dict: Mapping[str, Any], config: ModelConfig) -> LFM:
     tables = [table for family in able for table in (family.in_memory, family.weights)]
     weights = max(tables, key=lambda table: len(tensors_of(table, config).keys() & state_dict.keys()))
     raise_problems("the state dict is not this model", check(source, weights, config), most=None)
-    return _build(config, source.read, weights)
+    return build(config, source.read, weights)
 
 
 def to_state_dict(model: LFM) -> dict[str, np.ndarray]:
@@ -111,7 +111,7 @@ def to_state_dict(model: LFM) -> dict[str, np.ndarray]:
     Raises:
       ValueError: the model has a feature that no family in `transformers` can express.
     """
-    return {name: np.array(array, order="C") for name, array in _arrays(model, family_of(model.config).in_memory)}
+    return {name: np.array(array, order="C") for name, array in arrays_of(model, family_of(model.config).in_memory)}
 
 
 def _as_numpy(value: Any) -> np.ndarray:
@@ -124,10 +124,10 @@ def _as_numpy(value: Any) -> np.ndarray:
     return value.view(sys.modules["torch"].int16).numpy().view(jnp.bfloat16)
 
 
-def _build(config: ModelConfig, read: Callable[[str], np.ndarray], weights: tuple[Weight, ...]) -> LFM:
-    """Makes a model and reads every parameter by HF name, without initialising any first."""
+def build(config: ModelConfig, read: Callable[[str], np.ndarray], weights: tuple[Weight, ...]) -> LFM:
+    """Makes a model and reads every parameter by its name in the file, without initialising any first."""
     graphdef, params = abstract_model(config)
-    for group in _fitting_groups(weights, config, params):
+    for group in fitting_groups(weights, config, params):
         made = group.to_leaves(cast(name, read(name), group.dtype) for name in group.names)
         for path, array in zip(group.paths, made, strict=True):
             *parents, last = path
@@ -136,14 +136,16 @@ def _build(config: ModelConfig, read: Callable[[str], np.ndarray], weights: tupl
     return nnx.merge(graphdef, params)
 
 
-def _leaves(model: LFM, weights: tuple[Weight, ...]) -> Iterator[tuple[Group, list[jax.Array | WeightKind]]]:
+def stored(model: LFM, weights: tuple[Weight, ...]) -> Iterator[tuple[Group, list[jax.Array | WeightKind]]]:
+    """Yields the rows of a table with the weights of a model that each holds."""
     params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    for group in _fitting_groups(weights, model.config, params):
+    for group in fitting_groups(weights, model.config, params):
         yield group, [leaf(params, path) for path in group.paths]
 
 
-def _arrays(model: LFM, weights: tuple[Weight, ...]) -> Iterator[tuple[str, np.ndarray]]:
-    for group, leaves in _leaves(model, weights):
+def arrays_of(model: LFM, weights: tuple[Weight, ...]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors of a table, in the dtype that they are stored in."""
+    for group, leaves in stored(model, weights):
         arrays = (np.asarray(w.astype(w.dtype)) for w in leaves)
         yield from zip(group.names, group.to_tensors(arrays), strict=True)
 
@@ -152,15 +154,16 @@ def _arrays(model: LFM, weights: tuple[Weight, ...]) -> Iterator[tuple[str, np.n
 
 
 @dataclasses.dataclass(frozen=True)
-class _Checkpoint:
+class Checkpoint:
+    """A model in files, checked; its weights are read one at a time."""
+
     config: ModelConfig
     read: Callable[[str], np.ndarray]
     weights: tuple[Weight, ...]
     """The table of the family that the file names."""
 
-    def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        """The tensors of `write_hf`, which may be those of another family that can express the model."""
-        written = _groups(self.config)
+    def arrays(self, written: list[Group]) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields the tensors of a table, which may be that of another format that can express the model."""
         if {name for group in written for name in group.names} == tensors_of(self.weights, self.config).keys():
             for group in written:
                 for name in group.names:
@@ -175,7 +178,7 @@ class _Checkpoint:
             yield from zip(group.names, group.to_tensors(leaves), strict=True)
 
 
-def _inspect(path: Path, dtype: Any) -> tuple[_Checkpoint | None, list[str]]:
+def inspect(path: Path, dtype: Any) -> tuple[Checkpoint | None, list[str]]:
     """Checks an HF directory completely, before any weight is read; returns the checkpoint, or None and its
     problems."""
     if not path.is_dir():
@@ -201,7 +204,7 @@ def _inspect(path: Path, dtype: Any) -> tuple[_Checkpoint | None, list[str]]:
     # If no file could be read, that is the problem, not that every tensor is missing.
     if config is not None and (source.specs or not problems):
         problems += check(source, weights, config)
-    return (None if config is None or problems else _Checkpoint(config, source.read, weights)), problems
+    return (None if config is None or problems else Checkpoint(config, source.read, weights)), problems
 
 
 def load_hf(path: str | os.PathLike, dtype: Any = None) -> tuple[LFM, Tokenizer | None]:
@@ -218,15 +221,17 @@ def load_hf(path: str | os.PathLike, dtype: Any = None) -> tuple[LFM, Tokenizer 
       ValueError: the directory is not a valid checkpoint; the message lists all problems, before any weight is read.
     """
     path = Path(path)
-    checkpoint, problems = _inspect(path, dtype)
+    checkpoint, problems = inspect(path, dtype)
     tokenizer, found = sidecars.read_tokenizer(path)
     raise_problems(f"cannot load {path}", problems + found, most=None)
     assert checkpoint is not None
-    config = checkpoint.config
-    # As in transformers, generation ends at the ids of generation_config.json too.
+    return build(ending_as_generated(checkpoint.config, path), checkpoint.read, checkpoint.weights), tokenizer
+
+
+def ending_as_generated(config: ModelConfig, path: Path) -> ModelConfig:
+    """Returns the config with the eos ids of an HF directory's generation_config.json too, as transformers has them."""
     more = [i for i in sidecars.generation_eos_ids(path) if i < config.vocab_size]
-    config = config.replace(eos_ids=tuple(dict.fromkeys([*config.eos_ids, *more])))
-    return _build(config, checkpoint.read, checkpoint.weights), tokenizer
+    return config.replace(eos_ids=tuple(dict.fromkeys([*config.eos_ids, *more])))
 
 
 def save_hf(
@@ -251,13 +256,14 @@ def save_hf(
     """
     weights = family_of(model.config).weights
     specs = {name: Spec(group.tensor.shape, " and ".join(sorted({array.dtype.name for array in leaves})))
-             for group, leaves in _leaves(model, weights) for name in group.names}
+             for group, leaves in stored(model, weights) for name in group.names}
     held = Source(specs, _unreadable)
     kept, problems = common_dtype(held, None, _apart(weights, model.config))
     problems += check(held, weights, model.config) + _output_problems(path, source, max_shard_bytes)
     raise_problems(f"cannot save to {path}", problems, most=None)
     config = model.config.replace(param_dtype=kept)
-    write_hf(path, config, _arrays(model, weights), tokenizer=tokenizer, source=source, max_shard_bytes=max_shard_bytes)
+    arrays = arrays_of(model, weights)
+    write_hf(path, config, arrays, tokenizer=tokenizer, source=source, max_shard_bytes=max_shard_bytes)
 
 
 def convert(
@@ -277,12 +283,13 @@ def convert(
       ValueError: either directory has problems, all in one message and before any weight is read; or a value is too
         large for `dtype`, and nothing is left behind.
     """
-    checkpoint, problems = _inspect(Path(src), dtype)
+    checkpoint, problems = inspect(Path(src), dtype)
     source = src if Path(src).is_dir() else None
     problems += _output_problems(dst, source, max_shard_bytes)
     raise_problems(f"cannot convert {src} to {dst}", problems, most=None)
     assert checkpoint is not None
-    write_hf(dst, checkpoint.config, checkpoint.arrays(), source=source, max_shard_bytes=max_shard_bytes)
+    arrays = checkpoint.arrays(_groups(checkpoint.config))
+    write_hf(dst, checkpoint.config, arrays, source=source, max_shard_bytes=max_shard_bytes)
 
 
 def write_hf(

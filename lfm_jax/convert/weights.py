@@ -6,7 +6,7 @@ conversion and all checks fold over the rows.
 
 Dimensions: V vocabulary, D and O model width (O is the output side of a square matrix), F feed-forward width,
 N query heads, K key/value heads, H head width, W conv taps, C the three gates of the convolution (B, C, h), E experts,
-U width of an expert.
+U width of an expert, R the two halves of a head that rotary embedding turns into each other, J pairs of a head.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
     D = config.hidden_size
     return {"V": config.vocab_size, "D": D, "O": D, "F": config.ffn_size, "N": config.num_heads,
             "K": config.num_kv_heads, "H": config.head_dim, "W": config.conv_taps, "C": 3,
-            "E": config.num_experts, "U": config.expert_size}
+            "E": config.num_experts, "U": config.expert_size, "R": 2, "J": config.head_dim // 2}
 
 
 def _group(row: Weight, i: int, sizes: Mapping[str, int], dtype: str) -> Group:

@@ -44,6 +44,15 @@ class MoE(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, *, segment_ids_BT: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        chosen_BTA, weight_BTA, reports = self.route(x_BTD)
+        if segment_ids_BT is not None:
+            chosen_BTA = jnp.where((segment_ids_BT != 0)[:, :, None], chosen_BTA, self.config.num_experts)
+        y_BTD = experts(x_BTD, chosen_BTA, weight_BTA, self.w1[...], self.w3[...], self.w2[...],
+                        impl=self.config.experts_impl)
+        return y_BTD, reports
+
+    def route(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        """Returns the experts of each token, their weights, and the reports."""
         config, E = self.config, self.config.num_experts
         # Not `left`: a CPU's exponential over [E, rows] rounds the last rows unlike the others.
         score_BTE = linear(x_BTD, self.router[...], dtype="float32", impl="dot")
@@ -56,16 +65,12 @@ class MoE(nnx.Module):
         if config.normed_weights:
             weight_BTA /= jnp.sum(weight_BTA, axis=-1, keepdims=True) + 1e-6  # As the published models were trained.
         weight_BTA *= config.expert_scale
-        if segment_ids_BT is not None:
-            chosen_BTA = jnp.where((segment_ids_BT != 0)[:, :, None], chosen_BTA, E)
-        y_BTD = experts(x_BTD, chosen_BTA, weight_BTA, self.w1[...], self.w3[...], self.w2[...],
-                        impl=config.experts_impl)
         share_BTE = gate_BTE / jnp.sum(gate_BTE, axis=-1, keepdims=True)
         reports = {"load": jnp.mean(is_chosen_BTAE, axis=-2, dtype=jnp.float32),
                    "entropy": jnp.sum(entr(share_BTE), axis=-1)}
         if config.router_z_loss:
             reports["loss"] = config.router_z_loss * jax.nn.logsumexp(score_BTE, axis=-1) ** 2
-        return y_BTD, reports
+        return chosen_BTA, weight_BTA, reports
 
 
 def balanced(bias_E: jax.Array, reports: dict[str, jax.Array], config: ModelConfig) -> jax.Array:

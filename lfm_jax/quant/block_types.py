@@ -60,7 +60,7 @@ def type_size(type: str) -> TypeSize:
     if type in BLOCKS:
         elements, layout = BLOCKS[type]
         return TypeSize(elements, layout.itemsize)
-    gguf = _gguf()
+    gguf = gguf_library()
     if type not in gguf.GGMLQuantizationType.__members__:
         raise ValueError(f"{type!r} is no type of GGUF tensors; `quantize` knows {', '.join([*PLAIN, *BLOCKS])}")
     return TypeSize(*gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type]])
@@ -180,7 +180,7 @@ def _encoder(type: str) -> Callable[[np.ndarray, np.ndarray | None], np.ndarray]
         encode = k_quants.encode_symmetric if type == "Q6_K" else functools.partial(
             k_quants.encode_affine, layout=layout)
         return lambda x_RX, w_RX: encode(_supers(x_RX), None if w_RX is None else _supers(w_RX))
-    gguf = _gguf()
+    gguf = gguf_library()
 
     def blocks(x_RX: np.ndarray, w_RX: np.ndarray | None) -> np.ndarray:
         if w_RX is None or type == "Q8_0":
@@ -197,7 +197,7 @@ def _decoder(type: str) -> Callable[[np.ndarray], np.ndarray]:
     if type in ("Q4_K", "Q5_K", "Q6_K"):
         decode = k_quants.decode_symmetric if type == "Q6_K" else k_quants.decode_affine
         return lambda rows: decode(np.ascontiguousarray(rows).reshape(-1).view(BLOCKS[type][1]))
-    gguf = _gguf()
+    gguf = gguf_library()
     return lambda rows: gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[type])
 
 
@@ -205,7 +205,8 @@ def _supers(x_RX: np.ndarray) -> np.ndarray:
     return x_RX.reshape(-1, k_quants.SUPER)
 
 
-def _gguf() -> ModuleType:
+def gguf_library() -> ModuleType:
+    """Imports the library, or raises ImportError that says how to get it."""
     try:
         import gguf
     except ImportError as error:

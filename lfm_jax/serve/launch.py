@@ -48,15 +48,14 @@ def open_service(
     Raises:
       ValueError: the path has no model or no tokenizer, or a chat template that is not valid; or see `Engine`.
     """
-    from lfm_jax.convert.hf import chat_template
-    from lfm_jax.loading import recognise
+    from lfm_jax.loading import chat_template, recognise
     from lfm_jax.sharding import make_mesh
 
     if template := chat_template(path):
         check_template(template)
     model, tokenizer = recognise(path).load(path, dtype)
     if tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer.json; put that of the checkpoint beside its weights")
+        raise ValueError(f"{path} has no tokenizer; put the tokenizer.json of the checkpoint beside its weights")
     data, tensor = mesh
     over = None if data * tensor == 1 else make_mesh(data=data, tensor=tensor)
     service = Service(model, tokenizer, template, engine, over, plain_contents=plain_contents)

@@ -23,10 +23,10 @@ SPECIAL_TOKENS = (
 
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 
-# Words with the space before them, numbers in groups of three digits, punctuation with the line end after
+# LFM2's: words with the space before them, numbers in groups of three digits, punctuation with the line end after
 # it, and runs of white space except for their last space, which belongs to the word: the indentation of
 # a line of code is one token.
-_SPLIT = (
+SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -54,7 +54,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, min_frequency: int = 2) 
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+        pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     tokenizer.decoder = decoders.ByteLevel()

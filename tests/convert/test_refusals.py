@@ -44,7 +44,7 @@ def weights_stay_unread(monkeypatch):
     def touched(*_):
         raise AssertionError("a weight was read or written before all checks had passed")
 
-    monkeypatch.setattr(hf, "_build", touched)
+    monkeypatch.setattr(hf, "build", touched)
     monkeypatch.setattr(safetensors_io, "write", touched)
 
 

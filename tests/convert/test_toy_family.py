@@ -199,7 +199,7 @@ def test_a_family_that_forgets_a_parameter_loses_nothing_in_silence(tmp_path, mo
     model = tiny_model(ffn_types=("swiglu", "swiglu", "experts"))
     for use in (lambda: lfm.save_hf(model, tmp_path / "x"), lambda: lfm.to_state_dict(model),
                 lambda: lfm.from_state_dict(random_bits(model.config, "float32"), model.config)):
-        with pytest.raises(ValueError, match="the tensors of Toy are not this model") as e:
+        with pytest.raises(ValueError, match="the tensors of the format are not this model") as e:
             use()
         assert str(e.value).splitlines()[1:] == [
             f"  - no tensor has the parameter blocks.{name}"
