@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lfm_jax.infer.generate import generate, stream
     from lfm_jax.loading import load
     from lfm_jax.model import LFM
+    from lfm_jax.quant.model import quantize
     from lfm_jax.sampling import Sampling
     from lfm_jax.state import State
 
@@ -29,6 +30,7 @@ __all__ = [
     "generate",
     "load",
     "load_encoder",
+    "quantize",
     "rerank",
     "save_hf",
     "stream",
@@ -38,8 +40,8 @@ __all__ = [
 _MODULES = {
     "LFM": "model", "ModelConfig": "config", "Sampling": "sampling", "State": "state",
     "classify": "infer.extract", "embed": "infer.embed", "extract": "infer.extract", "from_state_dict": "convert.hf",
-    "generate": "infer.generate", "load": "loading", "load_encoder": "infer.embed", "rerank": "infer.embed",
-    "save_hf": "convert.hf", "stream": "infer.generate", "to_state_dict": "convert.hf",
+    "generate": "infer.generate", "load": "loading", "load_encoder": "infer.embed", "quantize": "quant.model",
+    "rerank": "infer.embed", "save_hf": "convert.hf", "stream": "infer.generate", "to_state_dict": "convert.hf",
 }
 
 
