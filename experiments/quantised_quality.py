@@ -106,7 +106,7 @@ def scorer(model: LFM) -> Callable[[Any, np.ndarray], Score]:
     full = nnx.to_pure_dict(full)
 
     @jax.jit
-    def run(params: Any, full: Any, ids_T: jax.Array) -> Score:
+    def run(params: Any, full: Any, ids_T: jax.Array) -> dict[str, jax.Array]:
         def logprobs(params: Any) -> jax.Array:
             logits_1TV, _ = nnx.merge(graphdef, params)(ids_T[None])
             return jax.nn.log_softmax(logits_1TV[0, :-1].astype(jnp.float32))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lfm_jax.infer.generate import generate, stream
     from lfm_jax.loading import load
     from lfm_jax.model import LFM
+    from lfm_jax.quant.model import quantize
     from lfm_jax.sampling import Sampling
     from lfm_jax.state import State
     from lfm_jax.text.reply import Reply, read_reply
@@ -36,6 +37,7 @@ __all__ = [
     "generate",
     "load",
     "load_encoder",
+    "quantize",
     "read_reply",
     "rerank",
     "save_gguf",
@@ -48,7 +50,7 @@ _MODULES = {
     "LFM": "model", "ModelConfig": "config", "Reply": "text.reply", "Sampling": "sampling", "State": "state",
     "chat": "infer.chat", "classify": "infer.extract", "embed": "infer.embed", "export_stablehlo": "export.stablehlo",
     "extract": "infer.extract", "from_state_dict": "convert.hf", "generate": "infer.generate", "load": "loading",
-    "load_encoder": "infer.embed", "read_reply": "text.reply", "rerank": "infer.embed",
+    "load_encoder": "infer.embed", "quantize": "quant.model", "read_reply": "text.reply", "rerank": "infer.embed",
     "save_gguf": "convert.gguf.models", "save_hf": "convert.hf", "stream": "infer.generate",
     "to_state_dict": "convert.hf",
 }

@@ -45,6 +45,11 @@ class WeightKind(abc.ABC):
     def lookup(self, ids_BT: jax.Array, dtype: str | jnp.dtype) -> jax.Array:
         """Computes `kernels.linear.lookup` of rows of the array."""
 
+    def item(self, i: jax.Array, dtype: str | jnp.dtype) -> jax.Array:
+        """Returns item i of the first axis of the array, such as one expert's matrix; a kind that can make it alone
+        does."""
+        return self.astype(dtype)[i]
+
     def axes(self, names: tuple[str | None, ...]) -> Any:
         """Returns the logical axes of every field (`sharding.LOGICAL_AXES`) if those of the array are `names`.
 
@@ -61,3 +66,10 @@ class WeightKind(abc.ABC):
         if key is not ...:
             raise TypeError(f"{type(self).__name__} is indexed with {key!r}; read it with [...], a part by astype")
         return self
+
+
+def pull_back(w: jax.Array | WeightKind, dw: jax.Array) -> Any:
+    """Returns the gradient by a weight, or by its fields if it is a kind, of that by its array, in its dtype."""
+    if not isinstance(w, WeightKind):
+        return dw
+    return jax.vjp(lambda w: w.astype(w.dtype), w)[1](dw)[0]

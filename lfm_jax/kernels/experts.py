@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lfm_jax.sharding import HOPPER, nvidia_capability, platform
+from lfm_jax.weight_kinds import WeightKind, pull_back
 
 LEAST_ROWS, MOST_ROWS = 8, 64
 """Rows of a block. One row alone would take another code path, whose results differ."""
@@ -33,8 +34,8 @@ MASKED = 2**28
 
 
 def experts(
-    x_MD: jax.Array, chosen_MA: jax.Array, weight_MA: jax.Array, w1_EDF: jax.Array, w3_EDF: jax.Array,
-    w2_EFD: jax.Array, *, impl: str = "auto",
+    x_MD: jax.Array, chosen_MA: jax.Array, weight_MA: jax.Array, w1_EDF: jax.Array | WeightKind,
+    w3_EDF: jax.Array | WeightKind, w2_EFD: jax.Array | WeightKind, *, impl: str = "auto",
 ) -> jax.Array:
     """Computes the sum over a token's chosen experts e of `weight * w2_e(silu(w1_e x) * w3_e x)`.
 
@@ -46,7 +47,8 @@ def experts(
         and takes no work.
       weight_MA: float32.
       w1_EDF, w3_EDF, w2_EFD: gate, up and down of every expert; cast to x's dtype. They are stored [in, out], which
-        `ragged_dot` takes without a copy and a CPU multiplies twice as fast in few rows.
+        `ragged_dot` takes without a copy and a CPU multiplies twice as fast in few rows. Of a `WeightKind` `blocks`
+        makes one expert's array at a time, and the others all of it.
       impl: one of `IMPLS`, or `auto`: `blocks` on CPU, `ragged` on TPU; on a GPU `pallas_gpu` where it applies, else
         `ragged` for few rows and `dense` for many.
 
@@ -69,7 +71,10 @@ def experts(
         raise ValueError(f"impl is {impl!r}; choose one of auto, {', '.join(IMPLS)}")
     real_MA = (chosen_MA >= 0) & (chosen_MA < E)
     chosen_MA, weight_MA = jnp.where(real_MA, chosen_MA, E), jnp.where(real_MA, weight_MA, 0.0)
-    return IMPLS[impl](*map(jnp.asarray, (x_MD, chosen_MA, weight_MA, w1_EDF, w3_EDF, w2_EFD)))
+    matrices = [w if isinstance(w, WeightKind) else jnp.asarray(w) for w in (w1_EDF, w3_EDF, w2_EFD)]
+    if impl != "blocks":
+        matrices = [w.astype(x_MD.dtype) if isinstance(w, WeightKind) else w for w in matrices]
+    return IMPLS[impl](*map(jnp.asarray, (x_MD, chosen_MA, weight_MA)), *matrices)
 
 
 def _choose(x_MD: jax.Array, A: int, E: int, F: int) -> str:
@@ -172,9 +177,9 @@ def in_blocks(chosen_MA: jax.Array, E: int, b: int) -> Blocks:
 
 
 @jax.custom_vjp
-def _blocks(x_MD: jax.Array, chosen_MA: jax.Array, weight_MA: jax.Array, w1_EDF: jax.Array, w3_EDF: jax.Array,
-            w2_EFD: jax.Array) -> jax.Array:
-    (M, A), E = chosen_MA.shape, len(w1_EDF)
+def _blocks(x_MD: jax.Array, chosen_MA: jax.Array, weight_MA: jax.Array, w1_EDF: jax.Array | WeightKind,
+            w3_EDF: jax.Array | WeightKind, w2_EFD: jax.Array | WeightKind) -> jax.Array:
+    (M, A), E = chosen_MA.shape, w1_EDF.shape[0]
     blocks = in_blocks(chosen_MA, E, block_rows(M, A, E))
 
     def add(i: jax.Array, y_MD: jax.Array) -> jax.Array:
@@ -200,22 +205,26 @@ class _Block(NamedTuple):
     up_bF: jax.Array
 
 
-def _block(blocks: Blocks, i: jax.Array, x_MD: jax.Array, weight_MA: jax.Array, *matrices: jax.Array) -> _Block:
+def _block(
+    blocks: Blocks, i: jax.Array, x_MD: jax.Array, weight_MA: jax.Array, *matrices: jax.Array | WeightKind
+) -> _Block:
     row_b, e = blocks.row_Nb[i], blocks.expert_N[i]
     token_b = row_b // weight_MA.shape[1]
     x_bD = x_MD.at[token_b].get(mode="fill", fill_value=0)
     weight_b1 = weight_MA.reshape(-1).at[row_b].get(mode="fill", fill_value=0)[:, None]
-    w1_DF, w3_DF, w2_FD = (w[e].astype(x_MD.dtype) for w in matrices)
+    w1_DF, w3_DF, w2_FD = (
+        w.item(e, x_MD.dtype) if isinstance(w, WeightKind) else w[e].astype(x_MD.dtype) for w in matrices
+    )
     return _Block(row_b, token_b, x_bD, weight_b1, w1_DF, w3_DF, w2_FD, x_bD @ w1_DF, x_bD @ w3_DF)
 
 
-def _blocks_forward(*args: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def _blocks_forward(*args: Any) -> tuple[jax.Array, tuple[Any, ...]]:
     return _blocks(*args), args
 
 
-def _blocks_backward(kept: tuple[jax.Array, ...], dy_MD: jax.Array) -> tuple[jax.Array | None, ...]:
+def _blocks_backward(kept: tuple[Any, ...], dy_MD: jax.Array) -> tuple[Any, ...]:
     x_MD, chosen_MA, weight_MA, *matrices = kept
-    (M, A), E, dtype = chosen_MA.shape, len(matrices[0]), x_MD.dtype
+    (M, A), E, dtype = chosen_MA.shape, matrices[0].shape[0], x_MD.dtype
     blocks = in_blocks(chosen_MA, E, block_rows(M, A, E))
 
     def add(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -238,7 +247,7 @@ def _blocks_backward(kept: tuple[jax.Array, ...], dy_MD: jax.Array) -> tuple[jax
     zeros = [jnp.zeros(shape, jnp.float32) for shape in (x_MD.shape, (M * A,), *(w.shape for w in matrices))]
     dx_MD, dweight_R, *dmatrices = lax.fori_loop(0, blocks.used, add, tuple(zeros))
     return (dx_MD.astype(dtype), None, dweight_R.reshape(M, A),
-            *(dw.astype(w.dtype) for dw, w in zip(dmatrices, matrices, strict=True)))
+            *(pull_back(w, dw.astype(w.dtype)) for dw, w in zip(dmatrices, matrices, strict=True)))
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from lfm_jax.kernels.linear import linear
 from lfm_jax.sharding import FSDP, axis_names, is_sharded, over_mesh, spec_of, whole
-from lfm_jax.weight_kinds import WeightKind
+from lfm_jax.weight_kinds import WeightKind, pull_back
 
 CHUNK = 512
 """Tokens of a chunk, on each device."""
@@ -121,13 +121,6 @@ def chunk_gradients(
     d_logits_CV = d_logits_CV.astype(hidden_CD.dtype)
     d_table_VD = jnp.einsum("CV,CD->VD", d_logits_CV, hidden_CD, preferred_element_type=jnp.float32)
     return d_logits_CV @ table_VD, d_table_VD
-
-
-def pull_back(table_VD: jax.Array | WeightKind, d_table_VD: jax.Array) -> Any:
-    """The gradient by a table, or by the fields of a kind, of the gradient by the array in its dtype."""
-    if not isinstance(table_VD, WeightKind):
-        return d_table_VD
-    return jax.vjp(lambda table: table.astype(table.dtype), table_VD)[1](d_table_VD)[0]
 
 
 def split(hidden_BTD: jax.Array, targets_BT: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:

@@ -261,9 +261,8 @@ def experts(
     """
     D, A = x_BTD.shape[-1], chosen_BTA.shape[-1]
     kinds = dict(w1_EDF=w1_EDF, w3_EDF=w3_EDF, w2_EFD=w2_EFD)
-    matrices = {name: w.astype(x_BTD.dtype) if isinstance(w, WeightKind) else w for name, w in kinds.items()}
 
-    def local(x_BTD: jax.Array, chosen_BTA: jax.Array, weight_BTA: jax.Array, **matrices: jax.Array) -> jax.Array:
+    def local(x_BTD: jax.Array, chosen_BTA: jax.Array, weight_BTA: jax.Array, **matrices: Any) -> jax.Array:
         y_MD = experts_kernel.experts(
             x_BTD.reshape(-1, D), chosen_BTA.reshape(-1, A), weight_BTA.reshape(-1, A), **matrices, impl=impl
         )
@@ -271,8 +270,8 @@ def experts(
 
     args = dict(x_BTD=x_BTD, chosen_BTA=chosen_BTA, weight_BTA=weight_BTA)
     if not is_sharded(x_BTD):
-        return local(**args, **matrices)
-    matrices = {name: whole(w.astype(x_BTD.dtype), FSDP) for name, w in matrices.items()}
+        return local(**args, **kinds)
+    matrices = {name: whole(w.astype(x_BTD.dtype), FSDP) for name, w in kinds.items()}
     b, t, _ = spec_of(x_BTD)
     held, _, units = spec_of(matrices["w1_EDF"])
     traded = held is not None and EXPERT in axis_names(b)

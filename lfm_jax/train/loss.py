@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from lfm_jax.kernels.logprobs import CHUNK, as_used, chunk_gradients, on_mesh, pull_back, score_chunk, split
+from lfm_jax.kernels.logprobs import CHUNK, as_used, chunk_gradients, on_mesh, score_chunk, split
 from lfm_jax.sharding import axis_names, is_sharded, over_mesh
-from lfm_jax.weight_kinds import WeightKind
+from lfm_jax.weight_kinds import WeightKind, pull_back
 
 
 class Loss(NamedTuple):

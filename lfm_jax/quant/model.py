@@ -1,0 +1,102 @@
+"""`lfm.quantize`: a model whose matrices stay in 8 or 4 bits while it runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lfm_jax.config import ModelConfig
+from lfm_jax.layers import OUT_IN, Traits
+from lfm_jax.model import LFM, param_traits
+from lfm_jax.quant.weights import W8A8, Quantized
+from lfm_jax.weight_kinds import WeightKind
+
+GROUPS: dict[str, tuple[int | None, ...]] = {"int8": (None, 32, 128), "int4": (None, 32, 128), "w8a8": (None,)}
+"""Kind -> how many inputs may share a scale; None: all of an output's."""
+
+
+def quantize(model: LFM, kind: str, group: int | None = None) -> LFM:
+    """Makes a model whose matrices, embedding and head are kept in a narrow type, and widened inside each product.
+
+    Norms, biases, taps of convolutions, routers and vectors stay as they are. The model that is given is not changed;
+    `lfm.load(path, quantize=...)` never holds all of it.
+
+    Args:
+      model: with parameters of float32, bfloat16 or float16.
+      kind: `int8` or `int4`, or `w8a8`: int8, and the rows that meet them are rounded to int8 as well. That changes
+        what the model computes a little more, and is what a CPU multiplies fast.
+      group: how many inputs of an output share a scale: 32, 128, or None for all of them.
+
+    Returns:
+      The model, for inference: gradients by its narrow weights do not exist. `save_hf` writes them widened.
+
+    Raises:
+      ValueError: an unknown kind or group, a group that does not divide the inputs of a matrix, a model that is
+        quantised already, or a weight that is not finite; the message names the tensors.
+    """
+    graphdef, state = nnx.split(model, nnx.Param)
+    return nnx.merge(graphdef, quantize_params(nnx.to_pure_dict(state), model.config, kind, group))
+
+
+def quantize_params(params: Any, config: ModelConfig, kind: str, group: int | None) -> Any:
+    """Does as `quantize` to a dict of parameters, which it empties, so that each array can be freed as it goes."""
+    leaf = keeper(config, kind, group)
+    found = [path for path, w in jax.tree.leaves_with_path(params, is_leaf=_is_kind) if _is_kind(w)]
+    if found:
+        raise ValueError(f"{_dotted(found[0])} is quantised already, or stands for an array in another way; quantise "
+                         "the model that was loaded")
+
+    def emptied(node: dict[Any, Any], path: tuple[Any, ...]) -> dict[Any, Any]:
+        kept = {}
+        for key in list(node):
+            value = node.pop(key)
+            kept[key] = emptied(value, (*path, key)) if isinstance(value, dict) else leaf((*path, key), value)
+            del value
+        return kept
+
+    return emptied(params, ())
+
+
+def keeper(config: ModelConfig, kind: str, group: int | None) -> Callable[[tuple[Any, ...], Any], Any]:
+    """Returns the function that makes a model's weight at a path of its parameters from an array, narrow or not.
+
+    Raises:
+      ValueError: as `quantize`.
+    """
+    if kind not in GROUPS:
+        raise ValueError(f"kind is {kind!r}; choose one of {', '.join(GROUPS)}")
+    if group not in GROUPS[kind]:
+        raise ValueError(f"group is {group!r}; of {kind} it is one of {', '.join(map(str, GROUPS[kind]))}")
+    traits = {_keys(path): found for path, found in jax.tree.leaves_with_path(param_traits(config))}
+    return lambda path, w: _kept(".".join(map(str, path)), w, traits[path], kind, group)
+
+
+def _kept(name: str, w: Any, traits: Traits, kind: str, group: int | None) -> Any:
+    matrix = OUT_IN if "vocab" in traits.axes else traits.matrix
+    if matrix is None:
+        return w
+    size = math.prod(w.shape[axis] for axis in matrix.inputs)
+    if group and size % group:
+        raise ValueError(f"{name} has {size} inputs, which groups of {group} do not divide; choose another group")
+    w = jnp.asarray(w)
+    made, finite = W8A8.of(w, matrix) if kind == "w8a8" else Quantized.of(w, matrix, kind, group)
+    if not finite:
+        raise ValueError(f"{name} has values that are not finite, which have no scale; repair the checkpoint")
+    return made
+
+
+def _is_kind(w: Any) -> bool:
+    return isinstance(w, WeightKind)
+
+
+def _keys(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(entry.key for entry in path)
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, _keys(path)))
