@@ -15,6 +15,7 @@ prints has 95 % t intervals over documents; differences to full precision are pa
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import re
@@ -70,7 +71,7 @@ def main(argv: list[str]) -> int:
     settings = {"model": args.model, "text": args.text.name, "tokens": args.tokens}
     args.records.parent.mkdir(parents=True, exist_ok=True)
     done = read(args.records, settings)
-    score = scorer(model)
+    score = scorer(model, documents)
     with tempfile.TemporaryDirectory() as scratch, open(args.records, "a", encoding="utf-8") as records:
         for name in names:
             missing = [i for i in range(len(documents)) if (name, i) not in done]
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> int:
             params, size = variant(name, model, tokenizer, Path(scratch), args.llama_cpp)
             print(f"{name}: {size / 1e6:.1f} MB, made in {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
             for i in missing:
-                found = score(params, documents[i]) | {"bytes": size}
+                found = score(params, i) | {"bytes": size}
                 done[name, i] = found
                 records.write(json.dumps(settings | {"type": name, "document": i, **found}) + "\n")
                 records.flush()
@@ -100,25 +101,33 @@ def ids_of(text: str, tokenizer: Any, tokens: int) -> Iterator[np.ndarray]:
     yield from (np.array(ids[:tokens], np.int32) for ids in parts_ids if len(ids) >= tokens)
 
 
-def scorer(model: LFM) -> Callable[[Any, np.ndarray], Score]:
-    """Scores a document with other weights of the model beside its own."""
+def scorer(model: LFM, documents: list[np.ndarray]) -> Callable[[Any, int], Score]:
+    """Scores a document with other weights of the model beside its own, whose answers are kept in memory."""
     graphdef, full = nnx.split(model, nnx.Param)
     full = nnx.to_pure_dict(full)
 
     @jax.jit
-    def run(params: Any, full: Any, ids_T: jax.Array) -> dict[str, jax.Array]:
-        def logprobs(params: Any) -> jax.Array:
-            logits_1TV, _ = nnx.merge(graphdef, params)(ids_T[None])
-            return jax.nn.log_softmax(logits_1TV[0, :-1].astype(jnp.float32))
+    def logprobs(params: Any, ids_T: jax.Array) -> jax.Array:
+        logits_1TV, _ = nnx.merge(graphdef, params)(ids_T[None])
+        return jax.nn.log_softmax(logits_1TV[0, :-1].astype(jnp.float32))
 
-        log_p_TV, log_q_TV = logprobs(full), logprobs(params)
+    @jax.jit
+    def compared(log_p_TV: jax.Array, log_q_TV: jax.Array, ids_T: jax.Array) -> dict[str, jax.Array]:
         nll_T = -jnp.take_along_axis(log_q_TV, ids_T[1:, None], axis=1)
         return {
             "nll": jnp.mean(nll_T), "kl": jnp.mean(jnp.sum(jnp.exp(log_p_TV) * (log_p_TV - log_q_TV), axis=1)),
             "agree": jnp.mean(jnp.argmax(log_p_TV, axis=1) == jnp.argmax(log_q_TV, axis=1)),
         }
 
-    return lambda params, ids_T: {name: float(x) for name, x in run(params, full, ids_T).items()}
+    @functools.cache
+    def of_full(i: int) -> jax.Array:
+        return logprobs(full, documents[i])
+
+    def score(params: Any, i: int) -> Score:
+        found = compared(of_full(i), logprobs(params, documents[i]), documents[i])
+        return {name: float(x) for name, x in found.items()}
+
+    return score
 
 
 def variant(name: str, model: LFM, tokenizer: Any, scratch: Path, llama_cpp: str | None) -> tuple[Any, int]:
