@@ -183,6 +183,11 @@ class ModelConfig:
     """Whether a training step compiles each run of repeated layers once (`repeated_units`), as a loop over them. Its
     parameters and optimizer state are then stacked (`stacking.py`); checkpoints never are."""
 
+    quantize: str = ""
+    """What a training step rounds the weights to before it computes with them, so that they learn to bear it: a type of
+    `lfm export` (Q4_0), or a kind of `lfm.quantize` (int8, int4, int4:32). The weights that are trained are not
+    rounded; `lfm.load` of a run gives the rounded ones."""
+
     def __post_init__(self) -> None:
         raise_problems("ModelConfig is not valid", _problems(self))
         if len(set(self.ffn_types)) == 1:  # One model, one form.

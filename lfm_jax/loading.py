@@ -111,9 +111,16 @@ def _is_run(path: Path) -> bool:
     return (path / CHECKPOINTS).is_dir()
 
 
-def _load_run(run_dir: Path, dtype: Any) -> Loaded:
+def load_run(run_dir: Path, dtype: Any, *, gguf_type: str | None = None) -> Loaded:
+    """Loads the weights that the steps of a run computed with, rounded if its `model.quantize` says so.
+
+    Args:
+      gguf_type: the type of a GGUF file that the weights are for. Where rounding them twice would move them, and it is
+        the run's own, they are not rounded here, so that the file holds what the steps computed with.
+    """
     from lfm_jax.text.tokenizer import TOKENIZER_FILE, inference_tokenizer
     from lfm_jax.train.checkpoint import CheckpointManager
+    from lfm_jax.train.rounding import is_fixed, rounded_weights
 
     manager = CheckpointManager(run_dir, keep=None)
     try:
@@ -124,6 +131,11 @@ def _load_run(run_dir: Path, dtype: Any) -> Loaded:
         params = manager.restore_params(abstract_params)
     finally:
         manager.close()
+    if config.quantize:
+        if config.quantize != gguf_type or is_fixed(config):
+            params = rounded_weights(config.replace(scan_layers=False), params)
+        config = config.replace(quantize="")
+        graphdef, _ = abstract_model(config)
     if dtype is not None:
         name = jnp.dtype(dtype).name
         config = config.replace(param_dtype=name, dtype=name)
@@ -154,7 +166,7 @@ def _gguf_template(path: Path) -> str | None:
 HUGGING_FACE = ModelSource(
     "a Hugging Face directory (with config.json)", lambda path: (path / "config.json").exists(), _load_hugging_face
 )
-RUN = ModelSource("a run directory of lfm train (with checkpoints/)", _is_run, _load_run)
+RUN = ModelSource("a run directory of lfm train (with checkpoints/)", _is_run, load_run)
 GGUF = ModelSource("a GGUF file (.gguf)", _is_gguf, _load_gguf, _gguf_template)
 SOURCES: list[ModelSource] = [HUGGING_FACE, RUN, GGUF]
 """In the order in which they are tried."""

@@ -69,7 +69,7 @@ def export(
       imatrix: file with the importance of inputs, of `lfm imatrix` or llama.cpp's llama-imatrix.
     """
     from lfm_jax.files import say
-    from lfm_jax.loading import RUN, local, recognise
+    from lfm_jax.loading import RUN, load_run, local, recognise
 
     path = local(src)
     source = recognise(path)
@@ -77,7 +77,7 @@ def export(
         from lfm_jax.convert.gguf import models
 
         if source is RUN:
-            model, tokenizer = source.load(path, None)
+            model, tokenizer = load_run(path, None, gguf_type=type or models.DEFAULT)
             models.save_gguf(model, dst, tokenizer, type=type, imatrix=imatrix, source=path, tell=say)
         else:
             models.export(path, dst, type, imatrix, tell=say)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lfm_jax.config import ModelConfig
-from lfm_jax.layers import OUT_IN, Traits
+from lfm_jax.layers import OUT_IN, Matrix, Traits
 from lfm_jax.model import LFM, param_traits
 from lfm_jax.quant.weights import W8A8, Quantized
 from lfm_jax.weight_kinds import WeightKind
@@ -76,8 +76,13 @@ def keeper(config: ModelConfig, kind: str, group: int | None) -> Callable[[tuple
     return lambda path, w: _kept(".".join(map(str, path)), w, traits[path], kind, group)
 
 
+def matrix_of(traits: Traits) -> Matrix | None:
+    """Returns the axes of a parameter that `quantize` makes narrow, None for one that stays as it is."""
+    return OUT_IN if "vocab" in traits.axes else traits.matrix
+
+
 def _kept(name: str, w: Any, traits: Traits, kind: str, group: int | None) -> Any:
-    matrix = OUT_IN if "vocab" in traits.axes else traits.matrix
+    matrix = matrix_of(traits)
     if matrix is None:
         return w
     size = math.prod(w.shape[axis] for axis in matrix.inputs)

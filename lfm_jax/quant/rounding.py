@@ -5,14 +5,14 @@ Dimensions: R rows, X columns, N blocks, C numbers of a block.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lfm_jax.quant.block_types import PLAIN, dequantize, quantize
 
+ON_DEVICE = ("Q4_0", "Q8_0", *PLAIN)
+"""Types that `rounded` makes on the device, whose results are fixed points."""
 BLOCK = 32
 """Numbers that share a scale in Q4_0 and Q8_0."""
 
@@ -37,13 +37,19 @@ def rounded(w: jax.Array, type: str) -> jax.Array:
     return jax.pure_callback(lambda x: _on_host(x, type), jax.ShapeDtypeStruct(w.shape, jnp.float32), w)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def straight_through(w: jax.Array, type: str) -> jax.Array:
-    """`rounded`, in w's dtype, with the derivative of w itself (Bengio et al. 2013, arXiv 1308.3432)."""
-    return rounded(w, type).astype(w.dtype)
+    """`rounded`, in w's dtype, with the derivative of w itself."""
+    return passed_through(w, rounded(jax.lax.stop_gradient(w), type).astype(w.dtype))
 
 
-straight_through.defvjp(lambda w, type: (straight_through(w, type), None), lambda type, _, dw: (dw,))
+@jax.custom_vjp
+def passed_through(w: jax.Array, rounded_w: jax.Array) -> jax.Array:
+    """Returns `rounded_w`, with the derivative of w (the straight-through estimator, Bengio et al. 2013, arXiv
+    1308.3432)."""
+    return rounded_w
+
+
+passed_through.defvjp(lambda w, rounded_w: (rounded_w, None), lambda _, dw: (dw, None))
 
 
 def _on_host(x: np.ndarray, type: str) -> np.ndarray:

@@ -10,6 +10,7 @@ from lfm_jax.config import ModelConfig
 from lfm_jax.model import param_traits
 from lfm_jax.problems import raise_problems
 from lfm_jax.sharding import MeshConfig
+from lfm_jax.train import rounding
 from lfm_jax.train.objective import Objective
 from lfm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from lfm_jax.train.profiling import parse_profile
@@ -102,7 +103,7 @@ class RunConfig(abc.ABC):
             problems.append(f"a batch of {self.rows} rows is not a multiple of micro_batches {self.micro_batches}")
         if self.seq_len > self.model.max_position:
             problems.append(f"rows of {self.seq_len} tokens exceed model.max_position {self.model.max_position}")
-        problems += check_trackers(self.trackers)
+        problems += check_trackers(self.trackers) + rounding.problems(self.model)
         for check in (lambda: learning_rate(self.optimizer, max(self.steps, 1)),
                       lambda: self.profile and parse_profile(self.profile, max(self.steps, 1)),
                       lambda: self.freeze and frozen_mask(self.model, self.freeze)):

@@ -16,7 +16,7 @@ CONFIG = "config.yaml"
 
 NUMERICS = frozenset({"param_dtype", "dtype", "logits_dtype", "conv_impl", "scan_impl", "attention_impl",
                       "experts_impl", "expert_bias_rate", "router_z_loss", "init", "init_std", "remat", "scan_layers",
-                      "max_position", "pad_id", "bos_id", "eos_ids"})
+                      "quantize", "max_position", "pad_id", "bos_id", "eos_ids"})
 """Model fields that change no parameter's shape."""
 
 

@@ -22,12 +22,13 @@ from jax.sharding import PartitionSpec as P
 
 from lfm_jax.config import ModelConfig
 from lfm_jax.kinds import FEED_FORWARDS
-from lfm_jax.model import Aux, abstract_model
+from lfm_jax.model import LFM, Aux, abstract_model
 from lfm_jax.problems import raise_problems
 from lfm_jax.sharding import is_sharded, spec, spec_of
 from lfm_jax.stacking import sharing, unit_layers
 from lfm_jax.train import state as states
 from lfm_jax.train.objective import DeviceBatch, Metrics, Objective
+from lfm_jax.train.rounding import rounded_weights
 from lfm_jax.train.state import Guard, TrainState
 
 GUARD_MEMORY = 0.98
@@ -125,11 +126,15 @@ class Training:
 
     def evaluate(self, weights: tuple[Any, Any], batch: DeviceBatch) -> tuple[Metrics, jax.Array]:
         """(sums, weight) of the objective over a batch; `weights` are the (params, frozen) of a state."""
-        terms = self.objective(nnx.merge(self.graphdef, states.merged(*weights)), batch)
+        terms = self.objective(self.model_of(*weights), batch)
         return terms.sums, self.objective.weight(batch)
 
     def compiled_evaluate(self) -> Callable[[tuple[Any, Any], DeviceBatch], tuple[Metrics, jax.Array]]:
         return jax.jit(self.evaluate)
+
+    def model_of(self, params: Any, frozen: Any) -> LFM:
+        """The model that a step computes with (`ModelConfig.quantize`)."""
+        return nnx.merge(self.graphdef, rounded_weights(self.model, states.merged(params, frozen)))
 
     @cached_property
     def graphdef(self) -> nnx.GraphDef:
@@ -162,7 +167,7 @@ def train_step(training: Training, state: TrainState, batch: DeviceBatch) -> tup
     tokens = jnp.asarray(objective.real_tokens(batch), jnp.float32)
 
     def scaled(params: Any, part: DeviceBatch) -> tuple[jax.Array, tuple[Metrics, Aux]]:
-        terms = objective(nnx.merge(training.graphdef, states.merged(params, state.frozen)), part)
+        terms = objective(training.model_of(params, state.frozen), part)
         total, of_layers = scale * terms.total, terms.aux.loss
         if of_layers is not None:
             total += of_layers / jnp.maximum(tokens, 1.0)
