@@ -1,5 +1,6 @@
 """Steps that compute with rounded weights: what they compute, what is trained, and what a file of the run holds."""
 
+import dataclasses
 import functools
 import re
 
@@ -11,12 +12,13 @@ from flax import nnx
 from helpers import tokens_like
 
 import lfm_jax as lfm
+from lfm_jax.cli import main
 from lfm_jax.convert.gguf.models import load_gguf
 from lfm_jax.model import abstract_model, param_traits
 from lfm_jax.pretrain.objective import next_token_training
 from lfm_jax.stacking import unstack_layers
 from lfm_jax.testing import tiny_config
-from lfm_jax.train import rounding
+from lfm_jax.train import checkpoint, rounding
 from lfm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lfm_jax.train.rounding import rounded_weights
 from lfm_jax.weight_kinds import WeightKind
@@ -132,3 +134,38 @@ def test_no_rounding_is_no_work():
     weights = {"embed": object()}
     assert rounded_weights(config, weights) is weights
     assert rounding.problems(config) == []
+
+
+@pytest.mark.parametrize("name", ["Q4_K_M", "Q8_0", "int4:32"])
+def test_what_is_loaded_and_exported_of_a_run_is_what_its_steps_computed_with(tmp_path, monkeypatch, name):
+    """Also where rounding twice would move weights, and a file of the run is made of them."""
+    config = config_of(quantize=name)
+
+    class Manager:
+        """Of a run whose last checkpoint has these weights."""
+
+        def __init__(self, run_dir, keep):
+            pass
+
+        def latest_step(self):
+            return 1
+
+        def metadata(self):
+            return {"config": {"model": dataclasses.asdict(config)}}
+
+        def restore_params(self, abstract_params):
+            return weights_of(config)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(checkpoint, "CheckpointManager", Manager)
+    (tmp_path / "checkpoints").mkdir()
+    expected = rounded_weights(config, weights_of(config))
+    model, _ = lfm.load(tmp_path)
+    equal(widened(model), expected)
+    assert model.config.quantize == ""
+    if name.startswith("Q"):
+        with pytest.raises(SystemExit, match="^0$"):
+            main(["export", str(tmp_path), str(tmp_path / "m.gguf"), "--type", name])
+        equal(widened(load_gguf(tmp_path / "m.gguf", "float32")[0]), expected)
