@@ -22,7 +22,7 @@ SHORT = 512
 SHORT_RUNS = 8
 """How many of those may start in a window as long as the longest of them."""
 MASK_BYTES = 2**31
-"""Bytes of a mask, 2 * B * T * S, above which rows go to `blockwise` where they would need one."""
+"""Bytes of a mask, 2 * B * T * S, above which `blockwise` takes what would need one."""
 
 
 def attend_rows(
@@ -44,7 +44,8 @@ def attend_rows(
     arrays = q_BTNH, k_BTKH, v_BTKH, ids_BT, key_ids_BT
     # Its derivative makes everything again: a branch that is not taken keeps its memory too.
     by_mask = jax.checkpoint(functools.partial(_by_mask, window=window, causal=causal))
-    windows = levels(ids_BT.shape[1])
+    # Where a sequence begins is told in numbers of q, by int32.
+    windows = levels(ids_BT.shape[1]) if q_BTNH.size < 2**31 else []
     if nvidia_capability() < HOPPER or not windows:
         return by_mask(*arrays)
     level_BT, fits = run_levels(ids_BT, windows)
