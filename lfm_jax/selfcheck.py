@@ -261,7 +261,7 @@ def _attention(
 
 
 def _packed(rng: np.random.Generator, N: int = 2, K: int = 1, H: int = 64, **options: Any) -> Problem:
-    """Documents of such lengths that cuDNN gets them as sequences, some of which end behind the window of tokens that
+    """Documents of such lengths that cuDNN gets them as sequences, some of which end behind the block of tokens that
     they begin in (`cudnn_attention`)."""
     T = 1024
     ids = np.zeros((2, T), np.int32)

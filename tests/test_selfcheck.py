@@ -98,11 +98,11 @@ def test_cudnn_is_checked_with_sequences_of_every_level_and_with_masks():
         ids_BT, T = problem.ids.get("segment_ids_BT"), problem.arrays["q_BTNH"].shape[1]
         if ids_BT is None or "order_BT" in problem.ids:
             continue
-        windows = levels(T)
-        level_BT, fits = run_levels(jnp.asarray(ids_BT), windows)
+        sizes = levels(T)
+        level_BT, fits = run_levels(jnp.asarray(ids_BT), sizes)
         if fits:
-            assert len(windows) == len(np.unique(np.asarray(level_BT))) == 2
-            C = windows[-1][0]
+            assert len(sizes) == len(np.unique(np.asarray(level_BT))) == 2
+            C = sizes[-1][0]
             assert (ids_BT[:, C - 1 : -1 : C] == ids_BT[:, C::C])[np.asarray(level_BT)[:, C::C] == 1].any()
         kinds.add((bool(fits), "window" in problem.options, problem.options.get("causal", True)))
     assert kinds == {(True, False, True), (True, True, True), (True, False, False), (False, False, True),

@@ -1,7 +1,7 @@
 """Attention by cuDNN: what it is asked for, with a stand-in that goes by addresses as it does, and its lowering for
 CUDA. `lfm selfcheck` compares cuDNN itself with float64 on a GPU.
 
-Dimensions: B batch, T time, N query heads, K key/value heads, H head width, X windows, C tokens of a window, R runs.
+Dimensions: B batch, T time, N query heads, K key/value heads, H head width, X blocks of C tokens, R runs.
 """
 
 import re
@@ -45,7 +45,7 @@ written.defvjp(lambda *args: (written(*args), args), written_backward)
 
 
 def sequences_attention(q_XCNH, k_XCKH, v_XCKH, start_XR, length_XR, window, causal):
-    """A window's sequences begin in it and may end behind it."""
+    """A block's sequences begin in it and may end behind it."""
     X, C, *_ = q_XCNH.shape
     starts = jnp.where(start_XR < 0, X * C, start_XR + C * jnp.arange(X)[:, None])[:, :-1].reshape(-1)
     lengths = jnp.maximum(length_XR, 0).reshape(-1)
@@ -63,7 +63,7 @@ def sequences_attention(q_XCNH, k_XCKH, v_XCKH, start_XR, length_XR, window, cau
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
-    """Windows of 64, 16 and 4 tokens; masks through XLA."""
+    """Blocks of 64, 16 and 4 tokens; masks through XLA."""
     xla = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention",
                         lambda *args, **options: xla(*args, **options | {"implementation": "xla"}))
@@ -155,7 +155,7 @@ def test_queries_and_keys_of_other_documents_take_a_mask():
 
 
 @given(rows)
-def test_few_documents_of_a_level_start_in_a_window(ids_BT):
+def test_few_documents_of_a_level_start_in_a_block(ids_BT):
     """So that what cuDNN is told beforehand, at most R of at most C tokens, holds."""
     level_BT = np.asarray(run_levels(jnp.asarray(ids_BT), levels(T))[0])
     starts_BT = np.diff(ids_BT, axis=1, prepend=-1) != 0
