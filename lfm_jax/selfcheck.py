@@ -182,8 +182,8 @@ def _checks(devices: int) -> Iterator[Check]:
     slots = [_slots(rng, T=2, S=16, N=4, K=2)]
     wide = dict(N=4, K=2, H=64, dtype=jnp.bfloat16)
     half = [_attention(rng, T=64, documents=False, **wide), _attention(rng, T=64, documents=False, window=9, **wide),
-            _attention(rng, T=90, **wide), _attention(rng, T=90, window=9, **wide),
-            _attention(rng, T=400, **wide),  # More documents than cuDNN gets as sequences.
+            _attention(rng, T=90, **wide), _attention(rng, T=90, window=9, **wide),  # So many documents take a mask.
+            _packed(rng), _packed(rng, window=150), _packed(rng, causal=False),
             _slots(rng, T=2, S=16, **wide)]
     for impl in attention.IMPLS:
         problems = half if impl == "cudnn" else rows if impl == "splash" else rows + slots
@@ -258,6 +258,18 @@ def _attention(
     arrays = {name: np.asarray(_normal(rng, *shape), dtype) for name, shape in shapes.items()}
     ids = dict(segment_ids_BT=ids, key_segment_ids_BS=ids)
     return _problem(rng, reference.attention, arrays, ids, **({} if window is None else {"window": window}))
+
+
+def _packed(rng: np.random.Generator, N: int = 2, K: int = 1, H: int = 64, **options: Any) -> Problem:
+    """Documents of such lengths that cuDNN gets them as sequences, some of which end behind the block of tokens that
+    they begin in (`cudnn_attention`)."""
+    T = 1024
+    ids = np.zeros((2, T), np.int32)
+    for row_T, lengths in zip(ids, ((700, 100, 3, 180, 41), (300, 10, 400, 20)), strict=True):
+        row_T[: sum(lengths)] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    shapes = dict(q_BTNH=(2, T, N, H), k_BSKH=(2, T, K, H), v_BSKH=(2, T, K, H))
+    arrays = {name: np.asarray(_normal(rng, *shape), jnp.bfloat16) for name, shape in shapes.items()}
+    return _problem(rng, reference.attention, arrays, dict(segment_ids_BT=ids, key_segment_ids_BS=ids), **options)
 
 
 def _slots(

@@ -13,6 +13,7 @@ import pytest
 
 from lfm_jax import selfcheck
 from lfm_jax.kernels import attention, causal_conv, experts, linear_scan
+from lfm_jax.kernels.cudnn_attention import levels, run_levels
 from lfm_jax.kernels.linear import linear
 
 
@@ -88,6 +89,24 @@ def test_every_implementation_and_collective_has_a_row():
                           ("attention", attention.IMPLS), ("decode_attention", attention.DECODE_IMPLS),
                           ("linear", ("dot", "left")), ("experts", experts.IMPLS)):
         assert {impl for name, impl in rows if name == kernel} == set(impls)
+
+
+def test_cudnn_is_checked_with_sequences_of_every_level_and_with_masks():
+    [check] = [c for c in selfcheck._checks(devices=1) if (c.kernel, c.impl) == ("attention", "cudnn")]
+    kinds = set()
+    for problem in check.problems:
+        ids_BT, T = problem.ids.get("segment_ids_BT"), problem.arrays["q_BTNH"].shape[1]
+        if ids_BT is None or "order_BT" in problem.ids:
+            continue
+        sizes = levels(T)
+        level_BT, fits = run_levels(jnp.asarray(ids_BT), sizes)
+        if fits:
+            assert len(sizes) == len(np.unique(np.asarray(level_BT))) == 2
+            C = sizes[-1][0]
+            assert (ids_BT[:, C - 1 : -1 : C] == ids_BT[:, C::C])[np.asarray(level_BT)[:, C::C] == 1].any()
+        kinds.add((bool(fits), "window" in problem.options, problem.options.get("causal", True)))
+    assert kinds == {(True, False, True), (True, True, True), (True, False, False), (False, False, True),
+                     (False, True, True)}
 
 
 def test_everything_passes_here_over_four_devices():

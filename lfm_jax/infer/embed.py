@@ -229,7 +229,7 @@ class Encoder:
         V, problems, found = self.model.config.vocab_size, self._wrong_length(max_tokens), []
         for i, ids in enumerate(rows):
             ids = np.asarray(ids)
-            if not len(ids):
+            if ids.shape == (0,):
                 problems.append(f"{name}[{i}] has no tokens")
             elif ids.ndim != 1 or ids.dtype.kind not in "iu":
                 problems.append(f"{name}[{i}] is {rows[i]!r:.60}; expected token ids")

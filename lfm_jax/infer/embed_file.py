@@ -33,7 +33,8 @@ def embed_file(
 
     Args:
       open_encoder: opens the model.
-      source: a text for each line, as it is; in a `.jsonl` file a JSON string, or an object with a `text`.
+      source: a text for each line, as it is; in a `.jsonl` file a JSON string, or an object with a `text`. It is read
+        twice.
       target: a new file, written whole or not at all: `.npy`, float32 [N, D]; or `.jsonl`, lines
         `{"index": 0, "embedding": [...]}`.
       kind, max_tokens, dimensions: as for `lfm_jax.embed`.
@@ -42,13 +43,17 @@ def embed_file(
       N.
 
     Raises:
-      ValueError: a source that cannot be read or has no texts, a line that holds none, a target that is there or of
-        another kind, or see `lfm_jax.embed`.
+      ValueError: a source that cannot be read twice, has no texts or changes meanwhile, a line that holds none, a
+        target that is there, of another kind or in no directory, or see `lfm_jax.embed`.
     """
     if target.suffix not in TARGETS:
         raise ValueError(f"target {target} must end in {' or '.join(TARGETS)}, which says how vectors are written")
     if os.path.lexists(target):
         raise ValueError(f"target {target} is there already; name a new file")
+    if not target.parent.is_dir():
+        raise ValueError(f"target {target} is in no directory; make {target.parent} first")
+    if source.exists() and not source.is_file():
+        raise ValueError(f"source {source} is no regular file; write the texts into one, because it is read twice")
     N = sum(1 for _ in _texts(source))
     if not N:
         raise ValueError(f"source {source} has no texts; write one for each line")
@@ -59,7 +64,9 @@ def embed_file(
     began, told, texts = time.monotonic(), time.monotonic(), _texts(source)
     with whole(target) as file:
         for start in range(0, N, AT_A_TIME):
-            some = list(itertools.islice(texts, AT_A_TIME))
+            some = list(itertools.islice(texts, min(AT_A_TIME, N - start)))
+            if len(some) < min(AT_A_TIME, N - start):
+                raise ValueError(f"source {source} had {N} texts and has fewer now; leave it as it is meanwhile")
             write(file, encoder.embed(some, kind, max_tokens, dimensions), start, (N, D))
             if time.monotonic() - told > TELL_SECONDS:
                 told, done = time.monotonic(), start + len(some)

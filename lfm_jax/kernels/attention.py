@@ -23,7 +23,7 @@ CPU_QUERIES, CPU_SCORES = 32, 2**16
 """T and T * S from which `blockwise` is the faster one on a CPU (docs/measurements/kernels.md)."""
 
 MASKED_PAIRS = 2**20
-"""B * T * S from which cuDNN with a mask is faster than `xla` on an H200 (docs/measurements/kernels.md)."""
+"""B * T * S from which cuDNN with a mask over key slots beats `xla` on an H200 (docs/measurements/kernels.md)."""
 DECODE_IMPLS = ("xla", "direct", "pallas_gpu")
 """Of `decode_attention`."""
 DIRECT_KEYS = 64
@@ -71,9 +71,10 @@ def attention(
         - `splash`: JAX's Pallas kernel for TPU; whole rows only: T = S, both orders None.
         - `cudnn`: cuDNN's flash attention for NVIDIA GPUs in half precision (`cudnn_attention`). With documents in
           whole rows it computes what is seen; otherwise it takes a mask, 2 * B * T * S bytes.
-        - `auto`: `cudnn` where it applies, with a mask from MASKED_PAIRS on. Elsewhere `blockwise` where the scores
-          would exceed SCORE_BYTES, and below that `xla`, but on CPU `direct` for one query and `blockwise` for long
-          rows (docs/measurements/kernels.md). Never `splash` before a benchmark on a TPU is committed.
+        - `auto`: `cudnn` where it applies, over key slots from MASKED_PAIRS to a mask of MASK_BYTES. Elsewhere
+          `blockwise` where the scores would exceed SCORE_BYTES, and below that `xla`, but on CPU `direct` for one query
+          and `blockwise` for long rows (docs/measurements/kernels.md). Never `splash` before a benchmark on a TPU is
+          committed.
       interpret: run `splash` without a TPU, slowly.
 
     Returns:
@@ -89,7 +90,8 @@ def attention(
     whole = order_BT is None and key_order_BS is None and q_BTNH.shape[1] == k_BSKH.shape[1]
     if impl == "auto":
         pairs = q_BTNH.shape[0] * q_BTNH.shape[1] * k_BSKH.shape[1]
-        cudnn = (whole or pairs >= MASKED_PAIRS) and not _what_cudnn_lacks(q_BTNH, k_BSKH, whole)
+        cudnn = whole or MASKED_PAIRS <= pairs <= cudnn_attention.MASK_BYTES // 2
+        cudnn = cudnn and not _what_cudnn_lacks(q_BTNH, k_BSKH, whole)
         impl = "cudnn" if cudnn else _choose(q_BTNH.shape, k_BSKH.shape[1])
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; choose one of auto, {', '.join(IMPLS)}")

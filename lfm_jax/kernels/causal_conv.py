@@ -78,8 +78,9 @@ def causal_conv(
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} has shape {x.shape}; expected {shape} to match y_BTD {y_BTD.shape}")
     if impl == "auto":
+        dtypes = {x.dtype for x in (y_BTD, gate_in_BTD, gate_out_BTD) if x is not None}
         kernel = nvidia_capability() == HOPPER and T >= KERNEL_TOKENS and W <= KERNEL_TAPS
-        impl = "pallas_gpu" if kernel and y_BTD.dtype in (jnp.bfloat16, jnp.float32) else "shifted"
+        impl = "pallas_gpu" if kernel and dtypes <= {jnp.dtype("bfloat16"), jnp.dtype("float32")} else "shifted"
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; choose one of auto, {', '.join(IMPLS)}")
     if interpret and impl not in PALLAS:

@@ -1,7 +1,7 @@
 """cuDNN's flash attention for NVIDIA GPUs, with documents and with any mask.
 
-Dimensions: B batch, T query time, S key slots, N query heads, K key/value heads, H head width, C tokens of a window,
-R runs that start in a window.
+Dimensions: B batch, T query time, S key slots, N query heads, K key/value heads, H head width, X blocks of C tokens,
+R runs that start in a block.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from lfm_jax.sharding import HOPPER, nvidia_capability
 SHORT = 512
 """Tokens of a document below which all documents go together."""
 SHORT_RUNS = 8
-"""How many of those may start in a window as long as the longest of them."""
+"""How many of those may start in a block as long as the longest of them."""
 MASK_BYTES = 2**31
-"""Bytes of a mask, 2 * B * T * S, above which rows go to `blockwise` where they would need one."""
+"""Bytes of a mask, 2 * B * T * S, above which `blockwise` takes what would need one."""
 
 
 def attend_rows(
@@ -44,11 +44,12 @@ def attend_rows(
     arrays = q_BTNH, k_BTKH, v_BTKH, ids_BT, key_ids_BT
     # Its derivative makes everything again: a branch that is not taken keeps its memory too.
     by_mask = jax.checkpoint(functools.partial(_by_mask, window=window, causal=causal))
-    windows = levels(ids_BT.shape[1])
-    if nvidia_capability() < HOPPER or not windows:
+    # Where a sequence begins is told in numbers of q, by int32.
+    sizes = levels(ids_BT.shape[1]) if q_BTNH.size < 2**31 else []
+    if nvidia_capability() < HOPPER or not sizes:
         return by_mask(*arrays)
-    level_BT, fits = run_levels(ids_BT, windows)
-    by_runs = functools.partial(_by_runs, level_BT=level_BT, windows=windows, window=window, causal=causal)
+    level_BT, fits = run_levels(ids_BT, sizes)
+    by_runs = functools.partial(_by_runs, level_BT=level_BT, sizes=sizes, window=window, causal=causal)
     return lax.cond(fits & jnp.all(ids_BT == key_ids_BT), by_runs, by_mask, *arrays)
 
 
@@ -100,15 +101,15 @@ def levels(T: int) -> list[tuple[int, int]]:
     return [*found, (C, SHORT_RUNS)] if C > 1 else []
 
 
-def run_levels(ids_BT: jax.Array, windows: list[tuple[int, int]]) -> tuple[jax.Array, jax.Array]:
-    """The level of each token's run, int32 [B, T], and whether runs are documents and no window is crowded, bool []."""
+def run_levels(ids_BT: jax.Array, sizes: list[tuple[int, int]]) -> tuple[jax.Array, jax.Array]:
+    """The level of each token's run, int32 [B, T], and whether runs are documents and no block is crowded, bool []."""
     B, T = ids_BT.shape
     starts_BT, length_BT = _starts(ids_BT), _lengths(ids_BT)
     before_BT = jnp.pad(lax.cummax(ids_BT, axis=1), ((0, 0), (1, 0)))[:, :-1]
     whole = jnp.all(~starts_BT | (ids_BT == 0) | (ids_BT > before_BT))
-    level_BT = sum((length_BT <= C).astype(jnp.int32) for C, _ in windows[1:]) + jnp.zeros((B, T), jnp.int32)
-    C, R = windows[-1]
-    crowd = jnp.sum((starts_BT & (level_BT == len(windows) - 1)).reshape(-1, C), axis=1)
+    level_BT = sum((length_BT <= C).astype(jnp.int32) for C, _ in sizes[1:]) + jnp.zeros((B, T), jnp.int32)
+    C, R = sizes[-1]
+    crowd = jnp.sum((starts_BT & (level_BT == len(sizes) - 1)).reshape(-1, C), axis=1)
     return level_BT, whole & jnp.all(crowd <= R)
 
 
@@ -126,7 +127,7 @@ def _lengths(ids_BT: jax.Array) -> jax.Array:
 
 
 def sequences(starts_XC: jax.Array, length_XC: jax.Array, R: int) -> tuple[jax.Array, jax.Array]:
-    """Where the runs that start in each of X windows begin there, and their lengths: int32 [X, R + 1] and [X, R], -1
+    """Where the runs that start in each of X blocks begin there, and their lengths: int32 [X, R + 1] and [X, R], -1
     where there is no further one."""
     C = starts_XC.shape[1]
     at_XR = jax.vmap(lambda starts_C: jnp.nonzero(starts_C, size=R, fill_value=C)[0])(starts_XC).astype(jnp.int32)
@@ -138,14 +139,14 @@ def sequences(starts_XC: jax.Array, length_XC: jax.Array, R: int) -> tuple[jax.A
 
 def _by_runs(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BT: jax.Array, _: jax.Array, *, level_BT: jax.Array,
-    windows: list[tuple[int, int]], window: int | None, causal: bool,
+    sizes: list[tuple[int, int]], window: int | None, causal: bool,
 ) -> jax.Array:
     starts_BT, length_BT = _starts(ids_BT), _lengths(ids_BT)
     out_BTNH = jnp.zeros_like(q_BTNH)
-    for level, (C, R) in enumerate(windows):
+    for level, (C, R) in enumerate(sizes):
         mine_BT = level_BT == level
         start_XR, length_XR = sequences((starts_BT & mine_BT).reshape(-1, C), length_BT.reshape(-1, C), R)
-        # A window is where a run starts; it may end behind it, and cuDNN goes by addresses.
+        # A block is where a run starts; it may end behind it, and cuDNN goes by addresses.
         q_XCNH, k_XCKH, v_XCKH = (
             _keep_gradient(x, mine_BT).reshape(-1, C, *x.shape[2:]) for x in (q_BTNH, k_BTKH, v_BTKH)
         )

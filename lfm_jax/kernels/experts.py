@@ -22,13 +22,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lfm_jax.kernels.pallas_gpu_experts import BLOCK, grouped_product
 from lfm_jax.sharding import HOPPER, nvidia_capability, platform
 from lfm_jax.weight_kinds import WeightKind, pull_back
 
 LEAST_ROWS, MOST_ROWS = 8, 64
 """Rows of a block. One row alone would take another code path, whose results differ."""
-KERNEL_BLOCK = 128
-"""What D and F are multiples of for `pallas_gpu`."""
 MASKED = 2**28
 """Numbers in the masked rows of `ragged` on a GPU above which every expert on every token is faster, and smaller."""
 
@@ -82,7 +81,7 @@ def _choose(x_MD: jax.Array, A: int, E: int, F: int) -> str:
     if platform() != "gpu":
         return "blocks" if platform() == "cpu" else "ragged"
     half = x_MD.dtype in (jnp.bfloat16, jnp.float16)
-    if half and nvidia_capability() == HOPPER and not D % KERNEL_BLOCK and not F % KERNEL_BLOCK:
+    if half and nvidia_capability() == HOPPER and not D % BLOCK and not F % BLOCK:
         return "pallas_gpu"
     return "ragged" if M * A * E * max(D, F) <= MASKED else "dense"
 
@@ -124,12 +123,6 @@ def _by_groups(product: Product, x_MD: jax.Array, chosen_MA: jax.Array, weight_M
 def _ragged_dot(rows: jax.Array, w: jax.Array, size_E: jax.Array) -> jax.Array:
     # A TPU refuses a precision above that of half-precision operands.
     return lax.ragged_dot(rows, w, size_E, precision=None if w.dtype == jnp.float32 else lax.Precision.DEFAULT)
-
-
-def _pallas_gpu(rows: jax.Array, w: jax.Array, size_E: jax.Array) -> jax.Array:
-    from lfm_jax.kernels.pallas_gpu_experts import grouped_product  # Pallas is slow to import.
-
-    return grouped_product(rows, w, size_E)
 
 
 def _sizes(chosen_MA: jax.Array, E: int) -> jax.Array:
@@ -253,4 +246,4 @@ def _blocks_backward(kept: tuple[Any, ...], dy_MD: jax.Array) -> tuple[Any, ...]
 _blocks.defvjp(_blocks_forward, _blocks_backward)
 
 IMPLS = {"dense": _dense, "ragged": partial(_by_groups, _ragged_dot), "blocks": _blocks,
-         "pallas_gpu": partial(_by_groups, _pallas_gpu)}
+         "pallas_gpu": partial(_by_groups, grouped_product)}

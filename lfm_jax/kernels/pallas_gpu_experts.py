@@ -90,4 +90,5 @@ def _blocks(outputs: int) -> dict[str, int]:
 
 
 def _kernel(name: str) -> Any:
+    # Pallas is slow to import.
     return getattr(importlib.import_module(f"jax.experimental.pallas.ops.gpu.{name}_mgpu"), name)

@@ -110,6 +110,7 @@ def attention(
     segment_ids_BT: Array | None = None,
     key_segment_ids_BS: Array | None = None,
     window: int | None = None,
+    causal: bool = True,
 ) -> tuple[Array, Callable[[Array], dict[str, Array]]]:
     """Softmax attention over the visible keys; zero for a query that sees none."""
     (_, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
@@ -118,7 +119,7 @@ def attention(
     order = np.arange(T)[None] if order_BT is None else order_BT
     key_order = np.arange(S)[None] if key_order_BS is None else key_order_BS
     distance_BTS = order[:, :, None] - key_order[:, None, :]
-    visible_BTS = distance_BTS >= 0
+    visible_BTS = distance_BTS >= 0 if causal else np.ones_like(distance_BTS, bool)
     if window is not None:
         visible_BTS = visible_BTS & (distance_BTS < window)
     if segment_ids_BT is not None and key_segment_ids_BS is not None:

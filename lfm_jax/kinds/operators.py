@@ -88,11 +88,14 @@ def _scores(c: ModelConfig, share: Share) -> float:
 
     held = c.num_heads / share.tensor * share.seq_len
     if c.attention_impl == "auto":
-        blockwise = share.chip is None and share.seq_len**2 >= CPU_SCORES
-        blockwise |= 4 * share.tokens * held > SCORE_BYTES
+        flash = share.chip is None and share.seq_len**2 >= CPU_SCORES
+        flash |= 4 * share.tokens * held > SCORE_BYTES
+        # On a GPU cuDNN, which keeps no scores.
+        gpu = share.chip is not None and not share.chip.torus_dims
+        flash |= gpu and c.dtype in ("bfloat16", "float16") and c.head_dim % 8 == 0 and c.head_dim <= 128
     else:
-        blockwise = c.attention_impl != "xla"
-    return 0.0 if blockwise else held * (_float32(c) + 1)
+        flash = c.attention_impl != "xla"
+    return 0.0 if flash else held * (_float32(c) + 1)
 
 
 def _attention_traded(c: ModelConfig) -> float:

@@ -146,12 +146,14 @@ def _checked_importance(importance: np.ndarray, shape: tuple[int, ...], scaled: 
     expected = shape[:-2] * (len(shape) == 3) + shape[-1:]
     if importance.shape != expected:
         raise ValueError(f"{name}: importance {list(importance.shape)} for {list(shape)}; expected {list(expected)}")
-    weights = np.array(importance, np.float32).reshape(-1, shape[-1])
+    weights = np.array(importance, np.float32).reshape(math.prod(expected[:-1]), shape[-1])
     if not np.isfinite(weights).all() or (weights < 0).any():
         raise ValueError(f"{name}: importance must be finite and not negative; collect it again")
-    small = np.float32(1e-6) * weights.max(1)
-    small[small == 0] = 1
-    blocks = weights.reshape(len(weights), -1, scaled)
+    # By a power of two to between 1/2 and 1: neither a sum nor a product with squares leaves float32.
+    largest, power = np.frexp(weights.max(1, initial=0))
+    weights = np.ldexp(weights, -power[:, None])
+    small = np.where(largest > 0, np.float32(1e-6) * largest, np.float32(1))
+    blocks = weights.reshape(len(weights), weights.shape[1] // scaled, scaled)
     np.copyto(blocks, small[:, None, None], where=(blocks == 0).all(2, keepdims=True))
     return weights
 

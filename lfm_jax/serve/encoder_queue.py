@@ -79,6 +79,7 @@ class EncoderQueue:
 
         Args:
           reduce: what is kept of the vectors of a text, [1, D], or [S, O] with late interaction; called in a thread.
+            They are a view of those of the whole batch, which a view of them would keep.
 
         Raises:
           NotFiniteError: vectors of one of these texts are not finite.

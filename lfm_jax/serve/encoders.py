@@ -134,7 +134,6 @@ class _Desk:
 
         async def work() -> tuple[list[np.ndarray], int]:
             rows = await asyncio.to_thread(self._rows, body)
-            # Copied, lest a vector keep those of its whole batch.
             kept = await self._queue.compute(rows, lambda x_SO: shortened(x_SO[0], body.dimensions).copy())
             return kept, _tokens(rows)
 
@@ -148,7 +147,7 @@ class _Desk:
 
         async def work() -> tuple[np.ndarray, int]:
             query, documents = await asyncio.to_thread(self._query_and_documents, body)
-            [query_QO] = await self._queue.compute(query, lambda x_QO: x_QO)
+            [query_QO] = await self._queue.compute(query, np.copy)
             # The vectors of documents are not kept: those of tokens would take much room.
             scores = await self._queue.compute(documents, lambda x_SO: max_sim(query_QO, x_SO))
             return np.asarray(scores), _tokens(query) + _tokens(documents)

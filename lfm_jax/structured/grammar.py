@@ -231,7 +231,7 @@ class GrammarTokenizer:
         self.known_W = _packed([*ids, *eos_ids], vocab_size)
         self.eos_W = _packed(eos_ids, vocab_size)
         added = tokenizer.get_added_tokens_decoder()
-        self.special_W = _packed([i for i, token in added.items() if token.special and i not in eos_ids], vocab_size)
+        self.special_W = _packed([i for i, token in added.items() if token.special], vocab_size)
         self._plain = without_specials(tokenizer)
         self._matchers: Kept[Matcher] = Kept(64, 2**20, lambda text, _: len(text))
 
@@ -300,9 +300,11 @@ class Matcher:
         """Mends a mask whose only token is a special one that cannot come.
 
         Where text is forced, llguidance takes the first token that the tokenizer makes of it: for the name of a special
-        token that token, which is no text.
+        token that token, which is no text, and would end one if it is eos.
         """
         if not (mask_W & self.tokenizer.special_W).any() or np.bitwise_count(mask_W).sum() > 1:
+            return
+        if self.handle.is_error() or self.handle.is_accepting():
             return
         (token,) = np.flatnonzero(np.unpackbits(mask_W.view(np.uint8), bitorder="little"))
         if not self.handle.validate_tokens([int(token)]):

@@ -169,6 +169,7 @@ def test_ranking_keeps_no_vectors(monkeypatch):
     (lambda: Encoder(model(), tokenizer()).prepare_ids([[1], [2, 10**6]]), r"ids\[1\]\[1\] is 1000000; token ids lie"),
     (lambda: Encoder(model(), tokenizer()).prepare_ids([[1, -1]]), r"ids\[0\]\[1\] is -1"),
     (lambda: Encoder(model(), tokenizer()).prepare_ids([[1.5]]), r"ids\[0\] is \[1.5\]; expected token ids"),
+    (lambda: Encoder(model(), tokenizer()).prepare_ids([1, 2]), r"ids\[0\] is 1; expected token ids"),
     (lambda: Encoder(model(), tokenizer()).prepare_ids([[1, 2, 3]], 2, cuts=False), r"ids\[0\] has 3 tokens, and at m"),
     (lambda: lfm.embed(tiny_model(), tokenizer(), "x"), "config.causal is True: .*load an encoder, such as LFM2.5-Emb"),
     (lambda: lfm.rerank(tiny_model(), tokenizer(), "x", ["y"]), "config.causal is True"),

@@ -1,6 +1,8 @@
 """`lfm embed`: lines in, the vectors of `lfm.embed` out, whole or not at all."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import pytest
 import lfm_jax as lfm
 from lfm_jax.cli import main
 from lfm_jax.infer import embed_file as module
+from lfm_jax.infer.embed import load_encoder
 from lfm_jax.testing import tiny_model, tiny_tokenizer
 
 TEXTS = ["fox", "", "the lazy dog\u2028over", "é " * 30, "jumps"]
@@ -57,6 +60,8 @@ def test_each_line_gets_its_vector(model, tmp_path, capsys, monkeypatch, name):
     ("a.jsonl", b"x\n", "v.npy", (), "line 1 of"),
     ("a.txt", b"x", "v.npy", ("--dimensions", 33), "dimensions is 33"),
     ("a.jsonl", b'"x"\n"\\ud800"', "v.npy", (), "line 2 of"),
+    ("a.txt", b"x", "nowhere/v.npy", (), "nowhere first"),
+    (".", None, "v.npy", (), "is no regular file; write the texts into one"),
 ])
 def test_what_is_refused_leaves_nothing(model, tmp_path, capsys, name, content, target, flags, problem):
     if content is not None:
@@ -67,3 +72,25 @@ def test_what_is_refused_leaves_nothing(model, tmp_path, capsys, name, content, 
     assert problem in capsys.readouterr().err
     assert {one.name for one in tmp_path.iterdir()} == before
     assert (tmp_path / "there.npy").read_bytes() == b"mine"
+
+
+def test_a_source_that_is_read_once_or_changes_leaves_nothing(model, tmp_path):
+    read, write = os.pipe()
+    os.write(write, b"x\ny\n")
+    os.close(write)
+    source, target = tmp_path / "a.txt", tmp_path / "v.npy"
+    with pytest.raises(ValueError, match="is no regular file"):
+        module.embed_file(lambda: load_encoder(model), Path(f"/dev/fd/{read}"), target)
+    os.close(read)
+
+    def meanwhile(content):
+        source.write_bytes(content)
+        return load_encoder(model)
+
+    source.write_bytes(b"x\ny\n")
+    with pytest.raises(ValueError, match="had 2 texts and has fewer now"):
+        module.embed_file(lambda: meanwhile(b"x\n"), source, target)
+    assert [one.name for one in tmp_path.iterdir()] == ["a.txt"]
+    source.write_bytes(b"x\ny\n")
+    assert module.embed_file(lambda: meanwhile(b"x\ny\nz\n"), source, target) == 2
+    np.testing.assert_array_equal(np.load(target), load_encoder(model).embed(["x", "y"]))

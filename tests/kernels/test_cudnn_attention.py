@@ -1,7 +1,7 @@
 """Attention by cuDNN: what it is asked for, with a stand-in that goes by addresses as it does, and its lowering for
 CUDA. `lfm selfcheck` compares cuDNN itself with float64 on a GPU.
 
-Dimensions: B batch, T time, N query heads, K key/value heads, H head width, X windows, C tokens of a window, R runs.
+Dimensions: B batch, T time, N query heads, K key/value heads, H head width, X blocks of C tokens, R runs.
 """
 
 import re
@@ -45,7 +45,7 @@ written.defvjp(lambda *args: (written(*args), args), written_backward)
 
 
 def sequences_attention(q_XCNH, k_XCKH, v_XCKH, start_XR, length_XR, window, causal):
-    """A window's sequences begin in it and may end behind it."""
+    """A block's sequences begin in it and may end behind it."""
     X, C, *_ = q_XCNH.shape
     starts = jnp.where(start_XR < 0, X * C, start_XR + C * jnp.arange(X)[:, None])[:, :-1].reshape(-1)
     lengths = jnp.maximum(length_XR, 0).reshape(-1)
@@ -63,7 +63,7 @@ def sequences_attention(q_XCNH, k_XCKH, v_XCKH, start_XR, length_XR, window, cau
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
-    """Windows of 64, 16 and 4 tokens; masks through XLA."""
+    """Blocks of 64, 16 and 4 tokens; masks through XLA."""
     xla = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention",
                         lambda *args, **options: xla(*args, **options | {"implementation": "xla"}))
@@ -133,13 +133,29 @@ def test_only_packed_rows_are_sequences(ids_T, fits):
     assert_equal(ids_BT, ids_BT)
 
 
+def test_layers_that_are_scanned_and_computed_again():
+    """The choice is made inside of a loop, and its derivative makes both branches again."""
+    fitting, crowded = ids_of([20, 30], 4), ids_of([1] * 30, 4)
+
+    def layers(attend, q, k, v, ids_BT, key_ids_BT, window, causal):
+        layer = jax.checkpoint(lambda x, _: (x + attend(x, k, v, ids_BT, key_ids_BT, window, causal), None))
+        return jax.lax.scan(layer, q, None, length=3)[0]
+
+    for ids_BT in (fitting, crowded):
+        found, expected = (
+            solve(partial(layers, attend), ids_BT, ids_BT, None, True) for attend in (attend_rows, plain)
+        )
+        for x, y in zip(found, expected, strict=True):
+            np.testing.assert_allclose(x, y, atol=5e-5)
+
+
 def test_queries_and_keys_of_other_documents_take_a_mask():
     ids_BT = ids_of([30, 34], 0)
     assert_equal(ids_BT, np.where(np.arange(T) % 7 == 0, 0, ids_BT), causal=False)
 
 
 @given(rows)
-def test_few_documents_of_a_level_start_in_a_window(ids_BT):
+def test_few_documents_of_a_level_start_in_a_block(ids_BT):
     """So that what cuDNN is told beforehand, at most R of at most C tokens, holds."""
     level_BT = np.asarray(run_levels(jnp.asarray(ids_BT), levels(T))[0])
     starts_BT = np.diff(ids_BT, axis=1, prepend=-1) != 0
@@ -182,10 +198,13 @@ def test_what_it_is_on_cuda(monkeypatch):
     assert ("fmhaScaleBiasSoftmaxBackward", 1) in calls
 
 
-@pytest.mark.parametrize(("capability", "T", "sequences"), [(HOPPER, 64, 1), (AMPERE, 64, 0), (HOPPER, 63, 0)])
-def test_gpus_before_hopper_and_rows_that_do_not_divide_take_a_mask(monkeypatch, capability, T, sequences):
+@pytest.mark.parametrize(("capability", "B", "T", "sequences"), [
+    (HOPPER, 2, 64, 1), (AMPERE, 2, 64, 0), (HOPPER, 2, 63, 0), (HOPPER, 2**21, 64, 0),
+])
+def test_old_gpus_rows_that_do_not_divide_and_too_many_take_a_mask(monkeypatch, capability, B, T, sequences):
+    """Too many: of 2^31 numbers of q an int32 cannot tell where a sequence begins."""
     monkeypatch.setattr(cudnn_attention, "nvidia_capability", lambda: capability)
-    q, k = (Shape((2, T, n, 8), jnp.float32) for n in (2, 1))
-    ids = Shape((2, T), jnp.int32)
+    q, k = (Shape((B, T, n, 8), jnp.float32) for n in (2, 1))
+    ids = Shape((B, T), jnp.int32)
     jaxpr = str(jax.make_jaxpr(partial(attend_rows, window=None, causal=True))(q, k, k, ids, ids))
     assert ("cond[" in jaxpr) == bool(sequences)

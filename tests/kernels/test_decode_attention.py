@@ -171,12 +171,14 @@ def test_a_model_on_a_gpu_decodes_with_the_kernel(ampere):
 @pytest.mark.parametrize(("changes", "chosen"), [
     ({}, "rows"), (dict(window=4), "rows"), (dict(ids=True), "rows"), (dict(dtype=jnp.float32), "xla"),
     (dict(slots=512), "xla"), (dict(T=1024, slots=2048), "masked"), (dict(T=1025, slots=2048), "xla"),
+    (dict(T=1024, slots=4098), "xla"),
 ])
 def test_attention_on_a_gpu_goes_to_cudnn_where_it_can(ampere, monkeypatch, changes, chosen):
-    """A mask is worth it for many pairs of queries and key slots."""
+    """A mask is worth it for many pairs of queries and key slots, within bounds of memory."""
     taken = []
     monkeypatch.setattr(attention, "cudnn_attention", SimpleNamespace(
-        attend_rows=lambda *args: taken.append("rows"), attend_masked=lambda *args: taken.append("masked")))
+        attend_rows=lambda *args: taken.append("rows"), attend_masked=lambda *args: taken.append("masked"),
+        MASK_BYTES=2**23))
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, *args, **options: taken.append("xla") or q)
     monkeypatch.setattr(attention, "platform", lambda: "gpu")
     T, dtype = changes.get("T", 8), changes.get("dtype", jnp.bfloat16)

@@ -20,10 +20,13 @@ from jax import ShapeDtypeStruct as Shape
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lfm_jax.kernels import causal_conv as conv_module
+from lfm_jax.kernels import linear_scan as scan_module
 from lfm_jax.kernels import pallas_gpu, pallas_gpu_conv, reference
 from lfm_jax.kernels.causal_conv import causal_conv
 from lfm_jax.kernels.linear_scan import linear_scan
 from lfm_jax.kernels.pallas_gpu import gated_conv, scan
+from lfm_jax.sharding import AMPERE, HOPPER
 
 BOUND = 2e-5
 
@@ -280,3 +283,23 @@ def test_kernels_lower_inside_a_shard_map(small_chunks):
     with jax.set_mesh(mesh):
         sharded = jax.shard_map(run, in_specs=(specs,), out_specs=(rows, rows, P()), check_vma=False)
         assert lowered(sharded, args).count("@mosaic_gpu_v2") == 2
+
+
+@pytest.mark.parametrize(("capability", "T", "changes", "taken"), [
+    (HOPPER, 256, {}, {"conv", "scan"}), (HOPPER, 255, {}, set()), (AMPERE, 256, {}, set()),
+    (HOPPER, 256, dict(dtype=jnp.float32), {"conv", "scan"}), (HOPPER, 256, dict(dtype=jnp.float16), set()),
+    (HOPPER, 256, dict(gate=jnp.float16), {"scan"}),
+    (HOPPER, 256, dict(taps=pallas_gpu_conv.MAX_TAPS), {"conv", "scan"}),
+    (HOPPER, 256, dict(taps=pallas_gpu_conv.MAX_TAPS + 1), {"scan"}),
+])
+def test_auto_takes_them_for_long_rows_on_hopper_as_far_as_they_go(monkeypatch, capability, T, changes, taken):
+    for module in (conv_module, scan_module):
+        monkeypatch.setattr(module, "nvidia_capability", lambda: capability)
+    dtype, W = changes.get("dtype", jnp.bfloat16), changes.get("taps", 3)
+    x, gate = Shape((2, T, 8), dtype), Shape((2, T, 8), changes.get("gate", dtype))
+
+    jaxprs = {
+        "conv": jax.make_jaxpr(lambda y, w, gate: causal_conv(y, w, gate_in_BTD=gate))(x, Shape((W, 8), dtype), gate),
+        "scan": jax.make_jaxpr(lambda a, b: linear_scan(a, b))(x, x),  # What is traced is kept by function.
+    }
+    assert {name for name, jaxpr in jaxprs.items() if "copy_gmem_to_smem" in str(jaxpr)} == taken

@@ -84,8 +84,9 @@ def test_importance_lowers_the_error_that_it_weights(type):
     x, importance = tensor("normal"), weights()
     plain, weighted = (dequantize(quantize(x, type, w), type, x.shape) for w in (None, importance))
     assert relative_error(weighted, x, importance) < 0.95 * relative_error(plain, x, importance)
-    # Only ratios count, and a power of two changes no rounding.
-    np.testing.assert_array_equal(quantize(x, type, 4 * importance), quantize(x, type, importance))
+    # Only ratios count, and a power of two changes no rounding, however far it goes.
+    for power in (2, 100, -100):
+        np.testing.assert_array_equal(quantize(x, type, np.ldexp(importance, power)), quantize(x, type, importance))
 
 
 @pytest.mark.parametrize("type", [type for type in BLOCKS if type != "Q8_0"])
@@ -109,6 +110,17 @@ def test_each_matrix_of_a_stack_has_its_own_importance(type, monkeypatch):
     monkeypatch.setattr(block_types, "_CHUNK", 5 * COLUMNS)  # Some pieces have rows of two matrices.
     np.testing.assert_array_equal(quantize(x, type, importance), rows)
     np.testing.assert_array_equal(dequantize(rows, type, x.shape)[1], dequantize(alone[1], type, x.shape[1:]))
+
+
+@pytest.mark.parametrize("importance", [False, True])
+@pytest.mark.parametrize("type", [*PLAIN, *BLOCKS])
+@pytest.mark.parametrize("shape", [(256,), (0, 256), (0, 2, 256), (2, 0, 256), (1, 2, 3, 256)])
+def test_any_number_of_rows_and_axes(type, shape, importance):
+    x = np.resize(tensor("normal"), shape)
+    w = np.ones(shape[:-2] * (len(shape) == 3) + shape[-1:]) if importance else None
+    rows = quantize(x, type, w)
+    assert rows.shape == (*shape[:-1], type_size(type).row_bytes(shape[-1]))
+    np.testing.assert_allclose(dequantize(rows, type, shape), x, atol=0.01)
 
 
 def test_narrow_floats_are_taken_as_they_are():

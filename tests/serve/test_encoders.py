@@ -135,6 +135,30 @@ def test_documents_are_ranked():
     assert best == [{"index": i, "relevance_score": score, "document": {"text": TEXTS[i]}} for i, score in expected[:2]]
 
 
+@pytest.mark.parametrize(("path", "body"), [
+    ("embeddings", dict(input=TEXTS)), ("embeddings", dict(input=TEXTS, dimensions=4)),
+    ("rerank", dict(query="dog", documents=TEXTS)),
+])
+def test_nothing_keeps_the_vectors_of_a_whole_batch(monkeypatch, path, body):
+    app, kept = make_encoder_app(encoder(), "tiny"), []
+    compute = app.state.queue.compute
+
+    async def noted(rows, reduce):
+        found = await compute(rows, reduce)
+        kept.extend(found)
+        return found
+
+    monkeypatch.setattr(app.state.queue, "compute", noted)
+
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
+            return await client.post(f"/v1/{path}", json={"model": "tiny"} | body)
+
+    assert asyncio.run(ask()).status_code == 200
+    assert kept
+    assert all(np.asarray(one).base is None for one in kept)
+
+
 def test_documents_as_jina_and_cohere_send_them():
     documents = [{"text": TEXTS[0]}, *TEXTS[1:]]
     expected = encoder().rerank("dog", TEXTS, max_tokens=6)

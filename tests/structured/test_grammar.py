@@ -96,14 +96,14 @@ def test_special_tokens_are_no_text():
     assert m.done
 
 
+@pytest.mark.parametrize("name", ["<|tool_call_start|>", *map(tokenizer().id_to_token, EOS)])
 @pytest.mark.parametrize("make", [
     lambda name: Grammar.choice([f"{name}yes", f"{name}no"]), lambda name: Grammar.regex(f"a{re.escape(name)}+"),
     lambda name: Grammar.json_schema({"const": f"é{name}{name}"}),
 ])
-def test_forced_text_may_be_the_name_of_a_special_token(make):
-    """It is spelled out."""
-    name = "<|tool_call_start|>"
-    assert tokenizer().token_to_id(name) is not None
+def test_forced_text_may_be_the_name_of_a_special_token(make, name):
+    """It is spelled out, and does not end the text if it is that of eos."""
+    assert tokenizer().get_added_tokens_decoder()[tokenizer().token_to_id(name)].special
     for text in samples(make(name), 4):
         assert name in text
 
