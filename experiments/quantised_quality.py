@@ -38,7 +38,7 @@ from lfm_jax.model import LFM
 from lfm_jax.weight_kinds import WeightKind
 
 FULL = "full"
-TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q4_0", "int8", "int4", "int4:128", "int4:32")
+TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q4_0", "int8", "int4", "int4:32")
 QUANTISE = """
 import sys, llama_cpp
 params = llama_cpp.llama_model_quantize_default_params()

@@ -87,6 +87,7 @@ def attention(
     _check(q_BTNH, k_BSKH, v_BSKH, order_BT, key_order_BS, segment_ids_BT, key_segment_ids_BS, window)
     if not causal and any(x is not None for x in (order_BT, key_order_BS, window)):
         raise ValueError("causal=False has no order: leave order_BT, key_order_BS and window out")
+    sequences = impl != "auto" or (causal and window is None)  # The others have not run on a GPU as sequences.
     whole = order_BT is None and key_order_BS is None and q_BTNH.shape[1] == k_BSKH.shape[1]
     if impl == "auto":
         pairs = q_BTNH.shape[0] * q_BTNH.shape[1] * k_BSKH.shape[1]
@@ -107,7 +108,7 @@ def attention(
         if lacks := _what_cudnn_lacks(q_BTNH, k_BSKH, whole):
             raise ValueError(f"impl='cudnn' {lacks}; use impl='blockwise'")
         if whole:
-            return cudnn_attention.attend_rows(q_BTNH, k_BSKH, v_BSKH, *ids, window, causal)
+            return cudnn_attention.attend_rows(q_BTNH, k_BSKH, v_BSKH, *ids, window, causal, sequences)
     query_BT = Place(_order(order_BT, q_BTNH, causal), segment_ids_BT)
     key_BS = Place(_order(key_order_BS, k_BSKH, causal), key_segment_ids_BS)
     if impl == "blockwise":

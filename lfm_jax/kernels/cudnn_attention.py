@@ -27,13 +27,16 @@ MASK_BYTES = 2**31
 
 def attend_rows(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BT: jax.Array | None, key_ids_BT: jax.Array | None,
-    window: int | None, causal: bool,
+    window: int | None, causal: bool, sequences: bool = True,
 ) -> jax.Array:
     """Self-attention of whole rows; see `attention.attention`.
 
     Documents are sequences of their own to cuDNN, and what no token sees takes no time, where each document (and each
     stretch of padding) is one run of tokens and short ones are not crowded (`levels`), as in packed training data.
     Other rows, and GPUs before Hopper, get a mask. Which of the two a batch takes is decided on the device.
+
+    Args:
+      sequences: False: documents get a mask in any case.
     """
     if ids_BT is None or key_ids_BT is None:
         # Its left window leaves the query's own token out.
@@ -46,7 +49,7 @@ def attend_rows(
     by_mask = jax.checkpoint(functools.partial(_by_mask, window=window, causal=causal))
     # Where a sequence begins is told in numbers of q, by int32.
     sizes = levels(ids_BT.shape[1]) if q_BTNH.size < 2**31 else []
-    if nvidia_capability() < HOPPER or not sizes:
+    if nvidia_capability() < HOPPER or not sizes or not sequences:
         return by_mask(*arrays)
     level_BT, fits = run_levels(ids_BT, sizes)
     by_runs = functools.partial(_by_runs, level_BT=level_BT, sizes=sizes, window=window, causal=causal)
