@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PREFIX_CACHE_BYTES = 2**28
+SHORTEST = 256
+"""Tokens of a slot, at least: shorter ones would save little, and each length is compiled anew."""
 FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")
 """Generation kwargs that are fields of `Sampling`."""
 
@@ -71,11 +73,11 @@ def wanted(
     Raises:
       ValueError: kwargs that are not known, or no room for a context.
     """
-    given = normalize_gen_kwargs(dict(options), encoder.max_gen_toks)
+    given: dict[str, Any] = {**normalize_gen_kwargs(dict(options), encoder.max_gen_toks)}
     eos = tokenizer.decode([encoder.eot_token_id], skip_special_tokens=False)
     until = [text for text in handle_stop_sequences(given.pop("until", None), eos=eos) if text]
     most = given.pop("max_gen_toks")
-    temperature = given.pop("temperature", 0.0) if given.pop("do_sample") else 0.0
+    sampled, temperature = given.pop("do_sample"), given.pop("temperature", 0.0)
     filters = {name: value for name in FILTERS if (value := given.pop(name, None)) is not None}
     unknown = {name: value for name, value in given.items() if (name, value) != ("num_beams", 1)}
     if unknown:
@@ -89,8 +91,8 @@ def wanted(
     if not prompt:
         raise ValueError("a context is empty, and the tokenizer begins no text by itself: there is nothing to continue")
     how = thinking(tokenizer, template)
-    return Wanted(prompt, most, until, Sampling(temperature=temperature, seed=seed % 2**32, **filters), how,
-                  reply_stage(tokenizer, how, prompt))
+    sampling = Sampling(temperature=temperature if sampled else 0.0, seed=seed % 2**32, **filters)
+    return Wanted(prompt, most, until, sampling, how, reply_stage(tokenizer, how, prompt))
 
 
 def run(model: LFM, tokenizer: Tokenizer, tasks: Sequence[Wanted], slots: int) -> Iterator[tuple[int, str]]:
@@ -101,7 +103,8 @@ def run(model: LFM, tokenizer: Tokenizer, tasks: Sequence[Wanted], slots: int) -
     """
     if not tasks:
         return
-    length = min(bucket(max(len(task.prompt) + task.most for task in tasks)), model.config.max_position)
+    longest = max(len(task.prompt) + task.most for task in tasks)
+    length = min(max(bucket(longest), SHORTEST), model.config.max_position)
     stop_ids = turn_stop_ids(tokenizer, model.config)
     engine = Engine(model, EngineConfig(
         slots=((min(slots, max(2, len(tasks))), length),), prefix_cache_bytes=PREFIX_CACHE_BYTES,

@@ -61,11 +61,12 @@ class Scorer:
     def __init__(self, model: LFM, max_length: int, batch_tokens: int | None = None):
         model.config.need_causal("scoring continuations")
         most = model.config.max_position
-        problems = [] if 1 <= max_length <= most else [f"max_length is {max_length}; the model reads 1 to {most} tokens"]
         if batch_tokens is None:
             batch_tokens = 2048 if jax.default_backend() == "cpu" else 16384
-        problems += [] if batch_tokens >= 1 else [f"batch_tokens is {batch_tokens}; it must be at least 1"]
-        raise_problems("cannot score", problems)
+        if not 1 <= max_length <= most:
+            raise ValueError(f"max_length is {max_length}; the model reads 1 to {most} tokens")
+        if batch_tokens < 1:
+            raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1")
         self.max_length, self._batch_tokens, self._model = max_length, batch_tokens, model
         graphdef, params = nnx.split(model, nnx.Param)
         self._programs, self._params = _programs(graphdef), nnx.to_pure_dict(params)

@@ -23,6 +23,11 @@ else:
 
 torch.set_num_threads(1)
 
+MAX_LENGTH = 64
+"""Of both backends, short so that texts are cut."""
+OPTIONS = dict(max_length=MAX_LENGTH, batch_tokens=256, slots=2)
+"""Of ours: shapes that compile fast."""
+
 
 def hf_backend(path, **options):
     """The backend on the weights of a directory, float32, on the CPU."""
