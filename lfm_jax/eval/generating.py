@@ -154,6 +154,8 @@ class _Reply:
         self._thought = ThoughtCounter(tokenizer, task.how, task.begin)
         self._strings = ReplyText(tokenizer, task.until, stop_ids, skip_special_tokens=True)
         self._tokens: list[int] = []
+        self._held: list[int] = []
+        """What may still become the mark of a thought."""
         self._begun = False
         """Something but blanks has come, outside of a thought."""
         self.over = False
@@ -166,15 +168,16 @@ class _Reply:
             self._tokens.append(token)
             inside = self._thought.open
             self._thought.push([token])
+            self._held.append(token)
+            if self._thought.undecided:
+                continue
             # What a thought says ends nothing, nor do the blanks between it and the answer.
-            if inside or self._thought.open:
-                continue
             blank = not token_bytes(self._tokenizer, token).decode("latin-1").strip(BLANKS)
-            if self._thought.tokens and blank and not self._begun:
-                continue
-            self._begun = True
-            self._strings.push([token])
-            self.over = self._strings.stopped
+            if not (inside or self._thought.open or (self._thought.tokens and blank and not self._begun)):
+                self._begun = True
+                self._strings.push(self._held)
+                self.over = self._strings.stopped
+            self._held.clear()
 
     def text(self) -> str:
         """Returns the answer: what follows a thought, up to the first stop string."""

@@ -1,7 +1,7 @@
 """A model of lm-eval on the batched engine.
 
-It answers what lm-eval's own `hf` backend answers (`lm_eval/models/huggingface.py`): how texts are encoded and cut, what
-is summed, where a generated text ends. Nothing here needs torch.
+It answers what lm-eval's own `hf` backend answers (`lm_eval/models/huggingface.py`): how texts are encoded and cut,
+what is summed, where a generated text ends. Nothing here needs torch.
 """
 
 from __future__ import annotations
