@@ -166,7 +166,8 @@ def test_data_on_disk_takes_the_place_of_a_shipped_data_set(tmp_path, monkeypatc
         load_tasks(["piqa"], tmp_path)
     (tmp_path / "piqa" / "train.jsonl").rename(tmp_path / "piqa" / "trian.jsonl")
     (tmp_path / "piqa" / "validation.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"trian.jsonl is no split of it; it has .*\n.* 'validation', of which there is no"):
+    wrong = r"trian.jsonl is no split of it; it has .*\n.* 'validation', of which there is no file"
+    with pytest.raises(ValueError, match=wrong):
         load_tasks(["piqa"], tmp_path)
 
 
