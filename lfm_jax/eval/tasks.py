@@ -28,8 +28,8 @@ def load_tasks(names: Sequence[str], data: Path | None = None) -> tuple[TaskMana
         relative name in `data_files` is a file beside it; they come before shipped ones.
 
     Raises:
-      ValueError: names that there are not, data that is not a directory, a split that the task does not have, or see
-        `check_tasks`.
+      ValueError: names that there are not, data that is not a directory, a split that the task does not have, a
+        package that a task needs and that is not installed, or see `check_tasks`.
     """
     if data is not None and not data.is_dir():
         raise ValueError(f"data {data} is not a directory")
@@ -39,20 +39,25 @@ def load_tasks(names: Sequence[str], data: Path | None = None) -> tuple[TaskMana
     manager = TaskManager(include_path=None if data is None else str(data), include_defaults=shipped)
     missing = [name for name in names if name not in manager.all_tasks]
     raise_problems("cannot evaluate", [f"there is no task {name!r}" for name in missing])
-    specs: list[Any] = []
-    for name in names:
-        files = {} if data is None else _files(data / name)
-        path = own.get(name) or manager.task_index[name].yaml_path
-        if (name in own or files) and path is not None:
-            config = load_yaml(path)
-            specs.append(_beside(config, Path(path).parent) if name in own else _over_files(name, config, files))
-        else:
-            specs.append(name)
-    loaded = manager.load(specs)
+    try:
+        loaded = manager.load([_spec(manager, name, own, data) for name in names])
+    except ImportError as error:
+        raise ValueError(f"{error.name} is not installed, and one of the tasks needs it: install it, or an extra of "
+                         "lm-eval such as 'lm-eval[ifeval]'") from None
     check_tasks(loaded["tasks"].values())
     groups = [group for name, group in loaded.get("groups", {}).items() if name in names]
     grouped = {task.task_name for group in groups for task in group.get_all_tasks()}
     return manager, [*groups, *(task for name, task in loaded["tasks"].items() if name not in grouped)]
+
+
+def _spec(manager: TaskManager, name: str, own: dict[str, Path], data: Path | None) -> Any:
+    """What `TaskManager.load` takes for a task: its name, or its config where its data are on disk."""
+    files = {} if data is None else _files(data / name)
+    path = own.get(name) or manager.task_index[name].yaml_path
+    if path is None or not (name in own or files):
+        return name
+    config = load_yaml(path)
+    return _beside(config, Path(path).parent) if name in own else _over_files(name, config, files)
 
 
 def _files(folder: Path) -> dict[str, Path]:

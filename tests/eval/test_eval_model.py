@@ -45,7 +45,7 @@ def scored_pairs(count, seed=0):
             case 4:
                 answers = [" the", " fox", " dog", " over", " the"]
             case 5:
-                answers = [" " + text(draw, 14, 20)]
+                answers = [" " + text(draw, 8, 12)]
         pairs += [(context, answer) for answer in answers]
     return pairs[:count]
 
@@ -86,7 +86,8 @@ def test_whole_texts_in_windows(count, ours, theirs):
 @pytest.mark.parametrize("count", [12, pytest.param(100, marks=pytest.mark.long)])
 def test_generated_texts(count, ours, theirs):
     draw = random.Random(2)
-    stops = [[], ["o"], ["\n", "U"], ["�"], ["<|im_end|>"], ["\x0e", "Q"], "e", ["<|fim_pre|>"]]
+    # `hf` also stops at a letter in the name of a special token, which it then leaves out of the text: avoid those.
+    stops = [[], ["z"], ["\n", "U"], ["�"], ["<|im_end|>"], ["\x0e", "Q"], "k", ["<|fim_pre|>"]]
     args = []
     for i in range(count):
         options = {"until": draw.choice(stops), "max_gen_toks": draw.choice([1, 7, 30]), "do_sample": False}

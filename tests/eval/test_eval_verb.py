@@ -171,6 +171,13 @@ def test_data_on_disk_takes_the_place_of_a_shipped_data_set(tmp_path, monkeypatc
         load_tasks(["piqa"], tmp_path)
 
 
+def test_a_task_that_needs_another_package_says_so(tmp_path):
+    (tmp_path / "toy.yaml").write_text("task: toy\ndoc_to_text: !function toy_functions.text\n")
+    (tmp_path / "toy_functions.py").write_text("import a_package_that_is_missing\n")
+    with pytest.raises(ValueError, match="a_package_that_is_missing is not installed, and one of the tasks needs it"):
+        load_tasks(["toy"], tmp_path)
+
+
 @pytest.mark.parametrize(("args", "message"), [
     (["--tasks", ","], "tasks is empty"), (["--tasks", "x", "--limit", "0"], "limit is 0"),
     (["--tasks", "toy_choice", "--data", "nowhere"], "data nowhere is not a directory"),
