@@ -24,3 +24,10 @@ def si(n: float, unit: str = "") -> str:
 def seconds(t: float) -> str:
     """A time: `12.3 ms`, `4.5 s`."""
     return f"{t:.3g} s" if t >= 1 else f"{1e3 * t:.3g} ms"
+
+
+def clock(seconds: float) -> str:
+    """A time as clocks have it: `1:02:03`, `2:03`."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -234,6 +234,10 @@ def check_engine(desk, namespace):
     assert all(1 <= len(tokens) <= 8 for tokens in namespace["tokens"])
 
 
+def check_evaluate(desk, namespace):
+    assert all(logprob < 0 for logprob, _ in namespace["scores"])
+
+
 def check_batch(desk, namespace):
     [answer] = map(json.loads, (desk / "answers.jsonl").read_text().splitlines())
     assert answer["response"]["body"]["usage"]["completion_tokens"] >= 1
@@ -244,6 +248,7 @@ CHECKS = {
     "docs/tutorials/train.md": check_train, "docs/tutorials/export.md": check_export,
     "docs/how_to/constrained_output.md": check_constrained, "docs/explanation/engine.md": check_engine,
     "docs/how_to/offline_batches.md": check_batch, "docs/how_to/embeddings.md": check_embeddings,
+    "docs/how_to/evaluate.md": check_evaluate,
 }
 """What must be there after the code of a page; the other pages need only run."""
 

@@ -85,7 +85,7 @@ def chat(
     from lfm_jax.cli.line_editor import reader
     from lfm_jax.infer.chat_loop import chat_loop
 
-    model, tokenizer, template = _load_chat(path, dtype)
+    model, tokenizer, template = load_chat(path, dtype)
     chat_loop(model, tokenizer, template, sampling, max_new_tokens, system=system, read=reader())
     return 0
 
@@ -122,7 +122,7 @@ def extract(
     if not text:
         raise ValueError("extract needs at least one text: lfm extract PATH 'some text' --schema schema.json")
     wanted = _read_schema(schema)
-    model, tokenizer, template = _load_chat(path, dtype)
+    model, tokenizer, template = load_chat(path, dtype)
     try:
         found = run(model, tokenizer, text, wanted, template=template, instruction=instruction or EXTRACTION,
                     sampling=sampling, max_new_tokens=max_new_tokens, max_thinking_tokens=max_thinking_tokens)
@@ -157,7 +157,7 @@ def classify(
 
     if not text:
         raise ValueError("classify needs at least one text: lfm classify PATH 'some text' --labels good bad")
-    model, tokenizer, template = _load_chat(path, dtype)
+    model, tokenizer, template = load_chat(path, dtype)
     found = run(model, tokenizer, text, labels, template=template, instruction=instruction or CLASSIFICATION)
     for chances in found:
         best_first = sorted(chances.items(), key=lambda item: -item[1])
@@ -221,7 +221,7 @@ def load_with_tokenizer(path: Path, dtype: str | None) -> tuple[LFM, Tokenizer]:
     return model, tokenizer
 
 
-def _load_chat(name: str, dtype: str | None) -> tuple[LFM, Tokenizer, str]:
+def load_chat(name: str, dtype: str | None) -> tuple[LFM, Tokenizer, str]:
     """Loads a model with its tokenizer and chat template."""
     from lfm_jax.loading import chat_template, local
     from lfm_jax.text.chat import DEFAULT_TEMPLATE

@@ -86,6 +86,25 @@ def render_chat(
     } | specials)
 
 
+def render_open(
+    template: str, messages: Sequence[Message], /, *, tools: Sequence[Mapping[str, Any]] | None = None, **specials: Any
+) -> str:
+    """Renders a conversation up to the end of its last message's content, for a model to continue it.
+
+    Raises:
+      ValueError: see `render_chat`; the last message has no content, or the template leaves it out.
+    """
+    if not messages or not messages[-1].get("content"):
+        raise ValueError("the last message has no content to continue")
+    *earlier, last = messages
+    marked = dict(last) | {"content": last["content"] + _END_OF_CONTENT}
+    whole = render_chat(template, [*earlier, marked], tools=tools, add_generation_prompt=False, **specials)
+    begun, found, _ = whole.rpartition(_END_OF_CONTENT)
+    if not found:
+        raise ValueError("the last message cannot be continued: the chat template leaves its content out")
+    return begun
+
+
 def _without_none(message: Message) -> Message:
     return {key: value for key, value in message.items() if value is not None}
 
@@ -168,15 +187,7 @@ def encode_chat(
         written = with_calls(template, messages, change)
         if not continue_final:
             return render_chat(template, written, tools=change(tools), **given)
-        *earlier, last = written
-        if not last.get("content"):
-            raise ValueError("the last message has no content to continue")
-        marked = dict(last) | {"content": last["content"] + _END_OF_CONTENT}
-        whole = render_chat(template, [*earlier, marked], tools=change(tools), add_generation_prompt=False, **given)
-        begun, found, _ = whole.rpartition(_END_OF_CONTENT)
-        if not found:
-            raise ValueError("the last message cannot be continued: the chat template leaves its content out")
-        return begun
+        return render_open(template, written, tools=change(tools), **given)
 
     if not plain_contents:
         return encoded(tokenizer, text(lambda value: value), add_special_tokens=False).ids

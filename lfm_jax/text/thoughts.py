@@ -169,6 +169,11 @@ class ThoughtCounter:
         return self._splitter.stage == "thought"
 
     @property
+    def undecided(self) -> bool:
+        """Whether a thought may still begin."""
+        return self._splitter.stage == "start"
+
+    @property
     def none(self) -> bool:
         """Whether the reply has begun without a thought, as tokens alone tell: its text may spell the mark out."""
         return bool(self._open_ids) and self._splitter.stage == "answer" and not self.tokens

@@ -9,6 +9,8 @@ from types import TracebackType
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lfm_jax.units import clock
+
 _SMOOTHING = 0.9
 """Weight of the past in the running means of loss and speed."""
 
@@ -74,14 +76,8 @@ class Console:
         text = f"loss {math.nan if self._loss is None else self._loss:.4f}"
         if speed is not None and self._seconds_per_step is not None:
             left = (self._steps - step) * self._seconds_per_step
-            text += f"  {tokens / self._seconds_per_step:,.0f} tokens/s  {_clock_time(left)} left"
+            text += f"  {tokens / self._seconds_per_step:,.0f} tokens/s  {clock(left)} left"
         self._progress.update(self._task, completed=step, text=text)
         if not self._live and (step % self._log_every == 0 or step == self._steps):
             self.note(f"step {step}/{self._steps}  {text}")
         return speed
-
-
-def _clock_time(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,125 @@
+"""Tasks of lm-eval by name, also over data on disk; what would make a score meaningless in silence is refused."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from lfm_jax.problems import raise_problems
+
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+"""Loaders of `datasets` by the ending of a file."""
+SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+LOOKED_AT = 100
+"""Documents of a task that are checked."""
+
+
+def load_tasks(names: Sequence[str], data: Path | None = None) -> tuple[TaskManager, list[Any]]:
+    """Loads tasks, groups and tags by name; returns what `simple_evaluate` takes as `task_manager` and `tasks`.
+
+    Args:
+      data: a directory with data and tasks. Files `TASK/SPLIT.jsonl` (or .json, .parquet, .csv) take the place of the
+        data set of a shipped task; splits without a file are absent. Tasks of one's own are `NAME.yaml`, in which a
+        relative name in `data_files` is a file beside it; they come before shipped ones.
+
+    Raises:
+      ValueError: names that there are not, data that is not a directory, a split that the task does not have, a
+        package that a task needs and that is not installed, or see `check_tasks`.
+    """
+    if data is not None and not data.is_dir():
+        raise ValueError(f"data {data} is not a directory")
+    own = {} if data is None else {path.stem: path for path in sorted(data.glob("*.yaml"))}
+    # To index the shipped tasks takes many seconds.
+    shipped = not set(names) <= own.keys()
+    manager = TaskManager(include_path=None if data is None else str(data), include_defaults=shipped)
+    missing = [name for name in names if name not in manager.all_tasks]
+    raise_problems("cannot evaluate", [f"there is no task {name!r}" for name in missing])
+    try:
+        loaded = manager.load([_spec(manager, name, own, data) for name in names])
+    except ImportError as error:
+        raise ValueError(f"{error.name} is not installed, and one of the tasks needs it: install it, or an extra of "
+                         "lm-eval such as 'lm-eval[ifeval]'") from None
+    check_tasks(loaded["tasks"].values())
+    groups = [group for name, group in loaded.get("groups", {}).items() if name in names]
+    grouped = {task.task_name for group in groups for task in group.get_all_tasks()}
+    return manager, [*groups, *(task for name, task in loaded["tasks"].items() if name not in grouped)]
+
+
+def _spec(manager: TaskManager, name: str, own: dict[str, Path], data: Path | None) -> Any:
+    """What `TaskManager.load` takes for a task: its name, or its config where its data are on disk."""
+    files = {} if data is None else _files(data / name)
+    path = own.get(name) or manager.task_index[name].yaml_path
+    if path is None or not (name in own or files):
+        return name
+    config = load_yaml(path)
+    return _beside(config, Path(path).parent) if name in own else _over_files(name, config, files)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The files of a folder by the split that they are named after."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {path.stem: path.absolute() for path in paths if path.suffix in FORMATS}
+
+
+def _beside(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A config whose data files are those beside it."""
+    options = dict(config.get("dataset_kwargs") or {})
+    if "data_files" in options:
+        options["data_files"] = _absolute(options["data_files"], folder)
+    return config | ({"dataset_kwargs": options} if options else {})
+
+
+def _absolute(files: Any, folder: Path) -> Any:
+    if isinstance(files, dict):
+        return {split: _absolute(each, folder) for split, each in files.items()}
+    if isinstance(files, list):
+        return [_absolute(each, folder) for each in files]
+    return files if "://" in files else str(folder.absolute() / files)
+
+
+def _over_files(name: str, config: dict[str, Any], files: dict[str, Path]) -> dict[str, Any]:
+    """The config of a shipped task over files of one's own."""
+    formats = {FORMATS[path.suffix] for path in files.values()}
+    used = {config[split] for split in SPLITS if config.get(split)}
+    problems = [] if len(formats) == 1 else [f"the files are of several formats, {', '.join(sorted(formats))}"]
+    problems += [f"{path} is no split of it; it has {', '.join(sorted(used))}" for split, path in files.items()
+                 if split not in used]
+    tested = config.get("test_split") or config.get("validation_split")
+    if tested not in files:
+        problems.append(f"it is measured on {tested!r}, of which there is no file")
+    raise_problems(f"task {name} cannot use its data on disk", problems)
+    absent = {split: None for split in SPLITS if config.get(split) not in files and config.get(split)}
+    return config | absent | {
+        "dataset_path": formats.pop(), "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: str(path) for split, path in files.items()}},
+    }
+
+
+def check_tasks(tasks: Iterable[Any]) -> None:
+    """Checks that the documents of tasks have what their scores are made of.
+
+    lm-eval takes a template that names a column which is not there for plain text: a multiple choice is then never
+    right, and its score is 0 without a word.
+
+    Raises:
+      ValueError: a task is a multiple choice whose right answer is none of its choices.
+    """
+    problems = []
+    for task in tasks:
+        if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input:  # There the choices are contexts.
+            continue
+        docs = list(task.eval_docs)
+        for doc in random.Random(0).sample(docs, min(LOOKED_AT, len(docs))):
+            choices, target = task.doc_to_choice(doc), task.doc_to_target(doc)
+            answers = target if isinstance(target, list) else [target]
+            if not all(answer in choices if isinstance(answer, str) else 0 <= answer < len(choices)
+                       for answer in answers):
+                problems.append(f"{task.config.task}: the right answer of a document is {target!r:.60}, and its "
+                                f"choices are {choices!r:.100}; its columns are {', '.join(doc)}")
+                break
+    raise_problems("the data of tasks lack what is scored", problems)

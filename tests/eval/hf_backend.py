@@ -1,0 +1,39 @@
+"""lm-eval's own `hf` backend, and requests, for comparisons on the same weights."""
+
+import importlib.util
+import sys
+import types
+
+import torch
+from lm_eval.api.instance import Instance
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+if importlib.util.find_spec("accelerate") is None:
+    # It is imported there for models given by name; ours are given as objects.
+    names = {"accelerate": ("Accelerator", "InitProcessGroupKwargs", "find_executable_batch_size"),
+             "accelerate.utils": ("get_max_memory",)}
+    for module, members in names.items():
+        sys.modules[module] = types.SimpleNamespace(**dict.fromkeys(members))
+    from lm_eval.models.huggingface import HFLM
+
+    for module in names:
+        del sys.modules[module]
+else:
+    from lm_eval.models.huggingface import HFLM
+
+torch.set_num_threads(1)
+
+MAX_LENGTH = 64
+"""Of both backends, short so that texts are cut."""
+OPTIONS = dict(max_length=MAX_LENGTH, batch_tokens=256, slots=2)
+"""Of ours: shapes that compile fast."""
+
+
+def hf_backend(path, **options):
+    """The backend on the weights of a directory, float32, on the CPU."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return HFLM(model, tokenizer=AutoTokenizer.from_pretrained(path), **options)
+
+
+def instances(kind, args):
+    return [Instance(kind, {}, arg, i) for i, arg in enumerate(args)]

@@ -1,0 +1,197 @@
+"""`lfm eval` and `lfm eval compare`, on tasks over files."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from toy_tasks import TASKS, rows, toy_tasks
+
+import lfm_jax as lfm
+from lfm_jax.cli import main
+from lfm_jax.eval import compare as comparing
+from lfm_jax.eval import lm
+from lfm_jax.eval.tasks import load_tasks
+from lfm_jax.testing import tiny_model, tiny_tokenizer
+
+QUICK = ["--max-length", "256", "--slots", "2", "--batch-tokens", "512"]
+
+
+def run(*args):
+    with pytest.raises(SystemExit) as status:
+        main([str(a) for a in args])
+    return status.value.code
+
+
+def read(directory):
+    return json.loads((directory / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Tasks whose data files have names relative to them."""
+    folder = toy_tasks(tmp_path_factory.mktemp("data"))
+    for path in folder.glob("*.yaml"):
+        path.write_text(path.read_text().replace(f"{folder}/", ""))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(data, directory):
+    """The arguments of an evaluation."""
+
+    def make(output, *args, tasks=tuple(TASKS), model=directory):
+        return ["eval", model, "--tasks", ",".join(tasks), "--data", data, "--output", output, *QUICK, *args]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def evaluate(command):
+    return lambda *args, **options: run(*command(*args, **options))
+
+
+@pytest.fixture(scope="module")
+def whole(evaluate, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole") / "out"
+    assert evaluate(output) == 0
+    return output
+
+
+def test_a_page_and_results(whole, directory):
+    results = read(whole)
+    assert results["results"].keys() == set(TASKS)
+    assert results["lfm_jax"]["settings"]["max_length"] == 256
+    assert (whole / "samples_toy_choice.jsonl").read_text().count("\n") == len(rows())
+    page = (whole / "report.md").read_text()
+    acc = results["results"]["toy_choice"]["acc,none"]
+    assert f"| toy_choice | Yaml | 0 | 8 | none | acc ↑ | {acc:.4f} |" in page
+    assert results["lfm_jax"]["model_hash"] in page
+    assert "| limit | all documents |" in page
+
+
+def test_killed_at_any_moment_it_repeats_nothing(command, whole, tmp_path, monkeypatch, capsys):
+    class KilledError(Exception):
+        pass
+
+    asked = []
+    real = lm.run
+
+    def watched(model, tokenizer, tasks, slots):
+        asked.append(len(tasks))
+        for i, found in enumerate(real(model, tokenizer, tasks, slots)):
+            if len(asked) == 1 and i == 3:
+                raise KilledError
+            yield found
+
+    monkeypatch.setattr(lm, "run", watched)
+    with pytest.raises(KilledError):
+        main([str(arg) for arg in command(tmp_path / "out")])
+    kept = (tmp_path / "out" / "answers.jsonl").read_bytes()
+    (tmp_path / "out" / "answers.jsonl").write_bytes(kept + b'{"key": "4f')
+    assert not (tmp_path / "out" / "results.json").exists()
+    capsys.readouterr()
+    assert run(*command(tmp_path / "out")) == 0
+    assert asked == [8, 5]
+    assert f"loglikelihood: {3 * len(rows())} requests, {3 * len(rows())} of them answered before" in (
+        capsys.readouterr().err)
+    assert read(tmp_path / "out")["results"] == read(whole)["results"]
+    assert (tmp_path / "out" / "answers.jsonl").read_bytes().startswith(kept)
+
+
+def test_chat_shots_limit_and_predictions_alone(evaluate, tmp_path, directory):
+    output = tmp_path / "out"
+    assert evaluate(output, "--predict-only", "--limit", "3", "--num-fewshot", "1", "--apply-chat-template",
+                    "--system-message", "Think of foxes.", tasks=["toy_choice"]) == 0
+    samples = [json.loads(line) for line in (output / "samples_toy_choice.jsonl").read_text().splitlines()]
+    prompt = samples[0]["arguments"]["gen_args_0"]["arg_0"]
+    assert prompt.startswith("<|startoftext|><|im_start|>system\nThink of foxes.")
+    assert prompt.count("<|im_start|>assistant\n") == 2
+    assert len(samples) == 3
+    assert "nothing was scored" in (output / "report.md").read_text()
+    assert run("eval", "compare", output, output) == 2
+
+
+def test_compare(evaluate, whole, tmp_path, capsys):
+    tokenizer = tiny_tokenizer()
+    lfm.save_hf(tiny_model(3, vocab_size=tokenizer.get_vocab_size()), tmp_path / "other", tokenizer=tokenizer)
+    assert evaluate(tmp_path / "out", model=tmp_path / "other") == 0
+    capsys.readouterr()
+    assert run("eval", "compare", whole, tmp_path / "out") == 0
+    table = capsys.readouterr().out
+    one, other = (read(each)["results"]["toy_perplexity"]["bits_per_byte,none"] for each in (whole, tmp_path / "out"))
+    assert f"| toy_perplexity | none | bits_per_byte | 8 | {one:.4f} | {other:.4f} | {other - one:+.4f} |" in table
+    assert "| 8 | 0.0000 | 0.0000 | +0.0000 | +0.0000 to +0.0000 | nothing can be told apart |" in table
+    assert evaluate(whole, model=tmp_path / "other") == 2  # The results of another model are not overwritten.
+    assert "has the results of another model" in capsys.readouterr().err
+    assert evaluate(tmp_path / "out", "--limit", "5", model=tmp_path / "other") == 0
+    assert run("eval", "compare", whole, tmp_path / "out") == 2
+    assert "toy_choice has 8 documents in the first and 5 in the second" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("shift", "higher", "verdict"), [
+    (0.3, True, "better"), (-0.3, True, "worse"), (0.3, False, "worse"), (0.3, None, "higher"),
+    (0.0, True, comparing.CANNOT_TELL),
+])
+def test_intervals(shift, higher, verdict):
+    draw = np.random.default_rng(1)
+    one = draw.normal(size=200)
+    other = one + shift + draw.normal(scale=0.5, size=200)
+    scores = float(one.mean()), float(other.mean())
+    found = comparing._difference(("t", "acc", "none"), scores, [one.tolist(), other.tolist()], higher)
+    error = (other - one).std(ddof=1) / math.sqrt(200)
+    centre = scores[1] - scores[0]
+    assert [found.low, found.high] == pytest.approx([centre - 1.96 * error, centre + 1.96 * error], abs=0.15 * error)
+    assert found.verdict == verdict
+    other_score = comparing._difference(("t", "f1", "none"), (0.5, 0.6), [one.tolist(), other.tolist()], higher)
+    assert other_score.verdict == "not a mean over documents: no interval"
+
+
+def test_data_on_disk_takes_the_place_of_a_shipped_data_set(tmp_path, monkeypatch):
+    """The shipped piqa without its labels would score 0 in silence."""
+    import lm_eval.tasks
+
+    shipped = f"{lm_eval.tasks.__path__[0]}/piqa"
+    monkeypatch.setattr("lfm_jax.eval.tasks.TaskManager", lambda include_path, include_defaults: (
+        lm_eval.tasks.TaskManager(include_path=shipped, include_defaults=False)))
+    (tmp_path / "piqa").mkdir()
+    docs = [{"goal": "catch a fox", "sol1": "run", "sol2": "sleep", "label": 0}] * 3
+    for split in ("train", "validation"):
+        (tmp_path / "piqa" / f"{split}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    _, [task] = load_tasks(["piqa"], tmp_path)
+    assert len(task.eval_docs) == 3
+    for path in (tmp_path / "piqa").iterdir():
+        path.write_text("".join(json.dumps({k: doc[k] for k in ("goal", "sol1", "sol2")}) + "\n" for doc in docs))
+    with pytest.raises(ValueError, match="piqa: the right answer of a document is 'label', and its choices are"):
+        load_tasks(["piqa"], tmp_path)
+    (tmp_path / "piqa" / "train.jsonl").rename(tmp_path / "piqa" / "trian.jsonl")
+    (tmp_path / "piqa" / "validation.jsonl").unlink()
+    wrong = r"trian.jsonl is no split of it; it has .*\n.* 'validation', of which there is no file"
+    with pytest.raises(ValueError, match=wrong):
+        load_tasks(["piqa"], tmp_path)
+
+
+def test_a_task_that_needs_another_package_says_so(tmp_path):
+    (tmp_path / "toy.yaml").write_text("task: toy\ndoc_to_text: !function toy_functions.text\n")
+    (tmp_path / "toy_functions.py").write_text("import a_package_that_is_missing\n")
+    with pytest.raises(ValueError, match="a_package_that_is_missing is not installed, and one of the tasks needs it"):
+        load_tasks(["toy"], tmp_path)
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (["--tasks", ","], "tasks is empty"), (["--tasks", "x", "--limit", "0"], "limit is 0"),
+    (["--tasks", "toy_choice", "--data", "nowhere"], "data nowhere is not a directory"),
+])
+def test_what_cannot_be_evaluated(args, message, directory, tmp_path, capsys):
+    assert run("eval", directory, "--output", tmp_path / "out", *args) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_directories_that_are_none_of_ours(tmp_path, capsys, evaluate):
+    assert run("eval", "compare", tmp_path, tmp_path) == 2
+    assert "results.json cannot be read" in capsys.readouterr().err
+    (tmp_path / "results.json").write_text("{}")
+    assert run("eval", "compare", tmp_path, tmp_path) == 2
+    assert evaluate(tmp_path) == 2
+    assert capsys.readouterr().err.count("is not of lfm eval") == 2
