@@ -269,7 +269,7 @@ def test_damaged_files_are_one_problem(f32, k_quants, tmp_path):
         broken.write_bytes(data[:cut])
         [problem] = refusal(lfm.load, broken)
         assert "does not begin as a GGUF file" in problem if cut < 4 else "truncated or damaged" in problem
-        with pytest.raises(ValueError, match="truncated or damaged|does not begin"):
+        with pytest.raises(ValueError, match=r"truncated or damaged|does not begin"):
             chat_template(broken)
         assert refusal(export, broken, tmp_path / "out.gguf") == [problem]
     broken.write_bytes(data[:4] + data[8:])
