@@ -7,7 +7,7 @@ import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from lfm_jax.quant.block_types import PLAIN
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["chat_template", "export", "is_gguf", "load_gguf", "save_gguf", "sidecar_directory"]
+__all__ = ["export", "is_gguf", "load_gguf", "save_gguf", "sidecar_directory"]
 
 Tell = Callable[[str], None]
 DEFAULT = "Q4_K_M"
@@ -75,26 +75,24 @@ def load_gguf(path: str | os.PathLike, dtype: Any = None) -> tuple[LFM, Tokenize
     return build(checkpoint.config, checkpoint.read, checkpoint.weights), tokenizer
 
 
-def chat_template(path: str | os.PathLike) -> str | None:
-    """Returns the chat template of a GGUF file, None if it has none.
+@contextlib.contextmanager
+def sidecar_directory(path: Path) -> Generator[Path]:
+    """Makes a directory, for a while, with the tokenizer and the chat template of a file as an HF directory has them.
 
     Raises:
-      ValueError: the file cannot be read.
+      ValueError: the file, or its tokenizer, cannot be read.
     """
-    opened, problems = open_gguf(Path(path))
-    raise_problems(f"no chat template from {path}", [] if opened is not None else problems)
+    opened, problems = open_gguf(path)
+    tokenizer, found = (None, problems) if opened is None else tokenizer_of(opened.keys)
+    raise_problems(f"cannot read {path}", found)
     assert opened is not None
-    return opened.keys.get(TEMPLATE)
-
-
-@contextlib.contextmanager
-def sidecar_directory(path: Path) -> Iterator[Path]:
-    """Makes a directory, for a while, with the chat template of a file as an HF directory has it."""
-    template = chat_template(path)
-    with tempfile.TemporaryDirectory() as directory:
-        if template:
-            (Path(directory) / sidecars.CHAT_TEMPLATE).write_text(template, encoding="utf-8")
-        yield Path(directory)
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        if tokenizer is not None:
+            tokenizer.save(str(directory / sidecars.TOKENIZER))
+        if template := opened.keys.get(TEMPLATE):
+            (directory / sidecars.CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+        yield directory
 
 
 def _inspect(path: Path, dtype: Any) -> tuple[GgufFile | None, Checkpoint | None, list[str]]:
