@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lfm_jax.config import ModelConfig
+    from lfm_jax.convert.gguf.calibration import importance
     from lfm_jax.convert.gguf.models import save_gguf
     from lfm_jax.convert.hf import from_state_dict, save_hf, to_state_dict
     from lfm_jax.infer.embed import embed, load_encoder, rerank
@@ -28,6 +29,7 @@ __all__ = [
     "extract",
     "from_state_dict",
     "generate",
+    "importance",
     "load",
     "load_encoder",
     "rerank",
@@ -40,9 +42,9 @@ __all__ = [
 _MODULES = {
     "LFM": "model", "ModelConfig": "config", "Sampling": "sampling", "State": "state",
     "classify": "infer.extract", "embed": "infer.embed", "extract": "infer.extract", "from_state_dict": "convert.hf",
-    "generate": "infer.generate", "load": "loading", "load_encoder": "infer.embed", "rerank": "infer.embed",
-    "save_gguf": "convert.gguf.models", "save_hf": "convert.hf", "stream": "infer.generate",
-    "to_state_dict": "convert.hf",
+    "generate": "infer.generate", "importance": "convert.gguf.calibration", "load": "loading",
+    "load_encoder": "infer.embed", "rerank": "infer.embed", "save_gguf": "convert.gguf.models", "save_hf": "convert.hf",
+    "stream": "infer.generate", "to_state_dict": "convert.hf",
 }
 
 

@@ -65,7 +65,10 @@ class GgufFile:
 def open_gguf(path: Path) -> tuple[GgufFile | None, list[str]]:
     """Reads the header of a file; returns it, or None and what is wrong."""
     try:
+        gguf_library()
         stat = path.stat()
+    except ImportError as error:
+        return None, [str(error)]
     except OSError as error:
         return None, [f"it cannot be read: {error.strerror}"]
     opened, problems = _opened(path.resolve(), stat.st_size, stat.st_mtime_ns)
