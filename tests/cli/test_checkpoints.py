@@ -12,6 +12,7 @@ from running import run
 
 import lfm_jax as lfm
 from lfm_jax.convert.gguf.imatrix import read_imatrix
+from lfm_jax.convert.hub import model_name
 from lfm_jax.loading import chat_template
 from lfm_jax.recipe import to_plain
 from lfm_jax.testing import tiny_model, tiny_tokenizer
@@ -101,9 +102,7 @@ def test_convert_takes_a_file(directory, file, tmp_path):
 
 
 def test_a_file_has_the_name_of_its_model(file):
-    from lfm_jax.cli.serving import _name
-
-    assert _name(file) == "tiny"
+    assert model_name(file) == "tiny"
 
 
 def test_without_the_library_its_extra_is_named(directory, tmp_path, monkeypatch, capsys):
