@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lfm_jax.config import ModelConfig
+    from lfm_jax.convert.gguf.calibration import importance
     from lfm_jax.convert.gguf.models import save_gguf
     from lfm_jax.convert.hf import from_state_dict, save_hf, to_state_dict
     from lfm_jax.export.stablehlo import export_stablehlo
@@ -35,6 +36,7 @@ __all__ = [
     "extract",
     "from_state_dict",
     "generate",
+    "importance",
     "load",
     "load_encoder",
     "quantize",
@@ -49,10 +51,10 @@ __all__ = [
 _MODULES = {
     "LFM": "model", "ModelConfig": "config", "Reply": "text.reply", "Sampling": "sampling", "State": "state",
     "chat": "infer.chat", "classify": "infer.extract", "embed": "infer.embed", "export_stablehlo": "export.stablehlo",
-    "extract": "infer.extract", "from_state_dict": "convert.hf", "generate": "infer.generate", "load": "loading",
-    "load_encoder": "infer.embed", "quantize": "quant.model", "read_reply": "text.reply", "rerank": "infer.embed",
-    "save_gguf": "convert.gguf.models", "save_hf": "convert.hf", "stream": "infer.generate",
-    "to_state_dict": "convert.hf",
+    "extract": "infer.extract", "from_state_dict": "convert.hf", "generate": "infer.generate",
+    "importance": "convert.gguf.calibration", "load": "loading", "load_encoder": "infer.embed",
+    "quantize": "quant.model", "read_reply": "text.reply", "rerank": "infer.embed", "save_gguf": "convert.gguf.models",
+    "save_hf": "convert.hf", "stream": "infer.generate", "to_state_dict": "convert.hf",
 }
 
 

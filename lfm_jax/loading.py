@@ -5,8 +5,10 @@ Only `local` decides where a name lies, and only `SOURCES` what a path is.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,8 +34,8 @@ class ModelSource(NamedTuple):
     recognises: Callable[[Path], bool]
     load: Callable[[Path, Any], Loaded]
     """(path, dtype or None) -> (model, tokenizer), as `load`."""
-    template: Callable[[Path], str | None] = sidecars.chat_template
-    """Returns its chat template, or None."""
+    beside: Callable[[Path], AbstractContextManager[Path]] = contextlib.nullcontext
+    """Gives the directory with its tokenizer and chat template: its own, or one that is there for a while."""
 
 
 def load(path: str | Path, dtype: Any = None) -> Loaded:
@@ -93,7 +95,8 @@ def chat_template(path: str | Path) -> str | None:
     Raises:
       ValueError: the path has no model, or its template cannot be read.
     """
-    return recognise(path).template(Path(path))
+    with recognise(path).beside(Path(path)) as directory:
+        return sidecars.chat_template(directory)
 
 
 def _load_hugging_face(path: Path, dtype: Any) -> Loaded:
@@ -157,16 +160,21 @@ def _load_gguf(path: Path, dtype: Any) -> Loaded:
     return load_gguf(path, dtype)
 
 
-def _gguf_template(path: Path) -> str | None:
-    from lfm_jax.convert.gguf import models
+def _beside_gguf(path: Path) -> AbstractContextManager[Path]:
+    from lfm_jax.convert.gguf.models import sidecar_directory
 
-    return models.chat_template(path)
+    return sidecar_directory(path)
 
 
 HUGGING_FACE = ModelSource(
     "a Hugging Face directory (with config.json)", lambda path: (path / "config.json").exists(), _load_hugging_face
 )
+<<<<<<< HEAD
 RUN = ModelSource("a run directory of lfm train (with checkpoints/)", _is_run, load_run)
 GGUF = ModelSource("a GGUF file (.gguf)", _is_gguf, _load_gguf, _gguf_template)
+=======
+RUN = ModelSource("a run directory of lfm train (with checkpoints/)", _is_run, _load_run)
+GGUF = ModelSource("a GGUF file (.gguf)", _is_gguf, _load_gguf, _beside_gguf)
+>>>>>>> h_gguf2
 SOURCES: list[ModelSource] = [HUGGING_FACE, RUN, GGUF]
 """In the order in which they are tried."""

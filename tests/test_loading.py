@@ -8,7 +8,7 @@ from limits import LIMITS, limited
 
 import lfm_jax as lfm
 from lfm_jax import loading
-from lfm_jax.loading import HUGGING_FACE, RUN, ModelSource, recognise
+from lfm_jax.loading import GGUF, HUGGING_FACE, RUN, ModelSource, recognise
 from lfm_jax.testing import tiny_config, tiny_model, tiny_tokenizer
 from lfm_jax.train import checkpoint
 
@@ -22,6 +22,9 @@ def test_a_directory_is_known_by_what_is_in_it(tmp_path):
     assert recognise(str(tmp_path / "run")) is RUN
     (tmp_path / "run" / "config.json").write_text("{}")
     assert recognise(tmp_path / "run") is HUGGING_FACE, "an export in the directory of its run is the export"
+    (tmp_path / "empty.gguf").write_bytes(b"")
+    (tmp_path / "blob").write_bytes(b"GGUF...")  # As files lie in caches.
+    assert recognise(tmp_path / "empty.gguf") is recognise(tmp_path / "blob") is GGUF
 
 
 def test_what_is_no_model_is_refused_with_all_that_is_accepted(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -35,16 +34,14 @@ def convert(
     """
     from lfm_jax.convert.hf import convert as run
     from lfm_jax.convert.hf import save_hf
-    from lfm_jax.loading import GGUF, HUGGING_FACE, local, recognise
+    from lfm_jax.loading import HUGGING_FACE, local, recognise
 
     path = local(src)
     if (source := recognise(path)) is HUGGING_FACE:
         run(path, dst, dtype=dtype, max_shard_bytes=max_shard_bytes)
     else:
-        from lfm_jax.convert.gguf.models import sidecar_directory
-
         model, tokenizer = source.load(path, dtype)
-        with sidecar_directory(path) if source is GGUF else contextlib.nullcontext(path) as directory:
+        with source.beside(path) as directory:
             save_hf(model, dst, tokenizer=tokenizer, source=directory, max_shard_bytes=max_shard_bytes)
     print(f"wrote {dst}")
     return 0

@@ -10,6 +10,7 @@ import tyro
 
 from lfm_jax.cli.arguments import ModelName
 from lfm_jax.config import DType
+from lfm_jax.convert.hub import model_name
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.sampling import PUBLISHED, Sampling
 from lfm_jax.serve.limits import LIMITS, OFFLINE, Limits
@@ -67,11 +68,11 @@ def serve(
             raise ValueError(f"{path} is an encoder, which has no slots, samples nothing and runs on one device: leave "
                              "out --sampling, --engine, --data, --tensor, --warm-up and --plain-contents")
         encoder = load_encoder(directory, dtype)
-        launch.serve_encoder(encoder, name or _name(directory), address, limits, drain_seconds, cors_origins)
+        launch.serve_encoder(encoder, name or model_name(directory), address, limits, drain_seconds, cors_origins)
         return 0
     service = launch.open_service(directory, dtype, engine, (data, tensor), everything=warm_up == "all",
                                   plain_contents=plain_contents)
-    launch.serve(service, name or _name(directory), address, sampling, limits, drain_seconds, cors_origins)
+    launch.serve(service, name or model_name(directory), address, sampling, limits, drain_seconds, cors_origins)
     return 0
 
 
@@ -116,19 +117,9 @@ def batch(
     def open_service() -> Any:
         return launch.open_service(directory, dtype, engine, (data, tensor), plain_contents=plain_contents)
 
-    bad = run.batch(open_service, _name(directory), source, target, shard=shard, sampling=sampling, limits=limits)
+    bad = run.batch(open_service, model_name(directory), source, target, shard=shard, sampling=sampling, limits=limits)
     print(f"{target}: every line is answered{f', {bad} with an error' if bad else ''}")
     return 1 if bad else 0
-
-
-def _name(path: Path) -> str:
-    """What a model is called: as its directory, its file without `.gguf`, or a link to it, or as its repository in a
-    cache of the Hugging Face Hub (`models--OWNER--NAME/snapshots/COMMIT`)."""
-    path = path.resolve() if path.name == ".." else path.parent.resolve() / path.name
-    repository = path.parent.parent.name
-    if path.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.split("--")[-1]
-    return path.name.removesuffix(".gguf")
 
 
 def _serving(module: Literal["launch", "batch"]) -> Any:

@@ -185,7 +185,8 @@ def inspect(path: Path, dtype: Any) -> tuple[Checkpoint | None, list[str]]:
         if path.name.endswith(files.PICKLES):
             return None, ["this is a pickle file, and opening one runs the code in it; expected a directory with "
                           "config.json and model.safetensors"]
-        return None, ["there is no such directory"]
+        return None, ["this is a file; expected a directory with config.json and model.safetensors" if path.is_file()
+                      else "there is no such directory"]
     hf, problems = files.read_json(path, "config.json")
     source, found = files.open_directory(path)
     problems += found

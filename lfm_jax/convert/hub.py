@@ -118,3 +118,13 @@ def _why(name: str, repository: str, revision: str, error: Any) -> str:
             return f"{nowhere} {constants.ENDPOINT} cannot be reached ({line}); try again, whole files are kept"
         case _:
             return f"{name} cannot be fetched: {' '.join(str(error).split())}"
+
+
+def model_name(path: Path) -> str:
+    """Returns what a model is called: as its directory, its file without `.gguf`, or a link to it, or as its repository
+    in a cache of the Hugging Face Hub (`models--OWNER--NAME/snapshots/COMMIT`)."""
+    path = path.resolve() if path.name == ".." else path.parent.resolve() / path.name
+    repository = path.parent.parent.name
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.split("--")[-1]
+    return path.name.removesuffix(".gguf")

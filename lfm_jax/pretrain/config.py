@@ -28,7 +28,7 @@ class TrainConfig(RunConfig):
 
     data: DataConfig
     init_from: str | None = None
-    """Start from these weights: a Hugging Face directory, the directory of another run, or a Hub id
+    """Start from these weights: a Hugging Face directory, the directory of another run, a GGUF file, or a Hub id
     (OWNER/NAME or OWNER/NAME@REVISION). None: random."""
     loss_chunk: int = 512
     """Tokens whose logits are in memory at one time."""

@@ -22,7 +22,7 @@ from lfm_jax.convert import sidecars
 from lfm_jax.data.corpora import make_tokenizer, open_corpus
 from lfm_jax.data.corpora.corpus import check_lasts
 from lfm_jax.files import write_whole
-from lfm_jax.loading import load, local
+from lfm_jax.loading import load, local, recognise
 from lfm_jax.model import abstract_model
 from lfm_jax.pretrain.config import TrainConfig
 from lfm_jax.problems import raise_problems
@@ -121,13 +121,14 @@ def _new_tokenizer(config: TrainConfig, run_dir: Path) -> Tokenizer:
       ValueError: a tokenizer or source file that cannot be read, or an `init_from` without a tokenizer.
     """
     if config.init_from is not None:
-        origin = local(config.init_from)
-        if config.data.tokenizer is None and not (origin / TOKENIZER_FILE).exists():
-            raise ValueError(f"init_from {origin} has no {TOKENIZER_FILE}; name its tokenizer in data.tokenizer")
-        for name, file in sidecars.carried(origin)[0].items():
-            target = run_dir / name
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
+        path = local(config.init_from)
+        with recognise(path).beside(path) as origin:
+            if config.data.tokenizer is None and not (origin / TOKENIZER_FILE).exists():
+                raise ValueError(f"init_from {path} has no {TOKENIZER_FILE}; name its tokenizer in data.tokenizer")
+            for name, file in sidecars.carried(origin)[0].items():
+                target = run_dir / name
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
     if config.data.tokenizer is None and config.init_from is not None:
         return load_tokenizer(run_dir)
     tokenizer = make_tokenizer(config.data, vocab_size=config.model.vocab_size)

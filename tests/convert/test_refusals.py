@@ -244,6 +244,8 @@ def test_no_weights_and_no_index(broken, shards):
 @untouched
 def test_no_directory(tmp_path):
     assert refusal(tmp_path / "nothing") == ["there is no such directory"]
+    (tmp_path / "file").write_text("")
+    assert refusal(tmp_path / "file") == ["this is a file; expected a directory with config.json and model.safetensors"]
 
 
 @untouched

@@ -250,17 +250,18 @@ def test_a_run_directory_inside_its_own_data_is_refused(corpus):
         dataclasses.replace(load(recipe(corpus, corpus.parent / "x")), run_dir=str(corpus / "runs" / "x"))
 
 
-def test_init_from_a_run_and_from_a_hugging_face_directory(corpus, tmp_path, whole_run):
-    export = tmp_path / "hf"
-    model, _ = lfm.load(whole_run.run_dir)
+def test_init_from_a_run_a_hugging_face_directory_and_a_gguf_file(corpus, tmp_path, whole_run):
+    export, file = tmp_path / "hf", tmp_path / "w.gguf"
+    model, own = lfm.load(whole_run.run_dir)
     lfm.save_hf(model, export)
+    lfm.save_gguf(model, file, own, type="F32")
     tokenizer = str(whole_run.run_dir / "tokenizer.json")
     first = []
-    for name, source in (("a", whole_run.run_dir), ("b", export)):
+    for name, source in (("a", whole_run.run_dir), ("b", export), ("d", file)):
         path = recipe(corpus, tmp_path / name, init_from=str(source), data__tokenizer=tokenizer, steps=2,
                       optimizer__warmup_steps=0, optimizer__peak_lr=1e-12)
         first.append(losses(train(load(path)).run_dir)[1])
-    assert first[0] == first[1]
+    assert first[0] == first[1] == first[2]
     # Its own tokenizer and chat template come along when no other is named.
     (export / "tokenizer.json").write_bytes((whole_run.run_dir / "tokenizer.json").read_bytes())
     (export / "chat_template.jinja").write_text("{{ messages }}")
@@ -268,8 +269,11 @@ def test_init_from_a_run_and_from_a_hugging_face_directory(corpus, tmp_path, who
     first.append(losses(train(load(recipe(
         corpus, run_dir, init_from=str(export), steps=2, optimizer__warmup_steps=0, optimizer__peak_lr=1e-12
     ))).run_dir)[1])
-    assert first[2] == first[0]
+    assert first[3] == first[0]
     assert chat_template(run_dir) == "{{ messages }}"
+    fields = dict(init_from=str(file), steps=2, optimizer__warmup_steps=0, optimizer__peak_lr=1e-12)
+    first.append(losses(train(load(recipe(corpus, tmp_path / "e", **fields))).run_dir)[1])
+    assert first[4] == first[0]
     assert first[0] < losses(whole_run.run_dir)[1] - 0.5
 
 

@@ -21,6 +21,8 @@ _SIZES = ("block_count", "context_length", "embedding_length", "feed_forward_len
 _EXPERT_SIZES = ("expert_count", "expert_used_count", "expert_feed_forward_length", "expert_gating_func")
 _SIGMOID = 2
 """The `expert_gating_func` of sigmoids."""
+_MOST_LAYERS = 10_000
+"""So that a damaged count takes no memory."""
 _NEUTRAL = {"rope.scaling.type": "none", "rope.scaling.factor": 1.0, "attention.causal": True, "logit_scale": 1.0,
             "attention.sliding_window": 0, "embedding_scale": 1.0, "residual_scale": 1.0, "expert_weights_scale": 1.0,
             "expert_weights_norm": True}
@@ -40,6 +42,8 @@ def _read_shared(keys: Mapping[str, Any], sizes: Sequence[str] = ()) -> dict[str
         raise ValueError(f"the keys {', '.join(missing)} are missing")
     if strange := [f"{key} {keys[key]!r}" for key, value in _NEUTRAL.items() if keys.get(key, value) != value]:
         raise ValueError(f"{', '.join(strange)} {'is' if len(strange) == 1 else 'are'} not supported")
+    if not 0 < keys["block_count"] <= _MOST_LAYERS:
+        raise ValueError(f"block_count is {keys['block_count']}; expected 1 to {_MOST_LAYERS}")
     width, heads = keys["embedding_length"], keys["attention.head_count"]
     head_dim = keys.get("attention.key_length", width // max(heads, 1))
     for key in ("attention.value_length", "rope.dimension_count"):
@@ -108,6 +112,8 @@ def _read_moe(keys: Mapping[str, Any]) -> dict[str, Any]:
     if keys["expert_gating_func"] != _SIGMOID:
         raise ValueError(f"expert_gating_func is {keys['expert_gating_func']}; only {_SIGMOID}, sigmoids, is supported")
     layers, dense = len(fields["layer_types"]), keys.get("leading_dense_block_count", 0)
+    if not 0 <= dense <= layers:
+        raise ValueError(f"leading_dense_block_count is {dense}; expected 0 to block_count, {layers}")
     return fields | dict(
         ffn_types=("swiglu",) * dense + ("moe",) * (layers - dense),
         num_experts=keys["expert_count"],

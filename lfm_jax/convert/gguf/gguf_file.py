@@ -6,6 +6,7 @@ Files are written once, tensor by tensor, and read without mapping them, so that
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -63,6 +64,20 @@ class GgufFile:
 
 def open_gguf(path: Path) -> tuple[GgufFile | None, list[str]]:
     """Reads the header of a file; returns it, or None and what is wrong."""
+    try:
+        gguf_library()
+        stat = path.stat()
+    except ImportError as error:
+        return None, [str(error)]
+    except OSError as error:
+        return None, [f"it cannot be read: {error.strerror}"]
+    opened, problems = _opened(path.resolve(), stat.st_size, stat.st_mtime_ns)
+    return opened, [*problems]
+
+
+@functools.lru_cache(maxsize=1)  # What a verb asks one after the other: the library takes seconds for a vocabulary.
+def _opened(path: Path, size: int, changed: int) -> tuple[GgufFile | None, list[str]]:
+    del size, changed  # Part of the cache's key: the file may be another one since.
     gguf = gguf_library()
     try:
         with open(path, "rb") as file:

