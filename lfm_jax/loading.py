@@ -169,12 +169,7 @@ def _beside_gguf(path: Path) -> AbstractContextManager[Path]:
 HUGGING_FACE = ModelSource(
     "a Hugging Face directory (with config.json)", lambda path: (path / "config.json").exists(), _load_hugging_face
 )
-<<<<<<< HEAD
 RUN = ModelSource("a run directory of lfm train (with checkpoints/)", _is_run, load_run)
-GGUF = ModelSource("a GGUF file (.gguf)", _is_gguf, _load_gguf, _gguf_template)
-=======
-RUN = ModelSource("a run directory of lfm train (with checkpoints/)", _is_run, _load_run)
 GGUF = ModelSource("a GGUF file (.gguf)", _is_gguf, _load_gguf, _beside_gguf)
->>>>>>> h_gguf2
 SOURCES: list[ModelSource] = [HUGGING_FACE, RUN, GGUF]
 """In the order in which they are tried."""

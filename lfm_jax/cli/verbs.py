@@ -51,14 +51,11 @@ VERBS = (
     Verb("train", TRAIN, "train a model, or resume a run", "training:train", "pretrain.config:TrainCommand"),
     Verb("ablate", TRAIN, "run, resume or report an ablation study", "training:ablate", "ablate.schedule:AblateConfig"),
     Verb("convert", CONVERT, "write a Hugging Face directory that transformers loads", "checkpoints:convert"),
-<<<<<<< HEAD
     Verb("export", CONVERT, "write a GGUF file that llama.cpp runs", "checkpoints:export", keeps=False),
     Verb("imatrix", CONVERT, "measure which inputs of matrices count, for `lfm export --imatrix`",
          "checkpoints:imatrix"),
-=======
     Verb("eval compare", MEASURE, "report differences of two evaluations", "evaluation:compare", keeps=False),
     Verb("eval", MEASURE, "measure a model with tasks of lm-eval", "evaluation:evaluate"),
->>>>>>> h_eval
     Verb("bench", MACHINE, "measure speed beside a peer in the same process", "machine:bench"),
     Verb("selfcheck", MACHINE, "check every kernel and collective against its reference", "machine:selfcheck"),
     Verb("cache", MACHINE, "report or clear the cache of compiled programs", "machine:cache", keeps=False),

@@ -166,6 +166,6 @@ def test_what_is_loaded_and_exported_of_a_run_is_what_its_steps_computed_with(tm
     equal(widened(model), expected)
     assert model.config.quantize == ""
     if name.startswith("Q"):
-        with pytest.raises(SystemExit, match="^0$"):
+        with pytest.raises(SystemExit, match=r"^0$"):
             main(["export", str(tmp_path), str(tmp_path / "m.gguf"), "--type", name])
         equal(widened(load_gguf(tmp_path / "m.gguf", "float32")[0]), expected)
