@@ -324,7 +324,7 @@ def test_everything_that_a_family_lacks_comes_at_once():
 
 
 NOT_THE_NETWORK = {"logits_dtype", "conv_impl", "scan_impl", "attention_impl", "experts_impl", "expert_bias_rate",
-                   "router_z_loss", "init", "remat", "scan_layers"}
+                   "router_z_loss", "init", "remat", "scan_layers", "quantize"}
 """How a model is computed, begun and trained, which no config.json says."""
 MIXTURE = dict(num_experts=6, active_experts=3, expert_size=40, expert_bias=False, normed_weights=False,
                expert_scale=2.5)

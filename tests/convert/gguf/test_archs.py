@@ -11,7 +11,7 @@ from lfm_jax.testing import tiny_config
 NOT_IN_KEYS = {"vocab_size", "tie_embedding", "pad_id", "bos_id", "eos_ids"}
 """Fields that the tokenizer and the tensors of a file say (test_gguf_models.py)."""
 NOT_THE_NETWORK = {"logits_dtype", "conv_impl", "scan_impl", "attention_impl", "experts_impl", "expert_bias_rate",
-                   "router_z_loss", "init", "init_std", "remat", "scan_layers", "param_dtype", "dtype"}
+                   "router_z_loss", "init", "init_std", "remat", "scan_layers", "quantize", "param_dtype", "dtype"}
 CHANGED = dict(layer_types=("full_attention", "conv"), hidden_size=60, ffn_size=49, num_heads=6, num_kv_heads=3,
                head_dim=10, conv_taps=4, norm_eps=1e-4, rope_theta=5e4, max_position=77)
 CHANGED_MOE = CHANGED | dict(ffn_types=("swiglu", "moe"), num_experts=6, active_experts=3, expert_size=40)
