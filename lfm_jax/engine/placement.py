@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -118,7 +119,12 @@ def give_back_memory() -> None:
 
 
 def _bytes(tree: Any) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """As a device holds them: int4 in half a byte, whatever NumPy says of it."""
+    return sum(-(-x.size * _bits(x.dtype) // 8) for x in jax.tree.leaves(tree))
+
+
+def _bits(dtype: Any) -> int:
+    return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize
 
 
 def check_memory(needed: Mapping[str, int], limit: int) -> None:

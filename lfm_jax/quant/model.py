@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lfm_jax.config import ModelConfig
-from lfm_jax.layers import OUT_IN, Traits
+from lfm_jax.layers import OUT_IN, Matrix, Traits
 from lfm_jax.model import LFM, param_traits
 from lfm_jax.quant.weights import W8A8, Quantized
 from lfm_jax.weight_kinds import WeightKind
@@ -73,21 +73,30 @@ def keeper(config: ModelConfig, kind: str, group: int | None) -> Callable[[tuple
     if group not in GROUPS[kind]:
         raise ValueError(f"group is {group!r}; of {kind} it is one of {', '.join(map(str, GROUPS[kind]))}")
     traits = {_keys(path): found for path, found in jax.tree.leaves_with_path(param_traits(config))}
-    return lambda path, w: _kept(".".join(map(str, path)), w, traits[path], kind, group)
+
+    def leaf(path: tuple[Any, ...], w: Any) -> Any:
+        name, matrix = ".".join(map(str, path)), narrow_matrix(traits[path])
+        if matrix is None:
+            return w
+        size = math.prod(w.shape[axis] for axis in matrix.inputs)
+        if group and size % group:
+            raise ValueError(f"{name} has {size} inputs, which groups of {group} do not divide; choose another group")
+        made, finite = narrowed(jnp.asarray(w), matrix, kind, group)
+        if not finite:
+            raise ValueError(f"{name} has values that are not finite, which have no scale; repair the checkpoint")
+        return made
+
+    return leaf
 
 
-def _kept(name: str, w: Any, traits: Traits, kind: str, group: int | None) -> Any:
-    matrix = OUT_IN if "vocab" in traits.axes else traits.matrix
-    if matrix is None:
-        return w
-    size = math.prod(w.shape[axis] for axis in matrix.inputs)
-    if group and size % group:
-        raise ValueError(f"{name} has {size} inputs, which groups of {group} do not divide; choose another group")
-    w = jnp.asarray(w)
-    made, finite = W8A8.of(w, matrix) if kind == "w8a8" else Quantized.of(w, matrix, kind, group)
-    if not finite:
-        raise ValueError(f"{name} has values that are not finite, which have no scale; repair the checkpoint")
-    return made
+def narrow_matrix(traits: Traits) -> Matrix | None:
+    """Returns the axes of a parameter that becomes narrow: a matrix between activations, the table or the head."""
+    return OUT_IN if "vocab" in traits.axes else traits.matrix
+
+
+def narrowed(w: jax.Array, matrix: Matrix, kind: str, group: int | None) -> tuple[WeightKind, jax.Array]:
+    """Returns an array in a narrow type, and whether all of it was finite."""
+    return W8A8.of(w, matrix) if kind == "w8a8" else Quantized.of(w, matrix, kind, group)
 
 
 def _is_kind(w: Any) -> bool:
