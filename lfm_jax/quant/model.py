@@ -13,7 +13,7 @@ from flax import nnx
 from lfm_jax.config import ModelConfig
 from lfm_jax.layers import OUT_IN, Matrix, Traits
 from lfm_jax.model import LFM, param_traits
-from lfm_jax.quant.weights import W8A8, Quantized
+from lfm_jax.quant.weights import GroupQuantized, Quantized
 from lfm_jax.weight_kinds import WeightKind
 
 GROUPS: dict[str, tuple[int | None, ...]] = {"int8": (None, 32, 128), "int4": (None, 32, 128), "w8a8": (None,)}
@@ -96,7 +96,10 @@ def narrow_matrix(traits: Traits) -> Matrix | None:
 
 def narrowed(w: jax.Array, matrix: Matrix, kind: str, group: int | None) -> tuple[WeightKind, jax.Array]:
     """Returns an array in a narrow type, and whether all of it was finite."""
-    return W8A8.of(w, matrix) if kind == "w8a8" else Quantized.of(w, matrix, kind, group)
+    if group:
+        return GroupQuantized.of(w, matrix, kind, group)
+    by_int8 = kind == "w8a8"
+    return Quantized.of(w, matrix, "int8" if by_int8 else kind, by_int8=by_int8)
 
 
 def _is_kind(w: Any) -> bool:

@@ -19,7 +19,7 @@ from lfm_jax.kernels.logprobs import token_logprobs
 from lfm_jax.layers import HEADS_IN, IN_OUT, OUT_HEADS, OUT_IN
 from lfm_jax.model import abstract_model, param_traits
 from lfm_jax.quant.model import narrow_matrix, narrowed
-from lfm_jax.quant.weights import LEVELS, W8A8, Quantized
+from lfm_jax.quant.weights import LEVELS
 from lfm_jax.stacking import stack_layers
 from lfm_jax.testing import tiny_config, tiny_model
 from lfm_jax.train.checkpoint import CheckpointManager
@@ -61,7 +61,7 @@ def test_values_are_rounded_by_half_a_step_at_most(kind, group, dtype, name):
     shape, matrix = MATRICES[name]
     w = drawn(shape, dtype).at[0].set(0)
     w = w.at[1, 0, ...].set(w[1, 0] * 1e4)  # One that is huge, or some: others next to them become 0, and are bounded.
-    narrow, finite = Quantized.of(w, matrix, kind, group)
+    narrow, finite = narrowed(w, matrix, kind, group)
     assert bool(finite)
     assert (narrow.shape, narrow.dtype, narrow.ndim) == (w.shape, w.dtype, w.ndim)
     assert narrow.values.dtype == kind
@@ -79,7 +79,7 @@ def test_values_are_rounded_by_half_a_step_at_most(kind, group, dtype, name):
 @pytest.mark.parametrize(("kind", "group"), FORMS)
 def test_products_and_their_gradients_are_those_of_the_widened_weights(kind, group, name, rows):
     shape, matrix = MATRICES[name]
-    narrow, _ = Quantized.of(drawn(shape), matrix, kind, group)
+    narrow, _ = narrowed(drawn(shape), matrix, kind, group)
     inputs = len(matrix.inputs)
     x = drawn((*rows, *shape[-inputs:]), seed=1)
     product, pull = jax.vjp(lambda x: linear(x, narrow, inputs=inputs), x)
@@ -90,19 +90,15 @@ def test_products_and_their_gradients_are_those_of_the_widened_weights(kind, gro
     assert linear(x.astype("bfloat16"), narrow, inputs=inputs, dtype="float32").dtype == "float32"
     if not rows:
         with pytest.raises(ValueError, match="not its last"):
-            linear(drawn((16,)), Quantized.of(drawn((3, 64, 16)), IN_OUT, kind, group)[0])
+            linear(drawn((16,)), narrowed(drawn((3, 64, 16)), IN_OUT, kind, group)[0])
 
 
 @pytest.mark.parametrize(("kind", "group"), [*FORMS, ("w8a8", None)])
 def test_rows_of_a_table_and_items_of_experts(kind, group):
-    def of(shape, matrix):
-        w = drawn(shape)
-        return (W8A8.of(w, matrix) if kind == "w8a8" else Quantized.of(w, matrix, kind, group))[0]
-
-    table = of((40, 64), OUT_IN)
-    ids = np.array([[3, 39, 0], [3, 1, 2]])
-    np.testing.assert_array_equal(lookup(ids, table, "float32"), table.astype("float32")[ids])
-    experts = of((3, 64, 16), IN_OUT)
+    table, _ = narrowed(drawn((40, 64)), OUT_IN, kind, group)
+    for ids in (np.array([[3, 39, 0], [3, 1, 2]]), np.array([[39]])):
+        np.testing.assert_array_equal(lookup(ids, table, "float32"), table.astype("float32")[ids])
+    experts, _ = narrowed(drawn((3, 64, 16)), IN_OUT, kind, group)
     np.testing.assert_array_equal(experts.item(jnp.int32(2), jnp.float32), experts.astype("float32")[2])
 
 
@@ -214,11 +210,11 @@ def test_stacked_layers_checkpoints_and_files(kind, group, tmp_path):
 
 
 def test_integers_are_multiplied_exactly_and_each_row_by_itself():
-    w, _ = W8A8.of(drawn((24, 4, 16)), OUT_HEADS)
+    w, _ = narrowed(drawn((24, 4, 16)), OUT_HEADS, "w8a8", None)
     x = drawn((5, 4, 16), seed=1)
     scale_M = np.abs(np.asarray(x)).max(axis=(1, 2)) / 127
     q = np.rint(np.asarray(x) / scale_M[:, None, None]).astype(np.int64)
-    expected = np.einsum("mnh,onh->mo", q, np.asarray(w.values, np.int64)) * (scale_M[:, None] * np.asarray(w.scales))
+    expected = q.reshape(5, 64) @ np.asarray(w.values, np.int64).T * (scale_M[:, None] * np.asarray(w.scales))
     run = jax.jit(lambda x: linear(x, w, inputs=2))
     assert rel_err(run(x), expected) < 1e-6
     assert 1e-4 < rel_err(run(x), linear(x, w.astype("float32"), inputs=2)) < 1e-2
