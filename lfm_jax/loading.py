@@ -29,26 +29,29 @@ class ModelSource(NamedTuple):
     accepted: str
     """Its name in messages."""
     recognises: Callable[[Path], bool]
-    load: Callable[[Path, Any], Loaded]
-    """(path, dtype or None) -> (model, tokenizer), as `load`."""
+    load: Callable[[Path, Any, str | None], Loaded]
+    """(path, dtype or None, quantize or None) -> (model, tokenizer), as `load`."""
 
 
-def load(path: str | Path, dtype: Any = None) -> Loaded:
+def load(path: str | Path, dtype: Any = None, quantize: str | None = None) -> Loaded:
     """Loads weights and tokenizer.
 
     Args:
       path: a Hugging Face directory (config.json and safetensors); a run directory of `lfm train`, whose latest
         checkpoint is loaded; or a Hub id, `OWNER/NAME` or `OWNER/NAME@REVISION` (see `local`).
       dtype: dtype of parameters and computation, for example jnp.bfloat16. None keeps the stored dtype.
+      quantize: a form of `quantize`, such as `int8` or `int4:32`, with the group behind a colon: each matrix of a
+        Hugging Face directory becomes narrow as it is read, so that the whole model is never in memory in its dtype.
 
     Returns:
       (model, tokenizer); the tokenizer neither truncates nor pads, and is None if the directory has none.
 
     Raises:
-      ValueError: the path is neither, or its checkpoint is damaged; the message lists all problems. Or see `local`.
+      ValueError: the path is neither, or its checkpoint is damaged; the message lists all problems. Or see `local` and
+        `quantize`.
     """
     path = local(path)
-    return recognise(path).load(path, dtype)
+    return recognise(path).load(path, dtype, quantize)
 
 
 def local(name: str | os.PathLike) -> Path:
@@ -82,14 +85,14 @@ def recognise(path: str | Path) -> ModelSource:
     raise ValueError(f"{path} {found}; a model is {' or '.join([*accepted, 'a Hub id (OWNER/NAME[@REVISION])'])}")
 
 
-def _load_hugging_face(path: Path, dtype: Any) -> Loaded:
+def _load_hugging_face(path: Path, dtype: Any, quantize: str | None) -> Loaded:
     from lfm_jax.convert.hf import load_hf
     from lfm_jax.convert.sidecars import DENSE
 
     if os.path.lexists(path / DENSE):
         raise ValueError(f"{path} has a projection of its vectors, {DENSE}, which a model alone would lose; load it "
                          "with lfm.load_encoder")
-    return load_hf(path, dtype)
+    return load_hf(path, dtype, quantize)
 
 
 def _is_run(path: Path) -> bool:
@@ -98,7 +101,8 @@ def _is_run(path: Path) -> bool:
     return (path / CHECKPOINTS).is_dir()
 
 
-def _load_run(run_dir: Path, dtype: Any) -> Loaded:
+def _load_run(run_dir: Path, dtype: Any, quantize: str | None) -> Loaded:
+    from lfm_jax.quant.model import quantize_params
     from lfm_jax.text.tokenizer import TOKENIZER_FILE, inference_tokenizer
     from lfm_jax.train.checkpoint import CheckpointManager
 
@@ -116,6 +120,8 @@ def _load_run(run_dir: Path, dtype: Any) -> Loaded:
         config = config.replace(param_dtype=name, dtype=name)
         graphdef, abstract_params = abstract_model(config)
         params = jax.tree.map(lambda x, abstract: x.astype(abstract.dtype), params, abstract_params)
+    if quantize is not None:
+        params = quantize_params(params, config, quantize)
     tokenizer = inference_tokenizer(run_dir) if (run_dir / TOKENIZER_FILE).exists() else None
     return nnx.merge(graphdef, params), tokenizer
 

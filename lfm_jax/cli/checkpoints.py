@@ -33,7 +33,7 @@ def convert(
     if (source := recognise(path)) is HUGGING_FACE:
         run(path, dst, dtype=dtype, max_shard_bytes=max_shard_bytes)
     else:
-        model, tokenizer = source.load(path, dtype)
+        model, tokenizer = source.load(path, dtype, None)
         save_hf(model, dst, tokenizer=tokenizer, source=path, max_shard_bytes=max_shard_bytes)
     print(f"wrote {dst}")
     return 0

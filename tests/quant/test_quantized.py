@@ -18,6 +18,7 @@ from lfm_jax.kernels.linear import linear, lookup
 from lfm_jax.kernels.logprobs import token_logprobs
 from lfm_jax.layers import HEADS_IN, IN_OUT, OUT_HEADS, OUT_IN
 from lfm_jax.model import abstract_model, param_traits
+from lfm_jax.quant.model import FORMS as FORMS_BY_NAME
 from lfm_jax.quant.model import narrow_matrix, narrowed
 from lfm_jax.quant.weights import LEVELS
 from lfm_jax.stacking import stack_layers
@@ -228,3 +229,15 @@ def test_integers_are_multiplied_exactly_and_each_row_by_itself():
     _, pull_expected = jax.vjp(lambda x: linear(x, w.astype("float32"), inputs=2), x)
     dy = drawn((5, 24), seed=3)
     assert rel_err(*pull(dy), *pull_expected(dy)) < 1e-6
+
+
+@pytest.mark.parametrize("form", ["int4:32", "w8a8"])
+def test_a_directory_becomes_narrow_as_it_is_read(form, tmp_path):
+    model = tiny_model(ffn_size=64)
+    lfm.save_hf(model, tmp_path / "hf")
+    kind, group = FORMS_BY_NAME[form]
+    ours, theirs = (params_of(made) for made in (lfm.load(tmp_path / "hf", quantize=form)[0],
+                                                 lfm.quantize(model, kind, group)))
+    jax.tree.map(np.testing.assert_array_equal, ours[1], theirs[1])
+    with pytest.raises(ValueError, match="quantize is 'int2'; choose one of int8, int8:32"):
+        lfm.load(tmp_path / "hf", quantize="int2")
