@@ -50,9 +50,10 @@ def test_as_on_one_device(sizes):
 ])
 def test_narrow_weights_and_states_are_split(form, kv):
     """In `make test-long` int4 too."""
-    model = quantize(tiny_model(vocab_size=V, hidden_size=64, ffn_size=64), *form)
-    config = dataclasses.replace(CONFIG, kv=kv)
-    some = [dataclasses.replace(request, sampling=Sampling(), n=1) for request in requests()[:6]]
+    model = quantize(tiny_model(vocab_size=V, hidden_size=64, ffn_size=64, head_dim=16,
+                                layer_types=("conv", "full_attention")), *form)
+    config = EngineConfig(slots=((2, 64),), chunk=16, kv=kv, fixed_rows=True)
+    some = [Request(prompt=[*range(i, 9 * i + 9)], max_new_tokens=12, stop_ids=()) for i in range(3)]
     expected = Engine(model, config).complete(some)
     made = Engine(model, config, mesh_of(tensor=2))
     w = made._pools[0]._params["blocks"][0]["feed_forward"]["w2"]
