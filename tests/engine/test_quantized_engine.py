@@ -12,9 +12,11 @@ from helpers import long
 from lfm_jax import quantize
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.engine import Engine
+from lfm_jax.engine.placement import memory_needed
 from lfm_jax.engine.request import Request
 from lfm_jax.infer.generate import generate_tokens
-from lfm_jax.testing import tiny_model
+from lfm_jax.state import init_state
+from lfm_jax.testing import tiny_config, tiny_model
 
 CONFIG = EngineConfig(slots=((4, 96),), chunk=16, prefix_cache_bytes=1 << 20, max_logprobs=2, fixed_rows=True)
 FORMS = [("int4", 32, "int8"), ("w8a8", None, "model"), long("int8", None, "int8"), long("int8", 32, "model")]
@@ -72,5 +74,10 @@ def test_memory_of_int8_keys_and_values_is_counted():
         assert made.memory["2 slots of 512 tokens"] == sum(x.nbytes for pool in made._pools
                                                            for x in jax.tree.leaves(pool._slots))
     assert 3.6 < sizes["model"] / sizes["int8"] < 4, "68 bytes of a head of 64, instead of 256"
+    working = [memory_needed(EngineConfig(slots=((1, 1024),), kv=kv), tiny_config(), {})["working"]
+               for kv in ("model", "int8")]
+    state = [init_state(tiny_config(), 1, 1024, int8_kv=kv == "int8") for kv in ("model", "int8")]
+    copies = [2 * sum(x.nbytes for x in jax.tree.leaves(each)) for each in state]
+    assert working[1] - working[0] == copies[1] - copies[0] + 2 * 1024 * 16 * 4, "one layer's, widened"
     with pytest.raises(ValueError, match="kv is 'int4'; choose model or int8"):
         EngineConfig(kv="int4")

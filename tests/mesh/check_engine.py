@@ -1,6 +1,5 @@
 """The engine over replicas and tensor-parallel devices gives the tokens of one device."""
 
-import dataclasses
 
 import jax
 import numpy as np
