@@ -20,6 +20,8 @@ LayerType = Annotated[str, OPERATORS]
 """A name in the table, which also gives flags their choices (`recipe.py`)."""
 FfnType = Annotated[str, FEED_FORWARDS]
 DType = Literal["float32", "bfloat16", "float16"]
+Quantize = Literal["int8", "int8:32", "int8:128", "int4", "int4:32", "int4:128", "w8a8"]
+"""Narrow types of weights while a model runs, with the inputs that share a scale behind the colon (`lfm.quantize`)."""
 ConvGates = Literal["none", "input", "output", "both"]
 Recurrence = Literal["rglru", "liquid", "lti"]
 ConvImpl = Literal["auto", "lax", "shifted", "associative", "pallas_tpu", "pallas_gpu"]

@@ -32,13 +32,13 @@ class ModelSource(NamedTuple):
     accepted: str
     """Its name in messages."""
     recognises: Callable[[Path], bool]
-    load: Callable[[Path, Any], Loaded]
-    """(path, dtype or None) -> (model, tokenizer), as `load`."""
+    load: Callable[[Path, Any, str | None], Loaded]
+    """(path, dtype or None, quantize or None) -> (model, tokenizer), as `load`."""
     beside: Callable[[Path], AbstractContextManager[Path]] = contextlib.nullcontext
     """Gives the directory with its tokenizer and chat template: its own, or one that is there for a while."""
 
 
-def load(path: str | Path, dtype: Any = None) -> Loaded:
+def load(path: str | Path, dtype: Any = None, quantize: str | None = None) -> Loaded:
     """Loads weights and tokenizer.
 
     Args:
@@ -47,15 +47,19 @@ def load(path: str | Path, dtype: Any = None) -> Loaded:
         `OWNER/NAME@REVISION` (see `local`).
       dtype: dtype of parameters and computation, for example jnp.bfloat16. None keeps the stored dtype; weights that
         are quantised become float32.
+      quantize: a form of `quantize`, such as `int8` or `int4:32`, with the group behind a colon: each matrix of a
+        Hugging Face directory or GGUF file becomes narrow as it is read, so that the whole model is never in memory in
+        its dtype.
 
     Returns:
       (model, tokenizer); the tokenizer neither truncates nor pads, and is None if the path has none.
 
     Raises:
-      ValueError: the path is neither, or its checkpoint is damaged; the message lists all problems. Or see `local`.
+      ValueError: the path is neither, or its checkpoint is damaged; the message lists all problems. Or see `local` and
+        `quantize`.
     """
     path = local(path)
-    return recognise(path).load(path, dtype)
+    return recognise(path).load(path, dtype, quantize)
 
 
 def local(name: str | os.PathLike) -> Path:
@@ -99,13 +103,13 @@ def chat_template(path: str | Path) -> str | None:
         return sidecars.chat_template(directory)
 
 
-def _load_hugging_face(path: Path, dtype: Any) -> Loaded:
+def _load_hugging_face(path: Path, dtype: Any, quantize: str | None) -> Loaded:
     from lfm_jax.convert.hf import load_hf
 
     if os.path.lexists(path / sidecars.DENSE):
         raise ValueError(f"{path} has a projection of its vectors, {sidecars.DENSE}, which a model alone would lose; "
                          "load it with lfm.load_encoder")
-    return load_hf(path, dtype)
+    return load_hf(path, dtype, quantize)
 
 
 def _is_run(path: Path) -> bool:
@@ -114,13 +118,14 @@ def _is_run(path: Path) -> bool:
     return (path / CHECKPOINTS).is_dir()
 
 
-def load_run(run_dir: Path, dtype: Any, *, gguf_type: str | None = None) -> Loaded:
+def load_run(run_dir: Path, dtype: Any, quantize: str | None = None, *, gguf_type: str | None = None) -> Loaded:
     """Loads the weights that the steps of a run computed with, rounded if its `model.quantize` says so.
 
     Args:
       gguf_type: the type of a GGUF file that the weights are for. Where rounding them twice would move them, and it is
         the run's own, they are not rounded here, so that the file holds what the steps computed with.
     """
+    from lfm_jax.quant.model import quantize_params
     from lfm_jax.text.tokenizer import TOKENIZER_FILE, inference_tokenizer
     from lfm_jax.train.checkpoint import CheckpointManager
     from lfm_jax.train.rounding import is_fixed, rounded_weights
@@ -144,6 +149,8 @@ def load_run(run_dir: Path, dtype: Any, *, gguf_type: str | None = None) -> Load
         config = config.replace(param_dtype=name, dtype=name)
         graphdef, abstract_params = abstract_model(config)
         params = jax.tree.map(lambda x, abstract: x.astype(abstract.dtype), params, abstract_params)
+    if quantize is not None:
+        params = quantize_params(params, config, quantize)
     tokenizer = inference_tokenizer(run_dir) if (run_dir / TOKENIZER_FILE).exists() else None
     return nnx.merge(graphdef, params), tokenizer
 
@@ -154,10 +161,10 @@ def _is_gguf(path: Path) -> bool:
     return is_gguf(path)
 
 
-def _load_gguf(path: Path, dtype: Any) -> Loaded:
+def _load_gguf(path: Path, dtype: Any, quantize: str | None) -> Loaded:
     from lfm_jax.convert.gguf.models import load_gguf
 
-    return load_gguf(path, dtype)
+    return load_gguf(path, dtype, quantize)
 
 
 def _beside_gguf(path: Path) -> AbstractContextManager[Path]:

@@ -52,6 +52,10 @@ class LayerState(abc.ABC):
         """Returns the state with a snapshot of tokens from `start` on put into a row, after the snapshots before it:
         `with_row` if the snapshot is `row_of`. A row index beyond the batch changes nothing."""
 
+    def narrowed(self) -> Self:
+        """Returns the empty state with its keys and values in int8; a state without them as it is."""
+        return self
+
     @abc.abstractmethod
     def at_context(self, context: int | jax.Array) -> Self:
         """Returns the state as after `context` tokens of one document, hiding later tokens. A state without counts is
@@ -68,7 +72,8 @@ class State:
 
 
 def init_state(
-    config: ModelConfig, batch: int, max_len: int, dtype: str | jnp.dtype | None = None, *, rollback: int = 0
+    config: ModelConfig, batch: int, max_len: int, dtype: str | jnp.dtype | None = None, *, rollback: int = 0,
+    int8_kv: bool = False,
 ) -> State:
     """Makes an empty state for `batch` rows with room for `max_len` real tokens each.
 
@@ -78,6 +83,7 @@ def init_state(
       max_len: slots for keys and values; a row that outgrows them gets NaN, never a wrong number.
       dtype: dtype of keys, values and conv tails; None means `config.dtype`. Recurrences are always float32.
       rollback: the most tokens that one `rollback` can remove.
+      int8_kv: whether keys and values are rounded to int8, with a float32 scale for each head of a slot, instead.
 
     Over a mesh (`jax.set_mesh`) heads and channels are split over `tensor`; every device has all rows.
 
@@ -96,6 +102,8 @@ def init_state(
     dtype = jnp.dtype(dtype or config.dtype)
     states = {kind: _state_class(OPERATORS[kind]) for kind in dict.fromkeys(config.layer_types)}
     layers = (states[kind].init(config, batch, max_len, dtype, rollback) for kind in config.layer_types)
+    if int8_kv:
+        layers = (layer.narrowed() for layer in layers)
     return State(tuple(layers), jnp.zeros((batch,), jnp.int32))
 
 

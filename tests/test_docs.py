@@ -83,7 +83,8 @@ def desk(tmp_path_factory):
     """A working directory with what the pages take for granted: weights, texts, recipes, requests, a finished run."""
     path = tmp_path_factory.mktemp("desk")
     tokenizer = tiny_tokenizer()
-    model = tiny_model(vocab_size=tokenizer.get_vocab_size(), layer_types=("conv", "full_attention"), init_std=0.05)
+    model = tiny_model(vocab_size=tokenizer.get_vocab_size(), layer_types=("conv", "full_attention"), init_std=0.05,
+                       ffn_size=64)
     lfm.save_hf(model, path / CHECKPOINT, tokenizer=tokenizer)
     save_encoders(path)
     cached = path / "hub" / f"models--LiquidAI--{CHECKPOINT}"

@@ -71,7 +71,7 @@ def test_limits_in_the_tokenizer_of_a_run_are_not_loaded(tmp_path, monkeypatch, 
 
 def test_another_source_is_one_row(tmp_path, monkeypatch):
     model = tiny_model()
-    own = ModelSource("a file of ours (.toy)", lambda path: path.suffix == ".toy", lambda path, dtype: (model, dtype))
+    own = ModelSource("a file of ours (.toy)", lambda path: path.suffix == ".toy", lambda _, dtype, __: (model, dtype))
     monkeypatch.setattr(loading, "SOURCES", [*loading.SOURCES, own])
     assert lfm.load(tmp_path / "x.toy", dtype="float16") == (model, "float16")
     with pytest.raises(ValueError, match=r"or a file of ours \(\.toy\)"):

@@ -40,7 +40,7 @@ def convert(
     if (source := recognise(path)) is HUGGING_FACE:
         run(path, dst, dtype=dtype, max_shard_bytes=max_shard_bytes)
     else:
-        model, tokenizer = source.load(path, dtype)
+        model, tokenizer = source.load(path, dtype, None)
         with source.beside(path) as directory:
             save_hf(model, dst, tokenizer=tokenizer, source=directory, max_shard_bytes=max_shard_bytes)
     print(f"wrote {dst}")

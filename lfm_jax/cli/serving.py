@@ -9,7 +9,7 @@ from typing import Any, Literal
 import tyro
 
 from lfm_jax.cli.arguments import ModelName
-from lfm_jax.config import DType
+from lfm_jax.config import DType, Quantize
 from lfm_jax.convert.hub import model_name
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.sampling import PUBLISHED, Sampling
@@ -30,6 +30,7 @@ def serve(
     data: int = 1,
     tensor: int = 1,
     dtype: DType | None = None,
+    quantize: Quantize | None = None,
     warm_up: Literal["first", "all"] = "first",
     drain_seconds: int = 60,
     plain_contents: bool = False,
@@ -51,6 +52,7 @@ def serve(
       data: replicas of the model.
       tensor: devices that each replica is split over.
       dtype: of parameters and computation; the stored one if left out.
+      quantize: keep matrices in a narrow type; w8a8 suits a CPU, int8 and int4 other devices.
       warm_up: programs to compile before it serves: what a first request needs, and the others beside the work, or all.
       drain_seconds: how long what runs may take to end after SIGTERM.
       plain_contents: encode the names of special tokens inside messages as plain text, for texts of strangers.
@@ -64,14 +66,16 @@ def serve(
     if launch.is_encoder(directory):
         from lfm_jax.infer.embed import load_encoder
 
-        if (sampling, engine, data, tensor, warm_up, plain_contents) != (PUBLISHED, SERVER, 1, 1, "first", False):
+        if (sampling, engine, data, tensor, quantize, warm_up, plain_contents) != (
+            PUBLISHED, SERVER, 1, 1, None, "first", False
+        ):
             raise ValueError(f"{path} is an encoder, which has no slots, samples nothing and runs on one device: leave "
-                             "out --sampling, --engine, --data, --tensor, --warm-up and --plain-contents")
+                             "out --sampling, --engine, --data, --tensor, --quantize, --warm-up and --plain-contents")
         encoder = load_encoder(directory, dtype)
         launch.serve_encoder(encoder, name or model_name(directory), address, limits, drain_seconds, cors_origins)
         return 0
-    service = launch.open_service(directory, dtype, engine, (data, tensor), everything=warm_up == "all",
-                                  plain_contents=plain_contents)
+    service = launch.open_service(directory, dtype, engine, (data, tensor), quantize=quantize,
+                                  everything=warm_up == "all", plain_contents=plain_contents)
     launch.serve(service, name or model_name(directory), address, sampling, limits, drain_seconds, cors_origins)
     return 0
 
@@ -88,6 +92,7 @@ def batch(
     data: int = 1,
     tensor: int = 1,
     dtype: DType | None = None,
+    quantize: Quantize | None = None,
     plain_contents: bool = False,
 ) -> int:
     """Answer a file of requests in OpenAI's batch format, one per line. Needs `lfm_jax[serve]`.
@@ -106,6 +111,7 @@ def batch(
       data: replicas of the model.
       tensor: devices that each replica is split over.
       dtype: dtype of parameters and computation; the stored one if left out.
+      quantize: keep matrices in a narrow type; w8a8 suits a CPU, int8 and int4 other devices.
       plain_contents: encode the names of special tokens inside messages as plain text, for texts of strangers.
     """
     from lfm_jax.loading import local, recognise
@@ -115,7 +121,8 @@ def batch(
     recognise(directory)  # Before a target is made.
 
     def open_service() -> Any:
-        return launch.open_service(directory, dtype, engine, (data, tensor), plain_contents=plain_contents)
+        return launch.open_service(directory, dtype, engine, (data, tensor), quantize=quantize,
+                                   plain_contents=plain_contents)
 
     bad = run.batch(open_service, model_name(directory), source, target, shard=shard, sampling=sampling, limits=limits)
     print(f"{target}: every line is answered{f', {bad} with an error' if bad else ''}")

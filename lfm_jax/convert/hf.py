@@ -32,6 +32,7 @@ from lfm_jax.convert.sources import Source, Spec, cast, check, common_dtype
 from lfm_jax.convert.weights import Group, Weight, groups, leaf, misfits
 from lfm_jax.model import LFM, abstract_model
 from lfm_jax.problems import raise_problems
+from lfm_jax.quant.model import keeper
 from lfm_jax.weight_kinds import WeightKind
 
 if TYPE_CHECKING:
@@ -124,15 +125,18 @@ def _as_numpy(value: Any) -> np.ndarray:
     return value.view(sys.modules["torch"].int16).numpy().view(jnp.bfloat16)
 
 
-def build(config: ModelConfig, read: Callable[[str], np.ndarray], weights: tuple[Weight, ...]) -> LFM:
+def build(
+    config: ModelConfig, read: Callable[[str], np.ndarray], weights: tuple[Weight, ...], quantize: str | None = None
+) -> LFM:
     """Makes a model and reads every parameter by its name in the file, without initialising any first."""
     graphdef, params = abstract_model(config)
+    # A copy of its own, which the device may use as it is; nothing is compiled for it.
+    keep = (lambda _, array: jax.device_put(array)) if quantize is None else keeper(config, quantize)
     for group in fitting_groups(weights, config, params):
         made = group.to_leaves(cast(name, read(name), group.dtype) for name in group.names)
         for path, array in zip(group.paths, made, strict=True):
             *parents, last = path
-            # A copy of its own, which the device may use as it is; nothing is compiled for it.
-            functools.reduce(operator.getitem, parents, params)[last] = jax.device_put(np.array(array, order="C"))
+            functools.reduce(operator.getitem, parents, params)[last] = keep(path, np.array(array, order="C"))
     return nnx.merge(graphdef, params)
 
 
@@ -208,12 +212,15 @@ def inspect(path: Path, dtype: Any) -> tuple[Checkpoint | None, list[str]]:
     return (None if config is None or problems else Checkpoint(config, source.read, weights)), problems
 
 
-def load_hf(path: str | os.PathLike, dtype: Any = None) -> tuple[LFM, Tokenizer | None]:
+def load_hf(
+    path: str | os.PathLike, dtype: Any = None, quantize: str | None = None
+) -> tuple[LFM, Tokenizer | None]:
     """Loads a directory in Hugging Face format, tensor by tensor.
 
     Args:
       path: a directory with config.json, model.safetensors (or shards and their index), perhaps tokenizer.json.
       dtype: dtype of parameters and activations: float32, bfloat16 or float16. None keeps the stored one, bit for bit.
+      quantize: as for `lfm.load`.
 
     Returns:
       (model, tokenizer); the tokenizer is None if there is no tokenizer.json.
@@ -226,7 +233,8 @@ def load_hf(path: str | os.PathLike, dtype: Any = None) -> tuple[LFM, Tokenizer 
     tokenizer, found = sidecars.read_tokenizer(path)
     raise_problems(f"cannot load {path}", problems + found, most=None)
     assert checkpoint is not None
-    return build(ending_as_generated(checkpoint.config, path), checkpoint.read, checkpoint.weights), tokenizer
+    config = ending_as_generated(checkpoint.config, path)
+    return build(config, checkpoint.read, checkpoint.weights, quantize), tokenizer
 
 
 def ending_as_generated(config: ModelConfig, path: Path) -> ModelConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from lfm_jax.problems import raise_problems
 
@@ -49,6 +50,9 @@ class EngineConfig:
     prompts when they take in prompts. This is slower, but what a request gets then does not depend on other requests
     even through the rounding of a sum. With `draft` this holds as long as none of them has a grammar, which stops
     drafts for all."""
+    kv: Literal["model", "int8"] = "model"
+    """What slots keep keys and values in: the dtype of the model, or int8 with a scale for each head of a token, which
+    takes about half of bfloat16. Conv tails and recurrences keep theirs."""
     memory_bytes: int | None = None
     """Bytes of a device's memory that the engine may use; None: all that the device reports."""
 
@@ -70,6 +74,8 @@ class EngineConfig:
             problems.append(f"slots is {self.slots!r}; it must list (number, tokens), both above 0")
         elif len({length for _, length in self.slots}) < len(self.slots):
             problems.append(f"slots {self.slots!r} names a length twice")
+        if self.kv not in ("model", "int8"):
+            problems.append(f"kv is {self.kv!r}; choose model or int8")
         raise_problems("EngineConfig is not valid", problems)
 
     def prompts_at_once(self, kind: tuple[int, int], width: int) -> list[int]:

@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from lfm_jax.config import ModelConfig
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.slots import slot_shapes
+from lfm_jax.kernels.int8_slots import Int8Slots
 from lfm_jax.model import param_axes
 from lfm_jax.sharding import make_mesh, shardings
+from lfm_jax.state import State
 
 
 def place_replicas(params: Any, config: ModelConfig, mesh: Mesh | None) -> list[tuple[Any, Mesh]]:
@@ -107,8 +110,22 @@ def memory_needed(
         # A dispatch copies the rows that it works on, unless it works on all; rows of prompts are copied twice.
         taken_in = engine.prompts_at_once((shape.slots, shape.length), 16)[-1]
         copied = max(2 * taken_in, *[n for n in shape.row_counts if n < shape.slots], 0)
-        working = max(working, (state // tensor + rest) * copied // shape.slots)
+        # A layer's keys and values in int8 are widened for the rows that attend: on a CPU only those of prompts.
+        wide = taken_in if jax.default_backend() == "cpu" else shape.slots
+        widened = _widest(slots.state, model) // tensor * wide
+        working = max(working, ((state // tensor + rest) * copied + widened) // shape.slots)
     return found | {"prefix cache": engine.prefix_cache_bytes, "working": working + 3 * logits}
+
+
+def _widest(state: State, model: ModelConfig) -> int:
+    """Bytes of the keys and values of one layer in the model's dtype; 0 where they are not narrow."""
+    sizes = [sum(x.values_BSKH.size for x in jax.tree.leaves(layer, is_leaf=_is_narrow) if _is_narrow(x))
+             for layer in state.layers]
+    return max(sizes) * jnp.dtype(model.dtype).itemsize
+
+
+def _is_narrow(x: Any) -> bool:
+    return isinstance(x, Int8Slots)
 
 
 def give_back_memory() -> None:
@@ -118,7 +135,12 @@ def give_back_memory() -> None:
 
 
 def _bytes(tree: Any) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """As a device holds them: int4 in half a byte, whatever NumPy says of it."""
+    return sum(-(-x.size * _bits(x.dtype) // 8) for x in jax.tree.leaves(tree))
+
+
+def _bits(dtype: Any) -> int:
+    return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize
 
 
 def check_memory(needed: Mapping[str, int], limit: int) -> None:

@@ -110,6 +110,7 @@ class SlotShape:
     max_stop_ids: int = 8
     fixed_rows: bool = False
     """Whether every dispatch that generates takes all slots."""
+    int8_kv: bool = False
 
     @functools.cached_property
     def row_counts(self) -> list[int]:
@@ -140,7 +141,8 @@ class SlotShape:
         """Returns empty slots."""
         B, V = self.slots, self.config.vocab_size
         return Slots(
-            state=state_lib.init_state(self.config, B, self.length, rollback=self.draft), asked=self.asked(B),
+            state=state_lib.init_state(self.config, B, self.length, rollback=self.draft, int8_kv=self.int8_kv),
+            asked=self.asked(B),
             token_B=jnp.zeros((B,), jnp.int32), left_B=jnp.zeros((B,), jnp.int32),
             seen_BV=jnp.zeros((B, V), bool), history_BS=jnp.zeros((B, self.length), jnp.int32),
             bias_BV=jnp.zeros((B, V), jnp.float32),
@@ -166,7 +168,7 @@ def slot_shapes(engine: EngineConfig, model: ModelConfig) -> list[SlotShape]:
                          f"{', '.join(model.cannot_roll_back)} cannot; leave draft at 0")
     return [
         SlotShape(config=model, slots=number, length=length, draft=engine.draft, max_logprobs=engine.max_logprobs,
-                  max_stop_ids=engine.max_stop_ids, fixed_rows=engine.fixed_rows)
+                  max_stop_ids=engine.max_stop_ids, fixed_rows=engine.fixed_rows, int8_kv=engine.kv == "int8")
         for number, length in sorted(engine.slots, key=lambda kind: kind[1])
     ]
 

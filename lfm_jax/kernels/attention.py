@@ -14,6 +14,7 @@ from jax import lax
 
 from lfm_jax.kernels import cudnn_attention
 from lfm_jax.kernels.blockwise_attention import Place, blockwise_attention, visible
+from lfm_jax.kernels.int8_slots import Int8Slots
 from lfm_jax.sharding import AMPERE, nvidia_capability, platform
 
 IMPLS = ("xla", "direct", "blockwise", "splash", "cudnn")
@@ -124,13 +125,14 @@ def attention(
 
 
 def decode_attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, first_B: jax.Array, stop_B: jax.Array, *,
-    impl: str = "auto", interpret: bool = False,
+    q_BTNH: jax.Array, k_BSKH: jax.Array | Int8Slots, v_BSKH: jax.Array | Int8Slots, first_B: jax.Array,
+    stop_B: jax.Array, *, impl: str = "auto", interpret: bool = False,
 ) -> jax.Array:
     """A step of decoding: one query a row, T = 1, that sees the key slots [first, stop) of its row.
 
     Args:
-      q_BTNH, k_BSKH, v_BSKH: as in `attention`.
+      q_BTNH, k_BSKH, v_BSKH: as in `attention`; or keys and values in int8, which `direct` widens block by block, and
+        which the others widen whole in q's dtype before they begin.
       first_B: int32.
       stop_B: int32; a row that idles costs least where it is `first` and nothing is seen.
       impl: the implementation.
@@ -147,12 +149,17 @@ def decode_attention(
     Raises:
       ValueError: more than one query a row, an unknown impl, or one that cannot do what is asked.
     """
+    narrow = (k_BSKH, v_BSKH) if isinstance(k_BSKH, Int8Slots) else None
+    # What is not used of this in a compiled program is not computed.
+    k_BSKH = k_BSKH.astype(q_BTNH.dtype) if isinstance(k_BSKH, Int8Slots) else k_BSKH
+    v_BSKH = v_BSKH.astype(q_BTNH.dtype) if isinstance(v_BSKH, Int8Slots) else v_BSKH
     _check(q_BTNH, k_BSKH, v_BSKH, None, None, None, None, None)
     B, T, _, H = q_BTNH.shape
     S = k_BSKH.shape[1]
     if T != 1 or first_B.shape != (B,) or stop_B.shape != (B,):
         raise ValueError(f"q_BTNH {q_BTNH.shape}, first_B {first_B.shape}, stop_B {stop_B.shape}: expected one query a "
                          f"row and a place for each of {B} rows")
+    visible_BTS = _stretch(first_B, stop_B, S)
     half, heads = q_BTNH.dtype in (jnp.bfloat16, jnp.float16), H in (16, 32, 64, 128)
     if impl == "auto":
         impl = "pallas_gpu" if nvidia_capability() >= AMPERE and half and heads else _choose(q_BTNH.shape, S)
@@ -160,12 +167,13 @@ def decode_attention(
         raise ValueError(f"impl is {impl!r}; choose one of auto, {', '.join(DECODE_IMPLS)}")
     if interpret and impl != "pallas_gpu":
         raise ValueError(f"interpret=True is for impl='pallas_gpu'; {impl} has nothing to interpret")
+    if narrow is not None and impl == "direct" and S > DIRECT_KEYS:
+        return _by_blocks(q_BTNH, *narrow, visible_BTS, jnp.any(visible_BTS, axis=(0, 1)))
     if impl == "pallas_gpu":
         if not heads or not (half or interpret) or not (platform() == "gpu" or interpret):
             raise ValueError("impl='pallas_gpu' needs a GPU, half precision and heads of 16, 32, 64 or 128; here "
                              f"{platform()}, {q_BTNH.dtype}, {H}; use impl='xla'")
         return _by_kernel(interpret, q_BTNH, k_BSKH, v_BSKH, first_B, stop_B)
-    visible_BTS = _stretch(first_B, stop_B, S)
     if impl == "blockwise":
         query, key = Place(jnp.zeros((B, 1), jnp.int32), None), Place(jnp.where(visible_BTS[:, 0], 0, 1), None)
         return blockwise_attention(q_BTNH, k_BSKH, v_BSKH, query, key, None)
@@ -248,9 +256,9 @@ def _derivative_of_sums(
     return pull(dout_BTNH)
 
 
-@jax.custom_vjp
-def _direct_by_blocks(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible_BTS: jax.Array, seen_S: jax.Array
+def _by_blocks(
+    q_BTNH: jax.Array, k_BSKH: jax.Array | Int8Slots, v_BSKH: jax.Array | Int8Slots, visible_BTS: jax.Array,
+    seen_S: jax.Array,
 ) -> jax.Array:
     """The same by blocks of DIRECT_KEYS slots, softmax online, up to the last slot that is seen.
 
@@ -272,11 +280,11 @@ def _direct_by_blocks(
         peak_BTGJ, total_BTGJ, sum_BTGJC = carry
         first = j * DIRECT_KEYS
         start = jnp.minimum(first, S - DIRECT_KEYS)  # The last block is moved back to end with the slots.
-        k_BYKH, v_BYKH, visible_BTY = (
-            lax.dynamic_slice_in_dim(x, start, DIRECT_KEYS, axis=axis)
-            for x, axis in ((k_BSKH, 1), (v_BSKH, 1), (visible_BTS, 2))
+        k_BYKH, v_BYKH = jax.tree.map(
+            lambda x: lax.dynamic_slice_in_dim(x, start, DIRECT_KEYS, axis=1), (k_BSKH, v_BSKH)
         )
-        k_BYC, v_BYC = (x.reshape(B, DIRECT_KEYS, K * H).astype(jnp.float32) for x in (k_BYKH, v_BYKH))
+        visible_BTY = lax.dynamic_slice_in_dim(visible_BTS, start, DIRECT_KEYS, axis=2)
+        k_BYC, v_BYC = (x.astype(jnp.float32).reshape(B, DIRECT_KEYS, K * H) for x in (k_BYKH, v_BYKH))
         visible_BYT = jnp.swapaxes(visible_BTY & (start + jnp.arange(DIRECT_KEYS) >= first), 1, 2)
         scores_BYTGJ = exact("BYC,BCTGJ->BYTGJ", k_BYC, q_BCTGJ)
         scores_BYTGJ = jnp.where(visible_BYT[..., None, None], scores_BYTGJ, -jnp.inf)
@@ -308,6 +316,7 @@ def _direct_backward(args: tuple[jax.Array, ...], dout_BTNH: jax.Array) -> tuple
     return (*_derivative_of_sums(q_BTNH, k_BSKH, v_BSKH, visible_BTS, dout_BTNH), None, None)
 
 
+_direct_by_blocks = jax.custom_vjp(_by_blocks)
 _direct_by_blocks.defvjp(_direct_forward, _direct_backward)
 
 

@@ -27,6 +27,7 @@ from lfm_jax.kernels import causal_conv as conv_kernel
 from lfm_jax.kernels import centred_conv as centred_kernel
 from lfm_jax.kernels import experts as experts_kernel
 from lfm_jax.kernels import linear_scan as scan_kernel
+from lfm_jax.kernels.int8_slots import Int8Slots
 from lfm_jax.sharding import CONTEXT, EXPERT, FSDP, axis_names, is_sharded, over_mesh, parts, spec_of, whole
 from lfm_jax.weight_kinds import WeightKind
 
@@ -178,16 +179,18 @@ def attention(
 
 
 def decode_attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, first_B: jax.Array, stop_B: jax.Array
+    q_BTNH: jax.Array, k_BSKH: jax.Array | Int8Slots, v_BSKH: jax.Array | Int8Slots, first_B: jax.Array,
+    stop_B: jax.Array,
 ) -> jax.Array:
     """`kernels.attention.decode_attention`, over a mesh too, where heads may be split.
 
     Raises:
       ValueError: as there; or the key/value heads do not divide over the devices that heads are split over.
     """
-    args = dict(q_BTNH=q_BTNH, k_BSKH=k_BSKH, v_BSKH=v_BSKH, first_B=first_B, stop_B=stop_B)
     if not is_sharded(q_BTNH):
-        return attention_kernel.decode_attention(**args)
+        return attention_kernel.decode_attention(q_BTNH, k_BSKH, v_BSKH, first_B, stop_B)
+    k_BSKH, v_BSKH = k_BSKH.astype(q_BTNH.dtype), v_BSKH.astype(q_BTNH.dtype)
+    args = dict(q_BTNH=q_BTNH, k_BSKH=k_BSKH, v_BSKH=v_BSKH, first_B=first_B, stop_B=stop_B)
     _check_heads(q_BTNH, k_BSKH)
     heads = spec_of(q_BTNH)
     specs = dict(q_BTNH=heads, k_BSKH=heads, v_BSKH=heads, first_B=P(heads[0]), stop_B=P(heads[0]))

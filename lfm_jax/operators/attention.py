@@ -15,10 +15,14 @@ from flax import nnx
 
 from lfm_jax import state as state_lib
 from lfm_jax.config import ModelConfig
+from lfm_jax.kernels.int8_slots import Int8Slots, rounded_like
 from lfm_jax.kernels.linear import linear
 from lfm_jax.kernels.sharded import attention, decode_attention
 from lfm_jax.layers import HEADS_IN, OUT_HEADS, OUT_IN, RMSNorm, normal_param, rotary
 from lfm_jax.state import LayerState
+
+AXES = (None, None, "kv_heads", None)
+"""Logical axes of keys and values."""
 
 
 @jax.tree_util.register_dataclass
@@ -29,20 +33,26 @@ class KV(LayerState):
     Token i of the row lies in slot i; tokens [start, end) are the current document.
     """
 
-    k_BSKH: jax.Array
-    v_BSKH: jax.Array
+    k_BSKH: jax.Array | Int8Slots
+    v_BSKH: jax.Array | Int8Slots
     start_B: jax.Array
     end_B: jax.Array
 
     @classmethod
     def init(cls, config: ModelConfig, batch: int, max_len: int, dtype: jnp.dtype, rollback: int) -> Self:
-        shape, axes = (batch, max_len, config.num_kv_heads, config.head_dim), (None, None, "kv_heads", None)
-        zero_B = jnp.zeros((batch,), jnp.int32)
-        return cls(state_lib.zeros(shape, dtype, axes), state_lib.zeros(shape, dtype, axes), zero_B, zero_B + 0)
+        shape, zero_B = (batch, max_len, config.num_kv_heads, config.head_dim), jnp.zeros((batch,), jnp.int32)
+        return cls(state_lib.zeros(shape, dtype, AXES), state_lib.zeros(shape, dtype, AXES), zero_B, zero_B + 0)
+
+    def narrowed(self) -> Self:
+        def empty() -> Int8Slots:
+            shape = self.k_BSKH.shape
+            return Int8Slots(state_lib.zeros(shape, jnp.int8, AXES), state_lib.zeros(shape[:3], "float32", AXES[:3]))
+
+        return dataclasses.replace(self, k_BSKH=empty(), v_BSKH=empty())
 
     def reset(self, rows_B: jax.Array) -> Self:
         # A hidden key is masked before the softmax, but a hidden value meets the weight 0: NaN would survive.
-        v_BSKH = jnp.where(rows_B[:, None, None, None], 0, self.v_BSKH)
+        v_BSKH = jax.tree.map(lambda x: jnp.where(jnp.expand_dims(rows_B, range(1, x.ndim)), 0, x), self.v_BSKH)
         start_B, end_B = jnp.where(rows_B, 0, self.start_B), jnp.where(rows_B, 0, self.end_B)
         return dataclasses.replace(self, v_BSKH=v_BSKH, start_B=start_B, end_B=end_B)
 
@@ -51,15 +61,17 @@ class KV(LayerState):
 
     def snapshot(self, row: jax.Array, start: jax.Array, length: int) -> Self:
         part = state_lib.row_of(self, row)
-        k_SKH, v_SKH = (jax.lax.dynamic_slice_in_dim(x, start, length) for x in (part.k_BSKH, part.v_BSKH))
+        k_SKH, v_SKH = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, start, length), (part.k_BSKH, part.v_BSKH)
+        )
         return dataclasses.replace(part, k_BSKH=k_SKH, v_BSKH=v_SKH)
 
     def restore(self, row: jax.Array, start: jax.Array, part: Self) -> Self:
         slots = start + jnp.arange(part.k_BSKH.shape[0], dtype=jnp.int32)
         # Not dynamic_update_slice: it would move what does not fit to where it does.
-        k_BSKH, v_BSKH = (
-            full.at[row, slots].set(x, mode="drop")
-            for full, x in ((self.k_BSKH, part.k_BSKH), (self.v_BSKH, part.v_BSKH))
+        k_BSKH, v_BSKH = jax.tree.map(
+            lambda full, x: full.at[row, slots].set(x, mode="drop"), (self.k_BSKH, self.v_BSKH),
+            (part.k_BSKH, part.v_BSKH),
         )
         start_B, end_B = self.start_B.at[row].set(part.start_B), self.end_B.at[row].set(part.end_B)
         return dataclasses.replace(self, k_BSKH=k_BSKH, v_BSKH=v_BSKH, start_B=start_B, end_B=end_B)
@@ -179,18 +191,20 @@ def _attend_to_state(
     if rolling:  # Of the tokens that share a slot the last one stays.
         write_BT = jnp.where(real_BT & (index_BT >= end_B[:, None] - S), index_BT % S, S)
 
-    def put(slots: jax.Array, new: jax.Array) -> jax.Array:
-        return slots.at[jnp.arange(B)[:, None], write_BT].set(new.astype(slots.dtype), mode="drop")
+    def put[X](slots: X, new: X) -> X:
+        return jax.tree.map(
+            lambda slots, new: slots.at[jnp.arange(B)[:, None], write_BT].set(new, mode="drop"), slots, new
+        )
 
-    k_BSKH, v_BSKH = put(state.k_BSKH, k_BTKH), put(state.v_BSKH, v_BTKH)
+    k_new, v_new = rounded_like(k_BTKH, state.k_BSKH), rounded_like(v_BTKH, state.v_BSKH)
+    k_BSKH, v_BSKH = put(state.k_BSKH, k_new), put(state.v_BSKH, v_new)
     kept = dataclasses.replace(state, k_BSKH=k_BSKH, v_BSKH=v_BSKH, end_B=end_B)
     if not rolling or T == 1:  # No token that a query still sees has been overwritten.
         keys = (kept.k_BSKH, kept.v_BSKH, put(held_BS, index_BT), put(document_BS, segment_ids_BT))
     else:
-        keys = tuple(
-            jnp.concatenate([old, new.astype(old.dtype)], axis=1)
-            for old, new in ((state.k_BSKH, k_BTKH), (state.v_BSKH, v_BTKH), (held_BS, index_BT),
-                             (document_BS, segment_ids_BT))
+        keys = jax.tree.map(
+            lambda old, new: jnp.concatenate([old, new], axis=1),
+            (state.k_BSKH, state.v_BSKH, held_BS, document_BS), (k_new, v_new, index_BT, segment_ids_BT),
         )
     k_BSKH, v_BSKH, order_BS, document_BS = keys
     out_BTNH = attention(
@@ -216,15 +230,13 @@ def _attend_one(
 
     def put(slots: jax.Array, new: jax.Array) -> jax.Array:
         # That rows differ and rise lets a GPU write without looking out for others.
-        return slots.at[row_B, slot_B].set(
-            new[:, 0].astype(slots.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
-        )
+        return slots.at[row_B, slot_B].set(new[:, 0], mode="drop", unique_indices=True, indices_are_sorted=True)
 
-    k_BSKH, v_BSKH = put(state.k_BSKH, k_B1KH), put(state.v_BSKH, v_B1KH)
+    new = rounded_like(k_B1KH, state.k_BSKH), rounded_like(v_B1KH, state.v_BSKH)
+    k_BSKH, v_BSKH = jax.tree.map(put, (state.k_BSKH, state.v_BSKH), new)
     stop_B = jnp.where(real_B, end_B, state.start_B)  # A row that idles sees nothing, which takes no time.
-    out_B1NH = decode_attention(
-        q_B1NH, k_BSKH.astype(q_B1NH.dtype), v_BSKH.astype(q_B1NH.dtype), state.start_B, stop_B
-    )
+    k, v = (x if isinstance(x, Int8Slots) else x.astype(q_B1NH.dtype) for x in (k_BSKH, v_BSKH))
+    out_B1NH = decode_attention(q_B1NH, k, v, state.start_B, stop_B)
     overflow_B = real_B & (state.end_B >= S)
     out_B1NH = jnp.where(overflow_B[:, None, None, None], jnp.nan, out_B1NH)
     return out_B1NH, dataclasses.replace(state, k_BSKH=k_BSKH, v_BSKH=v_BSKH, end_B=end_B)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lfm_jax.config import ModelConfig
+from lfm_jax.config import ModelConfig, Quantize
 from lfm_jax.layers import OUT_IN, Matrix, Traits
-from lfm_jax.model import LFM, param_traits
-from lfm_jax.quant.weights import W8A8, Quantized
+from lfm_jax.model import LFM, abstract_model, param_traits
+from lfm_jax.problems import raise_problems
+from lfm_jax.quant.weights import GroupQuantized, Quantized
 from lfm_jax.weight_kinds import WeightKind
 
-GROUPS: dict[str, tuple[int | None, ...]] = {"int8": (None, 32, 128), "int4": (None, 32, 128), "w8a8": (None,)}
-"""Kind -> how many inputs may share a scale; None: all of an output's."""
+FORMS = {form: (form.split(":")[0], int(form.split(":")[1]) if ":" in form else None) for form in get_args(Quantize)}
+"""Kind and group of each `config.Quantize`."""
 
 
 def quantize(model: LFM, kind: str, group: int | None = None) -> LFM:
@@ -40,12 +41,24 @@ def quantize(model: LFM, kind: str, group: int | None = None) -> LFM:
         quantised already, or a weight that is not finite; the message names the tensors.
     """
     graphdef, state = nnx.split(model, nnx.Param)
-    return nnx.merge(graphdef, quantize_params(nnx.to_pure_dict(state), model.config, kind, group))
+    return nnx.merge(graphdef, quantize_params(nnx.to_pure_dict(state), model.config, form_of(kind, group)))
 
 
-def quantize_params(params: Any, config: ModelConfig, kind: str, group: int | None) -> Any:
+def form_of(kind: str, group: int | None) -> str:
+    """Returns the form of FORMS that a kind and a group make; raises ValueError if there is none."""
+    for form, found in FORMS.items():
+        if found == (kind, group):
+            return form
+    kinds = dict.fromkeys(kind for kind, _ in FORMS.values())
+    if kind not in kinds:
+        raise ValueError(f"kind is {kind!r}; choose one of {', '.join(kinds)}")
+    groups = ", ".join(str(group) for other, group in FORMS.values() if other == kind)
+    raise ValueError(f"group is {group!r}; of {kind} it is one of {groups}")
+
+
+def quantize_params(params: Any, config: ModelConfig, form: str) -> Any:
     """Does as `quantize` to a dict of parameters, which it empties, so that each array can be freed as it goes."""
-    leaf = keeper(config, kind, group)
+    leaf = keeper(config, form)
     found = [path for path, w in jax.tree.leaves_with_path(params, is_leaf=_is_kind) if _is_kind(w)]
     if found:
         raise ValueError(f"{_dotted(found[0])} is quantised already, or stands for an array in another way; quantise "
@@ -62,37 +75,48 @@ def quantize_params(params: Any, config: ModelConfig, kind: str, group: int | No
     return emptied(params, ())
 
 
-def keeper(config: ModelConfig, kind: str, group: int | None) -> Callable[[tuple[Any, ...], Any], Any]:
+def keeper(config: ModelConfig, form: str) -> Callable[[tuple[Any, ...], Any], Any]:
     """Returns the function that makes a model's weight at a path of its parameters from an array, narrow or not.
 
     Raises:
       ValueError: as `quantize`.
     """
-    if kind not in GROUPS:
-        raise ValueError(f"kind is {kind!r}; choose one of {', '.join(GROUPS)}")
-    if group not in GROUPS[kind]:
-        raise ValueError(f"group is {group!r}; of {kind} it is one of {', '.join(map(str, GROUPS[kind]))}")
-    traits = {_keys(path): found for path, found in jax.tree.leaves_with_path(param_traits(config))}
-    return lambda path, w: _kept(".".join(map(str, path)), w, traits[path], kind, group)
+    if form not in FORMS:
+        raise ValueError(f"quantize is {form!r}; choose one of {', '.join(FORMS)}")
+    kind, group = FORMS[form]
+    matrices = {_keys(path): narrow_matrix(traits) for path, traits in jax.tree.leaves_with_path(param_traits(config))}
+    problems = []
+    for path, w in jax.tree.leaves_with_path(abstract_model(config)[1]):
+        matrix = matrices[_keys(path)]
+        size = 0 if matrix is None else math.prod(w.shape[axis] for axis in matrix.inputs)
+        if group and size % group:
+            problems.append(f"{_dotted(path)} has {size} inputs, which groups of {group} do not divide")
+    raise_problems(f"cannot quantise to {form}; choose another group", problems)
+
+    def leaf(path: tuple[Any, ...], w: Any) -> Any:
+        w, matrix = jnp.asarray(w), matrices[path]
+        if matrix is None:
+            return w
+        made, finite = narrowed(w, matrix, kind, group)
+        if not finite:
+            name = ".".join(map(str, path))
+            raise ValueError(f"{name} has values that are not finite, which have no scale; repair the checkpoint")
+        return made
+
+    return leaf
 
 
-def matrix_of(traits: Traits) -> Matrix | None:
-    """Returns the axes of a parameter that `quantize` makes narrow, None for one that stays as it is."""
+def narrow_matrix(traits: Traits) -> Matrix | None:
+    """Returns the axes of a parameter that becomes narrow: a matrix between activations, the table or the head."""
     return OUT_IN if "vocab" in traits.axes else traits.matrix
 
 
-def _kept(name: str, w: Any, traits: Traits, kind: str, group: int | None) -> Any:
-    matrix = matrix_of(traits)
-    if matrix is None:
-        return w
-    size = math.prod(w.shape[axis] for axis in matrix.inputs)
-    if group and size % group:
-        raise ValueError(f"{name} has {size} inputs, which groups of {group} do not divide; choose another group")
-    w = jnp.asarray(w)
-    made, finite = W8A8.of(w, matrix) if kind == "w8a8" else Quantized.of(w, matrix, kind, group)
-    if not finite:
-        raise ValueError(f"{name} has values that are not finite, which have no scale; repair the checkpoint")
-    return made
+def narrowed(w: jax.Array, matrix: Matrix, kind: str, group: int | None) -> tuple[WeightKind, jax.Array]:
+    """Returns an array in a narrow type, and whether all of it was finite."""
+    if group:
+        return GroupQuantized.of(w, matrix, kind, group)
+    by_int8 = kind == "w8a8"
+    return Quantized.of(w, matrix, "int8" if by_int8 else kind, by_int8=by_int8)
 
 
 def _is_kind(w: Any) -> bool:

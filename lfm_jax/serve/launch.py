@@ -35,13 +35,14 @@ TELL_SECONDS = 5
 
 
 def open_service(
-    path: Path, dtype: str | None, engine: EngineConfig, mesh: tuple[int, int], *, everything: bool = False,
-    plain_contents: bool = False,
+    path: Path, dtype: str | None, engine: EngineConfig, mesh: tuple[int, int], *, quantize: str | None = None,
+    everything: bool = False, plain_contents: bool = False,
 ) -> Service:
     """A service of the model at `path`, ready for a first request; says what it does on stderr.
 
     Args:
       mesh: replicas, and devices of each one.
+      quantize: as for `lfm.load`.
       everything: compile all programs, and not only those that a first request needs.
       plain_contents: as for `chat.encode_chat`.
 
@@ -53,7 +54,7 @@ def open_service(
 
     if template := chat_template(path):
         check_template(template)
-    model, tokenizer = recognise(path).load(path, dtype)
+    model, tokenizer = recognise(path).load(path, dtype, quantize)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer; put the tokenizer.json of the checkpoint beside its weights")
     data, tensor = mesh

@@ -8,7 +8,6 @@ make blocks, are those of the file (`convert.gguf.archs`).
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,15 +18,14 @@ from lfm_jax.config import ModelConfig
 from lfm_jax.convert.gguf.archs import arch_of
 from lfm_jax.convert.weights import Group, LeafPath, groups, leaf
 from lfm_jax.layers import Matrix
-from lfm_jax.model import abstract_model, param_traits
+from lfm_jax.model import param_traits
 from lfm_jax.quant.mixes import MIXES, mix
-from lfm_jax.quant.model import GROUPS, matrix_of
+from lfm_jax.quant.model import FORMS, keeper, narrow_matrix, narrowed
 from lfm_jax.quant.rounding import ON_DEVICE, passed_through, straight_through
-from lfm_jax.quant.weights import Quantized
 from lfm_jax.sharding import is_sharded, reshard, spec_of
 from lfm_jax.stacking import stack_layers, unstack_layers
 
-NARROW = {kind: groups for kind, groups in GROUPS.items() if kind != "w8a8"}  # That rounds activations too.
+NARROW = {form: parts for form, parts in FORMS.items() if parts[0] != "w8a8"}  # That rounds activations too.
 
 
 class _Rule(NamedTuple):
@@ -40,20 +38,15 @@ class _Rule(NamedTuple):
 def problems(config: ModelConfig) -> list[str]:
     """Returns why a model cannot be trained with its `quantize`."""
     name = config.quantize
-    if not name:
+    if name in NARROW:
+        try:
+            keeper(config, name)
+        except ValueError as error:
+            return [f"model.quantize: {error}"]
         return []
-    kind, group = _narrow(name)
-    if kind in NARROW:
-        if group not in NARROW[kind]:
-            return [f"model.quantize is {name!r}; groups of {kind} are {', '.join(map(str, NARROW[kind][1:]))}"]
-        shapes = jax.tree.leaves(abstract_model(config)[1])
-        found = [math.prod(w.shape[axis] for axis in matrix.inputs) % (group or 1)
-                 for w, matrix in zip(shapes, _matrices(config).values(), strict=True) if matrix is not None]
-        return [f"model.quantize is {name!r}, whose groups do not divide all matrices; choose another"] * any(found)
-    if name not in MIXES:
-        narrow = [f"{kind}[:{'|'.join(map(str, groups[1:]))}]" for kind, groups in NARROW.items()]
-        return [f"model.quantize is {name!r}; choose one of {', '.join([*MIXES, *narrow])}"]
-    return [f"model.quantize {name}: {why}" for why in arch_of(config)[1]]
+    if not name or name in MIXES:
+        return [f"model.quantize {name}: {why}" for why in arch_of(config)[1]] if name else []
+    return [f"model.quantize is {name!r}; choose one of {', '.join([*MIXES, *NARROW])}"]
 
 
 def rounded_weights(config: ModelConfig, weights: Any) -> Any:
@@ -81,15 +74,10 @@ def is_fixed(config: ModelConfig) -> bool:
     return config.quantize not in MIXES or set(_types(config).values()) <= {*ON_DEVICE}
 
 
-def _narrow(name: str) -> tuple[str, int | None]:
-    kind, _, group = name.partition(":")
-    return kind, int(group) if group.isdigit() else None if not group else -1
-
-
 @functools.cache
 def _rules(config: ModelConfig) -> list[_Rule]:
     if config.quantize not in MIXES:
-        return [_Rule((path,), functools.partial(_narrowed, matrix, *_narrow(config.quantize)))
+        return [_Rule((path,), functools.partial(_narrowed, matrix, *NARROW[config.quantize]))
                 for path, matrix in _matrices(config).items() if matrix is not None]
     types = _types(config)
     return [_Rule(group.paths, functools.partial(_as_tensors, group, types[group.names[0]]))
@@ -109,11 +97,11 @@ def _as_tensors(group: Group, type: str, leaves: list[jax.Array]) -> list[jax.Ar
 
 def _matrices(config: ModelConfig) -> dict[LeafPath, Matrix | None]:
     traits = jax.tree.leaves_with_path(param_traits(config))
-    return {tuple(entry.key for entry in path): matrix_of(found) for path, found in traits}
+    return {tuple(entry.key for entry in path): narrow_matrix(found) for path, found in traits}
 
 
 def _narrowed(matrix: Matrix, kind: str, group: int | None, leaves: list[jax.Array]) -> list[jax.Array]:
-    return [passed_through(w, Quantized.of(jax.lax.stop_gradient(w), matrix, kind, group)[0].astype(w.dtype))
+    return [passed_through(w, narrowed(jax.lax.stop_gradient(w), matrix, kind, group)[0].astype(w.dtype))
             for w in leaves]
 
 

@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import transformers
+from flax import nnx
 from running import run
 
 import lfm_jax as lfm
@@ -20,6 +22,26 @@ def test_generate_prints_prompt_and_text_and_streams_what_generate_gives(checkpo
     model, tokenizer = lfm.load(checkpoint)
     text = lfm.generate(model, tokenizer, "the quick", max_new_tokens=6)[0]
     assert capsys.readouterr().out == f"the quick{text}\n"
+
+
+def test_generate_and_batch_with_narrow_weights(checkpoint, tmp_path, capsys):
+    assert run("generate", checkpoint, "the quick", "--max-new-tokens", "6", "--quantize", "w8a8") == 0
+    model, tokenizer = lfm.load(checkpoint)
+    text = lfm.generate(lfm.quantize(model, "w8a8"), tokenizer, "the quick", max_new_tokens=6)[0]
+    assert capsys.readouterr().out == f"the quick{text}\n"
+    assert run("generate", checkpoint, "the quick", "--quantize", "int3") == 2
+    assert "int4:32" in capsys.readouterr().err
+    request = {"custom_id": "1", "url": "/v1/completions", "body": {"prompt": "the quick", "max_tokens": 6,
+                                                                  "temperature": 0}}
+    (tmp_path / "in.jsonl").write_text(json.dumps(request))
+    flags = ["--quantize", "w8a8", "--engine.slots", "1", "128", "--engine.chunk", "64", "--engine.kv", "int8"]
+    assert run("batch", checkpoint, tmp_path / "in.jsonl", tmp_path / "out.jsonl", *flags) == 0
+    told = capsys.readouterr().err
+    _, params = nnx.split(lfm.quantize(model, "w8a8"), nnx.Param)
+    size = sum(x.nbytes for x in jax.tree.leaves(nnx.to_pure_dict(params)))
+    assert f"{size / 2**20:10,.1f} MiB  parameters" in told
+    [answer] = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert answer["response"]["status_code"] == 200
 
 
 @pytest.mark.parametrize(("flags", "problem"), [

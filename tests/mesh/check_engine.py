@@ -1,11 +1,13 @@
 """The engine over replicas and tensor-parallel devices gives the tokens of one device."""
 
+
 import jax
 import numpy as np
 import pytest
 from helpers import long
 from meshes import mesh_of
 
+from lfm_jax import quantize
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.engine import Engine
 from lfm_jax.engine.request import Request
@@ -40,6 +42,23 @@ def test_as_on_one_device(sizes):
     assert kv.k_BSKH.addressable_shards[0].data.shape[2] == 2 // sizes.get("tensor", 1)
     assert made.complete(requests()) == expected
     assert made.counts["cached_tokens"] > 0
+
+
+@pytest.mark.parametrize(("form", "kv"), [
+    (("int8", 32), "int8"), (("w8a8", None), "model"), long(("int4", None), "model"),
+])
+def test_narrow_weights_and_states_are_split(form, kv):
+    """In `make test-long` int4 too."""
+    model = quantize(tiny_model(vocab_size=V, hidden_size=64, ffn_size=64, head_dim=16,
+                                layer_types=("conv", "full_attention")), *form)
+    config = EngineConfig(slots=((2, 64),), chunk=16, kv=kv, fixed_rows=True)
+    some = [Request(prompt=[*range(i, 9 * i + 9)], max_new_tokens=12, stop_ids=()) for i in range(3)]
+    expected = Engine(model, config).complete(some)
+    made = Engine(model, config, mesh_of(tensor=2))
+    w = made._pools[0]._params["blocks"][0]["feed_forward"]["w2"]
+    for x in (w.values, *([w.scales] if form[1] else [])):  # Of one scale an output there is nothing to split in w2.
+        assert x.addressable_shards[0].data.size == x.size // 2
+    assert made.complete(some) == expected
 
 
 def test_meshes_that_do_not_fit():

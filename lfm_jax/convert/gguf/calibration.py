@@ -89,7 +89,8 @@ def _observer(config: ModelConfig) -> Callable[[Any, jax.Array, jax.Array], Sums
     # Without rematerialisation, all products are in the program of `observe` itself.
     graphdef, _ = abstract_model(config.replace(remat="none"))
     names = {path: group.names[0] for group in groups(arch_of(config)[0].weights, config)
-             for path in group.paths if path[0] == "blocks" and len(group.leaf.shape) > 1}
+             for path in group.paths if path[0] == "blocks" and len(group.leaf.shape) > 1
+             and not group.names[0].endswith("_exps.weight")}  # Those are noted expert by expert.
 
     def observe(params: Any, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> Sums:
         found: Sums = {}

@@ -53,13 +53,16 @@ def is_gguf(path: Path) -> bool:
 # -------------------------------------------------------------------- in
 
 
-def load_gguf(path: str | os.PathLike, dtype: Any = None) -> tuple[LFM, Tokenizer | None]:
+def load_gguf(
+    path: str | os.PathLike, dtype: Any = None, quantize: str | None = None
+) -> tuple[LFM, Tokenizer | None]:
     """Loads a GGUF file tensor by tensor: the architectures of `ARCHS`, and every type that the gguf library reads.
 
     Args:
       path: the file.
       dtype: dtype of parameters and computation: float32, bfloat16 or float16. None keeps the numbers to the bit: the
         dtype of the matrices if they are not quantised and it holds all other tensors, else float32.
+      quantize: as in `lfm.load`.
 
     Returns:
       (model, tokenizer); the tokenizer is None if the file has none.
@@ -72,7 +75,7 @@ def load_gguf(path: str | os.PathLike, dtype: Any = None) -> tuple[LFM, Tokenize
     tokenizer, found = (None, []) if opened is None else tokenizer_of(opened.keys)
     raise_problems(f"cannot load {path}", problems + found, most=None)
     assert checkpoint is not None
-    return build(checkpoint.config, checkpoint.read, checkpoint.weights), tokenizer
+    return build(checkpoint.config, checkpoint.read, checkpoint.weights, quantize), tokenizer
 
 
 @contextlib.contextmanager
