@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,9 +13,23 @@ from lfm_jax.config import DType
 from lfm_jax.quant.mixes import MIXES
 
 if TYPE_CHECKING:
+    from lfm_jax.model import LFM
+
     Mix = str
 else:
     Mix = Literal[*MIXES]  # So that --help lists them.
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Programs of jax.export; see docs/how_to/programs.md."""
+
+    prompts: tuple[int, ...] = (128, 512)
+    """Tokens of prompts, a program for each; shorter ones are padded, longer ones go in several calls."""
+    max_len: int = 1024
+    """Tokens that a row has room for."""
+    batch: int = 1
+    """Rows."""
 
 
 def convert(
@@ -51,25 +66,36 @@ def export(
     src: ModelName,
     dst: tyro.conf.Positional[Path],
     /,
+    format: Literal["gguf", "stablehlo"] = "gguf",
     type: Mix | None = None,
     imatrix: Path | None = None,
+    programs: Programs = Programs(),
 ) -> int:
-    """Write a GGUF file that llama.cpp runs. Needs `lfm_jax[gguf]`.
+    """Write a GGUF file that llama.cpp runs, or programs that a process with jax alone runs. Needs `lfm_jax[gguf]`, or
+    `lfm_jax[export]`.
 
-    Tokenizer and chat template are in it. Example: `lfm export LFM2.5-350M lfm.gguf --type Q4_K_M`.
+    Tokenizer and chat template are in a GGUF file. Example: `lfm export LFM2.5-350M lfm.gguf --type Q4_K_M`.
 
     Args:
       src: Hugging Face directory, run directory, GGUF file, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
-      dst: a new file.
+      dst: a new file, or a new directory for programs.
+      format: `gguf`, or `stablehlo`, programs of jax.export with the weights beside them.
       type: the numbers of the weights, from 32 bits to about 4. If left out, those of a GGUF file stay as they are, and
         others become Q4_K_M.
       imatrix: file with the importance of inputs, of `lfm imatrix` or llama.cpp's llama-imatrix.
+      programs: what the programs are for.
     """
     from lfm_jax.files import say
     from lfm_jax.loading import RUN, load_run, local, recognise
 
+    if format == "stablehlo" and (type is not None or imatrix is not None):
+        raise ValueError("--type and --imatrix are of GGUF files; leave them out with --format stablehlo")
+    if format == "gguf" and programs != Programs():
+        raise ValueError("--programs is for --format stablehlo; leave it out")
     path = local(src)
     source = recognise(path)
+    if format == "stablehlo":
+        return _export_programs(source.load(path, None, None)[0], dst, programs)
     try:
         from lfm_jax.convert.gguf import models
 
@@ -81,6 +107,18 @@ def export(
     except ImportError as error:  # gguf is an extra.
         raise ValueError(str(error)) from None
     print(f"wrote {dst}: {dst.stat().st_size / 1e6:,.1f} MB")
+    return 0
+
+
+def _export_programs(model: LFM, dst: Path, programs: Programs) -> int:
+    from lfm_jax.export.stablehlo import export_stablehlo
+    from lfm_jax.files import say
+
+    try:
+        export_stablehlo(model, dst, **dataclasses.asdict(programs), say=say)
+    except ImportError as error:  # flatbuffers is an extra.
+        raise ValueError(str(error)) from None
+    print(f"wrote {dst}")
     return 0
 
 

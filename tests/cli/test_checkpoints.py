@@ -109,3 +109,20 @@ def test_without_the_library_its_extra_is_named(directory, tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert run("export", directory, tmp_path / "a.gguf") == 2
     assert "pip install 'lfm_jax[gguf]'" in capsys.readouterr().err
+
+
+def test_programs_are_exported(directory, tmp_path, capsys):
+    """tests/export/ runs them."""
+    sizes = ("--programs.prompts", "8", "--programs.max-len", "16")
+    assert run("export", directory, tmp_path / "programs", "--format", "stablehlo", *sizes) == 0
+    manifest = json.loads((tmp_path / "programs" / "manifest.json").read_text())
+    assert [*manifest["programs"]] == ["decode", "prefill_8"]
+    assert manifest["max_len"] == 16
+    printed = capsys.readouterr()
+    assert printed.out == f"wrote {tmp_path}/programs\n"
+    assert "prefill_8.tpu.jaxexport" in printed.err
+    for wrong, message in (((*sizes,), "--programs is for --format stablehlo"),
+                           (("--format", "stablehlo", "--type", "F32"), "--type and --imatrix are of GGUF files")):
+        assert run("export", directory, tmp_path / "other", *wrong) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
