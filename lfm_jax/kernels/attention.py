@@ -91,20 +91,14 @@ def attention(
     sequences = impl != "auto" or (causal and window is None)  # The others have not run on a GPU as sequences.
     whole = order_BT is None and key_order_BS is None and q_BTNH.shape[1] == k_BSKH.shape[1]
     if impl == "auto":
-        pairs = q_BTNH.shape[0] * q_BTNH.shape[1] * k_BSKH.shape[1]
-        cudnn = whole or MASKED_PAIRS <= pairs <= cudnn_attention.MASK_BYTES // 2
-        cudnn = cudnn and not _what_cudnn_lacks(q_BTNH, k_BSKH, whole)
-        impl = "cudnn" if cudnn else _choose(q_BTNH.shape, k_BSKH.shape[1])
+        impl = _choose_any(q_BTNH, k_BSKH, whole)
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; choose one of auto, {', '.join(IMPLS)}")
     if interpret and impl != "splash":
         raise ValueError(f"interpret=True is for impl='splash'; {impl} has nothing to interpret")
     ids = segment_ids_BT, key_segment_ids_BS
     if impl == "splash":
-        if not whole:
-            raise ValueError(f"impl='splash' does self-attention of whole rows only: order_BT and key_order_BS None, "
-                             f"T = S; here T = {q_BTNH.shape[1]}, S = {k_BSKH.shape[1]}; use impl='blockwise'")
-        return _splash(q_BTNH, k_BSKH, v_BSKH, ids, window, causal, interpret)
+        return _splash(q_BTNH, k_BSKH, v_BSKH, ids, window, causal, whole, interpret)
     if impl == "cudnn":
         if lacks := _what_cudnn_lacks(q_BTNH, k_BSKH, whole):
             raise ValueError(f"impl='cudnn' {lacks}; use impl='blockwise'")
@@ -112,14 +106,23 @@ def attention(
             return cudnn_attention.attend_rows(q_BTNH, k_BSKH, v_BSKH, *ids, window, causal, sequences)
     query_BT = Place(_order(order_BT, q_BTNH, causal), segment_ids_BT)
     key_BS = Place(_order(key_order_BS, k_BSKH, causal), key_segment_ids_BS)
+    return _by_places(impl, q_BTNH, k_BSKH, v_BSKH, query_BT, key_BS, window)
+
+
+def _by_places(
+    impl: str, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, query_BT: Place, key_BS: Place,
+    window: int | None,
+) -> jax.Array:
+    """By the implementations that take any order of queries and keys."""
     if impl == "blockwise":
         return blockwise_attention(q_BTNH, k_BSKH, v_BSKH, query_BT, key_BS, window)
     visible_BTS = visible(query_BT, key_BS, window)
     if impl == "cudnn":
         return cudnn_attention.attend_masked(q_BTNH, k_BSKH, v_BSKH, visible_BTS)
     if impl == "direct":
+        ids_BT = query_BT.segment_ids
         # What padding sees, above all in a row that idles, is no reason to go further.
-        real_BTS = visible_BTS if segment_ids_BT is None else visible_BTS & (segment_ids_BT[:, :, None] != 0)
+        real_BTS = visible_BTS if ids_BT is None else visible_BTS & (ids_BT[:, :, None] != 0)
         return _direct(q_BTNH, k_BSKH, v_BSKH, visible_BTS, jnp.any(real_BTS, axis=(0, 1)))
     return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=visible_BTS[:, None], implementation="xla")
 
@@ -212,6 +215,13 @@ def _order(order: jax.Array | None, x: jax.Array, causal: bool) -> jax.Array:
     if not causal:  # All are equally far.
         return jnp.zeros(x.shape[:2], jnp.int32)
     return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2]) if order is None else order
+
+
+def _choose_any(q_BTNH: jax.Array, k_BSKH: jax.Array, whole: bool) -> str:
+    pairs = q_BTNH.shape[0] * q_BTNH.shape[1] * k_BSKH.shape[1]
+    worth = whole or MASKED_PAIRS <= pairs <= cudnn_attention.MASK_BYTES // 2
+    cudnn = worth and not _what_cudnn_lacks(q_BTNH, k_BSKH, whole)
+    return "cudnn" if cudnn else _choose(q_BTNH.shape, k_BSKH.shape[1])
 
 
 def _choose(shape_BTNH: tuple[int, ...], S: int) -> str:
@@ -322,8 +332,11 @@ _direct_by_blocks.defvjp(_direct_forward, _direct_backward)
 
 def _splash(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ids: tuple[jax.Array | None, jax.Array | None],
-    window: int | None, causal: bool, interpret: bool,
+    window: int | None, causal: bool, whole: bool, interpret: bool,
 ) -> jax.Array:
+    if not whole:
+        raise ValueError(f"impl='splash' does self-attention of whole rows only: order_BT and key_order_BS None, "
+                         f"T = S; here T = {q_BTNH.shape[1]}, S = {k_BSKH.shape[1]}; use impl='blockwise'")
     if not causal:
         raise ValueError("impl='splash' is causal; use impl='blockwise' with causal=False")
     from lfm_jax.kernels.splash import splash_attention  # Pallas is slow to import.

@@ -32,7 +32,7 @@ class _Rule(NamedTuple):
     """What is rounded together: a tensor of a file, or one weight."""
 
     paths: tuple[LeafPath, ...]
-    round: Callable[[list[jax.Array]], list[jax.Array]]
+    round: Callable[[list[Any]], list[Any]]
 
 
 def problems(config: ModelConfig) -> list[str]:
@@ -91,8 +91,10 @@ def _types(config: ModelConfig) -> dict[str, str]:
     return mix(config.quantize, shapes, arch=arch.name)
 
 
-def _as_tensors(group: Group, type: str, leaves: list[jax.Array]) -> list[jax.Array]:
-    return group.to_leaves([straight_through(x, type) for x in group.to_tensors(leaves)])  # type: ignore[arg-type]
+def _as_tensors(group: Group, type: str, leaves: list[Any]) -> list[Any]:
+    tensors: list[Any] = group.to_tensors(leaves)  # Layouts are for arrays of either library.
+    rounded: list[Any] = [straight_through(x, type) for x in tensors]
+    return group.to_leaves(rounded)
 
 
 def _matrices(config: ModelConfig) -> dict[LeafPath, Matrix | None]:
