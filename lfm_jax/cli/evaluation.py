@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 from lfm_jax.cli.arguments import ModelName
-from lfm_jax.config import DType
+from lfm_jax.config import DType, Quantize
 
 
 def evaluate(
@@ -26,6 +26,7 @@ def evaluate(
     slots: int = 16,
     seed: int = 0,
     dtype: DType | None = None,
+    quantize: Quantize | None = None,
 ) -> int:
     """Measure a model with tasks of lm-eval. Needs `lfm_jax[eval]`.
 
@@ -33,7 +34,7 @@ def evaluate(
     `lfm eval LFM2.5-350M --tasks arc_easy,piqa --output evals/350M`.
 
     Args:
-      path: Hugging Face directory, run directory, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
+      path: Hugging Face directory, run directory, GGUF file, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
       tasks: names of tasks, groups and tags of lm-eval, with commas between them.
       output: directory for results.json, report.md, samples and answers.
       data: directory with task data on disk (TASK/SPLIT.jsonl) and tasks of one's own (NAME.yaml).
@@ -47,6 +48,7 @@ def evaluate(
       slots: texts that are generated at a time.
       seed: of sampled texts.
       dtype: dtype of parameters and computation; the stored one if left out.
+      quantize: keep matrices in a narrow type, to see what it costs.
     """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
@@ -63,10 +65,10 @@ def evaluate(
     from lfm_jax.eval.run import REPORT
     from lfm_jax.eval.run import evaluate as run
 
-    model, tokenizer, template = load_chat(path, dtype)
+    model, tokenizer, template = load_chat(path, dtype, quantize)
     run(model, tokenizer, template, names, output, name=path, data=data, limit=limit, num_fewshot=num_fewshot,
         apply_chat_template=apply_chat_template, system_message=system_message, predict_only=predict_only,
-        max_length=max_length, batch_tokens=batch_tokens, slots=slots, seed=seed)
+        max_length=max_length, batch_tokens=batch_tokens, slots=slots, seed=seed, quantize=quantize)
     print((output / REPORT).read_text(encoding="utf-8"))
     return 0
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -36,6 +37,7 @@ def evaluate(
     data: Path | None = None, limit: int | None = None, num_fewshot: int | None = None,
     apply_chat_template: bool = False, system_message: str | None = None, predict_only: bool = False,
     max_length: int | None = None, batch_tokens: int | None = None, slots: int = 16, seed: int = 0,
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     """Evaluates a model and writes a directory; continues where an earlier call in the same directory stopped.
 
@@ -50,6 +52,7 @@ def evaluate(
       apply_chat_template: prompts are conversations.
       system_message: put before each prompt.
       predict_only: keeps answers and samples, and computes no scores.
+      quantize: the form that the model was quantised to (`lfm.load`), for the report.
 
     Returns:
       What results.json holds.
@@ -62,8 +65,9 @@ def evaluate(
     manager, loaded = load_tasks(tasks, data)
     output.mkdir(parents=True, exist_ok=True)
     length = model.config.max_position if max_length is None else max_length
-    # What is asked has passed template and tokenizer; the template also says how a reply is read.
-    of = {"model": known, "max_length": length, "template": template}
+    # What is asked has passed template and tokenizer; the two also say how a reply is read.
+    codec = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+    of = {"model": known, "max_length": length, "template": template, "tokenizer": codec}
     with keep_answers(output / ANSWERS, of) as answers:
         lm = EvalModel(model, tokenizer, template, max_length=length, batch_tokens=batch_tokens, slots=slots, seed=seed,
                        answers=answers)
@@ -81,7 +85,7 @@ def evaluate(
             "settings": {
                 "limit": limit, "num_fewshot": num_fewshot, "apply_chat_template": apply_chat_template,
                 "system_message": system_message, "max_length": length, "seed": seed,
-                "data": None if data is None else str(data), "dtype": model.config.dtype,
+                "data": None if data is None else str(data), "dtype": model.config.dtype, "quantize": quantize,
             },
             "versions": {each: metadata.version(each) for each in ("lfm_jax", "lm_eval", "jax", "tokenizers")},
             "device": jax.devices()[0].device_kind,

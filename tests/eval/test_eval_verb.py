@@ -99,6 +99,14 @@ def test_killed_at_any_moment_it_repeats_nothing(command, whole, tmp_path, monke
     assert (tmp_path / "out" / "answers.jsonl").read_bytes().startswith(kept)
 
 
+def test_narrow_weights_are_another_model(evaluate, whole, tmp_path):
+    assert evaluate(tmp_path / "out", "--quantize", "int4", tasks=["toy_choice"]) == 0
+    narrow, full = read(tmp_path / "out"), read(whole)
+    assert narrow["lfm_jax"]["settings"]["quantize"] == "int4"
+    assert narrow["lfm_jax"]["model_hash"] != full["lfm_jax"]["model_hash"]
+    assert "| quantize | int4 |" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_chat_shots_limit_and_predictions_alone(evaluate, tmp_path, directory):
     output = tmp_path / "out"
     assert evaluate(output, "--predict-only", "--limit", "3", "--num-fewshot", "1", "--apply-chat-template",
