@@ -131,12 +131,12 @@ def build(
     """Makes a model and reads every parameter by its name in the file, without initialising any first."""
     graphdef, params = abstract_model(config)
     # A copy of its own, which the device may use as it is; nothing is compiled for it.
-    keep = (lambda _, array: jax.device_put(array)) if quantize is None else keeper(config, quantize)
+    keep = keeper(config, quantize) if quantize else lambda _, array: jax.device_put(np.array(array, order="C"))
     for group in fitting_groups(weights, config, params):
         made = group.to_leaves(cast(name, read(name), group.dtype) for name in group.names)
         for path, array in zip(group.paths, made, strict=True):
             *parents, last = path
-            functools.reduce(operator.getitem, parents, params)[last] = keep(path, np.array(array, order="C"))
+            functools.reduce(operator.getitem, parents, params)[last] = keep(path, array)
     return nnx.merge(graphdef, params)
 
 

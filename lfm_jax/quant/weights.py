@@ -83,6 +83,12 @@ class Layout(NamedTuple):
             raise ValueError(f"this weight is summed over its axes {self.matrix.inputs}, not its last {inputs}")
 
 
+def _where_it_is_used[W: WeightKind](x: jax.Array, w: W) -> tuple[jax.Array, W]:
+    """The two as they are. XLA for a CPU widens weights before a product; of a loop over tokens it would take that out,
+    and so keep all of a model's weights widened at one time."""
+    return lax.optimization_barrier((x, w)) if platform() == "cpu" else (x, w)
+
+
 def _first(name: Any, sizes: tuple[int, ...]) -> tuple[Any, ...]:
     """The entries of a spec for axes that were merged into one with this entry."""
     return (name, *(None,) * (len(sizes) - 1))
@@ -126,6 +132,8 @@ class Quantized(WeightKind):
         """See `WeightKind.linear`; there is one implementation for all values of impl."""
         del impl
         self.layout.need_last(inputs)
+        if not self.by_int8:
+            x, self = _where_it_is_used(x, self)
         lead, split = x.shape[: x.ndim - inputs], None
         scales = whole(self.scales, FSDP)
         if is_sharded(x):
@@ -229,6 +237,7 @@ class GroupQuantized(WeightKind):
         """See `WeightKind.linear`; there is one implementation for all values of impl."""
         del impl
         self.layout.need_last(inputs)
+        x, self = _where_it_is_used(x, self)
         lead, (*counts, G, g, _) = x.shape[: x.ndim - inputs], self.values.shape
         here = dataclasses.replace(self, values=whole(self.values, FSDP), scales=whole(self.scales, FSDP))
         if is_sharded(x):
