@@ -23,8 +23,8 @@ from typing import Any
 
 PROMPT, NEW = 1024, 100
 MAPPED = ("mapped", "read", "mapped, as in the file")
-"""How llama.cpp takes a file: mapped into memory or read; with weights in another order beside it, if that is faster, or
-only as they are in the file."""
+"""How llama.cpp takes a file: mapped into memory or read; with weights in a faster order beside it, or only as they are
+in the file."""
 OURS = ("bfloat16", "int8", "w8a8", "int4:32")
 """How the weights of a Q8_0 file are kept here."""
 LLAMA = r"""
@@ -110,7 +110,6 @@ def make(types: list[str], files: dict[str, Path], source: Path | None) -> None:
     """Writes files of random weights."""
     if not types:
         return
-    import jax.numpy as jnp
     from flax import nnx
 
     import lfm_jax as lfm
@@ -147,7 +146,7 @@ def ours(path: str, how: str) -> dict[str, float]:
 
 
 def table(done: list[dict[str, Any]], cases: list[tuple[str, ...]], files: dict[str, Path]) -> str:
-    rows = ["| engine | file | MB | weights | peak MB | of it the process's own, at the end | prefill, tokens/s | decode, tokens/s |",
+    rows = ["| engine | file | MB | weights | peak | own | prefill, tokens/s | decode, tokens/s |",
             "|---|---|---|---|---|---|---|---|"]
     for case in cases:
         of_case = [row for row in done if tuple(row["case"]) == case]

@@ -187,7 +187,7 @@ def test_the_model_that_is_given_stays_as_it_was():
 
 @pytest.mark.parametrize(("kind", "group"), [("int8", None), ("int4", 32)])
 def test_a_loop_over_tokens_keeps_one_widened_matrix_at_a_time(kind, group):
-    """XLA for a CPU takes what does not change out of a loop: it would keep all weights widened beside the narrow ones."""
+    """XLA for a CPU takes out of a loop what does not change, and would so keep all weights widened."""
     model = made(kind, group, layer_types=("conv", "full_attention") * 3, ffn_size=96)
     graphdef, params = params_of(model)
 
