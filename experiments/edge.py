@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
     args.directory.mkdir(parents=True, exist_ok=True)
     files = {type: args.directory / f"350M-{type}.gguf" for type in args.types}
     make([type for type, path in files.items() if not path.exists()], files, args.tokenizer)
-    cases = [("llama.cpp", type, how) for type in args.types for how in MAPPED]
+    cases: list[tuple[str, ...]] = [("llama.cpp", type, how) for type in args.types for how in MAPPED]
     if "Q8_0" in files:
         cases += [("lfm_jax", "Q8_0", how) for how in OURS]
     records = args.directory / "records.jsonl"

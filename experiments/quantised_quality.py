@@ -3,10 +3,11 @@
     python experiments/quantised_quality.py MODEL TEXT [--types Q8_0 Q4_K_M int8 int4:32 ...] [--documents 40]
         [--tokens 512] [--records runs/quantised.jsonl] [--llama-cpp PYTHON]
 
-MODEL is anything `lfm.load` takes; TEXT is a file of plain text whose documents begin with a title, ` = Title = `, as
-in WikiText, or else are cut every `--tokens` tokens. Of each document the first `--tokens` tokens are scored. With
-`--llama-cpp`, a Python that has llama-cpp-python, its own quantiser makes a file of each type too, which is loaded here
-and scored by the same code.
+MODEL is anything `lfm.load` takes, and so may a type be: a run that was trained through rounded weights, beside the
+model that it began with. `w8a8` rounds activations too; `kv` keeps keys and values in int8, and weights whole. TEXT is
+a file of plain text whose documents begin with a title, ` = Title = `, as in WikiText, or else are cut every `--tokens`
+tokens. Of each document the first `--tokens` tokens are scored. With `--llama-cpp`, a Python that has llama-cpp-python,
+its own quantiser makes a file of each type too, which is loaded here and scored by the same code.
 
 Every document of every type is a line of the records; killed and started again it repeats none. The table that it
 prints has 95 % t intervals over documents; differences to full precision are paired by document.
@@ -35,9 +36,11 @@ from flax import nnx
 import lfm_jax as lfm
 from lfm_jax.ablate.stats import paired_difference, summarize
 from lfm_jax.model import LFM
+from lfm_jax.quant.model import FORMS
+from lfm_jax.state import init_state
 from lfm_jax.weight_kinds import WeightKind
 
-FULL = "full"
+FULL, KV = "full", "kv"
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q4_0", "int8", "int4", "int4:32")
 QUANTISE = """
 import sys, llama_cpp
@@ -81,7 +84,7 @@ def main(argv: list[str]) -> int:
             params, size = variant(name, model, tokenizer, Path(scratch), args.llama_cpp)
             print(f"{name}: {size / 1e6:.1f} MB, made in {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
             for i in missing:
-                found = score(params, i) | {"bytes": size}
+                found = score(name, params, i) | {"bytes": size}
                 done[name, i] = found
                 records.write(json.dumps(settings | {"type": name, "document": i, **found}) + "\n")
                 records.flush()
@@ -101,14 +104,15 @@ def ids_of(text: str, tokenizer: Any, tokens: int) -> Iterator[np.ndarray]:
     yield from (np.array(ids[:tokens], np.int32) for ids in parts_ids if len(ids) >= tokens)
 
 
-def scorer(model: LFM, documents: list[np.ndarray]) -> Callable[[Any, int], Score]:
+def scorer(model: LFM, documents: list[np.ndarray]) -> Callable[[str, Any, int], Score]:
     """Scores a document with other weights of the model beside its own, whose answers are kept in memory."""
     graphdef, full = nnx.split(model, nnx.Param)
     full = nnx.to_pure_dict(full)
 
-    @jax.jit
-    def logprobs(params: Any, ids_T: jax.Array) -> jax.Array:
-        logits_1TV, _ = nnx.merge(graphdef, params)(ids_T[None])
+    @functools.partial(jax.jit, static_argnames="int8_kv")
+    def logprobs(params: Any, ids_T: jax.Array, int8_kv: bool = False) -> jax.Array:
+        state = init_state(model.config, 1, len(ids_T), int8_kv=True) if int8_kv else None
+        logits_1TV, _ = nnx.merge(graphdef, params)(ids_T[None], state=state)
         return jax.nn.log_softmax(logits_1TV[0, :-1].astype(jnp.float32))
 
     @jax.jit
@@ -123,8 +127,8 @@ def scorer(model: LFM, documents: list[np.ndarray]) -> Callable[[Any, int], Scor
     def of_full(i: int) -> jax.Array:
         return logprobs(full, documents[i])
 
-    def score(params: Any, i: int) -> Score:
-        found = compared(of_full(i), logprobs(params, documents[i]), documents[i])
+    def score(name: str, params: Any, i: int) -> Score:
+        found = compared(of_full(i), logprobs(params, documents[i], int8_kv=name == KV), documents[i])
         return {name: float(x) for name, x in found.items()}
 
     return score
@@ -132,12 +136,17 @@ def scorer(model: LFM, documents: list[np.ndarray]) -> Callable[[Any, int], Scor
 
 def variant(name: str, model: LFM, tokenizer: Any, scratch: Path, llama_cpp: str | None) -> tuple[Any, int]:
     """(weights of the type, widened to float32; bytes of the file, or of the weights in memory)."""
-    if name == FULL:
+    if name in (FULL, KV):
         return nnx.to_pure_dict(nnx.state(model, nnx.Param)), 4 * model.config.num_params()
-    if name.startswith("int"):
-        kind, _, group = name.partition(":")
-        narrow = nnx.to_pure_dict(nnx.state(lfm.quantize(model, kind, group=int(group) if group else None), nnx.Param))
+    if Path(name).is_dir():
+        trained, _ = lfm.load(name, dtype=jnp.float32)
+        return nnx.to_pure_dict(nnx.state(trained, nnx.Param)), 4 * model.config.num_params()
+    if name in FORMS:
+        kind, group = FORMS[name]
+        narrow = nnx.to_pure_dict(nnx.state(lfm.quantize(model, kind, group), nnx.Param))
         size = sum(_bits(x) * x.size for x in jax.tree.leaves(narrow)) // 8
+        if kind == "w8a8":  # Its products are not those of the widened weights.
+            return narrow, size
         kinds = jax.tree.map(lambda w: w.astype(jnp.float32), narrow, is_leaf=lambda w: isinstance(w, WeightKind))
         return kinds, size
     path = scratch / "model.gguf"
