@@ -36,10 +36,10 @@ class ModelSource(NamedTuple):
     recognises: Callable[[Path], bool]
     load: Callable[[Path, Any, str | None], Loaded]
     """(path, dtype or None, quantize or None) -> (model, tokenizer), as `load`."""
-    config: Callable[[Path], ModelConfig]
-    """The config of the model that `load` gives, read without its weights."""
     beside: Callable[[Path], AbstractContextManager[Path]] = contextlib.nullcontext
     """Gives the directory with its tokenizer and chat template: its own, or one that is there for a while."""
+    config: Callable[[Path], ModelConfig] | None = None
+    """The config of the model that `load` gives, read without its weights; None: it takes loading them."""
 
 
 def load(path: str | Path, dtype: Any = None, quantize: str | None = None) -> Loaded:
@@ -67,9 +67,10 @@ def load(path: str | Path, dtype: Any = None, quantize: str | None = None) -> Lo
 
 
 def model_config(path: str | Path) -> ModelConfig:
-    """Returns the config of the model that `load` would give, read without its weights; raises as `load` does."""
+    """Returns the config of the model that `load` would give, without its weights if it can; raises as `load` does."""
     path = local(path)
-    return recognise(path).config(path)
+    source = recognise(path)
+    return source.load(path, None, None)[0].config if source.config is None else source.config(path)
 
 
 def local(name: str | os.PathLike) -> Path:
@@ -209,9 +210,9 @@ def _beside_gguf(path: Path) -> AbstractContextManager[Path]:
 
 HUGGING_FACE = ModelSource(
     "a Hugging Face directory (with config.json)", lambda path: (path / "config.json").exists(), _load_hugging_face,
-    _hugging_face_config,
+    config=_hugging_face_config,
 )
-RUN = ModelSource("a run directory of lfm train (with checkpoints/)", _is_run, load_run, _run_config)
-GGUF = ModelSource("a GGUF file (.gguf)", _is_gguf, _load_gguf, _gguf_config, _beside_gguf)
+RUN = ModelSource("a run directory of lfm train (with checkpoints/)", _is_run, load_run, config=_run_config)
+GGUF = ModelSource("a GGUF file (.gguf)", _is_gguf, _load_gguf, _beside_gguf, _gguf_config)
 SOURCES: list[ModelSource] = [HUGGING_FACE, RUN, GGUF]
 """In the order in which they are tried."""
