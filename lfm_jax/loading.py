@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +23,8 @@ from lfm_jax.model import LFM, abstract_model
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from lfm_jax.train.checkpoint import CheckpointManager
+
 Loaded = tuple[LFM, "Tokenizer | None"]
 
 
@@ -36,6 +38,8 @@ class ModelSource(NamedTuple):
     """(path, dtype or None, quantize or None) -> (model, tokenizer), as `load`."""
     beside: Callable[[Path], AbstractContextManager[Path]] = contextlib.nullcontext
     """Gives the directory with its tokenizer and chat template: its own, or one that is there for a while."""
+    config: Callable[[Path], ModelConfig] | None = None
+    """The config of the model that `load` gives, read without its weights; None: it takes loading them."""
 
 
 def load(path: str | Path, dtype: Any = None, quantize: str | None = None) -> Loaded:
@@ -60,6 +64,13 @@ def load(path: str | Path, dtype: Any = None, quantize: str | None = None) -> Lo
     """
     path = local(path)
     return recognise(path).load(path, dtype, quantize)
+
+
+def model_config(path: str | Path) -> ModelConfig:
+    """Returns the config of the model that `load` would give, without its weights if it can; raises as `load` does."""
+    path = local(path)
+    source = recognise(path)
+    return source.load(path, None, None)[0].config if source.config is None else source.config(path)
 
 
 def local(name: str | os.PathLike) -> Path:
@@ -112,6 +123,12 @@ def _load_hugging_face(path: Path, dtype: Any, quantize: str | None) -> Loaded:
     return load_hf(path, dtype, quantize)
 
 
+def _hugging_face_config(path: Path) -> ModelConfig:
+    from lfm_jax.convert.hf import hf_config
+
+    return hf_config(path)
+
+
 def _is_run(path: Path) -> bool:
     from lfm_jax.train.checkpoint import CHECKPOINTS
 
@@ -127,18 +144,11 @@ def load_run(run_dir: Path, dtype: Any, quantize: str | None = None, *, gguf_typ
     """
     from lfm_jax.quant.model import quantize_params
     from lfm_jax.text.tokenizer import TOKENIZER_FILE, inference_tokenizer
-    from lfm_jax.train.checkpoint import CheckpointManager
     from lfm_jax.train.rounding import is_fixed, rounded_weights
 
-    manager = CheckpointManager(run_dir, keep=None)
-    try:
-        if manager.latest_step() is None:
-            raise ValueError(f"{run_dir} holds no finished checkpoint yet; train further or wait for the first one")
-        config = ModelConfig.from_plain(manager.metadata()["config"]["model"])
+    with _latest_of(run_dir) as (manager, config):
         graphdef, abstract_params = abstract_model(config)
         params = manager.restore_params(abstract_params)
-    finally:
-        manager.close()
     if config.quantize:
         if config.quantize != gguf_type or is_fixed(config):
             params = rounded_weights(config.replace(scan_layers=False), params)
@@ -155,6 +165,25 @@ def load_run(run_dir: Path, dtype: Any, quantize: str | None = None, *, gguf_typ
     return nnx.merge(graphdef, params), tokenizer
 
 
+@contextlib.contextmanager
+def _latest_of(run_dir: Path) -> Generator[tuple[CheckpointManager, ModelConfig]]:
+    """The checkpoints of a run, and the config of the model in the latest one."""
+    from lfm_jax.train.checkpoint import CheckpointManager
+
+    manager = CheckpointManager(run_dir, keep=None)
+    try:
+        if manager.latest_step() is None:
+            raise ValueError(f"{run_dir} holds no finished checkpoint yet; train further or wait for the first one")
+        yield manager, ModelConfig.from_plain(manager.metadata()["config"]["model"])
+    finally:
+        manager.close()
+
+
+def _run_config(run_dir: Path) -> ModelConfig:
+    with _latest_of(run_dir) as (_, config):
+        return config.replace(quantize="")  # The weights are loaded rounded.
+
+
 def _is_gguf(path: Path) -> bool:
     from lfm_jax.convert.gguf.models import is_gguf
 
@@ -167,6 +196,12 @@ def _load_gguf(path: Path, dtype: Any, quantize: str | None) -> Loaded:
     return load_gguf(path, dtype, quantize)
 
 
+def _gguf_config(path: Path) -> ModelConfig:
+    from lfm_jax.convert.gguf.models import gguf_config
+
+    return gguf_config(path)
+
+
 def _beside_gguf(path: Path) -> AbstractContextManager[Path]:
     from lfm_jax.convert.gguf.models import sidecar_directory
 
@@ -174,9 +209,10 @@ def _beside_gguf(path: Path) -> AbstractContextManager[Path]:
 
 
 HUGGING_FACE = ModelSource(
-    "a Hugging Face directory (with config.json)", lambda path: (path / "config.json").exists(), _load_hugging_face
+    "a Hugging Face directory (with config.json)", lambda path: (path / "config.json").exists(), _load_hugging_face,
+    config=_hugging_face_config,
 )
-RUN = ModelSource("a run directory of lfm train (with checkpoints/)", _is_run, load_run)
-GGUF = ModelSource("a GGUF file (.gguf)", _is_gguf, _load_gguf, _beside_gguf)
+RUN = ModelSource("a run directory of lfm train (with checkpoints/)", _is_run, load_run, config=_run_config)
+GGUF = ModelSource("a GGUF file (.gguf)", _is_gguf, _load_gguf, _beside_gguf, _gguf_config)
 SOURCES: list[ModelSource] = [HUGGING_FACE, RUN, GGUF]
 """In the order in which they are tried."""

@@ -44,6 +44,7 @@ def load_recipe[C](
     """Builds `cls` from YAML files and command-line flags; later files and flags win.
 
     `model: {preset: NAME}`, or `--model.preset NAME`, stands for all fields of that preset; fields named beside it win.
+    A class may have `flags_before(flags)`, which gives the flags that stand before all others.
 
     Args:
       prog: the command, as its help names it.
@@ -55,8 +56,11 @@ def load_recipe[C](
     """
     paths = [] if path is None else [path] if isinstance(path, (str, Path)) else path
     flags = [flag for each in paths for flag in _file_flags(each)]
+    flags = [*flags, *overrides]
+    if hasattr(cls, "flags_before") and not {"-h", "--help"} & set(flags):
+        flags = [*cls.flags_before(flags), *flags]
     with _RULES:
-        return tyro.cli(cls, args=_expand_preset([*flags, *overrides]), prog=prog, description=description,
+        return tyro.cli(cls, args=_expand_preset(flags), prog=prog, description=description,
                         config=(tyro.conf.FlagConversionOff,))
 
 
@@ -95,9 +99,14 @@ def _expand_preset(flags: list[str]) -> list[str]:
     preset: list[str] = []
     while PRESET in flags[:-1]:
         at = flags.index(PRESET)
-        preset = _flags({"model": dataclasses.asdict(ModelConfig.preset(flags[at + 1]))})
+        preset = model_flags(ModelConfig.preset(flags[at + 1]))
         flags = flags[:at] + flags[at + 2 :]
     return preset + flags
+
+
+def model_flags(model: ModelConfig) -> list[str]:
+    """The flags of all fields of a model."""
+    return _flags({"model": dataclasses.asdict(model)})
 
 
 def dump_recipe(config: Any) -> str:

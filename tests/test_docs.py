@@ -28,6 +28,7 @@ import lfm_jax as lfm
 from lfm_jax.ablate.schedule import AblateConfig
 from lfm_jax.cli import main
 from lfm_jax.cli.verbs import find
+from lfm_jax.post.config import TuneConfig
 from lfm_jax.pretrain.config import TrainConfig
 from lfm_jax.recipe import load_recipe
 from lfm_jax.serve.protocol import ChatBody
@@ -47,6 +48,7 @@ SHORTER = {
     "train": ["--steps", "2", "--optimizer.warmup-steps", "0", "--optimizer.decay-steps", "1", "--model.vocab-size",
               "400", "--model.layer-types", "conv", "full_attention", "--data.seq-len", "64",
               "--data.heldout-fraction", "0.26"],
+    "tune": ["--steps", "2", "--data.seq-len", "512"],
     "generate": ["--max-new-tokens", "4"],
     "chat": ["--max-new-tokens", "4"],
     "batch": ["--engine.slots", "1", "128", "--engine.chunk", "64", "--engine.max-logprobs", "0"],
@@ -255,17 +257,17 @@ CHECKS = {
 
 
 @pytest.mark.parametrize("page", holding("yaml"))
-def test_recipes_are_read(page, tmp_path):
-    """Each block is a study, or a part of a training recipe; what it leaves out is filled in."""
+def test_recipes_are_read(page, desk, tmp_path):
+    """Each block is a study, or a part of a recipe for training or tuning; what it leaves out is filled in."""
     needed = {"run_dir": "runs/x", "steps": 10, "data": {"sources": ["my_texts"], "seq_len": 64, "batch_size": 8},
               "optimizer": {"warmup_steps": 0}}
     for i, block in enumerate(blocks(page)):
         if block.language != "yaml":
             continue
         recipe, path = yaml.safe_load(block.text), tmp_path / f"{i}.yaml"
-        study = "vary" in recipe
+        study, tunes = "vary" in recipe, "epochs" in recipe
         path.write_text(block.text if study else yaml.safe_dump(needed | recipe))
-        load_recipe(AblateConfig if study else TrainConfig, path)
+        load_recipe(AblateConfig if study else TuneConfig if tunes else TrainConfig, path)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 from rich.console import Console
 
+from lfm_jax.data.chats import OPENERS
 from lfm_jax.data.manifest import load_manifest
 from lfm_jax.data.show import overview, sample
 
@@ -31,23 +32,34 @@ def build(config: BuildConfig, args: Sequence[str]) -> int:
 def show(
     path: tyro.conf.Positional[Path],
     /,
+    of: str | None = None,
     samples: int = 3,
     split: Literal["train", "heldout"] = "train",
     row: int | None = None,
     verify: bool = False,
 ) -> int:
-    """Look into a built dataset: counts, packing, lengths, and rows as text with marked pieces.
+    """Look into a built dataset: counts, packing, lengths, and rows as text with marked pieces. Or, with --of, into
+    chats as a model's own template writes them, what is learnt in colour.
 
     Args:
-      path: directory of the dataset.
-      samples: number of rows to show, spread over the split.
+      path: directory of the dataset; file or directory of chats.
+      of: the model whose tokenizer and chat template write the chats.
+      samples: number of rows or chats to show, spread over all.
       split: split of the rows.
-      row: number of one row to show whole instead.
+      row: number of one row or chat to show whole instead.
       verify: reads every byte of every shard and compares checksums.
     """
+    console = Console(highlight=False)
+    if of is not None:
+        from lfm_jax.post.show import chats_as_text
+
+        for part in chats_as_text(path, of, samples=samples, row=row):
+            console.print(part)
+        return 0
+    if path.name.lower().endswith(tuple(OPENERS)):
+        raise ValueError(f"{path} is a file of chats; name the model whose chat template writes them: --of MODEL")
     manifest = load_manifest(path)
     manifest.check_files(content=verify)
-    console = Console(highlight=False)
     console.print(overview(manifest, verified=verify))
     for part in sample(manifest, split, samples=samples, row=row):
         console.print(part)

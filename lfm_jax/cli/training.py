@@ -1,19 +1,31 @@
-"""`lfm plan`, `lfm train`, `lfm ablate`: their flags are the keys of their recipes."""
+"""`lfm plan`, `lfm train`, `lfm tune`, `lfm ablate`: their flags are the keys of their recipes."""
 
 from __future__ import annotations
 
 import os
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from lfm_jax.cli.errors import refuse
 
 if TYPE_CHECKING:
     from lfm_jax.ablate.schedule import AblateConfig
     from lfm_jax.plan import PlanConfig
+    from lfm_jax.post.config import TuneCommand
     from lfm_jax.pretrain.config import TrainCommand
+    from lfm_jax.train.launch import Launch
+
+
+class RunEnd(Protocol):
+    """How a run ended: `step` < `steps` when it was interrupted."""
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def steps(self) -> int: ...
 
 
 def train(command: TrainCommand, args: Sequence[str]) -> int:
@@ -22,25 +34,48 @@ def train(command: TrainCommand, args: Sequence[str]) -> int:
     Exit status: 0 at the run's end, 130 when it was asked to stop (the same command resumes), 75 when a process of
     many was lost (the same command resumes), 2 for bad input.
     """
+    def run() -> RunEnd:
+        from lfm_jax.pretrain.run import train
+
+        return train(command.run)
+
+    return _launched("train", command.launch, args, run)
+
+
+def tune(command: TuneCommand, args: Sequence[str]) -> int:
+    """Teach a model from chats, or resume: `lfm tune RECIPE.yaml [--init-from MODEL ...]`; every key is a flag.
+
+    Exit status: as of `lfm train`.
+    """
+
+    def run() -> RunEnd:
+        from lfm_jax.post.run import tune
+
+        return tune(command.run)
+
+    return _launched("tune", command.launch, args, run)
+
+
+def _launched(verb: str, launch: Launch, args: Sequence[str], run: Callable[[], RunEnd]) -> int:
+    """The exit status of a run, in this process or in as many as are asked for."""
     from lfm_jax.train.launch import FAILED, LOST, STOPPED, start
 
-    if command.launch.processes > 1:
-        return start([sys.executable, "-m", "lfm_jax.cli", "train", *args], command.launch)
-    from lfm_jax.pretrain.run import train as run
+    if launch.processes > 1:
+        return start([sys.executable, "-m", "lfm_jax.cli", verb, *args], launch)
     from lfm_jax.train import processes
 
-    processes.join(command.launch)
+    processes.join(launch)
     try:
-        result = run(command.run)
+        result = run()
         status = 0 if result.step == result.steps else STOPPED
     except (ValueError, OSError) as error:
-        if command.launch.many and os.environ.get("LFM_TRACEBACK"):  # Raised, it would wait for the others at the end.
+        if launch.many and os.environ.get("LFM_TRACEBACK"):  # Raised, it would wait for the others at the end.
             traceback.print_exc()
             status = FAILED
         else:
             status = refuse(error)
     except Exception as error:
-        if not command.launch.many:
+        if not launch.many:
             raise
         traceback.print_exc()
         status = LOST if processes.device_failed(error) else 1

@@ -237,6 +237,14 @@ def load_hf(
     return build(config, checkpoint.read, checkpoint.weights, quantize), tokenizer
 
 
+def hf_config(path: Path) -> ModelConfig:
+    """Returns the config of the model that `load_hf` loads, before any weight is read; raises as that does."""
+    checkpoint, problems = inspect(path, None)
+    raise_problems(f"cannot load {path}", problems, most=None)
+    assert checkpoint is not None
+    return ending_as_generated(checkpoint.config, path)
+
+
 def ending_as_generated(config: ModelConfig, path: Path) -> ModelConfig:
     """Returns the config with the eos ids of an HF directory's generation_config.json too, as transformers has them."""
     more = [i for i in sidecars.generation_eos_ids(path) if i < config.vocab_size]

@@ -1,11 +1,12 @@
-"""DataConfig: what a run learns from."""
+"""DataConfig and ChatData: what a run learns from."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any
+from datetime import date
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 import yaml
@@ -141,3 +142,51 @@ def _problems(c: DataConfig) -> list[str]:
     need(c.tokenizer is None or (isinstance(c.tokenizer, str) and c.tokenizer != ""),
          f"tokenizer is {c.tokenizer!r}; give the path of a {TOKENIZER_FILE} or of its directory, or leave it out")
     return problems
+
+
+TooLong = Literal["drop", "cut"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatData:
+    """Chats to learn from (`data/chats.py` says what they look like), and the shape of a batch of them.
+
+    Raises:
+      ValueError: on construction, one message that lists every bad field and how to mend it.
+    """
+
+    sources: tuple[str, ...]
+    """Files (.jsonl, .jsonl.gz, .jsonl.xz), directories (read recursively) and globs to train on."""
+    seq_len: int
+    """T, tokens of a row; whole chats share one."""
+    batch_size: int
+    """B, rows of one optimizer step over all devices."""
+    too_long: TooLong = "drop"
+    """What becomes of a chat of more than T tokens: dropped, or cut at its end."""
+    heldout: tuple[str, ...] = ()
+    """Files, directories and globs never trained on, for the held-out loss; overrides heldout_fraction."""
+    heldout_fraction: float = 0.02
+    """Share of the chats held out, chosen by a hash of each. 0: none."""
+    ignore: tuple[str, ...] = ("id",)
+    """Keys of the objects in the files that are left out; any other unknown key is refused."""
+    date: str | None = None
+    """The day that a chat template writes, if it writes one: 2026-01-31."""
+    seed: int = 0
+    """Of what shares a row and of the order; what is held out does not depend on it."""
+    prefetch: int = 2
+    """Batches to make ahead, each on a thread of its own. 0: each is made when it is needed."""
+
+    def __post_init__(self) -> None:
+        problems = field_problems(
+            self, names=("sources", "heldout", "ignore"),
+            counts=(("seq_len", 1), ("batch_size", 1), ("seed", 0), ("prefetch", 0)),
+        )
+        if self.sources == ():
+            problems.append("sources is empty; name at least one file, directory or glob")
+        if self.too_long not in get_args(TooLong):
+            problems.append(f"too_long is {self.too_long!r}; choose one of {', '.join(get_args(TooLong))}")
+        try:
+            _ = self.date is None or date.fromisoformat(self.date)
+        except (TypeError, ValueError):
+            problems.append(f"date is {self.date!r}; write it as 2026-01-31")
+        raise_problems("ChatData is not valid", problems)

@@ -32,7 +32,9 @@ class SourceFile(NamedTuple):
     """Path relative to the directory, or to the fixed part of the glob, that found the file, with `/`."""
 
 
-def find_files(patterns: Iterable[str], exclude: Sequence[str] = ()) -> list[SourceFile]:
+def find_files(
+    patterns: Iterable[str], exclude: Sequence[str] = (), suffixes: Sequence[str] = SUFFIXES
+) -> list[SourceFile]:
     """The source files that the patterns name, each once, sorted by name.
 
     A pattern is a file, a directory (every source file below it; hidden files and directories are passed
@@ -42,6 +44,7 @@ def find_files(patterns: Iterable[str], exclude: Sequence[str] = ()) -> list[Sou
     Args:
       exclude: shell patterns of what to leave out, matched against `SourceFile.name`, each of its parts and
         each directory above it: `tests` leaves out every file and directory of that name, `lib/old` one.
+      suffixes: the types of files, as names end.
 
     Raises:
       ValueError: one message that lists every pattern that matches nothing and every file of unknown type.
@@ -50,14 +53,14 @@ def find_files(patterns: Iterable[str], exclude: Sequence[str] = ()) -> list[Sou
     problems = []
     for pattern in patterns:
         expanded = os.path.expanduser(pattern)
-        if os.path.isfile(expanded) and Path(expanded).suffix.lower() not in SUFFIXES:
-            problems.append(f"{pattern}: type not known; expected one of {', '.join(SUFFIXES)} (rename or convert it)")
+        if os.path.isfile(expanded) and not _is_of(expanded, suffixes):
+            problems.append(f"{pattern}: type not known; expected one of {', '.join(suffixes)} (rename or convert it)")
             continue
-        matches = list(_matches(expanded, exclude))
+        matches = list(_matches(expanded, exclude, suffixes))
         if not matches:
             reason = "it" if os.path.exists(expanded) or glob.has_magic(expanded) else "there is no such file; it"
             problems.append(
-                f"{pattern}: {reason} matches no {', '.join(SUFFIXES)} file"
+                f"{pattern}: {reason} matches no {', '.join(suffixes)} file"
                 + (f" outside exclude {list(exclude)}" if exclude else "")
             )
         for match in matches:
@@ -66,7 +69,11 @@ def find_files(patterns: Iterable[str], exclude: Sequence[str] = ()) -> list[Sou
     return sorted(found.values(), key=lambda file: (file.name, file.path))
 
 
-def _matches(pattern: str, exclude: Sequence[str]) -> Iterator[SourceFile]:
+def _is_of(path: str, suffixes: Sequence[str]) -> bool:
+    return path.lower().endswith(tuple(suffixes))
+
+
+def _matches(pattern: str, exclude: Sequence[str], suffixes: Sequence[str]) -> Iterator[SourceFile]:
     if os.path.isdir(pattern):
         root, paths = pattern, _walk(pattern, exclude)
     elif os.path.isfile(pattern):
@@ -76,7 +83,7 @@ def _matches(pattern: str, exclude: Sequence[str]) -> Iterator[SourceFile]:
         root, paths = os.path.dirname(fixed), glob.glob(pattern, recursive=True)
     for path in paths:
         name = Path(os.path.relpath(path, root or ".")).as_posix()
-        if Path(path).suffix.lower() in SUFFIXES and os.path.isfile(path) and not _excluded(name, exclude):
+        if _is_of(path, suffixes) and os.path.isfile(path) and not _excluded(name, exclude):
             yield SourceFile(Path(path).resolve(), name)
 
 

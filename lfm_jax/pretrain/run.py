@@ -7,30 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
 from tokenizers import Tokenizer
 
-from lfm_jax import recipe
-from lfm_jax.convert import sidecars
+from lfm_jax import init_from
 from lfm_jax.data.corpora import make_tokenizer, open_corpus
 from lfm_jax.data.corpora.corpus import check_lasts
 from lfm_jax.files import write_whole
-from lfm_jax.loading import load, local, recognise
-from lfm_jax.model import abstract_model
 from lfm_jax.pretrain.config import TrainConfig
-from lfm_jax.problems import raise_problems
 from lfm_jax.text.codec import check_tokenizer
 from lfm_jax.text.tokenizer import TOKENIZER_FILE, load_tokenizer
 from lfm_jax.train import processes
 from lfm_jax.train.driver import Data
-from lfm_jax.train.run_dir import NUMERICS, differences
 from lfm_jax.train.runner import run_training
 
 
@@ -76,7 +68,8 @@ class Pretraining:
         self._corpus = open_corpus(config.data, tokenizer, bos_id=model.bos_id, eos_id=model.eos_ids[0])
 
     def weights(self) -> Any | None:
-        return None if self._config.init_from is None else _weights_of(self._config)
+        name = self._config.init_from
+        return None if name is None else init_from.weights(name, self._config.model)
 
     def train_data(self, rows: np.ndarray | None) -> Data:
         return self._corpus.train_batches(rows)
@@ -98,19 +91,6 @@ class Pretraining:
         return record, text
 
 
-def _weights_of(config: TrainConfig) -> Any:
-    """The weights of `init_from` in the dtypes of the run."""
-    assert config.init_from is not None
-    model, _ = load(config.init_from)
-    raise_problems(
-        f"init_from {config.init_from} holds another model; make these model fields equal",
-        differences(recipe.to_plain(model.config), recipe.to_plain(config.model), NUMERICS),
-    )
-    weights = nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
-    _, abstract = abstract_model(config.model)  # Some weights have a dtype of their own.
-    return jax.tree.map(lambda x, kept: np.asarray(x.astype(kept.dtype)), weights, abstract)
-
-
 def _new_tokenizer(config: TrainConfig, run_dir: Path) -> Tokenizer:
     """The tokenizer of a new run, kept in its directory.
 
@@ -121,14 +101,12 @@ def _new_tokenizer(config: TrainConfig, run_dir: Path) -> Tokenizer:
       ValueError: a tokenizer or source file that cannot be read, or an `init_from` without a tokenizer.
     """
     if config.init_from is not None:
-        path = local(config.init_from)
-        with recognise(path).beside(path) as origin:
+        with init_from.sidecar_files(config.init_from) as origin:
             if config.data.tokenizer is None and not (origin / TOKENIZER_FILE).exists():
-                raise ValueError(f"init_from {path} has no {TOKENIZER_FILE}; name its tokenizer in data.tokenizer")
-            for name, file in sidecars.carried(origin)[0].items():
-                target = run_dir / name
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, target)
+                raise ValueError(
+                    f"init_from {config.init_from} has no {TOKENIZER_FILE}; name its tokenizer in data.tokenizer"
+                )
+            init_from.carry_sidecars(origin, run_dir)
     if config.data.tokenizer is None and config.init_from is not None:
         return load_tokenizer(run_dir)
     tokenizer = make_tokenizer(config.data, vocab_size=config.model.vocab_size)

@@ -66,7 +66,7 @@ def encode_conversation(
         template, with_calls(template, messages), tools=tools, **special_tokens(tokenizer, config)
     )
     encoding = encoded(tokenizer, text, add_special_tokens=False)
-    return Conversation(encoding.ids, _token_spans(encoding.offsets, spans))
+    return Conversation(encoding.ids, token_spans(encoding.offsets, spans))
 
 
 def render_conversation(
@@ -131,7 +131,7 @@ def _turn_spans(text: str, messages: Sequence[Message], tools: Sequence[Mapping[
     return spans
 
 
-def _token_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> list[Span]:
+def token_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> list[Span]:
     """Returns the runs of tokens, given by their characters, that overlap spans."""
     first, last = np.array(offsets, np.int64).reshape(-1, 2).T
     begins, ends = np.array(spans, np.int64).reshape(-1, 2).T

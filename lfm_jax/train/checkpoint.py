@@ -234,6 +234,11 @@ class CheckpointManager:
             return ocp.load_checkpointables(str(self._run_dir / CHECKPOINTS / str(step)), target)
 
 
+def has_checkpoint(run_dir: Path) -> bool:
+    """Returns whether there is a finished checkpoint, without opening any."""
+    return any(path.name.isdigit() for path in (run_dir / CHECKPOINTS).glob("*"))
+
+
 def _checkpointables(state: TrainState) -> dict[str, Any]:
     """All weights by themselves, trained or not, so that they load alone."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}

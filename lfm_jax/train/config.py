@@ -29,6 +29,8 @@ class RunConfig(abc.ABC):
 
     movable: ClassVar[frozenset[str]] = frozenset()
     """Fields of `data` that may change in a run, as when files move."""
+    least_steps: ClassVar[int] = 1
+    """0 where `steps` may be left to the data; it is known before the run begins."""
 
     run_dir: str
     """Directory of the run; an existing run in it is resumed."""
@@ -93,8 +95,8 @@ class RunConfig(abc.ABC):
         """A line for each bad field; a config that extends this one adds its own."""
         problems = [
             f"{name} is {getattr(self, name)}; it must be at least {least}"
-            for name, least in (("steps", 1), ("micro_batches", 1), ("keep_checkpoints", 1), ("log_every", 1),
-                                ("eval_every", 0), ("eval_batches", 0), ("checkpoint_every", 0))
+            for name, least in (("steps", self.least_steps), ("micro_batches", 1), ("keep_checkpoints", 1),
+                                ("log_every", 1), ("eval_every", 0), ("eval_batches", 0), ("checkpoint_every", 0))
             if getattr(self, name) < least
         ]
         if self.train_minutes is not None and not self.train_minutes > 0:
@@ -104,8 +106,8 @@ class RunConfig(abc.ABC):
         if self.seq_len > self.model.max_position:
             problems.append(f"rows of {self.seq_len} tokens exceed model.max_position {self.model.max_position}")
         problems += check_trackers(self.trackers) + rounding.problems(self.model)
-        for check in (lambda: learning_rate(self.optimizer, max(self.steps, 1)),
-                      lambda: self.profile and parse_profile(self.profile, max(self.steps, 1)),
+        for check in (lambda: self.steps >= 1 and learning_rate(self.optimizer, self.steps),
+                      lambda: self.steps >= 1 and self.profile and parse_profile(self.profile, self.steps),
                       lambda: self.freeze and frozen_mask(self.model, self.freeze)):
             try:
                 check()

@@ -39,6 +39,8 @@ class OptimizerConfig:
     """wsd: warm-up, stable, linear decay over the last decay_steps; cosine: warm-up, then half a cosine; constant."""
     warmup_steps: int = 100
     """Optimizer steps of linear warm-up from 0."""
+    warmup_fraction: float = 0.0
+    """Share of the run's steps that are warm-up, where warmup_steps is 0."""
     decay_steps: int = 0
     """wsd only: steps of the final decay; 0 means a fifth of the run."""
     final_lr_fraction: float = 0.1
@@ -66,8 +68,9 @@ class OptimizerConfig:
         for name in ("warmup_steps", "decay_steps", "weight_decay"):
             if not getattr(self, name) >= 0:
                 problems.append(f"{name} is {getattr(self, name)}; it must not be negative")
-        if not 0 <= self.final_lr_fraction <= 1:
-            problems.append(f"final_lr_fraction is {self.final_lr_fraction}; it must lie in [0, 1]")
+        for name in ("final_lr_fraction", "warmup_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                problems.append(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
         for name, kind in (("schedule", Schedule), ("algorithm", Algorithm)):
             if getattr(self, name) not in get_args(kind):
                 problems.append(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(get_args(kind))}")
@@ -80,7 +83,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     Raises:
       ValueError: warm-up and decay together are longer than the run.
     """
-    warmup = config.warmup_steps
+    warmup = config.warmup_steps or round(config.warmup_fraction * steps)
     final = config.peak_lr * config.final_lr_fraction
     decay = (config.decay_steps or steps // 5) if config.schedule == "wsd" else 0
     if warmup + decay > steps:

@@ -22,7 +22,7 @@ from lfm_jax.convert.hf import chat_template
 from lfm_jax.data.build import BuildConfig, build
 from lfm_jax.data.corpora.text import TextCorpus
 from lfm_jax.files import locked
-from lfm_jax.pretrain.run import Pretraining, _weights_of, train
+from lfm_jax.pretrain.run import Pretraining, train
 from lfm_jax.recipe import to_plain
 from lfm_jax.testing import tiny_tokenizer
 from lfm_jax.train import run_dir as run_dirs
@@ -306,7 +306,8 @@ def test_init_from_keeps_the_biases_of_experts_in_float32(corpus, tmp_path, whol
         block.feed_forward.expert_bias[...] = bias_E
     tokenizer = lfm.load(whole_run.run_dir)[1]
     lfm.save_hf(model, tmp_path / "weights", tokenizer)
-    weights = _weights_of(load(recipe(corpus, tmp_path / "run", init_from=str(tmp_path / "weights"), **fields)))
+    config = load(recipe(corpus, tmp_path / "run", init_from=str(tmp_path / "weights"), **fields))
+    weights = Pretraining(config).weights()
     held = weights["blocks"][0]["feed_forward"]
     np.testing.assert_array_equal(held["expert_bias"], bias_E)
     assert (held["expert_bias"].dtype, held["w1"].dtype) == (jnp.float32, jnp.bfloat16)

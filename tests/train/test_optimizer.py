@@ -185,3 +185,11 @@ def test_a_parameter_without_traits_is_named():
             param_traits(tiny_config(layer_types=("conv", "conv"), ffn_types=("swiglu", "bare")))
     finally:
         FEED_FORWARDS.remove("bare")
+
+
+def test_warmup_may_be_a_share_of_the_run():
+    share, steps = OptimizerConfig(warmup_steps=0, warmup_fraction=0.25), OptimizerConfig(warmup_steps=10)
+    for step in (0, 3, 9, 10, 39):
+        assert learning_rate(share, 40)(step) == learning_rate(steps, 40)(step)
+    with pytest.raises(ValueError, match=r"warmup_fraction is 1.5; it must lie in \[0, 1\]"):
+        OptimizerConfig(warmup_fraction=1.5)

@@ -78,6 +78,14 @@ def load_gguf(
     return build(checkpoint.config, checkpoint.read, checkpoint.weights, quantize), tokenizer
 
 
+def gguf_config(path: Path) -> ModelConfig:
+    """Returns the config of the model that `load_gguf` loads, before any weight is read; raises as that does."""
+    _, checkpoint, problems = _inspect(path, None)
+    raise_problems(f"cannot load {path}", problems, most=None)
+    assert checkpoint is not None
+    return checkpoint.config
+
+
 @contextlib.contextmanager
 def sidecar_directory(path: Path) -> Generator[Path]:
     """Makes a directory, for a while, with the tokenizer and the chat template of a file as an HF directory has them.

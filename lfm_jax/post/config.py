@@ -1,0 +1,125 @@
+"""TuneConfig: what a run of `lfm tune` is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Self
+
+import tyro
+
+from lfm_jax import recipe
+from lfm_jax.config import ModelConfig
+from lfm_jax.data.config import ChatData
+from lfm_jax.data.sources import contains
+from lfm_jax.loading import model_config
+from lfm_jax.post.methods import METHODS, MethodName
+from lfm_jax.train.config import RunConfig
+from lfm_jax.train.launch import Launch
+from lfm_jax.train.objective import Objective
+from lfm_jax.train.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuneConfig(RunConfig):
+    """A run that goes on from a trained model. In a recipe, `model` changes single fields of that of `init_from`.
+
+    Raises:
+      ValueError: on construction, one message that lists every bad field.
+    """
+
+    # Whether the data is the same, its own fingerprint decides.
+    movable: ClassVar[frozenset[str]] = frozenset({"sources", "heldout", "prefetch"})
+    least_steps: ClassVar[int] = 0
+
+    method: MethodName = "sft"
+    """sft: supervised fine-tuning on chats."""
+    init_from: str
+    """The model to begin with: a Hugging Face directory, the directory of a run, a GGUF file, or a Hub id
+    (OWNER/NAME or OWNER/NAME@REVISION)."""
+    data: ChatData
+    epochs: float = 3.0
+    """Passes over the data, where steps is 0."""
+    steps: int = 0
+    """Optimizer steps in all; with `train_minutes`, at most. 0: those of epochs."""
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(
+        peak_lr=5e-5, schedule="cosine", warmup_steps=0, warmup_fraction=0.1, weight_decay=0.0))
+    loss_chunk: int = 512
+    """Tokens whose logits are in memory at one time."""
+
+    @classmethod
+    def of(cls, init_from: str, *, model: Mapping[str, Any] | None = None, **fields: Any) -> Self:
+        """A config whose model is that of `init_from`, but for some fields of it.
+
+        Raises:
+          ValueError: see the class and `lfm.load`.
+        """
+        return cls(init_from=init_from, model=tuned_model(init_from).replace(**model or {}), **fields)
+
+    @staticmethod
+    def flags_before(flags: Sequence[str]) -> list[str]:
+        """The fields of the model of `init_from` as flags; none where the flags name its layers, as those of a run's
+        own config do."""
+        name = _value_of(flags, "init-from")
+        if name is None or _value_of(flags, "model.layer-types") is not None:
+            return []
+        return recipe.model_flags(tuned_model(name))
+
+    @property
+    def rows(self) -> int:
+        return self.data.batch_size
+
+    @property
+    def seq_len(self) -> int:
+        return self.data.seq_len
+
+    def objective(self) -> Objective:
+        return METHODS[self.method].objective(self)
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        if self.method not in METHODS:
+            problems.append(f"method is {self.method!r}; choose one of {', '.join(METHODS)}")
+        if not self.init_from:
+            problems.append("init_from is empty; name the model to begin with")
+        if not self.epochs > 0:
+            problems.append(f"epochs is {self.epochs}; it must be above 0")
+        if self.loss_chunk < 1:
+            problems.append(f"loss_chunk is {self.loss_chunk}; it must be at least 1")
+        if not self.model.causal:
+            problems.append("init_from is an encoder (model.causal is False); name a causal model")
+        problems += [
+            f"run_dir {self.run_dir} lies inside data source {source!r}, which would then train on it; choose another "
+            "run_dir"
+            for source in (*self.data.sources, *self.data.heldout) if contains(source, self.run_dir)
+        ]
+        return problems
+
+
+def tuned_model(name: str) -> ModelConfig:
+    """The config of a model that is to be tuned: its own, but for float32 parameters, which small updates need.
+
+    Raises:
+      ValueError: see `lfm.load`.
+    """
+    return model_config(name).replace(param_dtype="float32")
+
+
+def _value_of(flags: Sequence[str], name: str) -> str | None:
+    """The value of the last flag of a name, in any of the forms that a flag has."""
+    value = None
+    for flag, following in zip(flags, [*flags[1:], None], strict=True):
+        key, equals, after = flag.partition("=")
+        if key.replace("_", "-") == f"--{name}":
+            value = after if equals else following
+    return value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuneCommand:
+    """The flags of `lfm tune`: those of a run, and those of how its processes come about."""
+
+    run: Annotated[TuneConfig, tyro.conf.arg(name="")]
+    launch: Annotated[Launch, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Launch)
+
+    flags_before = staticmethod(TuneConfig.flags_before)
