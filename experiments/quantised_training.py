@@ -49,9 +49,10 @@ def main(argv: list[str]) -> int:
     train(TrainConfig(
         run_dir=str(args.run_dir / "run"), steps=args.steps, init_from=args.model,
         model=config.replace(param_dtype="float32", dtype="bfloat16", quantize=args.quantize),
-        data=DataConfig(sources=(str(own), *args.texts), seq_len=LENGTH, batch_size=args.batch),
+        data=DataConfig(sources=(str(own), *args.texts), seq_len=LENGTH, batch_size=args.batch,
+                        heldout_fraction=0.0),
         optimizer=OptimizerConfig(peak_lr=args.lr, schedule="cosine", warmup_steps=20, weight_decay=0.0),
-        eval_every=0, eval_batches=4, checkpoint_every=50, log_every=5,
+        checkpoint_every=50, log_every=5,
     ))
     return 0
 
