@@ -38,7 +38,7 @@ class BFCL(ChatTask):
         return doc["tools"]
 
     def options(self, doc: Document) -> dict[str, Any]:
-        grammar = {"grammar": {"tools": doc["tools"]}} if self._constrained else {}
+        grammar = {"grammar": {"tools": doc["tools"]}} if self._constrained and doc["tools"] else {}
         return {"skip_special_tokens": False, **grammar}
 
     def doc_to_target(self, doc: Document) -> str:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -52,7 +53,10 @@ class Checkers:
         process = subprocess.Popen(self._command("judge"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
         self._process, self._errors = process, errors
         weakref.finalize(self, _end, process, errors)
-        self.version: str = self._answer()["version"]
+        started = self._answer()
+        if started is None:
+            raise self._no_start(errors)
+        self.version: str = started["version"]
         """Of the benchmark's package."""
 
     def documents(self, *category: str) -> list[dict[str, Any]]:
@@ -60,7 +64,7 @@ class Checkers:
         with tempfile.TemporaryFile() as errors:
             done = subprocess.run(self._command("documents", *category), stdout=subprocess.PIPE, stderr=errors)
             if done.returncode:
-                raise self._failure(errors)
+                raise self._no_start(errors)
         return [json.loads(line) for line in done.stdout.splitlines()]
 
     def judge(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -70,38 +74,41 @@ class Checkers:
           ValueError: the process has ended. What a checker raises is in its verdict.
         """
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._failure(self._errors) from None
-        return self._answer()
+        if (verdict := self._answer()) is None:
+            raise ValueError(f"the checkers of {self._benchmark} ended with status {self._process.wait()} at a reply "
+                             f"({_last(self._errors)})")
+        return verdict
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        if not line:
-            self._process.wait()
-            raise self._failure(self._errors)
-        return json.loads(line)
+        return json.loads(line) if line else None
 
     def _command(self, *args: str) -> list[str]:
         return [str(self._python), str(_PROCESS), self._benchmark, *args]
 
-    def _failure(self, errors: BinaryIO) -> ValueError:
-        errors.seek(0)
-        said = errors.read().decode(errors="replace").strip().splitlines()
+    def _no_start(self, errors: BinaryIO) -> ValueError:
         todo = (f"remove {self._python.parent.parent}, and it is made anew" if self._is_made
                 else f"install them there (pip install --no-deps {' '.join(PACKAGES[self._benchmark])}), or leave "
                      "--checkers out")
-        return ValueError(f"the checkers of {self._benchmark} do not run in {self._python} "
-                          f"({said[-1] if said else 'it ended without a word'}); {todo}")
+        return ValueError(f"the checkers of {self._benchmark} do not run in {self._python} ({_last(errors)}); {todo}")
+
+
+def _last(errors: BinaryIO) -> str:
+    """What a process said last; after a traceback, its exception."""
+    errors.seek(0)
+    said = errors.read().decode(errors="replace").strip().splitlines()
+    return said[-1] if said else "it said nothing"
 
 
 def _end(process: subprocess.Popen[bytes], errors: BinaryIO) -> None:
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            pipe.close()
+            with contextlib.suppress(BrokenPipeError):  # What was written last, to a process that had ended.
+                pipe.close()
     process.wait()
     errors.close()
 
