@@ -63,6 +63,8 @@ def test_the_real_checkers(cache):
     try:
         ifbench, bfcl = Checkers("ifbench"), Checkers("bfcl")
     except ValueError as error:
+        if "cannot be installed" not in str(error):
+            raise
         pytest.skip(str(error))
     assert [len(ifbench.documents()), len(bfcl.documents("simple_python"))] == [294, 400]
     told = {"prompt": "", "instruction_id_list": ["count:keywords_multiple", "words:start_verb"], "kwargs": [
@@ -71,7 +73,7 @@ def test_the_real_checkers(cache):
     for reply, followed in ((right, True), (right + " owl", False), ("", False)):
         verdict = ifbench.judge({**told, "reply": reply})
         assert verdict["strict"][0] is verdict["loose"][0] is followed
-    verdict = ifbench.judge({**told, "reply": f"Here:\n{right}\nfox"})
+    verdict = ifbench.judge({**told, "reply": f"Here:\n{right} fox"})
     assert (verdict["strict"][0], verdict["loose"][0]) == (False, False)
     verdict = ifbench.judge({**told, "reply": f"fox:\n{right}"})
     assert (verdict["strict"][0], verdict["loose"][0]) == (False, True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,12 @@ def load(
       constrained: answers follow a grammar: calls of the tools, JSON of the schema.
 
     Raises:
-      ValueError: see `Checkers`, data that are missing or no documents, or a task that has no constrained form.
+      ValueError: see `Checkers`, data that are missing or no documents, a task that has no constrained form, or a
+        package that is not installed.
     """
+    needed = ["jsonschema"] * ("json_schema" in names) + ["llguidance"] * constrained
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"not installed: {', '.join(missing)}; pip install 'lfm_jax[eval]'")
     if constrained and (free := sorted(FREE & set(names))):
         raise ValueError(f"{', '.join(free)} cannot be constrained: no grammar says what a right answer is")
     of = functools.cache(lambda benchmark: Checkers(benchmark, checkers))
