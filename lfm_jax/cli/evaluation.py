@@ -27,15 +27,18 @@ def evaluate(
     seed: int = 0,
     dtype: DType | None = None,
     quantize: Quantize | None = None,
+    checkers: Path | None = None,
+    constrained: bool = False,
 ) -> int:
-    """Measure a model with tasks of lm-eval. Needs `lfm_jax[eval]`.
+    """Measure a model with tasks of lm-eval, IFBench, BFCL, JSON schemas. Needs `lfm_jax[eval]`.
 
     Every answer is kept in the output as it comes: the same command continues where an earlier one stopped. Example:
     `lfm eval LFM2.5-350M --tasks arc_easy,piqa --output evals/350M`.
 
     Args:
       path: Hugging Face directory, run directory, GGUF file, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
-      tasks: names of tasks, groups and tags of lm-eval, with commas between them.
+      tasks: names of tasks, groups and tags of lm-eval, with commas between them; also ifbench, bfcl (or
+        bfcl_CATEGORY) and json_schema.
       output: directory for results.json, report.md, samples and answers.
       data: directory with task data on disk (TASK/SPLIT.jsonl) and tasks of one's own (NAME.yaml).
       limit: only the first so many documents of each task.
@@ -49,6 +52,8 @@ def evaluate(
       seed: of sampled texts.
       dtype: dtype of parameters and computation; the stored one if left out.
       quantize: keep matrices in a narrow type, to see what it costs.
+      checkers: environment or Python that has the checkers of ifbench and bfcl; made on first use if left out.
+      constrained: answers of bfcl and json_schema follow a grammar.
     """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
@@ -68,7 +73,8 @@ def evaluate(
     model, tokenizer, template = load_chat(path, dtype, quantize)
     run(model, tokenizer, template, names, output, name=path, data=data, limit=limit, num_fewshot=num_fewshot,
         apply_chat_template=apply_chat_template, system_message=system_message, predict_only=predict_only,
-        max_length=max_length, batch_tokens=batch_tokens, slots=slots, seed=seed, quantize=quantize)
+        max_length=max_length, batch_tokens=batch_tokens, slots=slots, seed=seed, quantize=quantize,
+        checkers=checkers, constrained=constrained)
     print((output / REPORT).read_text(encoding="utf-8"))
     return 0
 

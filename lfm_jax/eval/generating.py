@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,9 +17,12 @@ from lfm_jax.engine.request import Event, Request
 from lfm_jax.infer.decoding import bucket
 from lfm_jax.model import LFM
 from lfm_jax.sampling import Sampling
+from lfm_jax.structured.grammar import Grammar, Matcher, grammar_tokenizer
+from lfm_jax.structured.schema import GrammarError
 from lfm_jax.text.chat import reply_stage, turn_stop_ids
 from lfm_jax.text.codec import ReplyText, token_bytes
 from lfm_jax.text.thoughts import BLANKS, Stage, Thinking, ThoughtCounter, split_thought, thinking
+from lfm_jax.text.tools import START
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,6 +32,10 @@ SHORTEST = 256
 """Tokens of a slot, at least: shorter ones would save little, and each length is compiled anew."""
 FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")
 """Generation kwargs that are fields of `Sampling`."""
+GRAMMARS = {"json_schema": Grammar.json_schema, "tools": Grammar.tool_calls}
+"""What the generation kwarg `grammar` may hold: JSON of a schema, or free text and calls of tools."""
+
+_logger = logging.getLogger(__name__)
 
 
 class Encoder(Protocol):
@@ -56,12 +64,31 @@ class Wanted:
     """How the model writes thoughts."""
     begin: Stage
     """Where the reply goes on."""
+    skip_special_tokens: bool = True
+    """The text leaves them out."""
+    grammar: Mapping[str, Any] | None = None
+    """What the answer follows: a key of GRAMMARS, and what the grammar is made from."""
 
     @property
     def request(self) -> Any:
         """What the text depends on beside the model, plain data."""
+        more = [] if self.skip_special_tokens and self.grammar is None else [self.skip_special_tokens, self.grammar]
         return ["generate", self.prompt, self.most, self.until, dataclasses.asdict(self.sampling),
-                self.begin if self.how else "answer"]
+                self.begin if self.how else "answer", *more]
+
+    def matcher(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: tuple[int, ...]) -> Matcher | None:
+        """Returns what holds the reply to the grammar.
+
+        Raises:
+          GrammarError: it is refused.
+        """
+        if self.grammar is None:
+            return None
+        ((kind, content),) = self.grammar.items()
+        grammar: Grammar = GRAMMARS[kind](content)
+        if self.how is not None:
+            grammar = grammar.after_thought(self.how, self.begin)
+        return grammar_tokenizer(tokenizer, vocab_size, stop_ids).matcher(grammar)
 
 
 def wanted(
@@ -79,10 +106,12 @@ def wanted(
     most = given.pop("max_gen_toks")
     sampled, temperature = given.pop("do_sample"), given.pop("temperature", 0.0)
     filters = {name: value for name in FILTERS if (value := given.pop(name, None)) is not None}
+    skip, grammar = given.pop("skip_special_tokens", True), given.pop("grammar", None)
     unknown = {name: value for name, value in given.items() if (name, value) != ("num_beams", 1)}
     if unknown:
         raise ValueError(f"generation kwargs {unknown} are not supported; known are until, max_gen_toks, do_sample, "
-                         f"temperature, {', '.join(FILTERS)}")
+                         f"temperature, skip_special_tokens, grammar, {', '.join(FILTERS)}")
+    _check_grammar(tokenizer, grammar)
     room = encoder.max_length - most
     if room < 1:
         raise ValueError(f"max_gen_toks is {most}, which leaves no room for a context: the model reads "
@@ -92,14 +121,24 @@ def wanted(
         raise ValueError("a context is empty, and the tokenizer begins no text by itself: there is nothing to continue")
     how = thinking(tokenizer, template)
     sampling = Sampling(temperature=temperature if sampled else 0.0, seed=seed % 2**32, **filters)
-    return Wanted(prompt, most, until, sampling, how, reply_stage(tokenizer, how, prompt))
+    return Wanted(prompt, most, until, sampling, how, reply_stage(tokenizer, how, prompt), skip, grammar)
+
+
+def _check_grammar(tokenizer: Tokenizer, grammar: Any) -> None:
+    if grammar is None:
+        return
+    if not isinstance(grammar, Mapping) or len(grammar) != 1 or not grammar.keys() <= GRAMMARS.keys():
+        raise ValueError(f"grammar is {grammar!r:.80}; expected {' or '.join(GRAMMARS)}, with what it is made from")
+    if "tools" in grammar and tokenizer.token_to_id(START) is None:
+        raise ValueError(f"the tokenizer has no {START}: tool calls of this model cannot be constrained")
 
 
 def run(model: LFM, tokenizer: Tokenizer, tasks: Sequence[Wanted], slots: int) -> Iterator[tuple[int, str]]:
     """Yields the number and the text of each task as it is done; the longest prompts go first.
 
     Raises:
-      ValueError: the model's logits are not finite.
+      ValueError: the model's logits are not finite. A grammar that is refused leaves an empty text, and one that leads
+        nowhere the text so far; both with a warning.
     """
     if not tasks:
         return
@@ -117,21 +156,30 @@ def run(model: LFM, tokenizer: Tokenizer, tasks: Sequence[Wanted], slots: int) -
     def submit(number: int) -> None:
         task = tasks[number]
         reply = _Reply(tokenizer, task, stop_ids)
+        try:
+            matcher = task.matcher(tokenizer, model.config.vocab_size, stop_ids)
+        except GrammarError as error:
+            _logger.warning("a grammar is refused, and its text is empty: %s", error)
+            done.append((number, ""))
+            return
 
         def listen(event: Event) -> None:
             if reply.over:  # What the engine had begun when a stop string came.
                 return
             reply.push(event.tokens)
-            if event.reason is not None:
+            if event.finish == "grammar":
+                _logger.warning("a grammar cannot be followed to its end: %s", event.reason)
+            elif event.reason is not None:
                 failures.append(event.reason)
-            elif reply.over or event.finish is not None:
+            if reply.over or event.finish is not None:
                 reply.over = True
                 done.append((number, reply.text()))
                 if event.finish is None:
                     engine.cancel(ticket, 0, "stop")
 
         ticket = engine.submit(
-            Request(prompt=task.prompt, max_new_tokens=task.most, sampling=task.sampling, stop_ids=stop_ids), listen)
+            Request(prompt=task.prompt, max_new_tokens=task.most, sampling=task.sampling, stop_ids=stop_ids,
+                    grammar=matcher), listen)
 
     left = len(tasks)
     while left:
@@ -152,7 +200,8 @@ class _Reply:
     def __init__(self, tokenizer: Tokenizer, task: Wanted, stop_ids: Sequence[int]):
         self._tokenizer, self._task, self._stop_ids = tokenizer, task, stop_ids
         self._thought = ThoughtCounter(tokenizer, task.how, task.begin)
-        self._strings = ReplyText(tokenizer, task.until, stop_ids, skip_special_tokens=True)
+        self._strings = ReplyText(tokenizer, task.until, stop_ids,
+                                  skip_special_tokens=task.skip_special_tokens)
         self._tokens: list[int] = []
         self._held: list[int] = []
         """What may still become the mark of a thought."""
@@ -192,4 +241,4 @@ class _Reply:
         return postprocess_generated_text(answer, self._task.until, None)
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=self._task.skip_special_tokens)

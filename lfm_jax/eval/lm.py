@@ -10,7 +10,7 @@ import collections
 import functools
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.instance import Instance
@@ -106,21 +106,24 @@ class EvalModel(TemplateLM):
     def _prefix_text(self) -> str:
         return self._codec.decode([self.prefix_token_id], skip_special_tokens=False)
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """Renders a conversation; without the opening of the assistant's turn its last message is to be continued.
 
         A template that refuses it is tried without the system message, as in the `hf` backend, with a warning.
         """
-        specials = special_tokens(self._codec, self._model.config)
+        options: dict[str, Any] = {"tools": tools, **special_tokens(self._codec, self._model.config)}
         render = render_chat if add_generation_prompt else render_open
         try:
-            return render(self._template, chat_history, **specials)
+            return render(self._template, chat_history, **options)
         except ValueError as error:
             rest = [message for message in chat_history if message["role"] != "system"]
             if len(rest) == len(chat_history):
                 raise
             _logger.warning("the chat template is tried without the system message: %s", error)
-            return render(self._template, rest, **specials)
+            return render(self._template, rest, **options)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Returns the template; None if lm-eval does not want one.

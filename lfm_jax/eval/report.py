@@ -27,10 +27,18 @@ def metrics(results: Mapping[str, Any]) -> Iterator[Metric]:
                 yield Metric(task, name, of, float(score), error if isinstance(error, (int, float)) else None)
 
 
+def counts(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str, int]]:
+    """Yields (task, metric, text, documents) of the metrics that count what was said of documents."""
+    for task, found in results["results"].items():
+        for key, value in found.items():
+            if isinstance(value, dict):
+                yield from ((task, key.partition(",")[0], text, n) for text, n in value.items())
+
+
 def report(results: Mapping[str, Any]) -> str:
     """Returns the page."""
     about = results["lfm_jax"]
-    counts, shots = results.get("n-samples", {}), results.get("n-shot", {})
+    sizes, shots = results.get("n-samples", {}), results.get("n-shot", {})
     lines = [f"# Evaluation of {about['model']}", ""]
     if about["predict_only"]:
         lines.append("Answers only; nothing was scored.")
@@ -38,19 +46,26 @@ def report(results: Mapping[str, Any]) -> str:
         lines += ["| task | version | shots | n | filter | metric | score | standard error |",
                   "|---|---|---|---|---|---|---|---|"]
     for found in () if about["predict_only"] else metrics(results):
-        n = counts.get(found.task, {})
+        n = sizes.get(found.task, {})
         of_all = f"{n['effective']} of {n['original']}" if n and n["effective"] != n["original"] else n.get("effective")
         better = results.get("higher_is_better", {}).get(found.task, {}).get(found.name)
         sign = "" if better is None else " ↑" if better else " ↓"
         cells = (found.task, results["versions"].get(found.task), shots.get(found.task), of_all, found.filter,
                  found.name + sign, f"{found.score:.4f}", None if found.error is None else f"{found.error:.4f}")
         lines.append(f"| {' | '.join('' if cell is None else str(cell) for cell in cells)} |")
+    if rows := [] if about["predict_only"] else list(counts(results)):
+        lines += ["", "## Counted", "", "| task | | | documents |", "|---|---|---|---|"]
+        lines += [f"| {task} | {metric} | {_cell(text)} | {n} |" for task, metric, text, n in rows]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines += ["", "## Settings", "", "| | |", "|---|---|"]
-    rows = {"model": about["model"], "model hash (SHA-256)": about["model_hash"], "tokenizer": about["tokenizer"],
-            **about["settings"], "device": about["device"], "versions": versions}
+    settings = {"model": about["model"], "model hash (SHA-256)": about["model_hash"], "tokenizer": about["tokenizer"],
+                **about["settings"], "device": about["device"], "versions": versions}
     left_out = {"limit": "all documents", "num_fewshot": "as the task says"}
-    for name, value in rows.items():
+    for name, value in settings.items():
         text = left_out.get(name, "none") if value is None else str(value)
-        lines.append(f"| {name} | {text.replace('|', '&#124;').replace('\n', ' ')} |")
+        lines.append(f"| {name} | {_cell(text)} |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "&#124;").replace("\n", " ")

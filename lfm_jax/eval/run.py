@@ -37,7 +37,7 @@ def evaluate(
     data: Path | None = None, limit: int | None = None, num_fewshot: int | None = None,
     apply_chat_template: bool = False, system_message: str | None = None, predict_only: bool = False,
     max_length: int | None = None, batch_tokens: int | None = None, slots: int = 16, seed: int = 0,
-    quantize: str | None = None,
+    quantize: str | None = None, checkers: Path | None = None, constrained: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a model and writes a directory; continues where an earlier call in the same directory stopped.
 
@@ -53,6 +53,7 @@ def evaluate(
       system_message: put before each prompt.
       predict_only: keeps answers and samples, and computes no scores.
       quantize: the form that the model was quantised to (`lfm.load`), for the report.
+      checkers, constrained: of our own benchmarks, see `benchmarks.load`.
 
     Returns:
       What results.json holds.
@@ -62,7 +63,7 @@ def evaluate(
     """
     known = model_hash(model)
     _check_directory(output, known)
-    manager, loaded = load_tasks(tasks, data)
+    manager, loaded = load_tasks(tasks, data, checkers=checkers, constrained=constrained)
     output.mkdir(parents=True, exist_ok=True)
     length = model.config.max_position if max_length is None else max_length
     # What is asked has passed template and tokenizer; the two also say how a reply is read.
@@ -86,6 +87,7 @@ def evaluate(
                 "limit": limit, "num_fewshot": num_fewshot, "apply_chat_template": apply_chat_template,
                 "system_message": system_message, "max_length": length, "seed": seed,
                 "data": None if data is None else str(data), "dtype": model.config.dtype, "quantize": quantize,
+                "constrained": constrained,
             },
             "versions": {each: metadata.version(each) for each in ("lfm_jax", "lm_eval", "jax", "tokenizers")},
             "device": jax.devices()[0].device_kind,

@@ -10,6 +10,7 @@ from typing import Any
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from lfm_jax.eval import benchmarks
 from lfm_jax.problems import raise_problems
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -19,21 +20,30 @@ LOOKED_AT = 100
 """Documents of a task that are checked."""
 
 
-def load_tasks(names: Sequence[str], data: Path | None = None) -> tuple[TaskManager, list[Any]]:
+def load_tasks(
+    names: Sequence[str], data: Path | None = None, *, checkers: Path | None = None, constrained: bool = False
+) -> tuple[TaskManager, list[Any]]:
     """Loads tasks, groups and tags by name; returns what `simple_evaluate` takes as `task_manager` and `tasks`.
 
     Args:
       data: a directory with data and tasks. Files `TASK/SPLIT.jsonl` (or .json, .parquet, .csv) take the place of the
         data set of a shipped task; splits without a file are absent. Tasks of one's own are `NAME.yaml`, in which a
         relative name in `data_files` is a file beside it; they come before shipped ones.
+      checkers, constrained: of `benchmarks.NAMES`, see `benchmarks.load`.
 
     Raises:
       ValueError: names that there are not, data that is not a directory, a split that the task does not have, a
-        package that a task needs and that is not installed, or see `check_tasks`.
+        package that a task needs and that is not installed, `constrained` with tasks that have no such form, or see
+        `benchmarks.load` and `check_tasks`.
     """
     if data is not None and not data.is_dir():
         raise ValueError(f"data {data} is not a directory")
     own = {} if data is None else {path.stem: path for path in sorted(data.glob("*.yaml"))}
+    ours = [name for name in names if name in benchmarks.NAMES and name not in own]
+    names = [name for name in names if name not in ours]
+    if constrained and names:
+        raise ValueError(f"{', '.join(names)} cannot be constrained; leave --constrained out, or name only tasks of "
+                         f"{', '.join(sorted(benchmarks.NAMES - benchmarks.FREE))}")
     # To index the shipped tasks takes many seconds.
     shipped = not set(names) <= own.keys()
     manager = TaskManager(include_path=None if data is None else str(data), include_defaults=shipped)
@@ -45,9 +55,10 @@ def load_tasks(names: Sequence[str], data: Path | None = None) -> tuple[TaskMana
         raise ValueError(f"{error.name} is not installed, and one of the tasks needs it: install it, or an extra of "
                          "lm-eval such as 'lm-eval[ifeval]'") from None
     check_tasks(loaded["tasks"].values())
+    made = benchmarks.load(ours, data, checkers=checkers, constrained=constrained)
     groups = [group for name, group in loaded.get("groups", {}).items() if name in names]
     grouped = {task.task_name for group in groups for task in group.get_all_tasks()}
-    return manager, [*groups, *(task for name, task in loaded["tasks"].items() if name not in grouped)]
+    return manager, [*groups, *(task for name, task in loaded["tasks"].items() if name not in grouped), *made]
 
 
 def _spec(manager: TaskManager, name: str, own: dict[str, Path], data: Path | None) -> Any:

