@@ -1,0 +1,1 @@
+"""Post-training: what is done to a model that is trained already."""
