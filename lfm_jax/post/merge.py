@@ -119,9 +119,9 @@ def _recipe(
     if "density" in reads and density is None:
         problems.append(f"{method} needs density, the share of each difference that is kept, such as 0.5")
     if method == "slerp" and count != 2:
-        problems.append(f"slerp goes between two models; {count} were given")
-    elif count < (2 if method == "linear" else 1):
-        problems.append(f"{method} needs more models; {count} were given")
+        problems.append(f"slerp goes between two models; models has {count}")
+    elif count < (least := 2 if method == "linear" else 1):
+        problems.append(f"{method} needs at least {least} of models; models has {count}")
     recipe = Recipe(
         weights=_per_model("weights", weights, count, problems) if "weights" in reads else (),
         density=_per_model("density", density, count, problems) if "density" in reads else (),
