@@ -79,7 +79,7 @@ def merge(
 
     Raises:
       ValueError: the options do not fit the method, a model cannot be read, the models differ in config or tokenizer,
-        or the directory is not empty: all in one message, before any weight is read. Or weights are not finite: all
+        or the directory is not empty: all in one message, before anything is written. Or weights are not finite: all
         such tensors in one message, and nothing is left behind.
     """
     recipe, problems = _recipe(method, len(models), base is not None, weights, density, t, seed)
