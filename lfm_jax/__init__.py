@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lfm_jax.infer.generate import generate, stream
     from lfm_jax.loading import load
     from lfm_jax.model import LFM
+    from lfm_jax.post.merge import merge
     from lfm_jax.quant.model import quantize
     from lfm_jax.sampling import Sampling
     from lfm_jax.state import State
@@ -39,6 +40,7 @@ __all__ = [
     "importance",
     "load",
     "load_encoder",
+    "merge",
     "quantize",
     "read_reply",
     "rerank",
@@ -53,8 +55,9 @@ _MODULES = {
     "chat": "infer.chat", "classify": "infer.extract", "embed": "infer.embed", "export_stablehlo": "export.stablehlo",
     "extract": "infer.extract", "from_state_dict": "convert.hf", "generate": "infer.generate",
     "importance": "convert.gguf.calibration", "load": "loading", "load_encoder": "infer.embed",
-    "quantize": "quant.model", "read_reply": "text.reply", "rerank": "infer.embed", "save_gguf": "convert.gguf.models",
-    "save_hf": "convert.hf", "stream": "infer.generate", "to_state_dict": "convert.hf",
+    "merge": "post.merge", "quantize": "quant.model", "read_reply": "text.reply", "rerank": "infer.embed",
+    "save_gguf": "convert.gguf.models", "save_hf": "convert.hf", "stream": "infer.generate",
+    "to_state_dict": "convert.hf",
 }
 
 

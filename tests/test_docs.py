@@ -89,6 +89,8 @@ def desk(tmp_path_factory):
                        ffn_size=64)
     lfm.save_hf(model, path / CHECKPOINT, tokenizer=tokenizer)
     save_encoders(path)
+    for subject in ("maths", "code"):
+        (path / f"{CHECKPOINT}-{subject}").symlink_to(path / CHECKPOINT)
     cached = path / "hub" / f"models--LiquidAI--{CHECKPOINT}"
     for folder in ("refs", "snapshots"):
         (cached / folder).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""`lfm convert`, `lfm export`, `lfm imatrix`."""
+"""`lfm convert`, `lfm merge`, `lfm export`, `lfm imatrix`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import tyro
 
 from lfm_jax.cli.arguments import ModelName
 from lfm_jax.config import DType
+from lfm_jax.post.merge_methods import METHODS
 from lfm_jax.quant.mixes import MIXES
 
 if TYPE_CHECKING:
     from lfm_jax.model import LFM
 
-    Mix = str
+    Mix = Method = str
 else:
-    Mix = Literal[*MIXES]  # So that --help lists them.
+    Mix, Method = Literal[*MIXES], Literal[*METHODS]  # So that --help lists them.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,46 @@ def convert(
         model, tokenizer = source.load(path, dtype, None)
         with source.beside(path) as directory:
             save_hf(model, dst, tokenizer=tokenizer, source=directory, max_shard_bytes=max_shard_bytes)
+    print(f"wrote {dst}")
+    return 0
+
+
+def merge(
+    dst: tyro.conf.Positional[Path],
+    /,
+    method: Method,
+    models: tuple[str, ...],
+    base: str | None = None,
+    weights: tuple[float, ...] | None = None,
+    density: tuple[float, ...] | None = None,
+    t: float | None = None,
+    seed: int | None = None,
+    dtype: DType | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> int:
+    """Merge checkpoints of one architecture and one tokenizer into a Hugging Face directory.
+
+    docs/how_to/merge.md compares the methods. Example: `lfm merge merged --method ties --base LFM2.5-350M --models
+    runs/maths runs/code --density 0.2`.
+
+    Args:
+      dst: a new directory. Tokenizer and config are those of the base, else of the first model.
+      method: how tensors become one.
+      models: Hugging Face directories, run directories, GGUF files, or Hub ids (OWNER/NAME or OWNER/NAME@REVISION).
+      base: the model that the others were fine-tuned from; all methods but `linear` and `slerp` need it.
+      weights: one for each model, or one for all; 1 if left out. Not for `slerp`.
+      density: share of each model's difference from the base that is kept, for each model or for all. `ties`,
+        `dare_linear` and `dare_ties` need it.
+      t: place between the two models of `slerp`, from 0 (the first) to 1; 0.5 if left out.
+      seed: of what `dare_linear` and `dare_ties` drop by chance; 0 if left out.
+      dtype: dtype of the written weights; that of the base, else of the first model, if left out.
+      max_shard_bytes: size of the largest safetensors file; larger weights become several files with an index.
+    """
+    from lfm_jax.files import say
+    from lfm_jax.post.merge import merge as run
+
+    run(dst, models, method, base=base, weights=weights, density=density, t=t, seed=seed, dtype=dtype,
+        max_shard_bytes=max_shard_bytes, tell=say)
     print(f"wrote {dst}")
     return 0
 

@@ -52,6 +52,7 @@ VERBS = (
     Verb("tune", TRAIN, "teach a model from chats, or resume such a run", "training:tune", "post.config:TuneCommand"),
     Verb("ablate", TRAIN, "run, resume or report an ablation study", "training:ablate", "ablate.schedule:AblateConfig"),
     Verb("convert", CONVERT, "write a Hugging Face directory that transformers loads", "checkpoints:convert"),
+    Verb("merge", CONVERT, "merge checkpoints of one architecture into one", "checkpoints:merge", keeps=False),
     Verb("export", CONVERT, "write a GGUF file for llama.cpp, or programs for jax alone", "checkpoints:export",
          keeps=False),
     Verb("imatrix", CONVERT, "measure which inputs of matrices count, for `lfm export --imatrix`",

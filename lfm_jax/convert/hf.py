@@ -276,7 +276,7 @@ def save_hf(
              for group, leaves in stored(model, weights) for name in group.names}
     held = Source(specs, _unreadable)
     kept, problems = common_dtype(held, None, _apart(weights, model.config))
-    problems += check(held, weights, model.config) + _output_problems(path, source, max_shard_bytes)
+    problems += check(held, weights, model.config) + output_problems(path, source, max_shard_bytes)
     raise_problems(f"cannot save to {path}", problems, most=None)
     config = model.config.replace(param_dtype=kept)
     arrays = arrays_of(model, weights)
@@ -302,7 +302,7 @@ def convert(
     """
     checkpoint, problems = inspect(Path(src), dtype)
     source = src if Path(src).is_dir() else None
-    problems += _output_problems(dst, source, max_shard_bytes)
+    problems += output_problems(dst, source, max_shard_bytes)
     raise_problems(f"cannot convert {src} to {dst}", problems, most=None)
     assert checkpoint is not None
     arrays = checkpoint.arrays(_groups(checkpoint.config))
@@ -324,7 +324,7 @@ def write_hf(
     """
     hf = config_to_hf(config)
     specs = _specs(config)
-    raise_problems(f"cannot write {path}", _output_problems(path, source, max_shard_bytes))
+    raise_problems(f"cannot write {path}", output_problems(path, source, max_shard_bytes))
     with _new_directory(Path(path)) as directory:
         sidecars.write(directory, hf, tokenizer, None if source is None else Path(source))
         files.write(directory, specs, arrays, max_shard_bytes)
@@ -334,7 +334,8 @@ def _unreadable(name: str) -> np.ndarray:
     raise AssertionError(f"{name} must not be read")
 
 
-def _output_problems(path: str | os.PathLike, source: str | os.PathLike | None, max_shard_bytes: int) -> list[str]:
+def output_problems(path: str | os.PathLike, source: str | os.PathLike | None, max_shard_bytes: int) -> list[str]:
+    """Returns why a directory with these files beside the weights cannot be written."""
     problems = []
     target = Path(path).resolve()
     if target.exists() and not target.is_dir():
