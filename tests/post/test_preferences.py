@@ -1,8 +1,9 @@
 """Dimensions: B pairs, T time."""
 
+import functools
+
 import formula
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import rel_err
@@ -24,24 +25,20 @@ TRL_REWARDS = {"chosen_reward": -0.07344299825264701, "rejected_reward": -0.0776
 
 
 def pairs(dtype="float32"):
-    return [Answers(*(jnp.asarray(x, dtype) for x in formula.pair(side))) for side in ("chosen", "rejected")]
+    return [Answers(*(np.asarray(x, dtype) for x in formula.pair(side))) for side in ("chosen", "rejected")]
 
 
-def by_policies(sides, **settings):
+@functools.partial(jax.jit, static_argnames=("kind", "beta", "label_smoothing"))
+def by_policies(sides, weight_B=None, **settings):
     """(sums, gradients of the total by the log-probabilities of the chosen and of the rejected answers)."""
 
-    @jax.jit
-    def run(policies):
-        def total(policies):
-            found = preference_loss(
-                *(side._replace(policy_BT=x) for side, x in zip(sides, policies, strict=True)), **settings
-            )
-            return found.total, found.sums
+    def total(policies):
+        replaced = (side._replace(policy_BT=x) for side, x in zip(sides, policies, strict=True))
+        found = preference_loss(*replaced, weight_B=weight_B, **settings)
+        return found.total, found.sums
 
-        (_, sums), grads = jax.value_and_grad(total, has_aux=True)(policies)
-        return sums, grads
-
-    return run([side.policy_BT for side in sides])
+    (_, sums), grads = jax.value_and_grad(total, has_aux=True)([side.policy_BT for side in sides])
+    return sums, grads
 
 
 def plain(policies, kind, beta, smoothing):
@@ -89,7 +86,7 @@ def test_equals_trl(kind):
 
 def test_an_answer_twice_as_long_has_the_same_reward_by_token():
     """The rewards reported are those that the loss compares."""
-    twice = [Answers(*(jnp.concatenate([x, x], axis=1) for x in side)) for side in pairs()]
+    twice = [Answers(*(np.concatenate([x, x], axis=1) for x in side)) for side in pairs()]
     for kind, factor in (("sigmoid", 2), ("sigmoid_norm", 1), ("ipo", 1)):
         once, both = (by_policies(sides, kind=kind)[0] for sides in (pairs(), twice))
         assert rel_err(both["chosen_reward"], factor * once["chosen_reward"]) < 1e-5
@@ -104,7 +101,7 @@ def test_of_equal_models_no_pair_is_right():
 
 
 def test_bfloat16_is_summed_in_float32():
-    narrow = pairs("bfloat16")
+    narrow = pairs(jax.numpy.bfloat16)
     wide = [Answers(*(x.astype("float32") for x in side)) for side in narrow]
     (found, _), (expected, _) = by_policies(narrow), by_policies(wide)
     assert {x.dtype.name for x in jax.tree.leaves(found)} == {"float32"}
@@ -113,10 +110,10 @@ def test_bfloat16_is_summed_in_float32():
 
 def test_weights_of_pairs_and_what_is_masked():
     """A pair of weight 0 counts nothing, nor does what stands outside a mask, not even NaN."""
-    weight = jnp.asarray([1.0, 0.0, 2.0, 1.0])
-    spoilt = [side._replace(policy_BT=jnp.where(side.mask_BT > 0, side.policy_BT, jnp.nan)) for side in pairs()]
+    weight = np.asarray([1, 0, 2, 1], np.float32)
+    spoilt = [side._replace(policy_BT=np.where(side.mask_BT > 0, side.policy_BT, np.nan)) for side in pairs()]
     sums, grads = by_policies(spoilt, weight_B=weight)
-    rows = [by_policies(pairs(), weight_B=one)[0] for one in jnp.eye(4)]
+    rows = [by_policies(pairs(), weight_B=one)[0] for one in np.eye(4, dtype=np.float32)]
     for name in sums:
         assert rel_err(sums[name], rows[0][name] + 2 * rows[2][name] + rows[3][name]) < 1e-5
     for side, grad in zip(pairs(), grads, strict=True):
@@ -124,7 +121,7 @@ def test_weights_of_pairs_and_what_is_masked():
 
 
 def test_a_pair_without_tokens_is_no_fault():
-    empty = [side._replace(mask_BT=jnp.zeros_like(side.mask_BT)) for side in pairs()]
+    empty = [side._replace(mask_BT=np.zeros_like(side.mask_BT)) for side in pairs()]
     sums, grads = by_policies(empty, kind="sigmoid_norm")
     assert np.isfinite(sums["loss"])
     assert not np.any(grads)
