@@ -52,7 +52,8 @@ class LoRAConfig:
         problems += [f"{name} is {n!r}; it must be a whole number of at least {least}" for name, n, least in ranks
                      if type(n) is not int or n < least]
         above = {"alpha": self.alpha, **{f"alpha_pattern {key}": alpha for key, alpha in self.alpha_pattern.items()}}
-        problems += [f"{name} is {x!r}; it must be above 0" for name, x in above.items() if not 0 < x < math.inf]
+        problems += [f"{name} is {x!r}; it must be a number above 0" for name, x in above.items()
+                     if not isinstance(x, (int, float)) or not 0 < x < math.inf]
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout is {self.dropout}; it must lie in [0, 1)")
         if not self.targets:

@@ -78,6 +78,9 @@ class Pretraining:
     def weights(self) -> Any | None:
         return None if self._config.init_from is None else _weights_of(self._config)
 
+    def others(self) -> Mapping[str, Any]:
+        return {}
+
     def train_data(self, rows: np.ndarray | None) -> Data:
         return self._corpus.train_batches(rows)
 
