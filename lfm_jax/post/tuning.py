@@ -63,6 +63,9 @@ class Tuning(abc.ABC):
     def weights(self) -> Any:
         return init_from.weights(self._config.init_from, self._config.model)
 
+    def others(self) -> Mapping[str, Any]:
+        return {}
+
     @abc.abstractmethod
     def check_lasts(self, steps: int) -> None: ...
 
