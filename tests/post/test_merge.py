@@ -243,7 +243,7 @@ def test_a_run_and_a_gguf_file_are_merged(tmp_path):
     first, second = (save(tmp_path / str(seed), seed, tokenizer=tokenizer, **size) for seed in (1, 2))
     model, _ = lfm.load(first)
     manager = CheckpointManager(tmp_path / "run", keep=1)
-    state = new_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), False, optax.sgd(0.1))
+    state = new_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), {}, optax.sgd(0.1))
     manager.save(1, state, {}, {"model": to_plain(model.config)})
     manager.close()
     tokenizer.save(str(tmp_path / "run" / "tokenizer.json"))
