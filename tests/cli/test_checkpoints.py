@@ -69,7 +69,7 @@ def test_an_imatrix_is_made_and_used(directory, tmp_path, capsys):
 def test_a_run_is_exported(directory, file, tmp_path):
     made, tokenizer = lfm.load(directory)
     manager = CheckpointManager(tmp_path / "run", keep=1)
-    state = new_state(nnx.to_pure_dict(nnx.state(made, nnx.Param)), False, optax.sgd(0.1))
+    state = new_state(nnx.to_pure_dict(nnx.state(made, nnx.Param)), {}, optax.sgd(0.1))
     manager.save(1, state, {}, {"model": to_plain(made.config)})
     manager.close()
     tokenizer.save(str(tmp_path / "run" / "tokenizer.json"))

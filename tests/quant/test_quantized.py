@@ -197,7 +197,7 @@ def test_stacked_layers_checkpoints_and_files(kind, group, tmp_path):
     assert rel_err(run(stacked_graphdef, stacked), run(graphdef, params)) < bound
 
     manager = CheckpointManager(tmp_path / "run", keep=1)
-    manager.save(1, new_state(params, False, optax.sgd(0.1)), {}, {})
+    manager.save(1, new_state(params, {}, optax.sgd(0.1)), {}, {})
     manager.close()
     reader = CheckpointManager(tmp_path / "run", keep=None)
     restored = reader.restore_params(jax.eval_shape(lambda: params))
