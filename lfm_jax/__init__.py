@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lfm_jax.adapters.peft import load_adapter, save_adapter
     from lfm_jax.config import ModelConfig
     from lfm_jax.convert.gguf.calibration import importance
     from lfm_jax.convert.gguf.models import save_gguf
@@ -39,11 +40,13 @@ __all__ = [
     "generate",
     "importance",
     "load",
+    "load_adapter",
     "load_encoder",
     "merge",
     "quantize",
     "read_reply",
     "rerank",
+    "save_adapter",
     "save_gguf",
     "save_hf",
     "stream",
@@ -54,10 +57,10 @@ _MODULES = {
     "LFM": "model", "ModelConfig": "config", "Reply": "text.reply", "Sampling": "sampling", "State": "state",
     "chat": "infer.chat", "classify": "infer.extract", "embed": "infer.embed", "export_stablehlo": "export.stablehlo",
     "extract": "infer.extract", "from_state_dict": "convert.hf", "generate": "infer.generate",
-    "importance": "convert.gguf.calibration", "load": "loading", "load_encoder": "infer.embed",
-    "merge": "post.merge", "quantize": "quant.model", "read_reply": "text.reply", "rerank": "infer.embed",
-    "save_gguf": "convert.gguf.models", "save_hf": "convert.hf", "stream": "infer.generate",
-    "to_state_dict": "convert.hf",
+    "importance": "convert.gguf.calibration", "load": "loading", "load_adapter": "adapters.peft",
+    "load_encoder": "infer.embed", "merge": "post.merge", "quantize": "quant.model", "read_reply": "text.reply",
+    "rerank": "infer.embed", "save_adapter": "adapters.peft", "save_gguf": "convert.gguf.models",
+    "save_hf": "convert.hf", "stream": "infer.generate", "to_state_dict": "convert.hf",
 }
 
 

@@ -6,6 +6,7 @@ Only `local` decides where a name lies, and only `SOURCES` what a path is.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
@@ -19,11 +20,15 @@ from flax import nnx
 from lfm_jax.config import ModelConfig
 from lfm_jax.convert import sidecars
 from lfm_jax.model import LFM, abstract_model
+from lfm_jax.quant.model import quantize_params
+from lfm_jax.weight_kinds import WeightKind
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from lfm_jax.train.checkpoint import CheckpointManager
+    from lfm_jax.adapters.config import LoRAConfig
+    from lfm_jax.adapters.peft import Adapter
 
 Loaded = tuple[LFM, "Tokenizer | None"]
 
@@ -42,7 +47,10 @@ class ModelSource(NamedTuple):
     """The config of the model that `load` gives, read without its weights; None: it takes loading them."""
 
 
-def load(path: str | Path, dtype: Any = None, quantize: str | None = None) -> Loaded:
+def load(
+    path: str | Path, dtype: Any = None, quantize: str | None = None, *, adapter: str | Path | None = None,
+    merge: bool = True,
+) -> Loaded:
     """Loads weights and tokenizer.
 
     Args:
@@ -53,7 +61,10 @@ def load(path: str | Path, dtype: Any = None, quantize: str | None = None) -> Lo
         are quantised become float32.
       quantize: a form of `quantize`, such as `int8` or `int4:32`, with the group behind a colon: each matrix of a
         Hugging Face directory or GGUF file becomes narrow as it is read, so that the whole model is never in memory in
-        its dtype.
+        its dtype, unless an adapter is merged first.
+      adapter: the directory of an adapter, as PEFT writes it.
+      merge: whether this adapter, and that of a run that trained one, is added to the weights. False keeps it beside
+        them, over narrow ones too (`adapters.weights.Adapted`).
 
     Returns:
       (model, tokenizer); the tokenizer neither truncates nor pads, and is None if the path has none.
@@ -62,8 +73,36 @@ def load(path: str | Path, dtype: Any = None, quantize: str | None = None) -> Lo
       ValueError: the path is neither, or its checkpoint is damaged; the message lists all problems. Or see `local` and
         `quantize`.
     """
-    path = local(path)
-    return recognise(path).load(path, dtype, quantize)
+    return load_local(local(path), dtype, quantize, adapter=adapter, merge=merge)
+
+
+def load_local(
+    path: Path, dtype: Any = None, quantize: str | None = None, *, adapter: str | Path | None = None,
+    merge: bool = True,
+) -> Loaded:
+    """`load` of a path that is here."""
+    source = recognise(path)
+    if adapter is None:
+        return load_run(path, dtype, quantize, merge=False) if source is RUN and not merge else (
+            source.load(path, dtype, quantize))
+    from lfm_jax.adapters.peft import load_adapter
+
+    model, tokenizer = source.load(path, dtype, None if merge else quantize)
+    graphdef, state = nnx.split(model, nnx.Param)
+    weights: Any = nnx.to_pure_dict(state)
+    found = load_adapter(adapter, model.config)
+    del model, state
+    return nnx.merge(graphdef, _with_adapter(weights, found, quantize, merge=merge)), tokenizer
+
+
+def _with_adapter(weights: Any, found: Adapter, quantize: str | None, *, merge: bool) -> Any:
+    from lfm_jax.adapters import trees
+
+    adapter = jax.tree.map(jnp.asarray, found.weights)
+    if not merge:
+        return trees.adapt(found.model, found.lora, weights, adapter)
+    weights = trees.merge(found.model, found.lora, weights, adapter)
+    return weights if quantize is None else quantize_params(weights, found.model, quantize)
 
 
 def model_config(path: str | Path) -> ModelConfig:
@@ -135,20 +174,26 @@ def _is_run(path: Path) -> bool:
     return (path / CHECKPOINTS).is_dir()
 
 
-def load_run(run_dir: Path, dtype: Any, quantize: str | None = None, *, gguf_type: str | None = None) -> Loaded:
-    """Loads the weights that the steps of a run computed with, rounded if its `model.quantize` says so.
+def load_run(
+    run_dir: Path, dtype: Any, quantize: str | None = None, *, gguf_type: str | None = None, merge: bool = True
+) -> Loaded:
+    """Loads the weights that the steps of a run computed with, rounded if its `model.quantize` says so, and of a run
+    that trained an adapter those of both.
 
     Args:
+      merge: as for `load`.
       gguf_type: the type of a GGUF file that the weights are for. Where rounding them twice would move them, and it is
         the run's own, they are not rounded here, so that the file holds what the steps computed with.
     """
-    from lfm_jax.quant.model import quantize_params
     from lfm_jax.text.tokenizer import TOKENIZER_FILE, inference_tokenizer
     from lfm_jax.train.rounding import is_fixed, rounded_weights
 
-    with _latest_of(run_dir) as (manager, config):
-        graphdef, abstract_params = abstract_model(config)
-        params = manager.restore_params(abstract_params)
+    config, saved, lora, params = _restored(run_dir)
+    graphdef, _ = abstract_model(config)
+    if lora.rank:
+        from lfm_jax.adapters.peft import Adapter
+
+        params = _with_adapter(_begun(run_dir, saved, config, lora), Adapter(config, lora, params), None, merge=merge)
     if config.quantize:
         if config.quantize != gguf_type or is_fixed(config):
             params = rounded_weights(config.replace(scan_layers=False), params)
@@ -158,7 +203,7 @@ def load_run(run_dir: Path, dtype: Any, quantize: str | None = None, *, gguf_typ
         name = jnp.dtype(dtype).name
         config = config.replace(param_dtype=name, dtype=name)
         graphdef, abstract_params = abstract_model(config)
-        params = jax.tree.map(lambda x, abstract: x.astype(abstract.dtype), params, abstract_params)
+        params = jax.tree.map(lambda abstract, w: _cast(w, abstract.dtype), abstract_params, params)
     if quantize is not None:
         params = quantize_params(params, config, quantize)
     tokenizer = inference_tokenizer(run_dir) if (run_dir / TOKENIZER_FILE).exists() else None
@@ -166,22 +211,85 @@ def load_run(run_dir: Path, dtype: Any, quantize: str | None = None, *, gguf_typ
 
 
 @contextlib.contextmanager
-def _latest_of(run_dir: Path) -> Generator[tuple[CheckpointManager, ModelConfig]]:
-    """The checkpoints of a run, and the config of the model in the latest one."""
+def _latest_of(run_dir: Path) -> Generator[tuple[CheckpointManager, dict[str, Any]]]:
+    """The checkpoints of a run, and all of its config as the latest one has it."""
     from lfm_jax.train.checkpoint import CheckpointManager
 
     manager = CheckpointManager(run_dir, keep=None)
     try:
         if manager.latest_step() is None:
             raise ValueError(f"{run_dir} holds no finished checkpoint yet; train further or wait for the first one")
-        yield manager, ModelConfig.from_plain(manager.metadata()["config"]["model"])
+        yield manager, manager.metadata()["config"]
     finally:
         manager.close()
 
 
+def _restored(run_dir: Path) -> tuple[ModelConfig, dict[str, Any], LoRAConfig, Any]:
+    """(config of the model, all of the run, its `lora`, the trained weights or the adapter) of a run's latest
+    checkpoint."""
+    from lfm_jax.adapters.config import LoRAConfig
+    from lfm_jax.adapters.trees import init_adapter
+    from lfm_jax.train.state import frozen_mask, without
+
+    with _latest_of(run_dir) as (manager, saved):
+        config = ModelConfig.from_plain(saved["model"])
+        lora = LoRAConfig.from_plain(saved.get("lora", {"rank": 0}))
+        _, shapes = abstract_model(config)
+        if lora.rank:
+            shapes = jax.eval_shape(lambda: init_adapter(config, lora, jax.random.key(0)))
+            frozen = frozen_mask(config.replace(scan_layers=False), tuple(saved["freeze"]))
+            shapes = without(shapes, frozen)
+        return config, saved, lora, manager.restore_params(shapes)
+
+
 def _run_config(run_dir: Path) -> ModelConfig:
-    with _latest_of(run_dir) as (_, config):
-        return config.replace(quantize="")  # The weights are loaded rounded.
+    with _latest_of(run_dir) as (_, saved):
+        return ModelConfig.from_plain(saved["model"]).replace(quantize="")  # The weights are loaded rounded.
+
+
+def run_adapter(run_dir: Path) -> tuple[Adapter, str | None]:
+    """Returns the adapter that a run has trained, and what the run began with (its `init_from`).
+
+    Raises:
+      ValueError: there is no finished checkpoint, or the run trained the model itself.
+    """
+    from lfm_jax.adapters.peft import Adapter
+
+    config, saved, lora, params = _restored(run_dir)
+    if not lora.rank:
+        raise ValueError(f"{run_dir} is a run without an adapter (lora.rank is 0); convert it as a model")
+    return Adapter(config, lora, params), saved.get("init_from")
+
+
+def _begun(run_dir: Path, saved: dict[str, Any], config: ModelConfig, lora: LoRAConfig) -> Any:
+    """The weights that a run with an adapter began with, as it held them.
+
+    Raises:
+      ValueError: there are others now.
+    """
+    from lfm_jax.adapters.trees import digest
+    from lfm_jax.train.checkpoint import DIGESTS
+
+    name, weights = saved.get("init_from"), None
+    _, abstract = abstract_model(config)
+    if name is not None:
+        held = nnx.to_pure_dict(nnx.split(load(name)[0], nnx.Param)[1])
+        weights = jax.tree.map(lambda x, kept: x.astype(kept.dtype), held, abstract)
+    if digest(weights, saved["seed"]) != saved[DIGESTS]["model"]:
+        raise ValueError(f"{name} holds other weights than those that {run_dir} began with and trained an adapter of; "
+                         "restore them")
+    if weights is None:
+        weights = nnx.to_pure_dict(nnx.split(LFM(config, rngs=nnx.Rngs(saved["seed"])), nnx.Param)[1])
+    return quantize_params(weights, config, lora.quantize) if lora.quantize else weights
+
+
+def _cast(w: Any, dtype: Any) -> Any:
+    """An array in another dtype; what an adapter stands beside too, but for narrow weights."""
+    from lfm_jax.adapters.weights import Adapted
+
+    if isinstance(w, Adapted):
+        return dataclasses.replace(w, base=_cast(w.base, dtype))
+    return w if isinstance(w, WeightKind) else w.astype(dtype)
 
 
 def _is_gguf(path: Path) -> bool:

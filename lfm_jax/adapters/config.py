@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import tyro
 
@@ -73,6 +73,12 @@ class LoRAConfig:
                 problems.append(f"rank is 0, which is no adapter, but {', '.join(changed)} "
                                 f"{'are' if len(changed) > 1 else 'is'} given; set rank too")
         raise_problems("LoRAConfig is not valid", problems)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Self:
+        """The config of what a checkpoint holds of one, `recipe.to_plain`; missing fields have their defaults."""
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()}
+        return cls(**fields)
 
     def rank_of(self, name: str) -> int:
         """The rank of a module by its name in `transformers`."""

@@ -170,8 +170,11 @@ def taken(weights: Tree) -> Tree:
     return found
 
 
-def digest(weights: Any) -> str:
-    """Returns a hash of the names, shapes, dtypes and numbers of a tree of whole arrays."""
+def digest(weights: Any | None, seed: int = 0) -> str:
+    """Returns a hash of the names, shapes, dtypes and numbers of a tree of whole arrays, or what stands for random ones
+    of a seed where it is None."""
+    if weights is None:
+        return f"random weights of seed {seed}"
     found = hashlib.sha256()
     for path, w in jax.tree.leaves_with_path(weights):
         array = np.ascontiguousarray(w)

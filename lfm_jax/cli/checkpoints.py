@@ -39,6 +39,7 @@ def convert(
     /,
     dtype: DType | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    adapter: Path | None = None,
 ) -> int:
     """Write a checkpoint as a Hugging Face directory that `transformers` loads.
 
@@ -47,18 +48,20 @@ def convert(
       dst: a new directory.
       dtype: dtype of the written weights; the stored one if left out.
       max_shard_bytes: size of the largest safetensors file; larger weights become several files with an index.
+      adapter: directory of an adapter (PEFT's files), which is merged into the weights.
     """
     from lfm_jax.convert.hf import convert as run
     from lfm_jax.convert.hf import save_hf
-    from lfm_jax.loading import HUGGING_FACE, local, recognise
+    from lfm_jax.loading import HUGGING_FACE, load_local, local, recognise
 
     path = local(src)
-    if (source := recognise(path)) is HUGGING_FACE:
+    if (source := recognise(path)) is HUGGING_FACE and adapter is None:
         run(path, dst, dtype=dtype, max_shard_bytes=max_shard_bytes)
     else:
-        model, tokenizer = source.load(path, dtype, None)
+        model, tokenizer = load_local(path, dtype, adapter=adapter)
         with source.beside(path) as directory:
-            save_hf(model, dst, tokenizer=tokenizer, source=directory, max_shard_bytes=max_shard_bytes)
+            own = None if source is HUGGING_FACE else tokenizer  # Its files are copied as they are.
+            save_hf(model, dst, tokenizer=own, source=directory, max_shard_bytes=max_shard_bytes)
     print(f"wrote {dst}")
     return 0
 
@@ -107,40 +110,49 @@ def export(
     src: ModelName,
     dst: tyro.conf.Positional[Path],
     /,
-    format: Literal["gguf", "stablehlo"] = "gguf",
+    format: Literal["gguf", "stablehlo", "peft"] = "gguf",
     type: Mix | None = None,
     imatrix: Path | None = None,
     programs: Programs = Programs(),
+    adapter: Path | None = None,
 ) -> int:
-    """Write a GGUF file that llama.cpp runs, or programs that a process with jax alone runs. Needs `lfm_jax[gguf]`, or
-    `lfm_jax[export]`.
+    """Write a GGUF file that llama.cpp runs, programs that a process with jax alone runs, or the adapter of a run for
+    PEFT. Needs `lfm_jax[gguf]`, or `lfm_jax[export]` for programs.
 
     Tokenizer and chat template are in a GGUF file. Example: `lfm export LFM2.5-350M lfm.gguf --type Q4_K_M`.
 
     Args:
       src: Hugging Face directory, run directory, GGUF file, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
-      dst: a new file, or a new directory for programs.
-      format: `gguf`, or `stablehlo`, programs of jax.export with the weights beside them.
+      dst: a new file, or a new directory for programs or an adapter.
+      format: `gguf`; `stablehlo`, programs of jax.export with the weights beside them; `peft`, what a run with `lora`
+        has trained.
       type: the numbers of the weights, from 32 bits to about 4. If left out, those of a GGUF file stay as they are, and
         others become Q4_K_M.
       imatrix: file with the importance of inputs, of `lfm imatrix` or llama.cpp's llama-imatrix.
       programs: what the programs are for.
+      adapter: directory of an adapter (PEFT's files), which is merged into the weights.
     """
     from lfm_jax.files import say
-    from lfm_jax.loading import RUN, load_run, local, recognise
+    from lfm_jax.loading import GGUF, RUN, load_local, load_run, local, recognise
 
-    if format == "stablehlo" and (type is not None or imatrix is not None):
-        raise ValueError("--type and --imatrix are of GGUF files; leave them out with --format stablehlo")
-    if format == "gguf" and programs != Programs():
+    if format != "gguf" and (type is not None or imatrix is not None):
+        raise ValueError(f"--type and --imatrix are of GGUF files; leave them out with --format {format}")
+    if format != "stablehlo" and programs != Programs():
         raise ValueError("--programs is for --format stablehlo; leave it out")
     path = local(src)
     source = recognise(path)
+    if format == "peft":
+        return _export_adapter(path, dst, adapter)
     if format == "stablehlo":
-        return _export_programs(source.load(path, None, None)[0], dst, programs)
+        return _export_programs(load_local(path, adapter=adapter)[0], dst, programs)
     try:
         from lfm_jax.convert.gguf import models
 
-        if source is RUN:
+        if adapter is not None:
+            model, tokenizer = load_local(path, adapter=adapter)
+            models.save_gguf(model, dst, None if source is GGUF else tokenizer, type=type, imatrix=imatrix, source=path,
+                             tell=say)
+        elif source is RUN:
             model, tokenizer = load_run(path, None, gguf_type=type or models.DEFAULT)
             models.save_gguf(model, dst, tokenizer, type=type, imatrix=imatrix, source=path, tell=say)
         else:
@@ -148,6 +160,18 @@ def export(
     except ImportError as error:  # gguf is an extra.
         raise ValueError(str(error)) from None
     print(f"wrote {dst}: {dst.stat().st_size / 1e6:,.1f} MB")
+    return 0
+
+
+def _export_adapter(path: Path, dst: Path, adapter: Path | None) -> int:
+    from lfm_jax.adapters.peft import save_adapter
+    from lfm_jax.loading import RUN, recognise, run_adapter
+
+    if adapter is not None or recognise(path) is not RUN:
+        raise ValueError("--format peft writes what a run with lora has trained; name its directory, without --adapter")
+    trained, base = run_adapter(path)
+    save_adapter(trained, dst, base=base)
+    print(f"wrote {dst}")
     return 0
 
 

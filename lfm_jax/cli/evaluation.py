@@ -27,6 +27,7 @@ def evaluate(
     seed: int = 0,
     dtype: DType | None = None,
     quantize: Quantize | None = None,
+    adapter: Path | None = None,
     checkers: Path | None = None,
     constrained: bool = False,
 ) -> int:
@@ -52,6 +53,7 @@ def evaluate(
       seed: of sampled texts.
       dtype: dtype of parameters and computation; the stored one if left out.
       quantize: keep matrices in a narrow type, to see what it costs.
+      adapter: directory of an adapter (PEFT's files), which is merged into the weights.
       checkers: environment or Python that has the checkers of ifbench and bfcl; made on first use if left out.
       constrained: answers of bfcl and json_schema follow a grammar.
     """
@@ -70,8 +72,9 @@ def evaluate(
     from lfm_jax.eval.run import REPORT
     from lfm_jax.eval.run import evaluate as run
 
-    model, tokenizer, template = load_chat(path, dtype, quantize)
-    run(model, tokenizer, template, names, output, name=path, data=data, limit=limit, num_fewshot=num_fewshot,
+    model, tokenizer, template = load_chat(path, dtype, quantize, adapter)
+    name = path if adapter is None else f"{path} with {adapter}"
+    run(model, tokenizer, template, names, output, name=name, data=data, limit=limit, num_fewshot=num_fewshot,
         apply_chat_template=apply_chat_template, system_message=system_message, predict_only=predict_only,
         max_length=max_length, batch_tokens=batch_tokens, slots=slots, seed=seed, quantize=quantize,
         checkers=checkers, constrained=constrained)

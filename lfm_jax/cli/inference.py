@@ -30,6 +30,7 @@ def generate(
     stop: tuple[str, ...] = (),
     dtype: DType | None = None,
     quantize: Quantize | None = None,
+    adapter: Path | None = None,
 ) -> int:
     """Continue one or more prompts and print the texts.
 
@@ -41,6 +42,7 @@ def generate(
       stop: texts that end a continuation.
       dtype: dtype of parameters and computation; the stored one if left out.
       quantize: keep matrices in a narrow type; w8a8 suits a CPU, int8 and int4 other devices.
+      adapter: directory of an adapter (PEFT's files), which is merged into the weights.
     """
     from lfm_jax.infer.generate import generate as run
     from lfm_jax.infer.generate import stream
@@ -48,7 +50,7 @@ def generate(
 
     if not prompt:
         raise ValueError("generate needs at least one prompt: lfm generate PATH 'some text'")
-    model, tokenizer = load_with_tokenizer(local(path), dtype, quantize)
+    model, tokenizer = load_with_tokenizer(local(path), dtype, quantize, adapter)
     if len(prompt) == 1:
         pieces = stream(model, tokenizer, prompt[0], sampling=sampling, max_new_tokens=max_new_tokens, stop=stop)
         print(prompt[0], end="", flush=True)  # Nothing is printed of what is refused.
@@ -72,6 +74,7 @@ def chat(
     max_new_tokens: int = 512,
     dtype: DType | None = None,
     quantize: Quantize | None = None,
+    adapter: Path | None = None,
 ) -> int:
     """Talk with a model in the terminal, with its own chat template.
 
@@ -85,11 +88,12 @@ def chat(
       max_new_tokens: longest reply; one also ends where the model's context is full.
       dtype: of parameters and computation; the stored one if left out.
       quantize: keep matrices in a narrow type; w8a8 suits a CPU, int8 and int4 other devices.
+      adapter: directory of an adapter (PEFT's files), which is merged into the weights.
     """
     from lfm_jax.cli.line_editor import reader
     from lfm_jax.infer.chat_loop import chat_loop
 
-    model, tokenizer, template = load_chat(path, dtype, quantize)
+    model, tokenizer, template = load_chat(path, dtype, quantize, adapter)
     chat_loop(model, tokenizer, template, sampling, max_new_tokens, system=system, read=reader())
     return 0
 
@@ -105,6 +109,7 @@ def extract(
     max_thinking_tokens: int | None = None,
     dtype: DType | None = None,
     quantize: Quantize | None = None,
+    adapter: Path | None = None,
 ) -> int:
     """Find data that fits a JSON schema in one or more texts and print it, a line of JSON each.
 
@@ -121,6 +126,7 @@ def extract(
       max_thinking_tokens: after so many tokens a thought before the answer is closed; 0 for none.
       dtype: dtype of parameters and computation; the stored one if left out.
       quantize: keep matrices in a narrow type; w8a8 suits a CPU, int8 and int4 other devices.
+      adapter: directory of an adapter (PEFT's files), which is merged into the weights.
     """
     from lfm_jax.infer.extract import EXTRACTION
     from lfm_jax.infer.extract import extract as run
@@ -128,7 +134,7 @@ def extract(
     if not text:
         raise ValueError("extract needs at least one text: lfm extract PATH 'some text' --schema schema.json")
     wanted = _read_schema(schema)
-    model, tokenizer, template = load_chat(path, dtype, quantize)
+    model, tokenizer, template = load_chat(path, dtype, quantize, adapter)
     try:
         found = run(model, tokenizer, text, wanted, template=template, instruction=instruction or EXTRACTION,
                     sampling=sampling, max_new_tokens=max_new_tokens, max_thinking_tokens=max_thinking_tokens)
@@ -147,6 +153,7 @@ def classify(
     instruction: str | None = None,
     dtype: DType | None = None,
     quantize: Quantize | None = None,
+    adapter: Path | None = None,
 ) -> int:
     """Print how likely each label is for one or more texts: a line of JSON each, the likeliest label first.
 
@@ -159,13 +166,14 @@ def classify(
       instruction: the system message, in which the labels replace {labels}; a general one if left out.
       dtype: dtype of parameters and computation; the stored one if left out.
       quantize: keep matrices in a narrow type; w8a8 suits a CPU, int8 and int4 other devices.
+      adapter: directory of an adapter (PEFT's files), which is merged into the weights.
     """
     from lfm_jax.infer.extract import CLASSIFICATION
     from lfm_jax.infer.extract import classify as run
 
     if not text:
         raise ValueError("classify needs at least one text: lfm classify PATH 'some text' --labels good bad")
-    model, tokenizer, template = load_chat(path, dtype, quantize)
+    model, tokenizer, template = load_chat(path, dtype, quantize, adapter)
     found = run(model, tokenizer, text, labels, template=template, instruction=instruction or CLASSIFICATION)
     for chances in found:
         best_first = sorted(chances.items(), key=lambda item: -item[1])
@@ -219,21 +227,25 @@ def _read_schema(path: Path) -> dict[str, Any]:
     return schema
 
 
-def load_with_tokenizer(path: Path, dtype: str | None, quantize: str | None = None) -> tuple[LFM, Tokenizer]:
+def load_with_tokenizer(
+    path: Path, dtype: str | None, quantize: str | None = None, adapter: Path | None = None
+) -> tuple[LFM, Tokenizer]:
     """Loads a model that must have a tokenizer."""
-    from lfm_jax.loading import recognise
+    from lfm_jax.loading import load_local
 
-    model, tokenizer = recognise(path).load(path, dtype, quantize)
+    model, tokenizer = load_local(path, dtype, quantize, adapter=adapter)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer; put the tokenizer.json of the checkpoint beside its weights")
     return model, tokenizer
 
 
-def load_chat(name: str, dtype: str | None, quantize: str | None = None) -> tuple[LFM, Tokenizer, str]:
+def load_chat(
+    name: str, dtype: str | None, quantize: str | None = None, adapter: Path | None = None
+) -> tuple[LFM, Tokenizer, str]:
     """Loads a model with its tokenizer and chat template."""
     from lfm_jax.loading import chat_template, local
     from lfm_jax.text.chat import DEFAULT_TEMPLATE
 
     path = local(name)
     template = chat_template(path) or DEFAULT_TEMPLATE  # First: a file that cannot be read is found at once.
-    return *load_with_tokenizer(path, dtype, quantize), template
+    return *load_with_tokenizer(path, dtype, quantize, adapter), template

@@ -31,6 +31,7 @@ def serve(
     tensor: int = 1,
     dtype: DType | None = None,
     quantize: Quantize | None = None,
+    adapter: Path | None = None,
     warm_up: Literal["first", "all"] = "first",
     drain_seconds: int = 60,
     plain_contents: bool = False,
@@ -53,6 +54,7 @@ def serve(
       tensor: devices that each replica is split over.
       dtype: of parameters and computation; the stored one if left out.
       quantize: keep matrices in a narrow type; w8a8 suits a CPU, int8 and int4 other devices.
+      adapter: directory of an adapter (PEFT's files), which is merged into the weights.
       warm_up: programs to compile before it serves: what a first request needs, and the others beside the work, or all.
       drain_seconds: how long what runs may take to end after SIGTERM.
       plain_contents: encode the names of special tokens inside messages as plain text, for texts of strangers.
@@ -66,15 +68,16 @@ def serve(
     if launch.is_encoder(directory):
         from lfm_jax.infer.embed import load_encoder
 
-        if (sampling, engine, data, tensor, quantize, warm_up, plain_contents) != (
-            PUBLISHED, SERVER, 1, 1, None, "first", False
+        if (sampling, engine, data, tensor, quantize, adapter, warm_up, plain_contents) != (
+            PUBLISHED, SERVER, 1, 1, None, None, "first", False
         ):
             raise ValueError(f"{path} is an encoder, which has no slots, samples nothing and runs on one device: leave "
-                             "out --sampling, --engine, --data, --tensor, --quantize, --warm-up and --plain-contents")
+                             "out --sampling, --engine, --data, --tensor, --quantize, --adapter, --warm-up and "
+                             "--plain-contents")
         encoder = load_encoder(directory, dtype)
         launch.serve_encoder(encoder, name or model_name(directory), address, limits, drain_seconds, cors_origins)
         return 0
-    service = launch.open_service(directory, dtype, engine, (data, tensor), quantize=quantize,
+    service = launch.open_service(directory, dtype, engine, (data, tensor), quantize=quantize, adapter=adapter,
                                   everything=warm_up == "all", plain_contents=plain_contents)
     launch.serve(service, name or model_name(directory), address, sampling, limits, drain_seconds, cors_origins)
     return 0
@@ -93,6 +96,7 @@ def batch(
     tensor: int = 1,
     dtype: DType | None = None,
     quantize: Quantize | None = None,
+    adapter: Path | None = None,
     plain_contents: bool = False,
 ) -> int:
     """Answer a file of requests in OpenAI's batch format, one per line. Needs `lfm_jax[serve]`.
@@ -112,6 +116,7 @@ def batch(
       tensor: devices that each replica is split over.
       dtype: dtype of parameters and computation; the stored one if left out.
       quantize: keep matrices in a narrow type; w8a8 suits a CPU, int8 and int4 other devices.
+      adapter: directory of an adapter (PEFT's files), which is merged into the weights.
       plain_contents: encode the names of special tokens inside messages as plain text, for texts of strangers.
     """
     from lfm_jax.loading import local, recognise
@@ -121,7 +126,7 @@ def batch(
     recognise(directory)  # Before a target is made.
 
     def open_service() -> Any:
-        return launch.open_service(directory, dtype, engine, (data, tensor), quantize=quantize,
+        return launch.open_service(directory, dtype, engine, (data, tensor), quantize=quantize, adapter=adapter,
                                    plain_contents=plain_contents)
 
     bad = run.batch(open_service, model_name(directory), source, target, shard=shard, sampling=sampling, limits=limits)

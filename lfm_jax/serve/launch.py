@@ -36,25 +36,25 @@ TELL_SECONDS = 5
 
 def open_service(
     path: Path, dtype: str | None, engine: EngineConfig, mesh: tuple[int, int], *, quantize: str | None = None,
-    everything: bool = False, plain_contents: bool = False,
+    adapter: Path | None = None, everything: bool = False, plain_contents: bool = False,
 ) -> Service:
     """A service of the model at `path`, ready for a first request; says what it does on stderr.
 
     Args:
       mesh: replicas, and devices of each one.
-      quantize: as for `lfm.load`.
+      quantize, adapter: as for `lfm.load`; the adapter is merged.
       everything: compile all programs, and not only those that a first request needs.
       plain_contents: as for `chat.encode_chat`.
 
     Raises:
       ValueError: the path has no model or no tokenizer, or a chat template that is not valid; or see `Engine`.
     """
-    from lfm_jax.loading import chat_template, recognise
+    from lfm_jax.loading import chat_template, load_local
     from lfm_jax.sharding import make_mesh
 
     if template := chat_template(path):
         check_template(template)
-    model, tokenizer = recognise(path).load(path, dtype, quantize)
+    model, tokenizer = load_local(path, dtype, quantize, adapter=adapter)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer; put the tokenizer.json of the checkpoint beside its weights")
     data, tensor = mesh

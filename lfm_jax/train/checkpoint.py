@@ -27,8 +27,8 @@ from lfm_jax.train.state import TrainState, merged, parted
 
 CHECKPOINTS = "checkpoints"
 """Name of the checkpoint directory inside a run directory."""
-DIGEST = "begun_with"
-"""The key beside a run's config with a hash of the weights that it began with, if checkpoints do not hold them."""
+DIGESTS = "begun_with"
+"""The key beside a run's config with a hash of each model that it began with and that checkpoints do not hold."""
 DAMAGED = "damaged"
 """Name of the directory inside a run directory that checkpoints which could not be read are moved to."""
 

@@ -30,7 +30,7 @@ from lfm_jax.train import processes
 from lfm_jax.train import run_dir as run_directory
 from lfm_jax.train import state as states
 from lfm_jax.train.budget import budget
-from lfm_jax.train.checkpoint import DIGEST, CheckpointManager
+from lfm_jax.train.checkpoint import DIGESTS, CheckpointManager
 from lfm_jax.train.config import RunConfig
 from lfm_jax.train.console import Console
 from lfm_jax.train.driver import Data, Driver, Pace, Parts, Values, Watch
@@ -128,7 +128,7 @@ class _Begun(NamedTuple):
 
     weights: Any | None
     others: Mapping[str, Any]
-    digest: str | None
+    digests: dict[str, str] | None
     """Of all this where checkpoints do not hold it; a resumed run must find the same."""
 
 
@@ -137,9 +137,8 @@ def _begun(config: RunConfig, method: Method, *, resuming: bool) -> _Begun:
     if not config.lora.rank and not others:
         return _Begun(None if resuming else method.weights(), others, None)
     weights = method.weights()
-    # Random weights follow from the seed.
-    of_model = {"seed": np.asarray(config.seed)} if weights is None else weights if config.lora.rank else {}
-    return _Begun(weights, others, digest({"model": of_model, "others": dict(others)}))
+    of_model = {"model": digest(weights, config.seed)} if config.lora.rank else {}
+    return _Begun(weights, others, of_model | {name: digest(w, config.seed) for name, w in others.items()})
 
 
 def _mesh(config: RunConfig) -> Mesh | None:
@@ -159,7 +158,7 @@ def _train(
     place = processes.BatchPlacer(config.objective().arrays, config.rows, config.seq_len, config.micro_batches)
     _show_budget(config, mesh, console)
     if resuming:
-        _check_resumable(config, manager, console, begun.digest)
+        _check_resumable(config, manager, console, begun.digests)
     method.prepare(run_dir, resuming=resuming)
     data = method.train_data(place.rows)
     with processes.StopRequest() as stop:
@@ -207,7 +206,7 @@ def _driver(
             unpack=lambda stored, kept: training.completed(states.restacked(stored, config.model), kept),
             kept=training.kept, remade=lambda: training.remade(begun.weights, begun.others, config.seed),
             evaluate=_Evaluation(config, training, method, place, console), manager=manager,
-            config=recipe.to_plain(config) | ({} if begun.digest is None else {DIGEST: begun.digest}),
+            config=recipe.to_plain(config) | ({} if begun.digests is None else {DIGESTS: begun.digests}),
             guard=config.guard,
         ),
         Pace(steps=config.steps, eval_every=config.eval_every, checkpoint_every=config.checkpoint_every),
@@ -288,13 +287,13 @@ def _show_budget(config: RunConfig, mesh: Mesh | None, console: Console) -> None
 
 
 def _check_resumable(
-    config: RunConfig, manager: CheckpointManager, console: Console, begun_with: str | None
+    config: RunConfig, manager: CheckpointManager, console: Console, begun_with: dict[str, str] | None
 ) -> None:
     saved = manager.latest_config()
     if saved is not None:
         for change in run_directory.check_resumable(config, saved, manager.steps()[0]):
             console.note(f"resuming with a changed setting: {change}")
-        if saved.get(DIGEST) != begun_with:
+        if saved.get(DIGESTS) != begun_with:
             raise ValueError(
                 f"run_dir {config.run_dir} began with other weights than are there now, and its checkpoints do not "
                 "hold them; restore what it began with (init_from and the like), or choose a new run_dir"
