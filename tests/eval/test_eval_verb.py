@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -97,6 +100,27 @@ def test_killed_at_any_moment_it_repeats_nothing(command, whole, tmp_path, monke
         capsys.readouterr().err)
     assert read(tmp_path / "out")["results"] == read(whole)["results"]
     assert (tmp_path / "out" / "answers.jsonl").read_bytes().startswith(kept)
+
+
+def test_a_process_that_is_killed_and_started_again(command, whole, tmp_path):
+    output = tmp_path / "out"
+    answers = output / "answers.jsonl"
+    args = [str(arg) for arg in command(output)]
+    with subprocess.Popen([sys.executable, "-m", "lfm_jax.cli", *args], stderr=subprocess.DEVNULL) as process:
+        while not (answers.exists() and b"\n" in answers.read_bytes()):
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.kill()
+    assert process.returncode == -9
+    kept = answers.read_bytes()
+    kept = kept[: kept.rindex(b"\n") + 1]
+    assert run(*args) == 0
+    keys = [json.loads(line)["key"] for line in answers.read_bytes().splitlines()]
+    wanted = [json.loads(line)["key"] for line in (whole / "answers.jsonl").read_bytes().splitlines()]
+    assert answers.read_bytes().startswith(kept)
+    assert 0 < kept.count(b"\n") < len(keys) == len(set(keys))
+    assert set(keys) == set(wanted)
+    assert read(output)["results"] == read(whole)["results"]
 
 
 def test_narrow_weights_are_another_model(evaluate, whole, tmp_path):
