@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
-from lfm_jax.cli.arguments import ModelName
 from lfm_jax.config import DType, Quantize
 
 
 def evaluate(
-    path: ModelName,
+    path: Annotated[str | None, tyro.conf.arg(metavar="[PATH]")] = None,
     /,
+    *,
     tasks: str,
     output: Path,
+    url: str | None = None,
+    model: str | None = None,
+    tokenizer: str | None = None,
     data: Path | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
@@ -34,9 +38,13 @@ def evaluate(
     `lfm eval LFM2.5-350M --tasks arc_easy,piqa --output evals/350M`.
 
     Args:
-      path: Hugging Face directory, run directory, GGUF file, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
+      path: Hugging Face directory, run directory, GGUF file, or Hub id (OWNER/NAME or OWNER/NAME@REVISION); none with
+        --url.
       tasks: names of tasks, groups and tags of lm-eval, with commas between them.
       output: directory for results.json, report.md, samples and answers.
+      url: measure a server with OpenAI's API, as http://127.0.0.1:8000/v1, with the key in OPENAI_API_KEY if any.
+      model: name of the model at --url, where it has several.
+      tokenizer: Hugging Face directory or Hub id with the tokenizer of the model at --url, for multiple choice.
       data: directory with task data on disk (TASK/SPLIT.jsonl) and tasks of one's own (NAME.yaml).
       limit: only the first so many documents of each task.
       num_fewshot: examples before each document; as the task says if left out.
@@ -45,7 +53,7 @@ def evaluate(
       predict_only: keep answers, and score nothing.
       max_length: the most tokens that the model reads; its own limit if left out.
       batch_tokens: tokens of one dispatch of scores; 2,048 on a CPU, else 16,384, if left out.
-      slots: texts that are generated at a time.
+      slots: texts that are generated at a time; with --url, requests.
       seed: of sampled texts.
       dtype: dtype of parameters and computation; the stored one if left out.
       quantize: keep matrices in a narrow type, to see what it costs.
@@ -61,14 +69,27 @@ def evaluate(
         need_lm_eval()
     except ImportError as error:
         raise ValueError(str(error)) from None
-    from lfm_jax.cli.inference import load_chat
-    from lfm_jax.eval.run import REPORT
+    from lfm_jax.eval.run import REPORT, of_model, of_server
     from lfm_jax.eval.run import evaluate as run
 
-    model, tokenizer, template = load_chat(path, dtype, quantize)
-    run(model, tokenizer, template, names, output, name=path, data=data, limit=limit, num_fewshot=num_fewshot,
-        apply_chat_template=apply_chat_template, system_message=system_message, predict_only=predict_only,
-        max_length=max_length, batch_tokens=batch_tokens, slots=slots, seed=seed, quantize=quantize)
+    if url is None:
+        if path is None or model or tokenizer:
+            raise ValueError("name a model, as lfm eval LFM2.5-350M; --model and --tokenizer go with --url")
+        from lfm_jax.cli.inference import load_chat
+
+        subject = of_model(*load_chat(path, dtype, quantize), name=path, max_length=max_length,
+                           batch_tokens=batch_tokens, slots=slots, seed=seed, quantize=quantize)
+    else:
+        if path is not None or (batch_tokens, dtype, quantize) != (None, None, None):
+            raise ValueError("a PATH, --batch-tokens, --dtype and --quantize do not go with --url: the server has the "
+                             "model")
+        from lfm_jax.eval.server import Server
+        from lfm_jax.loading import local
+
+        subject = of_server(Server(url, model, at_once=slots), None if tokenizer is None else local(tokenizer),
+                            max_length=max_length, seed=seed)
+    run(subject, names, output, data=data, limit=limit, num_fewshot=num_fewshot,
+        apply_chat_template=apply_chat_template, system_message=system_message, predict_only=predict_only)
     print((output / REPORT).read_text(encoding="utf-8"))
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -47,7 +48,10 @@ def report(results: Mapping[str, Any]) -> str:
         lines.append(f"| {' | '.join('' if cell is None else str(cell) for cell in cells)} |")
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines += ["", "## Settings", "", "| | |", "|---|---|"]
-    rows = {"model": about["model"], "model hash (SHA-256)": about["model_hash"], "tokenizer": about["tokenizer"],
+    known = {"model hash (SHA-256)": about["model_hash"] or "not known of a server"}
+    if server := about.get("server"):
+        known["the server says"] = json.dumps(server["says"], sort_keys=True)
+    rows = {"model": about["model"], **known, "tokenizer": about["tokenizer"],
             **about["settings"], "device": about["device"], "versions": versions}
     left_out = {"limit": "all documents", "num_fewshot": "as the task says"}
     for name, value in rows.items():
