@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from lfm_jax.config import DType, Quantize
+from lfm_jax.sharding import MeshConfig
 
 
 def evaluate(
@@ -20,6 +21,7 @@ def evaluate(
     model: str | None = None,
     tokenizer: str | None = None,
     data: Path | None = None,
+    text: Path | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
     apply_chat_template: bool = False,
@@ -31,6 +33,8 @@ def evaluate(
     seed: int = 0,
     dtype: DType | None = None,
     quantize: Quantize | None = None,
+    mesh: MeshConfig = MeshConfig(data=1),  # noqa: B008  It is frozen.
+    shard: str | None = None,
 ) -> int:
     """Measure a model with tasks of lm-eval. Needs `lfm_jax[eval]`.
 
@@ -46,6 +50,8 @@ def evaluate(
       model: name of the model at --url, where it has several.
       tokenizer: Hugging Face directory or Hub id with the tokenizer of the model at --url, for multiple choice.
       data: directory with task data on disk (TASK/SPLIT.jsonl) and tasks of one's own (NAME.yaml).
+      text: file or folder of which needle_4096 and other tasks of long_context are made; Python's own library if left
+        out.
       limit: only the first so many documents of each task.
       num_fewshot: examples before each document; as the task says if left out.
       apply_chat_template: write prompts as conversations, with the model's chat template.
@@ -57,6 +63,9 @@ def evaluate(
       seed: of sampled texts.
       dtype: dtype of parameters and computation; the stored one if left out.
       quantize: keep matrices in a narrow type, to see what it costs.
+      mesh: copies of the model (data) and devices that each is split over (tensor); data 0: on all devices.
+      shard: I/N answers a part of the requests only, to spread them over processes and machines; then the same command
+        without it, in the same directory, computes the scores.
     """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
@@ -71,25 +80,36 @@ def evaluate(
         raise ValueError(str(error)) from None
     from lfm_jax.eval.run import REPORT, of_model, of_server
     from lfm_jax.eval.run import evaluate as run
+    from lfm_jax.eval.shards import Shard
+
+    part = None if shard is None else Shard.of(shard)
 
     if url is None:
         if path is None or model or tokenizer:
             raise ValueError("name a model, as lfm eval LFM2.5-350M; --model and --tokenizer go with --url")
         from lfm_jax.cli.inference import load_chat
 
+        over = None if mesh == MeshConfig(data=1) else mesh.make()
         subject = of_model(*load_chat(path, dtype, quantize), name=path, max_length=max_length,
-                           batch_tokens=batch_tokens, slots=slots, seed=seed, quantize=quantize)
+                           batch_tokens=batch_tokens, slots=slots, seed=seed, quantize=quantize, mesh=over)
     else:
-        if path is not None or (batch_tokens, dtype, quantize) != (None, None, None):
-            raise ValueError("a PATH, --batch-tokens, --dtype and --quantize do not go with --url: the server has the "
-                             "model")
+        if path is not None or (batch_tokens, dtype, quantize, mesh) != (None, None, None, MeshConfig(data=1)):
+            raise ValueError("a PATH, --batch-tokens, --dtype, --quantize and --mesh do not go with --url: the server "
+                             "has the model")
         from lfm_jax.eval.server import Server
         from lfm_jax.loading import local
 
         subject = of_server(Server(url, model, at_once=slots), None if tokenizer is None else local(tokenizer),
                             max_length=max_length, seed=seed)
-    run(subject, names, output, data=data, limit=limit, num_fewshot=num_fewshot,
-        apply_chat_template=apply_chat_template, system_message=system_message, predict_only=predict_only)
+    results = run(
+        subject, names, output, data=data, limit=limit, num_fewshot=num_fewshot,
+        apply_chat_template=apply_chat_template, system_message=system_message, predict_only=predict_only, shard=part,
+        text=text,
+    )
+    if results is None:
+        print(f"{output} has the answers of shard {shard}; once all are there, the same command without --shard "
+              "computes the scores")
+        return 0
     print((output / REPORT).read_text(encoding="utf-8"))
     return 0
 

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from jax.sharding import Mesh
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
 from lfm_jax.engine.config import EngineConfig
@@ -124,8 +125,13 @@ def wanted(
     return Wanted(prompt, most, until, sampling, how, reply_stage(tokenizer, how, prompt))
 
 
-def run(model: LFM, tokenizer: Tokenizer, tasks: Sequence[Wanted], slots: int) -> Iterator[tuple[int, str]]:
+def run(
+    model: LFM, tokenizer: Tokenizer, tasks: Sequence[Wanted], slots: int, mesh: Mesh | None = None
+) -> Iterator[tuple[int, str]]:
     """Yields the number and the text of each task as it is done; the longest prompts go first.
+
+    Args:
+      slots: texts at a time, of each copy of the model.
 
     Raises:
       ValueError: the model's logits are not finite.
@@ -138,7 +144,7 @@ def run(model: LFM, tokenizer: Tokenizer, tasks: Sequence[Wanted], slots: int) -
     engine = Engine(model, EngineConfig(
         slots=((min(slots, max(2, len(tasks))), length),), prefix_cache_bytes=PREFIX_CACHE_BYTES,
         max_stop_ids=max(8, len(stop_ids)),
-    ))
+    ), mesh)
     todo = collections.deque(sorted(range(len(tasks)), key=lambda i: -len(tasks[i].prompt)))
     done: list[tuple[int, str]] = []
     failures: list[str] = []

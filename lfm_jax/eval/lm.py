@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jax.sharding import Mesh
+
 from lfm_jax.eval.answers import Answers
 from lfm_jax.eval.generating import Wanted, run, wanted
 from lfm_jax.eval.kept import EncodedLM, Tokens
@@ -37,6 +39,7 @@ class EvalModel(EncodedLM):
       slots: texts that are generated at a time.
       seed: of sampled texts; a request that comes again has the next one.
       answers: those of earlier calls with this model and these settings, and the place for new ones.
+      mesh: the model's copies along `data`, each split over `tensor`; None: one device.
 
     Raises:
       ValueError: the tokenizer has more ids than the model, the model has neither bos nor eos, or see `Scorer`.
@@ -45,6 +48,7 @@ class EvalModel(EncodedLM):
     def __init__(
         self, model: LFM, tokenizer: Tokenizer, template: str | None = None, *, max_length: int | None = None,
         batch_tokens: int | None = None, slots: int = 16, seed: int = 0, answers: Answers | None = None,
+        mesh: Mesh | None = None,
     ):
         config = model.config
         check_tokenizer(tokenizer, config)
@@ -55,8 +59,8 @@ class EvalModel(EncodedLM):
             eos_id=config.eos_ids[0], bos_id=config.bos_id,
             max_length=config.max_position if max_length is None else max_length, seed=seed, answers=answers,
         )
-        self._model, self._slots = model, slots
-        self._scorer = Scorer(model, self.max_length, batch_tokens)
+        self._model, self._slots, self._mesh = model, slots, mesh
+        self._scorer = Scorer(model, self.max_length, batch_tokens, mesh)
 
     def _score(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> Iterator[tuple[int, tuple[float, bool]]]:
         return self._scorer.score(pairs)
@@ -65,4 +69,4 @@ class EvalModel(EncodedLM):
         return wanted(self, self._codec, self._template, context, options, seed)
 
     def _generate(self, tasks: Sequence[Wanted]) -> Iterator[tuple[int, str]]:
-        return run(self._model, self._codec, tasks, self._slots)
+        return run(self._model, self._codec, tasks, self._slots, self._mesh)

@@ -1,6 +1,6 @@
 """`lfm eval`: tasks of lm-eval, and a directory with what came out of them.
 
-    answers.jsonl       every answer of the model, as it came
+    answers.jsonl       every answer of the model, as it came; answers-I-of-N.jsonl: those of a shard
     results.json        lm-eval's results, with `lfm_jax`: model, settings, versions
     samples_TASK.jsonl  lm-eval's samples, a document and its answers a line
     report.md           scores, standard errors, settings
@@ -11,20 +11,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+from jax.sharding import Mesh
 from lm_eval import simple_evaluate
 from lm_eval.utils import handle_non_serializable, sanitize_list
 
 from lfm_jax.eval.answers import keep_answers, model_hash
 from lfm_jax.eval.kept import KeptLM
 from lfm_jax.eval.lm import EvalModel
+from lfm_jax.eval.long_context import make_tasks, parse_name
 from lfm_jax.eval.report import report
 from lfm_jax.eval.server import Server, TextServer, TokenServer
+from lfm_jax.eval.shards import PartDone, PartLM, Shard
 from lfm_jax.eval.tasks import load_tasks
 from lfm_jax.files import whole, write_whole
 from lfm_jax.model import LFM
@@ -53,25 +56,29 @@ class Subject:
 def of_model(
     model: LFM, tokenizer: Tokenizer, template: str | None, *, name: str, max_length: int | None = None,
     batch_tokens: int | None = None, slots: int = 16, seed: int = 0, quantize: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Subject:
     """A model on the engine.
 
     Args:
-      model, tokenizer, template, max_length, batch_tokens, slots, seed: as for `EvalModel`.
+      model, tokenizer, template, max_length, batch_tokens, slots, seed, mesh: as for `EvalModel`.
       name: of the model, for people.
       quantize: the form that the model was quantised to (`lfm.load`), for the report.
 
     Raises:
       ValueError: see `EvalModel`.
     """
-    lm = EvalModel(model, tokenizer, template, max_length=max_length, batch_tokens=batch_tokens, slots=slots, seed=seed)
+    lm = EvalModel(model, tokenizer, template, max_length=max_length, batch_tokens=batch_tokens, slots=slots, seed=seed,
+                   mesh=mesh)
     # What is asked has passed template and tokenizer; the two also say how a reply is read.
     codec = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
     known = model_hash(model)
+    axes = None if mesh is None else {name: size for name, size in mesh.shape.items() if size > 1}
     return Subject(
         lm, name, {"model_hash": known},
         {"model": known, "max_length": lm.max_length, "template": template, "tokenizer": codec},
-        {"max_length": lm.max_length, "seed": seed, "dtype": model.config.dtype, "quantize": quantize},
+        {"max_length": lm.max_length, "seed": seed, "dtype": model.config.dtype, "quantize": quantize,
+         "mesh": axes},
     )
 
 
@@ -100,8 +107,8 @@ def of_server(
 def evaluate(
     subject: Subject, tasks: Sequence[str], output: Path, *, data: Path | None = None, limit: int | None = None,
     num_fewshot: int | None = None, apply_chat_template: bool = False, system_message: str | None = None,
-    predict_only: bool = False,
-) -> dict[str, Any]:
+    predict_only: bool = False, shard: Shard | None = None, text: Path | None = None,
+) -> dict[str, Any] | None:
     """Evaluates a model and writes a directory; continues where an earlier call in the same directory stopped.
 
     Args:
@@ -113,23 +120,34 @@ def evaluate(
       apply_chat_template: prompts are conversations.
       system_message: put before each prompt.
       predict_only: keeps answers and samples, and computes no scores.
+      shard: keeps the answers to this part of the requests, and nothing else; a call without, in the same directory,
+        then finds them.
+      text: what tasks of long contexts are made of; see `long_context.Text`.
 
     Returns:
-      What results.json holds.
+      What results.json holds; None for a shard.
 
     Raises:
       ValueError: see `load_tasks` and `keep_answers`, or the directory has the results of another model.
     """
     lm = subject.lm
     _check_directory(output, subject.identity)
-    manager, loaded = load_tasks(tasks, data)
+    long = [pair for name in tasks for pair in parse_name(name, lm.max_length)]
+    manager, loaded = load_tasks([name for name in tasks if not parse_name(name, lm.max_length)], data)
+    loaded += make_tasks(long, text, _counter(lm, apply_chat_template, system_message), limit, subject.settings["seed"])
     output.mkdir(parents=True, exist_ok=True)
-    with keep_answers(output / ANSWERS, subject.of) as answers:
+    path = output / (ANSWERS if shard is None else f"answers-{shard.number}-of-{shard.count}.jsonl")
+    others = [other for other in sorted(output.glob("answers*.jsonl")) if other != path]
+    with keep_answers(path, subject.of, others) as answers:
         lm.answers = answers
-        results: dict[str, Any] = simple_evaluate(
-            lm, tasks=loaded, task_manager=manager, limit=limit, num_fewshot=num_fewshot,
-            apply_chat_template=apply_chat_template, system_instruction=system_message, predict_only=predict_only,
-        )  # pyrefly: ignore[bad-assignment]
+        asked = lm if shard is None else PartLM(lm, shard, loaded)
+        try:
+            results: dict[str, Any] = simple_evaluate(
+                asked, tasks=loaded, task_manager=manager, limit=limit, num_fewshot=num_fewshot,
+                apply_chat_template=apply_chat_template, system_instruction=system_message, predict_only=predict_only,
+            )  # pyrefly: ignore[bad-assignment]
+        except PartDone:
+            return None
         samples = results.pop("samples")
         results["chat_template"] = lm.chat_template(apply_chat_template)
         results["lfm_jax"] = {
@@ -139,13 +157,27 @@ def evaluate(
             "predict_only": predict_only,
             "settings": {
                 "limit": limit, "num_fewshot": num_fewshot, "apply_chat_template": apply_chat_template,
-                "system_message": system_message, "data": None if data is None else str(data), **subject.settings,
+                "system_message": system_message, "data": None if data is None else str(data),
+                **({"text": "Python's standard library" if text is None else str(text)} if long else {}),
+                **subject.settings,
             },
             "versions": {each: metadata.version(each) for each in ("lfm_jax", "lm_eval", "jax", "tokenizers")},
             "device": "a server" if "server" in subject.identity else jax.devices()[0].device_kind,
         }
         _write(output, results, samples)
     return results
+
+
+def _counter(lm: KeptLM, chat: bool, system: str | None) -> Callable[[str], int]:
+    """What counts the tokens of a prompt as lm-eval asks it."""
+    before = [{"role": "system", "content": system}] if system else []
+
+    def count(prompt: str) -> int:
+        if chat:
+            prompt = lm.apply_chat_template([*before, {"role": "user", "content": prompt}])
+        return len(lm.tok_encode(prompt if chat or not system else system + prompt))
+
+    return count
 
 
 def _check_directory(output: Path, identity: Mapping[str, Any]) -> None:

@@ -266,8 +266,8 @@ class TextServer(KeptLM):
         return self._server.ask_all(tasks, lambda task: task.text(self._server))
 
 
-NO_SCORES = ("multiple choice and perplexity need the tokenizer of the server's model, to know where a continuation "
-             "begins: name its Hugging Face directory with --tokenizer")
+NO_SCORES = ("multiple choice, perplexity and long contexts need the tokenizer of the server's model, to know where a "
+             "continuation begins and how long a text is: name its Hugging Face directory with --tokenizer")
 
 
 class _Chat(str):
