@@ -26,12 +26,13 @@ def train(command: TrainCommand, args: Sequence[str]) -> int:
 
     if command.launch.processes > 1:
         return start([sys.executable, "-m", "lfm_jax.cli", "train", *args], command.launch)
+    from lfm_jax.eval.in_training import open_tasks
     from lfm_jax.pretrain.run import train as run
     from lfm_jax.train import processes
 
     processes.join(command.launch)
     try:
-        result = run(command.run)
+        result = run(command.run, open_tasks)
         status = 0 if result.step == result.steps else STOPPED
     except (ValueError, OSError) as error:
         if command.launch.many and os.environ.get("LFM_TRACEBACK"):  # Raised, it would wait for the others at the end.

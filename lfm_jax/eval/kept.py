@@ -34,11 +34,15 @@ class KeptLM(TemplateLM, abc.ABC):
       max_length: the most tokens of context and continuation; more are cut off at the left.
       seed: of sampled texts; a request that comes again has the next one.
       answers: those of earlier calls with this model and these settings, and the place for new ones.
+
+    Attributes:
+      silent: says nothing of its progress.
     """
 
     def __init__(self, *, max_length: int, seed: int = 0, answers: Answers | None = None):
         super().__init__()
         self._max_length, self._seed, self.answers = max_length, seed, answers
+        self.silent = False
 
     @abc.abstractmethod
     def _score(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> Iterator[tuple[int, tuple[float, bool]]]:
@@ -98,7 +102,7 @@ class KeptLM(TemplateLM, abc.ABC):
                 found[i] = (answer[0], answer[1])
         left = [i for i, score in enumerate(found) if score is None]
         sizes = [len(pairs[i][0]) + len(pairs[i][1]) for i in left]
-        progress = None if silent else Progress(what, len(pairs), sum(sizes), len(pairs) - len(left))
+        progress = None if silent or self.silent else Progress(what, len(pairs), sum(sizes), len(pairs) - len(left))
         for number, (logprob, greedy) in self._score([pairs[i] for i in left]):
             i = left[number]
             found[i] = answer = (logprob, greedy)
@@ -125,7 +129,7 @@ class KeptLM(TemplateLM, abc.ABC):
             None if self.answers is None else self.answers.get(task.request) for task in tasks
         ]
         left = [i for i, text in enumerate(texts) if text is None]
-        progress = None if disable_tqdm else Progress(
+        progress = None if disable_tqdm or self.silent else Progress(
             "generate_until", len(tasks), sum(tasks[i].most for i in left), len(tasks) - len(left))
         for number, text in self._generate([tasks[i] for i in left]):
             i = left[number]
