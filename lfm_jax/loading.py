@@ -26,9 +26,9 @@ from lfm_jax.weight_kinds import WeightKind
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from lfm_jax.train.checkpoint import CheckpointManager
     from lfm_jax.adapters.config import LoRAConfig
     from lfm_jax.adapters.peft import Adapter
+    from lfm_jax.train.checkpoint import CheckpointManager
 
 Loaded = tuple[LFM, "Tokenizer | None"]
 

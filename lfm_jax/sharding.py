@@ -220,6 +220,12 @@ def reshard(x: jax.Array, spec: P) -> jax.Array:
     return jax.sharding.reshard(x, spec) if is_sharded(x) else x
 
 
+def on_mesh(x: jax.Array) -> jax.Array:
+    """Returns an array from the host, whole on every device of the mesh in use, if there is one."""
+    layout = spec(*(None,) * x.ndim)
+    return x if layout is None else jax.sharding.reshard(x, layout)
+
+
 def over_mesh(
     body: Callable[..., Any], args: Mapping[str, jax.Array | None], specs: Mapping[str, P], out_specs: Any
 ) -> Any:

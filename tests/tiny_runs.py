@@ -25,7 +25,7 @@ def recipe(corpus, run_dir, **changes):
         },
         "data": {"sources": [str(corpus)], "seq_len": 32, "batch_size": 4, "heldout_fraction": 0.1},
         "optimizer": {"peak_lr": 1.0e-2, "warmup_steps": 2},
-        "guard": {}, "mesh": {},
+        "guard": {}, "mesh": {}, "eval": {},
     }
     for key, value in changes.items():
         section, _, field = key.rpartition("__")

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
-from lfm_jax.cli.arguments import ModelName
 from lfm_jax.config import DType, Quantize
+from lfm_jax.sharding import MeshConfig
 
 
 def evaluate(
-    path: ModelName,
+    path: Annotated[str | None, tyro.conf.arg(metavar="[PATH]")] = None,
     /,
+    *,
     tasks: str,
     output: Path,
+    url: str | None = None,
+    model: str | None = None,
+    tokenizer: str | None = None,
     data: Path | None = None,
+    text: Path | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
     apply_chat_template: bool = False,
@@ -30,6 +36,8 @@ def evaluate(
     adapter: Path | None = None,
     checkers: Path | None = None,
     constrained: bool = False,
+    mesh: MeshConfig = MeshConfig(data=1),  # noqa: B008  It is frozen.
+    shard: str | None = None,
 ) -> int:
     """Measure a model with tasks of lm-eval, IFBench, BFCL, JSON schemas. Needs `lfm_jax[eval]`.
 
@@ -37,11 +45,17 @@ def evaluate(
     `lfm eval LFM2.5-350M --tasks arc_easy,piqa --output evals/350M`.
 
     Args:
-      path: Hugging Face directory, run directory, GGUF file, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
+      path: Hugging Face directory, run directory, GGUF file, or Hub id (OWNER/NAME or OWNER/NAME@REVISION); none with
+        --url.
       tasks: names of tasks, groups and tags of lm-eval, with commas between them; also ifbench, bfcl (or
-        bfcl_CATEGORY) and json_schema.
+        bfcl_CATEGORY), json_schema and long_context (or needle_4096 and the like).
       output: directory for results.json, report.md, samples and answers.
+      url: measure a server with OpenAI's API, as http://127.0.0.1:8000/v1, with the key in OPENAI_API_KEY if any.
+      model: name of the model at --url, where it has several.
+      tokenizer: Hugging Face directory or Hub id with the tokenizer of the model at --url, for multiple choice.
       data: directory with task data on disk (TASK/SPLIT.jsonl) and tasks of one's own (NAME.yaml).
+      text: file or folder of which needle_4096 and other tasks of long_context are made; Python's own library if left
+        out.
       limit: only the first so many documents of each task.
       num_fewshot: examples before each document; as the task says if left out.
       apply_chat_template: write prompts as conversations, with the model's chat template.
@@ -49,13 +63,16 @@ def evaluate(
       predict_only: keep answers, and score nothing.
       max_length: the most tokens that the model reads; its own limit if left out.
       batch_tokens: tokens of one dispatch of scores; 2,048 on a CPU, else 16,384, if left out.
-      slots: texts that are generated at a time.
+      slots: texts that are generated at a time; with --url, requests.
       seed: of sampled texts.
       dtype: dtype of parameters and computation; the stored one if left out.
       quantize: keep matrices in a narrow type, to see what it costs.
       adapter: directory of an adapter (PEFT's files), which is merged into the weights.
       checkers: environment or Python that has the checkers of ifbench and bfcl; made on first use if left out.
       constrained: answers of bfcl and json_schema follow a grammar.
+      mesh: copies of the model (data) and devices that each is split over (tensor); data 0: on all devices.
+      shard: I/N answers a part of the requests only, to spread them over processes and machines; then the same command
+        without it, in the same directory, computes the scores.
     """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
@@ -68,16 +85,39 @@ def evaluate(
         need_lm_eval()
     except ImportError as error:
         raise ValueError(str(error)) from None
-    from lfm_jax.cli.inference import load_chat
-    from lfm_jax.eval.run import REPORT
+    from lfm_jax.eval.run import REPORT, of_model, of_server
     from lfm_jax.eval.run import evaluate as run
+    from lfm_jax.eval.shards import Shard
 
-    model, tokenizer, template = load_chat(path, dtype, quantize, adapter)
-    name = path if adapter is None else f"{path} with {adapter}"
-    run(model, tokenizer, template, names, output, name=name, data=data, limit=limit, num_fewshot=num_fewshot,
-        apply_chat_template=apply_chat_template, system_message=system_message, predict_only=predict_only,
-        max_length=max_length, batch_tokens=batch_tokens, slots=slots, seed=seed, quantize=quantize,
-        checkers=checkers, constrained=constrained)
+    part = None if shard is None else Shard.of(shard)
+
+    if url is None:
+        if path is None or model or tokenizer:
+            raise ValueError("name a model, as lfm eval LFM2.5-350M; --model and --tokenizer go with --url")
+        from lfm_jax.cli.inference import load_chat
+
+        over = None if mesh == MeshConfig(data=1) else mesh.make()
+        name = path if adapter is None else f"{path} with {adapter}"
+        subject = of_model(*load_chat(path, dtype, quantize, adapter), name=name, max_length=max_length,
+                           batch_tokens=batch_tokens, slots=slots, seed=seed, quantize=quantize, mesh=over)
+    else:
+        if (path, batch_tokens, dtype, quantize, adapter, mesh) != (*[None] * 5, MeshConfig(data=1)):
+            raise ValueError("a PATH, --batch-tokens, --dtype, --quantize, --adapter and --mesh do not go with --url: "
+                             "the server has the model")
+        from lfm_jax.eval.server import Server
+        from lfm_jax.loading import local
+
+        subject = of_server(Server(url, model, at_once=slots), None if tokenizer is None else local(tokenizer),
+                            max_length=max_length, seed=seed)
+    results = run(
+        subject, names, output, data=data, limit=limit, num_fewshot=num_fewshot,
+        apply_chat_template=apply_chat_template, system_message=system_message, predict_only=predict_only, shard=part,
+        text=text, checkers=checkers, constrained=constrained,
+    )
+    if results is None:
+        print(f"{output} has the answers of shard {shard}; once all are there, the same command without --shard "
+              "computes the scores")
+        return 0
     print((output / REPORT).read_text(encoding="utf-8"))
     return 0
 

@@ -35,9 +35,10 @@ def train(command: TrainCommand, args: Sequence[str]) -> int:
     many was lost (the same command resumes), 2 for bad input.
     """
     def run() -> RunEnd:
+        from lfm_jax.eval.in_training import open_tasks
         from lfm_jax.pretrain.run import train
 
-        return train(command.run)
+        return train(command.run, open_tasks)
 
     return _launched("train", command.launch, args, run)
 
@@ -49,9 +50,10 @@ def tune(command: TuneCommand, args: Sequence[str]) -> int:
     """
 
     def run() -> RunEnd:
+        from lfm_jax.eval.in_training import open_tasks
         from lfm_jax.post.run import tune
 
-        return tune(command.run)
+        return tune(command.run, open_tasks)
 
     return _launched("tune", command.launch, args, run)
 

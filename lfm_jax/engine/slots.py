@@ -26,7 +26,7 @@ from lfm_jax.config import ModelConfig
 from lfm_jax.engine.config import SHORT, STEPS, EngineConfig
 from lfm_jax.model import LFM, Logits
 from lfm_jax.sampling import ANYTHING, GREEDY, Features, SamplingArrays, sample, to_arrays
-from lfm_jax.sharding import reshard, spec
+from lfm_jax.sharding import on_mesh, reshard
 from lfm_jax.state import State
 
 NGRAM = 2
@@ -226,7 +226,7 @@ class Programs:
         self, params: Any, tokens_RC: jax.Array, length_R: jax.Array, state: State, logits: Logits
     ) -> tuple[jax.Array, State]:
         model = nnx.merge(self._graphdef, params)
-        tokens_RC, length_R = _on_mesh(tokens_RC), _on_mesh(length_R)
+        tokens_RC, length_R = on_mesh(tokens_RC), on_mesh(length_R)
         segment_ids_RC = (jnp.arange(tokens_RC.shape[1]) < length_R[:, None]).astype(jnp.int32)
         out, new_state = model(tokens_RC, None, segment_ids_RC, state, logits, padding="right")
         assert new_state is not None  # It is None only when none was given.
@@ -339,12 +339,6 @@ def programs(graphdef: nnx.GraphDef[LFM], shape: SlotShape) -> Programs:
 
 
 # -------------------------------------------------------------------- rows
-
-
-def _on_mesh(x: jax.Array) -> jax.Array:
-    """Returns an array from the host, whole on every device of the mesh in use, if there is one."""
-    layout = spec(*[None] * x.ndim)
-    return x if layout is None else jax.sharding.reshard(x, layout)
 
 
 def _take(tree: Any, rows_R: jax.Array) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -56,10 +56,11 @@ class Answers:
 
 
 @contextmanager
-def keep_answers(path: Path, of: Mapping[str, Any]) -> Iterator[Answers]:
+def keep_answers(path: Path, of: Mapping[str, Any], also: Iterable[Path] = ()) -> Iterator[Answers]:
     """Opens a file of answers, made if it is not there, for one process at a time.
 
     Args:
+      also: further files whose answers are known too, as far as they go now; other processes may be at work on them.
       of: what the answers depend on beside the request, plain data: the model, settings. A file may hold answers of
         several; one finds its own.
 
@@ -68,13 +69,16 @@ def keep_answers(path: Path, of: Mapping[str, Any]) -> Iterator[Answers]:
     """
     path.touch()
     with locked(path, f"another process is at work on {path}; wait for it, or name another directory"):
-        known = _read(path)
+        known, size = _read(path)
+        os.truncate(path, size)  # A last line that a killed process wrote in part is cut off.
+        for other in also:
+            known |= _read(other)[0]
         with path.open("ab") as file:
             yield Answers(file, of, known)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Returns the answers of a file by key; cuts off a last line that a killed process wrote in part."""
+def _read(path: Path) -> tuple[dict[str, Any], int]:
+    """Returns the answers of a file by key, and the size of its whole lines."""
     text = path.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
     known = {}
@@ -84,6 +88,4 @@ def _read(path: Path) -> dict[str, Any]:
             known[row["key"]] = row["answer"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}, line {number}, is not an answer of lfm eval; move the file away") from None
-    if len(whole) < len(text):
-        os.truncate(path, len(whole))
-    return known
+    return known, len(whole)

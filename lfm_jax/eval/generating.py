@@ -6,11 +6,11 @@ import collections
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from jax.sharding import Mesh
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
-from lfm_jax.config import ModelConfig
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.engine import Engine
 from lfm_jax.engine.request import Event, Request
@@ -91,17 +91,29 @@ class Wanted:
         return grammar_tokenizer(tokenizer, vocab_size, stop_ids).matcher(grammar)
 
 
-def wanted(
-    encoder: Encoder, config: ModelConfig, tokenizer: Tokenizer, template: str, context: str,
-    options: Mapping[str, Any], seed: int,
-) -> Wanted:
-    """Reads generation kwargs as the `hf` backend does, and encodes a context, cut at the left.
+class Options(NamedTuple):
+    """Generation kwargs of a task."""
+
+    most: int
+    until: list[str]
+    sampling: Sampling
+    skip_special_tokens: bool
+    """See `Wanted`."""
+    grammar: Mapping[str, Any] | None
+    """See `Wanted`."""
+
+
+def read_options(options: Mapping[str, Any], most: int, eos: str | None, seed: int) -> Options:
+    """Reads generation kwargs as the `hf` backend does.
+
+    Args:
+      most: tokens of a text, where the kwargs do not say.
+      eos: the text of the token that ends a text, if it is known.
 
     Raises:
-      ValueError: kwargs that are not known, or no room for a context.
+      ValueError: kwargs that are not known.
     """
-    given: dict[str, Any] = {**normalize_gen_kwargs(dict(options), encoder.max_gen_toks)}
-    eos = tokenizer.decode([encoder.eot_token_id], skip_special_tokens=False)
+    given: dict[str, Any] = {**normalize_gen_kwargs(dict(options), most)}
     until = [text for text in handle_stop_sequences(given.pop("until", None), eos=eos) if text]
     most = given.pop("max_gen_toks")
     sampled, temperature = given.pop("do_sample"), given.pop("temperature", 0.0)
@@ -111,7 +123,16 @@ def wanted(
     if unknown:
         raise ValueError(f"generation kwargs {unknown} are not supported; known are until, max_gen_toks, do_sample, "
                          f"temperature, skip_special_tokens, grammar, {', '.join(FILTERS)}")
-    _check_grammar(tokenizer, grammar)
+    sampling = Sampling(temperature=temperature if sampled else 0.0, seed=seed % 2**32, **filters)
+    return Options(most, until, sampling, skip, grammar)
+
+
+def cut_prompt(encoder: Encoder, context: str, most: int) -> list[int]:
+    """Encodes a context, cut at the left so that `most` tokens can follow it.
+
+    Raises:
+      ValueError: there is no room for it, or it is empty.
+    """
     room = encoder.max_length - most
     if room < 1:
         raise ValueError(f"max_gen_toks is {most}, which leaves no room for a context: the model reads "
@@ -119,8 +140,22 @@ def wanted(
     prompt = encoder.tok_encode(context, left_truncate_len=room)
     if not prompt:
         raise ValueError("a context is empty, and the tokenizer begins no text by itself: there is nothing to continue")
+    return prompt
+
+
+def wanted(
+    encoder: Encoder, tokenizer: Tokenizer, template: str, context: str, options: Mapping[str, Any], seed: int
+) -> Wanted:
+    """Reads generation kwargs and encodes a context.
+
+    Raises:
+      ValueError: see `read_options` and `cut_prompt`.
+    """
+    eos = tokenizer.decode([encoder.eot_token_id], skip_special_tokens=False)
+    most, until, sampling, skip, grammar = read_options(options, encoder.max_gen_toks, eos, seed)
+    _check_grammar(tokenizer, grammar)
+    prompt = cut_prompt(encoder, context, most)
     how = thinking(tokenizer, template)
-    sampling = Sampling(temperature=temperature if sampled else 0.0, seed=seed % 2**32, **filters)
     return Wanted(prompt, most, until, sampling, how, reply_stage(tokenizer, how, prompt), skip, grammar)
 
 
@@ -133,8 +168,13 @@ def _check_grammar(tokenizer: Tokenizer, grammar: Any) -> None:
         raise ValueError(f"the tokenizer has no {START}: tool calls of this model cannot be constrained")
 
 
-def run(model: LFM, tokenizer: Tokenizer, tasks: Sequence[Wanted], slots: int) -> Iterator[tuple[int, str]]:
+def run(
+    model: LFM, tokenizer: Tokenizer, tasks: Sequence[Wanted], slots: int, mesh: Mesh | None = None
+) -> Iterator[tuple[int, str]]:
     """Yields the number and the text of each task as it is done; the longest prompts go first.
+
+    Args:
+      slots: texts at a time, of each copy of the model.
 
     Raises:
       ValueError: the model's logits are not finite. A grammar that is refused leaves an empty text, and one that leads
@@ -148,7 +188,7 @@ def run(model: LFM, tokenizer: Tokenizer, tasks: Sequence[Wanted], slots: int) -
     engine = Engine(model, EngineConfig(
         slots=((min(slots, max(2, len(tasks))), length),), prefix_cache_bytes=PREFIX_CACHE_BYTES,
         max_stop_ids=max(8, len(stop_ids)),
-    ))
+    ), mesh)
     todo = collections.deque(sorted(range(len(tasks)), key=lambda i: -len(tasks[i].prompt)))
     done: list[tuple[int, str]] = []
     failures: list[str] = []

@@ -6,32 +6,24 @@ what is summed, where a generated text ends. Nothing here needs torch.
 
 from __future__ import annotations
 
-import collections
-import functools
-import hashlib
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from jax.sharding import Mesh
 
 from lfm_jax.eval.answers import Answers
 from lfm_jax.eval.generating import Wanted, run, wanted
-from lfm_jax.eval.progress import Progress
-from lfm_jax.eval.scoring import Scorer, Tokens
+from lfm_jax.eval.kept import EncodedLM, Tokens
+from lfm_jax.eval.scoring import Scorer
 from lfm_jax.model import LFM
-from lfm_jax.text.chat import DEFAULT_TEMPLATE, render_chat, render_open, special_tokens
-from lfm_jax.text.codec import check_tokenizer, encoded
+from lfm_jax.text.chat import DEFAULT_TEMPLATE, special_tokens
+from lfm_jax.text.codec import check_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_logger = logging.getLogger(__name__)
 
-
-class EvalModel(TemplateLM):
+class EvalModel(EncodedLM):
     """A model for `lm_eval.simple_evaluate(model=...)`.
 
     Texts that a chat template has written begin with bos, and get no second one. Replies end at eos and at the end of a
@@ -47,6 +39,7 @@ class EvalModel(TemplateLM):
       slots: texts that are generated at a time.
       seed: of sampled texts; a request that comes again has the next one.
       answers: those of earlier calls with this model and these settings, and the place for new ones.
+      mesh: the model's copies along `data`, each split over `tensor`; None: one device.
 
     Raises:
       ValueError: the tokenizer has more ids than the model, the model has neither bos nor eos, or see `Scorer`.
@@ -55,166 +48,25 @@ class EvalModel(TemplateLM):
     def __init__(
         self, model: LFM, tokenizer: Tokenizer, template: str | None = None, *, max_length: int | None = None,
         batch_tokens: int | None = None, slots: int = 16, seed: int = 0, answers: Answers | None = None,
+        mesh: Mesh | None = None,
     ):
-        super().__init__()
-        check_tokenizer(tokenizer, model.config)
-        if not model.config.eos_ids:
+        config = model.config
+        check_tokenizer(tokenizer, config)
+        if not config.eos_ids:
             raise ValueError("the model has no eos_ids; lm-eval needs the token that ends a text")
-        self._model, self._codec, self._template = model, tokenizer, template or DEFAULT_TEMPLATE
-        self._max_length = model.config.max_position if max_length is None else max_length
-        self._scorer = Scorer(model, self._max_length, batch_tokens)
-        self._slots, self._seed, self._answers = slots, seed, answers
+        super().__init__(
+            tokenizer, template or DEFAULT_TEMPLATE, special_tokens(tokenizer, config),
+            eos_id=config.eos_ids[0], bos_id=config.bos_id,
+            max_length=config.max_position if max_length is None else max_length, seed=seed, answers=answers,
+        )
+        self._model, self._slots, self._mesh = model, slots, mesh
+        self._scorer = Scorer(model, self.max_length, batch_tokens, mesh)
 
-    # ---------------------------------------------------------------- tokens and templates
+    def _score(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> Iterator[tuple[int, tuple[float, bool]]]:
+        return self._scorer.score(pairs)
 
-    @property
-    def max_length(self) -> int:
-        """The most tokens of context and continuation."""
-        return self._max_length
+    def _wanted(self, context: str, options: Mapping[str, Any], seed: int) -> Wanted:
+        return wanted(self, self._codec, self._template, context, options, seed)
 
-    @property
-    def max_gen_toks(self) -> int:
-        """Tokens of a generated text, where a task does not say."""
-        return 256
-
-    @property
-    def eot_token_id(self) -> int:
-        """The token that ends a text."""
-        return self._model.config.eos_ids[0]
-
-    @property
-    def prefix_token_id(self) -> int:
-        """The context of a text without one: bos, or eos where there is none."""
-        bos = self._model.config.bos_id
-        return self.eot_token_id if bos is None else bos
-
-    def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
-    ) -> list[int]:
-        """Encodes a text with the tokenizer's own special tokens, unless it begins with bos already.
-
-        Args:
-          add_special_tokens: whether to add them, whatever the text begins with.
-          left_truncate_len: keeps so many tokens at the right.
-        """
-        if add_special_tokens is None:
-            add_special_tokens = not string.startswith(self._prefix_text)
-        ids = encoded(self._codec, string, add_special_tokens=add_special_tokens).ids
-        return ids[-left_truncate_len:] if left_truncate_len else ids
-
-    @functools.cached_property
-    def _prefix_text(self) -> str:
-        return self._codec.decode([self.prefix_token_id], skip_special_tokens=False)
-
-    def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> str:
-        """Renders a conversation; without the opening of the assistant's turn its last message is to be continued.
-
-        A template that refuses it is tried without the system message, as in the `hf` backend, with a warning.
-        """
-        options: dict[str, Any] = {"tools": tools, **special_tokens(self._codec, self._model.config)}
-        render = render_chat if add_generation_prompt else render_open
-        try:
-            return render(self._template, chat_history, **options)
-        except ValueError as error:
-            rest = [message for message in chat_history if message["role"] != "system"]
-            if len(rest) == len(chat_history):
-                raise
-            _logger.warning("the chat template is tried without the system message: %s", error)
-            return render(self._template, rest, **options)
-
-    def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Returns the template; None if lm-eval does not want one.
-
-        Raises:
-          ValueError: it wants one by another name than `default`.
-        """
-        if not chat_template:
-            return None
-        if chat_template not in (True, "default"):
-            raise ValueError(f"there is no chat template {chat_template!r}; the model has one, the default")
-        return self._template
-
-    @functools.cached_property
-    def tokenizer_name(self) -> str:
-        """A name of tokenizer and template, by which lm-eval tells requests apart that it keeps."""
-        text = self._codec.to_str() + self._template
-        return f"lfm_jax-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-    # ---------------------------------------------------------------- scores
-
-    def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
-    ) -> list[tuple[float, bool]]:
-        pairs = [(context, continuation) for _, context, continuation in requests]
-        return self._scores("loglikelihood", pairs, [text for text, _, _ in requests], silent=disable_tqdm)
-
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Returns the log-probability of each whole text, in windows as long as the model reads."""
-        texts = [request.args[0] for request in requests]
-        windows = [
-            [make_disjoint_window(window) for window in get_rolling_token_windows(
-                token_list=self.tok_encode(text), prefix_token=self.prefix_token_id, max_seq_len=self.max_length,
-                context_len=1)]
-            for text in texts
-        ]
-        scores = iter(self._scores("loglikelihood_rolling", [pair for of_text in windows for pair in of_text], None,
-                                   silent=disable_tqdm))
-        totals = [sum((next(scores)[0] for _ in of_text), 0.0) for of_text in windows]
-        for text, total in zip(texts, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
-        return totals
-
-    def _scores(
-        self, what: str, pairs: Sequence[tuple[Tokens, Tokens]], texts: Sequence[tuple[str, str]] | None, *,
-        silent: bool,
-    ) -> list[tuple[float, bool]]:
-        """Returns the score of each pair: those that were answered before, and new ones as they come."""
-        found: list[tuple[float, bool] | None] = [None] * len(pairs)
-        requests = [["score", list(context), list(continuation)] for context, continuation in pairs]
-        for i, request in enumerate(requests):
-            if self._answers is not None and (answer := self._answers.get(request)) is not None:
-                found[i] = (answer[0], answer[1])
-        left = [i for i, score in enumerate(found) if score is None]
-        sizes = [len(pairs[i][0]) + len(pairs[i][1]) for i in left]
-        progress = None if silent else Progress(what, len(pairs), sum(sizes), len(pairs) - len(left))
-        for number, score in self._scorer.score([pairs[i] for i in left]):
-            i = left[number]
-            found[i] = answer = (score.logprob, score.greedy)
-            if self._answers is not None:
-                self._answers.add(requests[i], list(answer))
-            if texts is not None:
-                self.cache_hook.add_partial("loglikelihood", texts[i], answer)
-            if progress is not None:
-                progress.add(sizes[number])
-        return [score for score in found if score is not None]
-
-    # ---------------------------------------------------------------- texts
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Generates a text for each (context, generation kwargs), up to a stop string."""
-        times: collections.Counter[str] = collections.Counter()
-        tasks: list[Wanted] = []
-        for request in requests:
-            context, options = request.args
-            again = f"{context}\0{sorted(options.items(), key=str)}"
-            tasks.append(wanted(self, self._model.config, self._codec, self._template, context, options,
-                                self._seed + times[again]))
-            times[again] += 1
-        texts: list[str | None] = [
-            None if self._answers is None else self._answers.get(task.request) for task in tasks
-        ]
-        left = [i for i, text in enumerate(texts) if text is None]
-        progress = None if disable_tqdm else Progress(
-            "generate_until", len(tasks), sum(tasks[i].most for i in left), len(tasks) - len(left))
-        for number, text in run(self._model, self._codec, [tasks[i] for i in left], self._slots):
-            i = left[number]
-            texts[i] = text
-            if self._answers is not None:
-                self._answers.add(tasks[i].request, text)
-            self.cache_hook.add_partial("generate_until", requests[i].args, text)
-            if progress is not None:
-                progress.add(tasks[i].most)
-        return [text for text in texts if text is not None]
+    def _generate(self, tasks: Sequence[Wanted]) -> Iterator[tuple[int, str]]:
+        return run(self._model, self._codec, tasks, self._slots, self._mesh)

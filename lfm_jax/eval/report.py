@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -58,8 +59,11 @@ def report(results: Mapping[str, Any]) -> str:
         lines += [f"| {task} | {metric} | {_cell(text)} | {n} |" for task, metric, text, n in rows]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines += ["", "## Settings", "", "| | |", "|---|---|"]
-    settings = {"model": about["model"], "model hash (SHA-256)": about["model_hash"], "tokenizer": about["tokenizer"],
-                **about["settings"], "device": about["device"], "versions": versions}
+    known = {"model hash (SHA-256)": about["model_hash"] or "not known of a server"}
+    if server := about.get("server"):
+        known["the server says"] = json.dumps(server["says"], sort_keys=True)
+    settings = {"model": about["model"], **known, "tokenizer": about["tokenizer"],
+            **about["settings"], "device": about["device"], "versions": versions}
     left_out = {"limit": "all documents", "num_fewshot": "as the task says"}
     for name, value in settings.items():
         text = left_out.get(name, "none") if value is None else str(value)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,12 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
+from lfm_jax.engine.placement import place_replicas
 from lfm_jax.engine.request import LOGITS_NOT_FINITE
 from lfm_jax.infer.decoding import bucket
 from lfm_jax.kernels.logprobs import token_scores
 from lfm_jax.model import LFM
 from lfm_jax.problems import raise_problems
+from lfm_jax.sharding import on_mesh
 from lfm_jax.state import State
 
 CHUNK = 512
@@ -53,12 +57,13 @@ class Scorer:
       max_length: the most tokens that the model reads at once. Of a longer pair, tokens at the left are left out; as
         its last token is read by nobody, a pair may have one more.
       batch_tokens: tokens of a dispatch, padding included. None: 2,048 on a CPU, else 16,384.
+      mesh: batches go to the model's copies along `data` in turn, each split over `tensor`; None: one device.
 
     Raises:
       ValueError: max_length is below 1 or above the model's max_position, or batch_tokens is below 1.
     """
 
-    def __init__(self, model: LFM, max_length: int, batch_tokens: int | None = None):
+    def __init__(self, model: LFM, max_length: int, batch_tokens: int | None = None, mesh: Mesh | None = None):
         model.config.need_causal("scoring continuations")
         most = model.config.max_position
         if batch_tokens is None:
@@ -67,7 +72,7 @@ class Scorer:
             raise ValueError(f"max_length is {max_length}; the model reads 1 to {most} tokens")
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1")
-        self.max_length, self._batch_tokens, self._model = max_length, batch_tokens, model
+        self.max_length, self._batch_tokens, self._model, self._mesh = max_length, batch_tokens, model, mesh
         graphdef, params = nnx.split(model, nnx.Param)
         self._programs, self._params = _programs(graphdef), nnx.to_pure_dict(params)
 
@@ -86,16 +91,20 @@ class Scorer:
                 problems.append(f"pair {i} has a continuation of {len(continuation)} tokens; the model reads "
                                 f"{self.max_length}")
         raise_problems("cannot score", problems)
-        running: tuple[list[_Line], tuple[jax.Array, jax.Array]] | None = None
-        for batch in self._dispatch(_groups(pairs, self.max_length)):
-            if running is not None:  # The device works on the new batch meanwhile.
-                yield from _told(*running)
-            running = batch
-        if running is not None:
-            yield from _told(*running)
+        running: collections.deque[tuple[list[_Line], tuple[jax.Array, jax.Array]]] = collections.deque()
+        # Of many copies, only while they are needed.
+        copies = place_replicas(self._params, self._model.config, self._mesh)
+        for batch in self._dispatch(_groups(pairs, self.max_length), copies):
+            running.append(batch)
+            if len(running) > len(copies):  # The devices work on the new batches meanwhile.
+                yield from _told(*running.popleft())
+        for batch in running:
+            yield from _told(*batch)
 
-    def _dispatch(self, groups: list[_Group]) -> Iterator[tuple[list[_Line], tuple[jax.Array, jax.Array]]]:
-        """Runs batches of lines, those of one shape after the other."""
+    def _dispatch(
+        self, groups: list[_Group], copies: Sequence[tuple[Any, Mesh]]
+    ) -> Iterator[tuple[list[_Line], tuple[jax.Array, jax.Array]]]:
+        """Runs batches of lines, those of one shape after the other, on the copies in turn."""
         whole, shared = collections.defaultdict(list), collections.defaultdict(list)
         for group in groups:
             if group.is_shared:
@@ -103,21 +112,28 @@ class Scorer:
             else:
                 for line in group.lines:
                     whole[line.shape].append(line)
+        turn = itertools.cycle(copies)
         for shape in sorted({*whole, *shared}, reverse=True):
             rows = max(1, self._batch_tokens // shape[0])
             for batch in _parts(whole[shape], rows):
-                yield batch, self._whole(batch, rows, *shape)
+                params, mesh = next(turn)
+                with jax.set_mesh(mesh):
+                    told = self._whole(params, batch, rows, *shape)
+                yield batch, told
             for part in _parts(shared[shape], rows):
-                yield from self._shared(part, rows, *shape)
+                params, mesh = next(turn)
+                with jax.set_mesh(mesh):
+                    found = list(self._shared(params, part, rows, *shape))
+                yield from found
 
-    def _whole(self, lines: list[_Line], rows: int, length: int, most: int) -> tuple[jax.Array, jax.Array]:
+    def _whole(self, params: Any, lines: list[_Line], rows: int, length: int, most: int) -> tuple[jax.Array, jax.Array]:
         """Scores the last tokens of lines, at most `most` of each."""
         tokens_BT, length_B = _table([line.tokens[:-1] for line in lines], rows, length)
         targets_BX, _ = _table([line.tokens[-line.scored :] for line in lines], rows, most, fill=-1)
-        return self._programs.whole(self._params, tokens_BT, length_B, targets_BX)
+        return self._programs.whole(params, tokens_BT, length_B, targets_BX)
 
     def _shared(
-        self, groups: list[_Group], rows: int, length: int, more: int
+        self, params: Any, groups: list[_Group], rows: int, length: int, more: int
     ) -> Iterator[tuple[list[_Line], tuple[jax.Array, jax.Array]]]:
         """Takes in contexts of at most `length` tokens, and scores continuations of which at most `more` are read."""
         config = self._model.config
@@ -127,14 +143,14 @@ class Scorer:
         tokens_GT, length_G = _table([group.context for group in groups], rows, length)
         for start in range(0, length, CHUNK):
             chunk_GC = tokens_GT[:, start : start + CHUNK]
-            last_GD, state = self._programs.begin(self._params, last_GD, state, chunk_GC, length_G - start)
+            last_GD, state = self._programs.begin(params, last_GD, state, chunk_GC, length_G - start)
         at_once = max(1, min(self._batch_tokens // max(4 * more, 16), KEPT_TOKENS // room))
         lines = [(g, line) for g, group in enumerate(groups) for line in group.lines]
         for part in _parts(lines, at_once):
             targets_RX, _ = _table([line.tokens[-line.scored :] for _, line in part], at_once, more + 1, fill=-1)
             group_R = np.zeros(at_once, np.int32)
             group_R[: len(part)] = [g for g, _ in part]
-            told = self._programs.follow(self._params, last_GD, state if more else None, group_R, targets_RX)
+            told = self._programs.follow(params, last_GD, state if more else None, group_R, targets_RX)
             yield [line for _, line in part], told
 
 
@@ -231,11 +247,13 @@ def _programs(graphdef: Any) -> _Programs:
     def hidden(
         params: Any, tokens_BT: jax.Array, length_B: jax.Array, state: State | None
     ) -> tuple[jax.Array, State | None]:
+        tokens_BT, length_B = on_mesh(tokens_BT), on_mesh(length_B)
         segment_ids_BT = (jnp.arange(tokens_BT.shape[1]) < length_B[:, None]).astype(jnp.int32)
         return nnx.merge(graphdef, params)(tokens_BT, None, segment_ids_BT, state, None, padding="right")
 
     def scores(params: Any, hidden_BXD: jax.Array, targets_BX: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the log-probability of each row's targets, [B], and whether they are the likeliest ones."""
+        targets_BX = on_mesh(targets_BX)
         found = token_scores(hidden_BXD, nnx.merge(graphdef, params).head_VD, targets_BX)
         return jnp.sum(found.logprob_BT, axis=1), jnp.all((found.likeliest_BT == targets_BX) | (targets_BX < 0), axis=1)
 
@@ -267,7 +285,7 @@ def _programs(graphdef: Any) -> _Programs:
         """Scores continuations of the contexts `group_R`; without a state, of one token each."""
         hidden_RXD = last_GD[group_R][:, None]
         if state is not None:
-            of_rows = jax.tree.map(lambda x: x[group_R], state)
+            of_rows = jax.tree.map(lambda x: x.at[group_R].get(mode="fill", fill_value=0), state)
             read_RT, length_R = jnp.maximum(targets_RX[:, :-1], 0), jnp.sum(targets_RX >= 0, axis=1) - 1
             more_RTD, _ = hidden(params, read_RT, length_R, of_rows)
             hidden_RXD = jnp.concatenate([hidden_RXD, more_RTD], axis=1)

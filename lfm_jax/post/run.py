@@ -8,10 +8,10 @@ from lfm_jax.files import say
 from lfm_jax.post.config import TuneConfig
 from lfm_jax.post.methods import METHODS
 from lfm_jax.train import processes
-from lfm_jax.train.runner import RunResult, run_training
+from lfm_jax.train.runner import OpenTasks, RunResult, run_training
 
 
-def tune(config: TuneConfig) -> RunResult:
+def tune(config: TuneConfig, open_tasks: OpenTasks | None = None) -> RunResult:
     """Runs or resumes a tuning run to its end, or to an interrupt; see `runner.run_training`.
 
     The data is read and checked whole before anything is written.
@@ -23,4 +23,4 @@ def tune(config: TuneConfig) -> RunResult:
     steps = config.steps or method.steps()
     if processes.is_main():
         say(f"{method}: {steps:,} steps" + ("" if config.steps else f" are {config.epochs:g} epochs"))
-    return run_training(dataclasses.replace(config, steps=steps), method)
+    return run_training(dataclasses.replace(config, steps=steps), method, open_tasks)

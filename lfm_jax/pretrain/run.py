@@ -23,7 +23,7 @@ from lfm_jax.text.codec import check_tokenizer
 from lfm_jax.text.tokenizer import TOKENIZER_FILE, load_tokenizer
 from lfm_jax.train import processes
 from lfm_jax.train.driver import Data
-from lfm_jax.train.runner import run_training
+from lfm_jax.train.runner import OpenTasks, run_training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +40,9 @@ class TrainResult:
     """None also with `eval_batches`."""
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, open_tasks: OpenTasks | None = None) -> TrainResult:
     """Runs or resumes a pre-training run to its end, or to an interrupt; see `runner.run_training`."""
-    ended = run_training(config, Pretraining(config))
+    ended = run_training(config, Pretraining(config), open_tasks)
     measured = ended.measured
     return TrainResult(
         ended.run_dir, ended.step, ended.steps, measured.get("heldout_loss"), measured.get("heldout_bits_per_byte")

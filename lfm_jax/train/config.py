@@ -23,6 +23,30 @@ from lfm_jax.train.trackers import TrackerName, check_trackers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """Tasks of lm-eval with which a run is measured while it trains; the extra [eval] installs it.
+
+    Raises:
+      ValueError: on construction; the message lists every bad field.
+    """
+
+    tasks: tuple[str, ...] = ()
+    """Names of tasks, groups and tags; light ones, since training waits for them."""
+    every: int = 0
+    """Steps between measurements; the run's end has one always. 0: only there."""
+    limit: int | None = None
+    """Only the first so many documents of each task."""
+    data: str | None = None
+    """Directory with task data on disk and tasks of one's own, as of `lfm eval`."""
+
+    def __post_init__(self) -> None:
+        problems = [f"eval.every is {self.every}; it must be at least 0"] if self.every < 0 else []
+        if self.limit is not None and self.limit < 1:
+            problems.append(f"eval.limit is {self.limit}; it must be at least 1")
+        raise_problems("TaskConfig is not valid", problems)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig(abc.ABC):
     """The part of a run's config that does not depend on what is learnt; the config of each method extends it.
 
@@ -61,6 +85,8 @@ class RunConfig(abc.ABC):
     """Steps between held-out losses; the run's end has one always. 0: only there."""
     eval_batches: int = 0
     """Most batches of a held-out loss; 0: all, with bits per byte. A large held-out set wants a limit."""
+    eval: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+    """Tasks to measure the model with beside the held-out loss."""
     checkpoint_every: int = 200
     """Steps between checkpoints; the run's end and an interrupt have one always. 0: only there."""
     keep_checkpoints: int = 2

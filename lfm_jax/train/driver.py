@@ -71,6 +71,8 @@ class Parts:
     """The rest when a run resumes."""
     evaluate: Callable[[Any], Values | None] | None = None
     """What is measured of a state; None: nothing is."""
+    tasks: Callable[[Any], Values] | None = None
+    """What else is, at its own pace."""
     manager: CheckpointManager
     config: dict[str, Any]
     """What is saved beside the arrays."""
@@ -84,6 +86,8 @@ class Pace:
     steps: int
     eval_every: int = 0
     """Steps between evaluations; the last step has one always. 0: only there."""
+    tasks_every: int = 0
+    """Likewise for `Parts.tasks`."""
     checkpoint_every: int = 0
     """Steps between checkpoints. 0: by steps none."""
     checkpoint_seconds: float = math.inf
@@ -181,15 +185,20 @@ class Driver:
                 raise
             last = self.step == pace.steps
             evaluate = self.parts.evaluate and (last or _every(pace.eval_every, self.step))
+            tasks = self.parts.tasks if last or _every(pace.tasks_every, self.step) else None
             self._save_due |= (last and pace.save_last) or _every(pace.checkpoint_every, self.step)
             self._save_due |= time.monotonic() - self._saved_time > pace.checkpoint_seconds
             # The step before is fetched only now, so that the device never waits for the host.
-            if self._fetch(0 if last or evaluate or self._save_due else 1):
+            if self._fetch(0 if last or evaluate or tasks or self._save_due else 1):
                 continue
             if evaluate:
                 record = self.evaluate()
                 if record is not None:
                     watch.evaluated(self.step, record)
+            if tasks:
+                with watch.doing("eval"):
+                    found = tasks(self.state)
+                watch.evaluated(self.step, found)
             # While updates are being skipped none is saved: each checkpoint is one to go back to.
             if self._save_due and (last or not self._skipped_in_row):
                 self._save()

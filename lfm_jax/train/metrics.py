@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 LOSS_CURVE = "loss.png"
 CURVES = "curves.png"
+TASKS = "eval/"
+"""The keys of scores of tasks begin with it: eval/TASK/METRIC."""
 
 _PANELS = (
     ("loss", "loss (nats per token)"), ("grad_norm", "gradient norm, before clipping"),
@@ -94,8 +96,13 @@ def plot_loss(run_dir: Path) -> Path | None:
 
 
 def plot_curves(run_dir: Path) -> Path | None:
-    """Draws loss, gradient norm, learning rate and tokens/s as panels into `run_dir/curves.png`; None without any."""
-    return _draw(run_dir, _PANELS, CURVES, Path(run_dir).resolve().name)
+    """Draws loss, gradient norm, learning rate, tokens/s and scores of tasks as panels into `run_dir/curves.png`.
+
+    Returns None without any record.
+    """
+    tasks = sorted({key for record in read_metrics(run_dir) for key in record if key.startswith(TASKS)})
+    panels = (*_PANELS, *((key, key.removeprefix(TASKS)) for key in tasks))
+    return _draw(run_dir, panels, CURVES, Path(run_dir).resolve().name)
 
 
 def _draw(run_dir: Path, panels: Sequence[tuple[str, str]], name: str, title: str) -> Path | None:
@@ -109,12 +116,16 @@ def _draw(run_dir: Path, panels: Sequence[tuple[str, str]], name: str, title: st
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(8, 4.5) if columns == 1 else (12, 3.6 * rows), layout="constrained")
     figure.suptitle(title)
-    for axes, (key, label) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=True):
+    places = figure.subplots(rows, columns, squeeze=False).ravel()
+    for unused in places[len(panels) :]:
+        unused.set_axis_off()
+    for axes, (key, label) in zip(places, panels, strict=False):
         steps, values = _series(records, key)
         smooth = key in ("loss", "grad_norm", "tokens_per_second")
         stride = max(1, len(steps) // _DRAWN)
         color, width = ("0.7", 0.8) if smooth else ("C0", 1.5)
-        axes.plot(steps[::stride], values[::stride], color=color, linewidth=width, label="training, each step")
+        axes.plot(steps[::stride], values[::stride], "o-" if key.startswith(TASKS) else "-", color=color,
+                  linewidth=width, markersize=4, label="training, each step")
         if smooth:
             window = max(1, len(values) // 50)
             means = _running_mean(values, window)

@@ -59,9 +59,9 @@ def check_resumable(config: RunConfig, saved: dict[str, Any], step: int) -> list
         raise ValueError(f"steps is {config.steps}, but run_dir {config.run_dir} is at step {step}; raise steps")
     changed = [f"optimizer.{line}" for line in differences(saved["optimizer"], plain["optimizer"])]
     changed += [f"model.{line}" for line in differences(saved["model"], plain["model"])]
-    for section in ("mesh", "guard", "lora"):
+    for section in ("mesh", "guard", "eval", "lora"):
         changed += [f"{section}.{line}" for line in differences(saved.get(section, {}), plain[section])]
-    told = {"model", "data", "optimizer", "mesh", "guard", "freeze", "lora", "run_dir", "init_from"}
+    told = {"model", "data", "optimizer", "mesh", "guard", "eval", "freeze", "lora", "run_dir", "init_from"}
     timed = saved.get("train_minutes")
     if config.train_minutes is not None and config.train_minutes != timed:
         changed.append(f"train_minutes: {timed} there, {config.train_minutes} here; only a new run is timed, this one "

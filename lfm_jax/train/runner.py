@@ -20,22 +20,25 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from lfm_jax import recipe
 from lfm_jax.adapters.trees import digest
 from lfm_jax.files import locked
+from lfm_jax.model import LFM, abstract_model
 from lfm_jax.train import processes
 from lfm_jax.train import run_dir as run_directory
 from lfm_jax.train import state as states
 from lfm_jax.train.budget import budget
 from lfm_jax.train.checkpoint import DIGESTS, CheckpointManager
-from lfm_jax.train.config import RunConfig
+from lfm_jax.train.config import RunConfig, TaskConfig
 from lfm_jax.train.console import Console
 from lfm_jax.train.driver import Data, Driver, Pace, Parts, Values, Watch
 from lfm_jax.train.goodput import Label, Ledger, describe
-from lfm_jax.train.metrics import plot_curves, plot_loss, saved_step
+from lfm_jax.train.metrics import TASKS, plot_curves, plot_loss, saved_step
 from lfm_jax.train.objective import Metrics
 from lfm_jax.train.profiling import Profiler, parse_profile
 from lfm_jax.train.record import Recorder
@@ -84,6 +87,12 @@ class Method(Protocol):
         ...
 
 
+Tasks = Callable[[LFM, Path], dict[str, float]]
+"""Measures a model whose tokenizer lies in a run's directory: scores by the name that records have for them."""
+OpenTasks = Callable[[TaskConfig], Tasks]
+"""Opens tasks; raises ValueError for those that there are not, and where lm-eval is missing."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RunResult:
     """How a run ended: `step` < `steps` when it was interrupted."""
@@ -96,8 +105,11 @@ class RunResult:
     """What was measured at the end; empty when the run was interrupted or nothing is held out."""
 
 
-def run_training(config: RunConfig, method: Method) -> RunResult:
+def run_training(config: RunConfig, method: Method, open_tasks: OpenTasks | None = None) -> RunResult:
     """Runs or resumes a training run to its end, or to an interrupt.
+
+    Args:
+      open_tasks: what measures `config.eval`, which lies in a room above: `lfm_jax.eval.in_training.open_tasks`.
 
     SIGINT or SIGTERM finishes the step under way, saves a checkpoint and returns; a second one kills.
 
@@ -107,6 +119,7 @@ def run_training(config: RunConfig, method: Method) -> RunResult:
       OSError: a file of the run cannot be written.
     """
     run_dir = Path(config.run_dir)
+    tasks = _tasks(config, open_tasks)
     run_dir.mkdir(parents=True, exist_ok=True)
     mesh = _mesh(config)
     at_work = f"another process trains in run_dir {run_dir}; wait for it, stop it, or choose another run_dir"
@@ -116,7 +129,7 @@ def run_training(config: RunConfig, method: Method) -> RunResult:
             # Before the mesh is in use: loading is each process's own.
             begun = _begun(config, method, resuming=bool(manager.steps()))
             with nullcontext() if mesh is None else jax.set_mesh(mesh):
-                result = _train(config, method, run_dir, manager, mesh, begun)
+                result = _train(config, method, run_dir, manager, mesh, begun, tasks)
             manager.wait()
             return result
         finally:
@@ -148,8 +161,21 @@ def _mesh(config: RunConfig) -> Mesh | None:
     return config.mesh.make()
 
 
+def _tasks(config: RunConfig, open_tasks: OpenTasks | None) -> Tasks | None:
+    """What measures `config.eval`, opened before anything else is done; None where it names no tasks."""
+    if not config.eval.tasks:
+        return None
+    if jax.process_count() > 1:
+        raise ValueError("eval.tasks are measured in runs of one process only: leave them out, and measure checkpoints "
+                         "of this one with lfm eval")
+    if open_tasks is None:
+        raise ValueError("eval.tasks need open_tasks=lfm_jax.eval.in_training.open_tasks, as lfm train hands it over")
+    return open_tasks(config.eval)
+
+
 def _train(
-    config: RunConfig, method: Method, run_dir: Path, manager: CheckpointManager, mesh: Mesh | None, begun: _Begun
+    config: RunConfig, method: Method, run_dir: Path, manager: CheckpointManager, mesh: Mesh | None, begun: _Begun,
+    tasks: Tasks | None,
 ) -> RunResult:
     main, resuming = processes.is_main(), bool(manager.steps())
     if config.train_minutes is not None and resuming:
@@ -169,7 +195,8 @@ def _train(
                 return RunResult(run_dir, 0, config.steps, {})
             config = timed
         method.check_lasts(config.steps)
-        driver = _driver(config, method, manager, data, place, console, begun)
+        driver = _driver(config, method, manager, data, place, console, begun,
+                         None if tasks is None else _TaskEvaluation(config, tasks, run_dir, console))
         found = driver.start(_Voice(console))
         if found is not None:
             _say_where(run_dir, driver.step, found.damaged, console)
@@ -188,7 +215,7 @@ def _train(
 
 def _driver(
     config: RunConfig, method: Method, manager: CheckpointManager, data: Data, place: processes.BatchPlacer,
-    console: Console, begun: _Begun,
+    console: Console, begun: _Begun, tasks: _TaskEvaluation | None,
 ) -> Driver:
     training = config.training()
 
@@ -205,11 +232,12 @@ def _driver(
             pack=lambda state: states.unstacked(training.stored(state), config.model),
             unpack=lambda stored, kept: training.completed(states.restacked(stored, config.model), kept),
             kept=training.kept, remade=lambda: training.remade(begun.weights, begun.others, config.seed),
-            evaluate=_Evaluation(config, training, method, place, console), manager=manager,
+            evaluate=_Evaluation(config, training, method, place, console), tasks=tasks, manager=manager,
             config=recipe.to_plain(config) | ({} if begun.digests is None else {DIGESTS: begun.digests}),
             guard=config.guard,
         ),
-        Pace(steps=config.steps, eval_every=config.eval_every, checkpoint_every=config.checkpoint_every),
+        Pace(steps=config.steps, eval_every=config.eval_every, tasks_every=config.eval.every,
+             checkpoint_every=config.checkpoint_every),
     )
 
 
@@ -338,6 +366,30 @@ class _Evaluation:
         self._console.note(f"step {int(state.step)}: {text}")
         self._console.restart_clock()
         return record
+
+
+class _TaskEvaluation:
+    """The tasks of `config.eval` with the weights that the steps compute with, on one device."""
+
+    def __init__(self, config: RunConfig, tasks: Tasks, run_dir: Path, console: Console):
+        self._config, self._tasks, self._run_dir, self._console = config, tasks, run_dir, console
+
+    def __call__(self, state: states.TrainState) -> dict[str, float]:
+        self._console.note(f"tasks {', '.join(self._config.eval.tasks)} ...")
+        config = self._config.model.replace(scan_layers=False)
+        held = states.unstacked(state, self._config.model)
+        weights = held.params, held.frozen
+        if not jax.sharding.get_mesh().empty:
+            weights = jax.device_get(weights)
+        with jax.set_mesh(Mesh(np.empty((), object), ())):
+            training = dataclasses.replace(self._config.training(), model=config)
+            model = training.model_of(*jax.tree.map(jnp.asarray, weights))
+            graphdef, _ = abstract_model(config.replace(quantize=""))  # Its weights are rounded already.
+            scores = self._tasks(nnx.merge(graphdef, nnx.state(model, nnx.Param)), self._run_dir)
+        told = ", ".join(f"{name.removeprefix(TASKS)} {score:.4f}" for name, score in scores.items())
+        self._console.note(f"step {int(state.step)}: {told}")
+        self._console.restart_clock()
+        return scores
 
 
 class _Voice(Watch):

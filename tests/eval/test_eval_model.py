@@ -186,7 +186,7 @@ def test_what_was_answered_before_is_not_asked_again(loaded, tmp_path, monkeypat
     with keep_answers(tmp_path / "answers.jsonl", of) as answers:
         model = EvalModel(*loaded, **OPTIONS, answers=answers)
         monkeypatch.setattr(model._scorer, "_dispatch",
-                            lambda groups: pytest.fail("asked again") if groups else iter(()))
+                            lambda groups, _: pytest.fail("asked again") if groups else iter(()))
         assert (model.loglikelihood(pairs), model.generate_until(texts)) == second
 
 

@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -77,9 +80,9 @@ def test_killed_at_any_moment_it_repeats_nothing(command, whole, tmp_path, monke
     asked = []
     real = lm.run
 
-    def watched(model, tokenizer, tasks, slots):
+    def watched(model, tokenizer, tasks, *options):
         asked.append(len(tasks))
-        for i, found in enumerate(real(model, tokenizer, tasks, slots)):
+        for i, found in enumerate(real(model, tokenizer, tasks, *options)):
             if len(asked) == 1 and i == 3:
                 raise KilledError
             yield found
@@ -97,6 +100,47 @@ def test_killed_at_any_moment_it_repeats_nothing(command, whole, tmp_path, monke
         capsys.readouterr().err)
     assert read(tmp_path / "out")["results"] == read(whole)["results"]
     assert (tmp_path / "out" / "answers.jsonl").read_bytes().startswith(kept)
+
+
+def test_a_process_that_is_killed_and_started_again(command, whole, tmp_path):
+    output = tmp_path / "out"
+    answers = output / "answers.jsonl"
+    args = [str(arg) for arg in command(output)]
+    with subprocess.Popen([sys.executable, "-m", "lfm_jax.cli", *args], stderr=subprocess.DEVNULL) as process:
+        while not (answers.exists() and b"\n" in answers.read_bytes()):
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.kill()
+    assert process.returncode == -9
+    kept = answers.read_bytes()
+    kept = kept[: kept.rindex(b"\n") + 1]
+    assert run(*args) == 0
+    keys = [json.loads(line)["key"] for line in answers.read_bytes().splitlines()]
+    wanted = [json.loads(line)["key"] for line in (whole / "answers.jsonl").read_bytes().splitlines()]
+    assert answers.read_bytes().startswith(kept)
+    assert 0 < kept.count(b"\n") < len(keys) == len(set(keys))
+    assert set(keys) == set(wanted)
+    assert read(output)["results"] == read(whole)["results"]
+
+
+def test_shards_answer_everything_once(evaluate, whole, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    for shard in ("0/2", "1/2"):
+        assert evaluate(output, "--num-fewshot", "1", "--shard", shard) == 0
+        assert not (output / "results.json").exists()
+    parts = [[json.loads(line)["key"] for line in (output / f"answers-{i}-of-2.jsonl").read_text().splitlines()]
+             for i in range(2)]
+    assert all(parts)
+    keys = [key for part in parts for key in part]
+    assert len(keys) == len(set(keys))
+    monkeypatch.setattr("lfm_jax.eval.scoring.Scorer._dispatch", lambda *_: iter(()))
+    monkeypatch.setattr(lm, "run", lambda model, tokenizer, tasks, *_: iter(tasks and pytest.fail("asked again")))
+    assert evaluate(output, "--num-fewshot", "1") == 0
+    monkeypatch.undo()
+    assert evaluate(tmp_path / "alone", "--num-fewshot", "1") == 0
+    assert read(output)["results"] == read(tmp_path / "alone")["results"]
+    assert (tmp_path / "alone" / "answers.jsonl").read_text().count("\n") == len(keys)
+    assert (output / "answers.jsonl").read_bytes() == b""
 
 
 def test_narrow_weights_are_another_model(evaluate, whole, tmp_path):
@@ -188,6 +232,7 @@ def test_a_task_that_needs_another_package_says_so(tmp_path):
 
 @pytest.mark.parametrize(("args", "message"), [
     (["--tasks", ","], "tasks is empty"), (["--tasks", "x", "--limit", "0"], "limit is 0"),
+    (["--tasks", "x", "--shard", "2/2"], "shard is '2/2'"),
     (["--tasks", "toy_choice", "--data", "nowhere"], "data nowhere is not a directory"),
 ])
 def test_what_cannot_be_evaluated(args, message, directory, tmp_path, capsys):
