@@ -55,11 +55,25 @@ def measured(corpus, data, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Console, "step", interrupt)
-        assert train(config, open_tasks).step < STEPS
-    before = random.getstate(), np.random.get_state()[1].tolist()
-    assert train(config, open_tasks).step == STEPS
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+        assert train(config, watched).step < STEPS
+    assert train(config, watched).step == STEPS
     return run_dir, config
+
+
+def watched(tasks):
+    """As `open_tasks`, and no random number of the process may be drawn."""
+    measure = open_tasks(tasks)
+
+    def states():
+        return random.getstate(), np.random.get_state()[1].tolist()
+
+    def watch(*args):
+        before = states()
+        found = measure(*args)
+        assert states() == before
+        return found
+
+    return watch
 
 
 def scores(run_dir):
@@ -108,11 +122,11 @@ def test_layers_that_are_stacked_and_rounded_weights(corpus, data, tmp_path):
     def opened(tasks):
         measure = open_tasks(tasks)
 
-        def watched(model, run_dir):
+        def watch(model, run_dir):
             seen.append(model)
             return measure(model, run_dir)
 
-        return watched
+        return watch
 
     train(config, opened)
     [model] = seen
