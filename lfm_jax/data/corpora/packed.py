@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from lfm_jax.data.batch import LOSS_IGNORE, Batch, Row, batches_of
+from lfm_jax.data.batch import Batch, Row, batches_of
 from lfm_jax.data.chats import OPENERS
 from lfm_jax.data.config import ChatData
 from lfm_jax.data.corpora.corpus import check_rows
@@ -47,7 +47,11 @@ class Line(Protocol):
 
 
 class PackedRows(Sequence[Row]):
-    """Rows in memory, as records; what became of the lines."""
+    """Rows in memory, as records; what became of the lines.
+
+    Attributes:
+      learnt: of each row, how many targets are learnt.
+    """
 
     def __init__(self, noun: str, lines: int, groups: Iterable[tuple[Group, Group | None]], codec: RowCodec,
                  config: ChatData, most: int | None):
@@ -65,11 +69,12 @@ class PackedRows(Sequence[Row]):
                 self._cut += _pairs(fitted) < _pairs(whole)
                 kept.append(tuple(piece._replace(ids=piece.ids.astype(codec.dtype)) for piece in fitted))
         self._tokens = sum(map(_pairs, kept))
-        self._learnt = sum(int(piece.learnt()[1:].sum()) for group in kept for piece in group)
+        learnt = [sum(int(piece.learnt()[1:].sum()) for piece in group) for group in kept]
         filled = fill_rows(list(map(_pairs, kept)), self._T, config.seed)
         # Rows begin with the longest groups; readers shuffle them.
         rows = [part for row in filled for part in batched(row, most or len(row))]
         self._records = [codec.encode([piece for i in row for piece in kept[i]]) for row in rows]
+        self.learnt = np.array([sum(learnt[i] for i in row) for row in rows], np.int64)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -77,10 +82,6 @@ class PackedRows(Sequence[Row]):
     def __getitem__(self, index: Any) -> Any:
         """A row (`batch.py`)."""
         return self._codec.decode(self._records[index], self._T)
-
-    def learnt(self) -> np.ndarray:
-        """Of each row, the targets that are learnt."""
-        return np.array([np.sum(row["targets"] != LOSS_IGNORE) for row in self], np.int64)
 
     def digest(self) -> str:
         """A fingerprint of all rows."""
@@ -93,7 +94,8 @@ class PackedRows(Sequence[Row]):
         full = f", rows {self._tokens / (len(self) * self._T):.0%} full" if len(self) else ""
         over = "".join(f", {count:,} longer than {self._T:,} tokens {what}"
                        for count, what in ((self._cut, "cut"), (self._dropped, "dropped")) if count)
-        return f"{self._lines:,} {self._noun}s{over}, {self._tokens:,} tokens, {self._learnt:,} of them learnt{full}"
+        return (f"{self._lines:,} {self._noun}s{over}, {self._tokens:,} tokens, {self.learnt.sum():,} of them learnt"
+                f"{full}")
 
 
 class PackedCorpus[L: Line](abc.ABC):
