@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from lfm_jax.config import ModelConfig
+from lfm_jax.post.distill import Distill, distill_objective, distill_others, distill_problems
+from lfm_jax.post.dpo import DPO, dpo_objective, dpo_others
 from lfm_jax.post.sft import SFT, sft_objective
 from lfm_jax.post.tuning import Tuning
 from lfm_jax.train.objective import Objective
@@ -12,7 +15,7 @@ from lfm_jax.train.objective import Objective
 if TYPE_CHECKING:
     from lfm_jax.post.config import TuneConfig
 
-MethodName = Literal["sft"]
+MethodName = Literal["sft", "dpo", "distill"]
 
 
 class Way(NamedTuple):
@@ -21,7 +24,17 @@ class Way(NamedTuple):
     objective: Callable[[TuneConfig], Objective]
     open: Callable[[TuneConfig], Tuning]
     """Reads and checks all that the run needs, before anything is written."""
+    peak_lr: float
+    """The learning rate where none is named."""
+    others: Callable[[TuneConfig], Mapping[str, ModelConfig]] = lambda config: {}
+    """Frozen models that the objective looks at (`RunConfig.other_models`)."""
+    problems: Callable[[TuneConfig], list[str]] = lambda config: []
+    """A line for each thing that is wrong with a config for this way."""
 
 
-METHODS: dict[MethodName, Way] = {"sft": Way(sft_objective, SFT)}
+METHODS: dict[MethodName, Way] = {
+    "sft": Way(sft_objective, SFT, 5e-5),
+    "dpo": Way(dpo_objective, DPO, 1e-6, dpo_others),
+    "distill": Way(distill_objective, Distill, 5e-5, distill_others, distill_problems),
+}
 """By the name that `method` has in a recipe."""

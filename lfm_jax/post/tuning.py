@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from tokenizers import Tokenizer
 
 from lfm_jax import init_from
 from lfm_jax.convert import sidecars
+from lfm_jax.data.corpora.packed import Beside, PackedCorpus
+from lfm_jax.post.stored import Field, Speaker, stored
 from lfm_jax.text.codec import check_tokenizer
 from lfm_jax.text.tokenizer import TOKENIZER_FILE, load_tokenizer
 from lfm_jax.train import processes
@@ -34,6 +37,7 @@ class Tuning(abc.ABC):
 
     def __init__(self, config: TuneConfig):
         self._config = config
+        self._beside: list[Beside | None] = [None, None]
         run_dir = Path(config.run_dir)
         kept = has_checkpoint(run_dir) and (run_dir / TOKENIZER_FILE).exists()
         with init_from.sidecar_files(config.run_dir if kept else config.init_from) as directory:
@@ -42,14 +46,34 @@ class Tuning(abc.ABC):
             self.tokenizer: Tokenizer = load_tokenizer(directory)
             self.template = sidecars.chat_template(directory)
         check_tokenizer(self.tokenizer, config.model)
+        self._corpus = self.open_corpus()
 
     @abc.abstractmethod
+    def open_corpus(self) -> PackedCorpus[Any]:
+        """Reads and checks what is learnt from."""
+
     def steps(self) -> int:
         """Optimizer steps of the config's epochs."""
+        return self._corpus.steps(self._config.epochs)
 
-    @abc.abstractmethod
     def __str__(self) -> str:
         """What is learnt from, in one line."""
+        return str(self._corpus)
+
+    def keep(
+        self, directory: Path, fields: Mapping[str, Field], about: Mapping[str, Any], speaker: Callable[[], Speaker]
+    ) -> None:
+        """Puts what a frozen model says of each row beside the row, in all batches to come.
+
+        Args:
+          directory: where it is kept, and made if it is not there; see `stored.stored`.
+        """
+        config, once = self._config, functools.cache(speaker)
+        sides = {"train": self._corpus.train_rows, "heldout": self._corpus.heldout_rows}
+        self._beside = [
+            stored(directory / side, rows, fields, B=config.rows, T=config.seq_len, about=about, speaker=once).beside
+            for side, rows in sides.items()
+        ]
 
     # ------------------------------------------------------------ runner.Method
 
@@ -66,14 +90,14 @@ class Tuning(abc.ABC):
     def others(self) -> Mapping[str, Any]:
         return {}
 
-    @abc.abstractmethod
-    def check_lasts(self, steps: int) -> None: ...
+    def check_lasts(self, steps: int) -> None:
+        del steps  # Rows are read again and again.
 
-    @abc.abstractmethod
-    def train_data(self, rows: np.ndarray | None) -> Data: ...
+    def train_data(self, rows: np.ndarray | None) -> Data:
+        return self._corpus.train_batches(rows, self._beside[0])
 
-    @abc.abstractmethod
-    def heldout(self) -> Iterable[Mapping[str, np.ndarray]]: ...
+    def heldout(self) -> Iterable[Mapping[str, np.ndarray]]:
+        return self._corpus.heldout_batches(self._beside[1])
 
     @abc.abstractmethod
     def measured(
