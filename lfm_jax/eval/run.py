@@ -20,6 +20,7 @@ from lm_eval import simple_evaluate
 from lm_eval.utils import handle_non_serializable, sanitize_list
 
 from lfm_jax.eval.answers import keep_answers, model_hash
+from lfm_jax.eval.benchmarks.chat_task import ChatTask
 from lfm_jax.eval.lm import EvalModel
 from lfm_jax.eval.report import report
 from lfm_jax.eval.tasks import load_tasks
@@ -77,6 +78,9 @@ def evaluate(
             apply_chat_template=apply_chat_template, system_instruction=system_message, predict_only=predict_only,
         )  # pyrefly: ignore[bad-assignment]
         samples = results.pop("samples")
+        for task in loaded:
+            if isinstance(task, ChatTask) and not predict_only:
+                results["results"][task.task_name] |= task.share_errors(samples[task.task_name])
         results["chat_template"] = lm.chat_template(apply_chat_template)
         results["lfm_jax"] = {
             "model": name,
