@@ -22,7 +22,7 @@ from lfm_jax.eval.generating import Wanted, run, wanted
 from lfm_jax.eval.progress import Progress
 from lfm_jax.eval.scoring import Scorer, Tokens
 from lfm_jax.model import LFM
-from lfm_jax.text.chat import DEFAULT_TEMPLATE, render_chat, render_open, special_tokens
+from lfm_jax.text.chat import DEFAULT_TEMPLATE, render_chat, render_open, special_tokens, with_calls
 from lfm_jax.text.codec import check_tokenizer, encoded
 
 if TYPE_CHECKING:
@@ -112,10 +112,12 @@ class EvalModel(TemplateLM):
     ) -> str:
         """Renders a conversation; without the opening of the assistant's turn its last message is to be continued.
 
-        A template that refuses it is tried without the system message, as in the `hf` backend, with a warning.
+        Calls and thoughts in it are written as `text.chat.with_calls` has them. A template that refuses it is tried
+        without the system message, as in the `hf` backend, with a warning.
         """
         options: dict[str, Any] = {"tools": tools, **special_tokens(self._codec, self._model.config)}
         render = render_chat if add_generation_prompt else render_open
+        chat_history = [{**message} for message in with_calls(self._template, chat_history)]
         try:
             return render(self._template, chat_history, **options)
         except ValueError as error:
