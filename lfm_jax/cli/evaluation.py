@@ -30,7 +30,7 @@ def evaluate(
     checkers: Path | None = None,
     constrained: bool = False,
 ) -> int:
-    """Measure a model with tasks of lm-eval, IFBench, BFCL, JSON schemas. Needs `lfm_jax[eval]`.
+    """Measure a model with tasks of lm-eval, IFBench, BFCL, JSON schemas, your own chats. Needs `lfm_jax[eval]`.
 
     Every answer is kept in the output as it comes: the same command continues where an earlier one stopped. Example:
     `lfm eval LFM2.5-350M --tasks arc_easy,piqa --output evals/350M`.
@@ -38,9 +38,10 @@ def evaluate(
     Args:
       path: Hugging Face directory, run directory, GGUF file, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
       tasks: names of tasks, groups and tags of lm-eval, with commas between them; also ifbench, bfcl (or
-        bfcl_CATEGORY) and json_schema.
+        bfcl_CATEGORY), json_schema and tool_calls (or tool_calls_NAME).
       output: directory for results.json, report.md, samples and answers.
-      data: directory with task data on disk (TASK/SPLIT.jsonl) and tasks of one's own (NAME.yaml).
+      data: directory with task data on disk (TASK/SPLIT.jsonl), tasks of one's own (NAME.yaml) and chats with tool
+        calls (tool_calls/NAME.jsonl).
       limit: only the first so many documents of each task.
       num_fewshot: examples before each document; as the task says if left out.
       apply_chat_template: write prompts as conversations, with the model's chat template.
@@ -53,7 +54,7 @@ def evaluate(
       dtype: dtype of parameters and computation; the stored one if left out.
       quantize: keep matrices in a narrow type, to see what it costs.
       checkers: environment or Python that has the checkers of ifbench and bfcl; made on first use if left out.
-      constrained: answers of bfcl and json_schema follow a grammar.
+      constrained: answers of bfcl, json_schema and tool_calls follow a grammar.
     """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:

@@ -115,8 +115,7 @@ def _task_name(path: Path) -> str:
 def _documents(path: Path, constrained: bool) -> list[Document]:
     problems: list[str] = []
     found: list[Document] = []
-    ignored = ChatData.ignore
-    for chat in read_chats([SourceFile(path, path.name)], ignored, problems):
+    for chat in read_chats([SourceFile(path, path.name)], ChatData.ignore, problems):
         try:
             found += _turns(chat, constrained)
         except ValueError as error:
