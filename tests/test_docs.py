@@ -51,6 +51,7 @@ SHORTER = {
     "tune": ["--steps", "2", "--data.seq-len", "512"],
     "generate": ["--max-new-tokens", "4"],
     "chat": ["--max-new-tokens", "4"],
+    "eval": ["--limit", "1", "--slots", "1"],
     "batch": ["--engine.slots", "1", "128", "--engine.chunk", "64", "--engine.max-logprobs", "0"],
 }
 """Flags behind those of a command that make it quick; the command is otherwise as it stands."""

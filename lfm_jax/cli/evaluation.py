@@ -39,7 +39,7 @@ def evaluate(
     mesh: MeshConfig = MeshConfig(data=1),  # noqa: B008  It is frozen.
     shard: str | None = None,
 ) -> int:
-    """Measure a model with tasks of lm-eval, IFBench, BFCL, JSON schemas. Needs `lfm_jax[eval]`.
+    """Measure a model with tasks of lm-eval, IFBench, BFCL, JSON schemas, your own chats. Needs `lfm_jax[eval]`.
 
     Every answer is kept in the output as it comes: the same command continues where an earlier one stopped. Example:
     `lfm eval LFM2.5-350M --tasks arc_easy,piqa --output evals/350M`.
@@ -48,12 +48,14 @@ def evaluate(
       path: Hugging Face directory, run directory, GGUF file, or Hub id (OWNER/NAME or OWNER/NAME@REVISION); none with
         --url.
       tasks: names of tasks, groups and tags of lm-eval, with commas between them; also ifbench, bfcl (or
-        bfcl_CATEGORY), json_schema and long_context (or needle_4096 and the like).
+        bfcl_CATEGORY), json_schema, tool_calls (or tool_calls_NAME) and long_context (or needle_4096
+        and the like).
       output: directory for results.json, report.md, samples and answers.
       url: measure a server with OpenAI's API, as http://127.0.0.1:8000/v1, with the key in OPENAI_API_KEY if any.
       model: name of the model at --url, where it has several.
       tokenizer: Hugging Face directory or Hub id with the tokenizer of the model at --url, for multiple choice.
-      data: directory with task data on disk (TASK/SPLIT.jsonl) and tasks of one's own (NAME.yaml).
+      data: directory with task data on disk (TASK/SPLIT.jsonl), tasks of one's own (NAME.yaml) and chats with tool
+        calls (tool_calls/NAME.jsonl).
       text: file or folder of which needle_4096 and other tasks of long_context are made; Python's own library if left
         out.
       limit: only the first so many documents of each task.
@@ -69,7 +71,7 @@ def evaluate(
       quantize: keep matrices in a narrow type, to see what it costs.
       adapter: directory of an adapter (PEFT's files), which is merged into the weights.
       checkers: environment or Python that has the checkers of ifbench and bfcl; made on first use if left out.
-      constrained: answers of bfcl and json_schema follow a grammar.
+      constrained: answers of bfcl, json_schema and tool_calls follow a grammar.
       mesh: copies of the model (data) and devices that each is split over (tensor); data 0: on all devices.
       shard: I/N answers a part of the requests only, to spread them over processes and machines; then the same command
         without it, in the same directory, computes the scores.

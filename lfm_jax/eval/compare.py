@@ -1,9 +1,10 @@
 """`lfm eval compare`: differences of two evaluations, with intervals from a paired bootstrap.
 
 Both models answered the same documents, so documents are drawn in pairs: what makes one hard makes it hard for both,
-and the interval of the difference is much narrower than those of the scores.
+and the interval of the difference is much narrower than those of the scores. Documents that belong together, as those
+of one chat, are drawn together (`shares`).
 
-Dimensions: M documents of a task.
+Dimensions: M documents of a task, or clusters of them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from lfm_jax.eval.report import metrics
+from lfm_jax.eval.shares import cluster_sums
 from lfm_jax.problems import raise_problems
 
 RESAMPLES = 10_000
@@ -159,17 +161,19 @@ def _difference(
         # A score that is something else than this of its samples has no interval of this kind.
         if all(math.isclose(float(of_mean(x.sum(axis=1)[0] / x.sum(axis=1)[1])), score, rel_tol=1e-6, abs_tol=1e-9)
                for x, score in zip((one_2M, other_2M), scores, strict=True)):
-            low, high = _interval(one_2M, other_2M, of_mean)
+            kept_M = one_2M[1] + other_2M[1] != 0
+            low, high = _interval(one_2M[:, kept_M], other_2M[:, kept_M], of_mean)
     return Difference(*key, n=len(values[0]), first=scores[0], second=scores[1], low=low, high=high,
                       higher_is_better=better)
 
 
 def _sums(values: list[Any]) -> Any:
-    """What a mean is made of, [2, M]: (value, weight) of each document; None: the values are something else."""
+    """What a mean is made of, [2, M]: (value, weight) of each document or cluster; None: the values are something
+    else."""
     pairs = [value if isinstance(value, list) else [value, 1] for value in values]
-    if not pairs or not all(len(pair) == 2 and all(isinstance(x, (int, float)) for x in pair) for pair in pairs):
+    if not pairs or not all(len(pair) in (2, 3) and all(isinstance(x, (int, float)) for x in pair) for pair in pairs):
         return None
-    return np.array(pairs, np.float64).T
+    return cluster_sums(pairs)
 
 
 def _interval(

@@ -16,7 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lfm_jax.eval.answers import Answers
 from lfm_jax.eval.progress import Progress
-from lfm_jax.text.chat import render_chat, render_open
+from lfm_jax.text.chat import render_chat, render_open, with_calls
 from lfm_jax.text.codec import encoded
 
 if TYPE_CHECKING:
@@ -194,10 +194,12 @@ class EncodedLM(KeptLM):
     ) -> str:
         """Renders a conversation; without the opening of the assistant's turn its last message is to be continued.
 
-        A template that refuses it is tried without the system message, as in the `hf` backend, with a warning.
+        Calls and thoughts in it are written as `text.chat.with_calls` has them. A template that refuses it is tried
+        without the system message, as in the `hf` backend, with a warning.
         """
         options: dict[str, Any] = {"tools": tools, **self._specials}
         render = render_chat if add_generation_prompt else render_open
+        chat_history = [{**message} for message in with_calls(self._template, chat_history)]
         try:
             return render(self._template, chat_history, **options)
         except ValueError as error:

@@ -22,6 +22,7 @@ from lm_eval import simple_evaluate
 from lm_eval.utils import handle_non_serializable, sanitize_list
 
 from lfm_jax.eval.answers import keep_answers, model_hash
+from lfm_jax.eval.benchmarks.chat_task import ChatTask
 from lfm_jax.eval.kept import KeptLM
 from lfm_jax.eval.lm import EvalModel
 from lfm_jax.eval.long_context import make_tasks, parse_name
@@ -152,6 +153,9 @@ def evaluate(
         except PartDone:
             return None
         samples = results.pop("samples")
+        for task in loaded:
+            if isinstance(task, ChatTask) and not predict_only:
+                results["results"][task.task_name] |= task.share_errors(samples[task.task_name])
         results["chat_template"] = lm.chat_template(apply_chat_template)
         results["lfm_jax"] = {
             "model": subject.name,

@@ -29,7 +29,7 @@ def load_tasks(
       data: a directory with data and tasks. Files `TASK/SPLIT.jsonl` (or .json, .parquet, .csv) take the place of the
         data set of a shipped task; splits without a file are absent. Tasks of one's own are `NAME.yaml`, in which a
         relative name in `data_files` is a file beside it; they come before shipped ones.
-      checkers, constrained: of `benchmarks.NAMES`, see `benchmarks.load`.
+      checkers, constrained: of our own benchmarks, see `benchmarks.load`.
 
     Raises:
       ValueError: names that there are not, data that is not a directory, a split that the task does not have, a
@@ -39,7 +39,7 @@ def load_tasks(
     if data is not None and not data.is_dir():
         raise ValueError(f"data {data} is not a directory")
     own = {} if data is None else {path.stem: path for path in sorted(data.glob("*.yaml"))}
-    ours = [name for name in names if name in benchmarks.NAMES and name not in own]
+    ours = [name for name in names if benchmarks.has(name) and name not in own]
     names = [name for name in names if name not in ours]
     if constrained and names:
         raise ValueError(f"{', '.join(names)} cannot be constrained; leave --constrained out, or name only tasks of "

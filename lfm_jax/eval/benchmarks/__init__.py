@@ -10,15 +10,23 @@ from typing import Any
 
 from lm_eval.api.group import AggMetricConfig, Group
 
+from lfm_jax.eval.benchmarks import tool_calls
 from lfm_jax.eval.benchmarks.bfcl import BFCL, CATEGORIES
 from lfm_jax.eval.benchmarks.checkers import Checkers
 from lfm_jax.eval.benchmarks.ifbench import IFBench
 from lfm_jax.eval.benchmarks.json_schema import JSONSchema
+from lfm_jax.eval.benchmarks.tool_calls import ToolCalls
 
 GROUPS = {"bfcl": tuple(f"bfcl_{category}" for category in CATEGORIES)}
-NAMES = frozenset({"ifbench", "json_schema", *GROUPS["bfcl"], *GROUPS})
+NAMES = frozenset({"ifbench", "json_schema", tool_calls.NAME, *GROUPS["bfcl"], *GROUPS})
+"""Beside them, `tool_calls_NAME` for each file of chats (`tool_calls`: for all of them); see `has`."""
 FREE = frozenset({"ifbench"})
 """Tasks whose answers no grammar could constrain."""
+
+
+def has(name: str) -> bool:
+    """Whether a task or group is one of ours."""
+    return name in NAMES or tool_calls.has(name)
 
 
 def load(
@@ -28,7 +36,7 @@ def load(
 
     Args:
       data: `DIR/ifbench/test.jsonl` takes the place of the documents of the package; json_schema needs
-        `DIR/json_schema/`, with a schema a file.
+        `DIR/json_schema/`, with a schema a file, and tool_calls_NAME `DIR/tool_calls/NAME.jsonl`, with chats.
       checkers: see `Checkers`.
       constrained: answers follow a grammar: calls of the tools, JSON of the schema.
 
@@ -36,12 +44,17 @@ def load(
       ValueError: see `Checkers`, data that are missing or no documents, a task that has no constrained form, or a
         package that is not installed.
     """
-    needed = ["jsonschema"] * ("json_schema" in names) + ["llguidance"] * constrained
+    calls = any(map(tool_calls.has, names))
+    needed = ["jsonschema"] * ("json_schema" in names or calls) + ["llguidance"] * constrained
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise ValueError(f"not installed: {', '.join(missing)}; pip install 'lfm_jax[eval]'")
     if constrained and (free := sorted(FREE & set(names))):
         raise ValueError(f"{', '.join(free)} cannot be constrained: no grammar says what a right answer is")
     of = functools.cache(lambda benchmark: Checkers(benchmark, checkers))
+    chats = tool_calls.files(data) if calls else {}
+    names = [each for name in names for each in (chats if name == tool_calls.NAME else [name])]
+    if missing := [name for name in names if tool_calls.has(name) and name not in chats]:
+        raise ValueError(f"there is no file of chats for {', '.join(missing)}; there are {', '.join(chats)}")
 
     def task(name: str) -> Any:
         if name == "json_schema":
@@ -49,6 +62,8 @@ def load(
                 raise ValueError("json_schema has no data of its own: put JSON schemas, a file each, into "
                                  "DIR/json_schema/ and add --data DIR")
             return JSONSchema(data / name, constrained=constrained)
+        if name in chats:
+            return ToolCalls(chats[name], constrained=constrained)
         if name == "ifbench":
             path = None if data is None else data / "ifbench" / "test.jsonl"
             return IFBench(of("ifbench"), path if path is not None and path.exists() else None)

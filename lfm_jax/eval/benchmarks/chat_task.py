@@ -11,6 +11,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task, TaskConfig
 from lm_eval.filters import build_filter_ensemble
 
+from lfm_jax.eval.shares import share, share_error
+
 Document = dict[str, Any]
 Metrics = Mapping[str, tuple[Callable[..., Any], bool | None]]
 """By name: what is made of the values of all documents, and whether a higher value is better."""
@@ -19,12 +21,6 @@ Metrics = Mapping[str, tuple[Callable[..., Any], bool | None]]
 def counted(values: Iterable[Sequence[str]]) -> dict[str, int]:
     """How many documents each of some texts was said of, the most frequent first."""
     return dict(collections.Counter(text for texts in values for text in dict.fromkeys(texts)).most_common())
-
-
-def share(pairs: Iterable[Sequence[float]]) -> float:
-    """The sum of the first numbers over that of the second: a share of parts of documents."""
-    firsts, seconds = zip(*pairs, strict=True)
-    return sum(firsts) / sum(seconds)
 
 
 _Task: Any = Task
@@ -116,3 +112,9 @@ class ChatTask(_Task):
     def higher_is_better(self) -> dict[str, bool]:
         return {name: better for name, (_, better) in self._metrics.items() if better is not None}
 
+    # ---------------------------------------------------------------- what lm-eval does not know
+
+    def share_errors(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, float | str]:
+        """Standard errors of the metrics that are shares, by the keys that lm-eval has for them: it knows none."""
+        return {f"{name}_stderr,none": share_error([sample[name] for sample in samples])
+                for name, (how, _) in self._metrics.items() if how is share}

@@ -8,8 +8,9 @@ from typing import Any
 
 from lm_eval.api.metrics import mean
 
-from lfm_jax.eval.benchmarks.chat_task import ChatTask, Document, Metrics, counted, share
+from lfm_jax.eval.benchmarks.chat_task import ChatTask, Document, Metrics, counted
 from lfm_jax.eval.benchmarks.checkers import Checkers
+from lfm_jax.eval.shares import share
 
 MAX_GEN_TOKS = 2048
 METRICS: Metrics = {

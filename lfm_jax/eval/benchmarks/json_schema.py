@@ -96,3 +96,15 @@ def is_valid(value: Any, schema: Any) -> bool:
     kind = validator_for(schema, default=Draft202012Validator)
     kind.check_schema(schema)
     return kind(schema, registry=Registry(), format_checker=kind.FORMAT_CHECKER).is_valid(value)
+
+
+def check_schema(schema: Any) -> str | None:
+    """Why a schema is none, by the draft that it names; None: it is one."""
+    from jsonschema.exceptions import SchemaError
+    from jsonschema.validators import Draft202012Validator, validator_for
+
+    try:
+        validator_for(schema, default=Draft202012Validator).check_schema(schema)
+    except SchemaError as error:
+        return error.message
+    return None
