@@ -13,7 +13,9 @@ from meshes import mesh_of
 from scaled import dense, scaled
 
 from lfm_jax.kernels.logprobs import token_logprobs, token_scores
+from lfm_jax.kernels.topk_logprobs import top_tokens
 from lfm_jax.model import param_axes
+from lfm_jax.post.distillation import distillation_loss
 from lfm_jax.sharding import shardings, spec
 from lfm_jax.testing import tiny_model
 
@@ -53,6 +55,32 @@ def test_scores_and_gradients(sizes):
     np.testing.assert_array_equal(found[1], expected[1])
     for ours, theirs in zip(found, expected, strict=True):
         assert rel_err(ours, theirs) < 1e-6
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def distilled(hidden, table, targets, k):
+    """Of a teacher's k best tokens, the student being next to it: (tokens, sums of the loss, gradients)."""
+    teacher = top_tokens(hidden, table, k, chunk=5)
+
+    def total(hidden, table):
+        found = distillation_loss(hidden, table, teacher, targets, targets >= 0, temperature=2.0,
+                                  cross_entropy_weight=0.5, chunk=5)
+        return found.total, found.sums
+
+    (_, sums), grads = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(0.7 * hidden, table)
+    return *teacher, sums, *grads
+
+
+@pytest.mark.parametrize("k", [3, 10, V])  # Of 10 no device of four has enough.
+def test_distillation(k):
+    hidden, table, targets, _ = example()
+    with jax.set_mesh(mesh_of(tensor=4, context=2)):
+        layouts = (spec("batch", "time", None), spec("vocab", "width"), spec("batch", "time"))
+        found = distilled(*map(jax.device_put, (hidden, table, targets), layouts), k)
+    expected = distilled(hidden, table, targets, k)
+    np.testing.assert_array_equal(found[0], expected[0])
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_of_weight_kinds():
