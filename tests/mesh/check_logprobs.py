@@ -71,8 +71,8 @@ def distilled(hidden, table, targets, k):
     return *teacher, sums, *grads
 
 
-@pytest.mark.parametrize("k", [3, 10, V])  # Of 10 no device of four has enough.
-def test_distillation(k):
+def test_distillation():
+    k = 10  # Of the vocabulary each device has 8 tokens.
     hidden, table, targets, _ = example()
     with jax.set_mesh(mesh_of(tensor=4, context=2)):
         layouts = (spec("batch", "time", None), spec("vocab", "width"), spec("batch", "time"))
