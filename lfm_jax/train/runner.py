@@ -32,7 +32,7 @@ from lfm_jax.train.budget import budget
 from lfm_jax.train.checkpoint import CheckpointManager
 from lfm_jax.train.config import RunConfig
 from lfm_jax.train.console import Console
-from lfm_jax.train.driver import Data, Driver, Pace, Parts, Values, Watch
+from lfm_jax.train.driver import Data, Driver, Experience, Pace, Parts, Values, Watch, next_batch
 from lfm_jax.train.goodput import Label, Ledger, describe
 from lfm_jax.train.metrics import plot_curves, plot_loss, saved_step
 from lfm_jax.train.objective import Metrics
@@ -56,7 +56,7 @@ class Method(Protocol):
         """The weights that a new run begins with, as a plain dict of numpy arrays; None: random ones."""
         ...
 
-    def train_data(self, rows: np.ndarray | None) -> Data:
+    def train_data(self, rows: np.ndarray | None) -> Data | Experience:
         """Batches to train on; of each one the given rows (None: all)."""
         ...
 
@@ -163,7 +163,7 @@ def _train(
 
 
 def _driver(
-    config: RunConfig, method: Method, manager: CheckpointManager, data: Data, place: processes.BatchPlacer,
+    config: RunConfig, method: Method, manager: CheckpointManager, data: Data | Experience, place: processes.BatchPlacer,
     console: Console, weights: Any,
 ) -> Driver:
     training = config.training()
@@ -206,7 +206,8 @@ WARM_STEPS, TIMED_STEPS = 2, 5
 
 
 def _with_timed_steps(
-    config: RunConfig, data: Data, place: processes.BatchPlacer, console: Console, stop: processes.StopRequest
+    config: RunConfig, data: Data | Experience, place: processes.BatchPlacer, console: Console,
+    stop: processes.StopRequest,
 ) -> RunConfig | None:
     """The config with as many steps as fit into its minutes, the same number in every process; None once `stop` is due.
 
@@ -216,7 +217,7 @@ def _with_timed_steps(
     training = config.training()
     step = processes.compiled_together(training.compiled_step())
     state, first = training.random_state(config.seed), data.get_state()
-    batch = place(next(data))  # The same for all steps: there may be fewer batches than steps here.
+    batch = place(next_batch(data, state)[0])  # The same for all steps: there may be fewer batches than steps here.
     data.set_state(first)
     seconds = []
     for _ in range(WARM_STEPS + TIMED_STEPS):
