@@ -89,7 +89,7 @@ def test_generation_by_batch_and_by_engine():
 
 def test_checkpoints_keep_the_kinds(tmp_path):
     _, _, params = made()
-    state = new_state(params, False, optax.adam(1e-3))
+    state = new_state(params, {}, optax.adam(1e-3))
     manager = CheckpointManager(tmp_path, keep=1)
     manager.save(1, state, {}, {})
     manager.close()

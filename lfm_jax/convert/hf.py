@@ -325,7 +325,7 @@ def write_hf(
     hf = config_to_hf(config)
     specs = _specs(config)
     raise_problems(f"cannot write {path}", _output_problems(path, source, max_shard_bytes))
-    with _new_directory(Path(path)) as directory:
+    with new_directory(Path(path)) as directory:
         sidecars.write(directory, hf, tokenizer, None if source is None else Path(source))
         files.write(directory, specs, arrays, max_shard_bytes)
 
@@ -347,7 +347,7 @@ def _output_problems(path: str | os.PathLike, source: str | os.PathLike | None, 
 
 
 @contextlib.contextmanager
-def _new_directory(path: Path) -> Iterator[Path]:
+def new_directory(path: Path) -> Iterator[Path]:
     """Makes a temporary directory, which is moved to its place when the block ends and removed if the block fails."""
     target = path.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -71,6 +71,9 @@ class Pretraining:
         name = self._config.init_from
         return None if name is None else init_from.weights(name, self._config.model)
 
+    def others(self) -> Mapping[str, Any]:
+        return {}
+
     def train_data(self, rows: np.ndarray | None) -> Data:
         return self._corpus.train_batches(rows)
 

@@ -57,7 +57,10 @@ def form_of(kind: str, group: int | None) -> str:
 
 
 def quantize_params(params: Any, config: ModelConfig, form: str) -> Any:
-    """Does as `quantize` to a dict of parameters, which it empties, so that each array can be freed as it goes."""
+    """Does as `quantize` to a dict of parameters, which it empties, so that each array can be freed as it goes.
+
+    It can be traced, and then does not ask whether numbers are finite.
+    """
     leaf = keeper(config, form)
     found = [path for path, w in jax.tree.leaves_with_path(params, is_leaf=_is_kind) if _is_kind(w)]
     if found:
@@ -98,7 +101,7 @@ def keeper(config: ModelConfig, form: str) -> Callable[[tuple[Any, ...], Any], A
         if matrix is None:
             return w
         made, finite = narrowed(w, matrix, kind, group)
-        if not finite:
+        if not isinstance(finite, jax.core.Tracer) and not finite:
             name = ".".join(map(str, path))
             raise ValueError(f"{name} has values that are not finite, which have no scale; repair the checkpoint")
         return made

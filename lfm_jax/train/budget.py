@@ -17,13 +17,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from lfm_jax.adapters.targets import named_targets
+from lfm_jax.adapters.trees import init_adapter
 from lfm_jax.chips import Chip, chip_of
 from lfm_jax.config import ITEMSIZE, Layer, ModelConfig
 from lfm_jax.kinds import FEED_FORWARDS, OPERATORS, Kept, Share
 from lfm_jax.model import abstract_model
 from lfm_jax.sharding import LOGICAL_AXES, MESH_AXES, ROWS
 from lfm_jax.train.config import RunConfig
-from lfm_jax.train.objective import BatchArray
+from lfm_jax.train.objective import BatchArray, others_of
 from lfm_jax.train.state import TrainState, frozen_mask, named
 from lfm_jax.train.step import Training
 from lfm_jax.units import si, size
@@ -45,7 +47,7 @@ class Budget:
     """Devices along each mesh axis."""
     num_params: int
     trained_params: int
-    """Those that are not frozen."""
+    """Those that are not frozen, or an adapter's."""
     tokens: int
     """Of one optimizer step, over all devices."""
     micro_batches: int
@@ -90,7 +92,8 @@ class Budget:
         parts = ", ".join(f"{name} {size(n)}" for name, n in self.parts.items())
         hbm = f" of {size(self.chip.hbm_bytes)}" if self.chip else ""
         again = f" and {si(self.remat_flops, 'FLOP')} again for remat" if self.remat_flops else ""
-        return (f"{si(self.num_params)} parameters; mesh: {axes}\n"
+        trained = "" if self.trained_params == self.num_params else f" ({si(self.trained_params)} trained)"
+        return (f"{si(self.num_params)} parameters{trained}; mesh: {axes}\n"
                 f"on each device, by analysis: {size(self.total)}{hbm} ({parts})\n"
                 f"a step of {self.tokens:,} tokens: {si(self.model_flops, 'FLOP')}{again}")
 
@@ -119,7 +122,7 @@ def budget_of(config: RunConfig, state: TrainState, sizes: dict[str, int], chip:
     return Budget(
         chip=chip, mesh=sizes, num_params=config.model.num_params(), tokens=tokens,
         trained_params=sum(x.size for x in jax.tree.leaves(state.params)), micro_batches=config.micro_batches,
-        parameters=trainable + tree_bytes(state.frozen, share.lanes),
+        parameters=trainable + tree_bytes((state.frozen, state.others), share.lanes),
         optimizer=tree_bytes(state.opt_state, share.lanes), gradients=gradients,
         batch=sum(_batch_bytes(array, B, T, sizes) for array in objective.arrays.values()),
         activations=kept_bytes(learning, share) if learning else 0.0,
@@ -215,10 +218,11 @@ def differentiated(training: Training) -> ModelConfig | None:
     """The layers that the backward pass reaches, as a model: from the lowest trained weight up. None if only the final
     norm or the head is trained."""
     model = training.model
-    if not training.freeze:
+    if not training.freeze and training.lora is None:
         return model
-    trainable = {name for name, frozen in named(frozen_mask(model.replace(scan_layers=False), training.freeze))
-                 if not frozen}
+    trainable = {name for name, frozen in _frozen(training).items() if not frozen}
+    if training.lora is not None:
+        trainable &= {".".join(map(str, path)) for path in named_targets(model, training.lora).values()}
     if "embed" in trainable and not model.tie_embedding:
         return model
     lowest = min((int(name.split(".")[1]) for name in trainable if name.startswith("blocks.")),
@@ -232,20 +236,35 @@ def training_flops_per_token(training: Training, T: int) -> float:
     """FLOPs of a training step for each token of a row of T: forward pass, gradient by inputs, gradient by weights.
 
     3 x `ModelConfig.flops_per_token` where everything is trained. Layers below the lowest weight that is trained have
-    a forward pass only, and a matrix that is frozen has no gradient of its own.
+    a forward pass only, as other models of the objective have, and a matrix that is frozen has no gradient of its own.
     """
     model, reached = training.model, differentiated(training)
     forward, head = model.flops_per_token(T), 2 * model.hidden_size * model.vocab_size
     backward = 2 * (reached.flops_per_token(T) if reached else head)
-    if not training.freeze:
+    forward += sum(training.others.get(name, model).flops_per_token(T) for name in others_of(training.objective))
+    if not training.freeze and training.lora is None:
         return forward + backward
     first = model.num_layers - (reached.num_layers if reached else 0)
-    mask = dict(named(frozen_mask(model.replace(scan_layers=False), training.freeze)))
+    mask = _frozen(training)
     _, weights = abstract_model(model)
     for name, weight in named(weights):
-        if mask[name] and weight.ndim > 1:
+        if (mask[name] or training.lora is not None) and weight.ndim > 1:
             backward -= 2 * math.prod(weight.shape) * _use(name, model, first)
-    return forward + backward
+    return forward + backward + 6 * _adapter_params(training)
+
+
+def _frozen(training: Training) -> dict[str, bool]:
+    """By its name whether a weight is frozen, or has no adapter."""
+    return dict(named(frozen_mask(training.model.replace(scan_layers=False), training.freeze) or
+                      jax.tree.map(lambda _: False, abstract_model(training.model)[1])))
+
+
+def _adapter_params(training: Training) -> int:
+    model, lora, frozen = training.model, training.lora, _frozen(training)
+    if lora is None:
+        return 0
+    made = jax.eval_shape(lambda: init_adapter(model, lora, jax.random.key(0)))
+    return sum(x.size for name, x in named(made) if not frozen[name.rpartition(".")[0]])
 
 
 def _use(name: str, model: ModelConfig, first: int) -> float:

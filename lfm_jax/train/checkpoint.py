@@ -27,6 +27,8 @@ from lfm_jax.train.state import TrainState, merged, parted
 
 CHECKPOINTS = "checkpoints"
 """Name of the checkpoint directory inside a run directory."""
+DIGEST = "begun_with"
+"""The key beside a run's config with a hash of the weights that it began with, if checkpoints do not hold them."""
 DAMAGED = "damaged"
 """Name of the directory inside a run directory that checkpoints which could not be read are moved to."""
 
@@ -242,6 +244,8 @@ def has_checkpoint(run_dir: Path) -> bool:
 def _checkpointables(state: TrainState) -> dict[str, Any]:
     """All weights by themselves, trained or not, so that they load alone."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    if fields.pop("others"):
+        raise ValueError("other models are not saved; make them again (Training.stored)")
     return {"params": merged(fields.pop("params"), fields.pop("frozen")), "optimizer": fields}
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
+from lfm_jax.adapters.config import NO_LORA, LoRAConfig
+from lfm_jax.adapters.trees import adapter_traits
 from lfm_jax.config import ModelConfig
 from lfm_jax.model import param_traits
 from lfm_jax.problems import raise_problems
@@ -44,9 +47,12 @@ class RunConfig(abc.ABC):
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """How devices share the work; a run resumes on another mesh."""
     seed: int = 0
-    """Of the random initialisation."""
+    """Of the random initialisation, of a new adapter and of dropout."""
     freeze: tuple[str, ...] = ()
     """Weights that are not trained: shell patterns over their names, such as embed or blocks.*.operator.*."""
+    lora: LoRAConfig = NO_LORA
+    """Train a low-rank adapter alone (`lora: {rank: 8}`): the weights that the run begins with stay as they are, and no
+    checkpoint holds them."""
     micro_batches: int = 1
     """Gradient accumulation: the batch is worked through in this many equal parts."""
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
@@ -83,12 +89,19 @@ class RunConfig(abc.ABC):
     def objective(self) -> Objective:
         """What is minimised."""
 
+    def other_models(self) -> Mapping[str, ModelConfig]:
+        """Frozen models that the objective looks at beside the one that is trained (`Training.others`), by name."""
+        return {}
+
     def training(self) -> Training:
         """What is trained."""
-        traits = param_traits(self.model, stacked=self.model.scan_layers)
+        lora, stacked = (self.lora if self.lora.rank else None), self.model.scan_layers
+        traits = (param_traits(self.model, stacked=stacked) if lora is None
+                  else adapter_traits(self.model, lora, stacked=stacked))
         return Training(
             model=self.model, objective=self.objective(), optimizer=make_optimizer(self.optimizer, self.steps, traits),
-            micro_batches=self.micro_batches, guard=self.guard, freeze=self.freeze,
+            micro_batches=self.micro_batches, guard=self.guard, freeze=self.freeze, lora=lora, seed=self.seed,
+            others=self.other_models(),
         )
 
     def problems(self) -> list[str]:
@@ -111,6 +124,11 @@ class RunConfig(abc.ABC):
                       lambda: self.freeze and frozen_mask(self.model, self.freeze)):
             try:
                 check()
+            except ValueError as error:
+                problems.append(str(error))
+        if (self.lora.rank or self.other_models()) and not problems:
+            try:
+                self.training()
             except ValueError as error:
                 problems.append(str(error))
         return problems

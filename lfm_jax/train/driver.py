@@ -83,8 +83,13 @@ class Parts:
     abstract: Callable[[], Any]
     """Shapes and layouts of a state as checkpoints hold it."""
     pack: Callable[[Any], Any] = lambda state: state
-    """A state as checkpoints hold it, and `unpack` back."""
-    unpack: Callable[[Any], Any] = lambda state: state
+    """A state as checkpoints hold it."""
+    unpack: Callable[[Any, Any], Any] = lambda state, kept: state
+    """(what `pack` gave, the rest) -> a state."""
+    kept: Callable[[Any], Any] = lambda state: None
+    """The rest of a state, which never changes in a run."""
+    remade: Callable[[], Any] = lambda: None
+    """The rest when a run resumes."""
     evaluate: Callable[[Any], Values | None] | None = None
     """What is measured of a state; None: nothing is."""
     manager: CheckpointManager
@@ -178,7 +183,7 @@ class Driver:
             return None
         found = self.parts.manager.restore_latest(self.parts.abstract())
         self.parts.data.set_state(found.data)
-        self._go_to(found)
+        self._go_to(found, self.parts.remade())
         return found
 
     def run(self, stop: Stop, watch: Watch) -> Values | None:
@@ -222,9 +227,9 @@ class Driver:
         with self._watch.doing("eval"):
             return self.parts.evaluate(self.state)
 
-    def _go_to(self, found: Restored) -> None:
+    def _go_to(self, found: Restored, kept: Any) -> None:
         """Goes on from a checkpoint; later ones that cannot be read are put aside."""
-        self.state = self.parts.unpack(found.state)
+        self.state = self.parts.unpack(found.state, kept)
         self.step = self.saved_at = found.step
         for step, reason in found.damaged.items():
             path = self.parts.manager.set_aside(step)
@@ -278,9 +283,9 @@ class Driver:
             )
         self._rollbacks += 1
         self._pending.clear()
-        self.state = None  # Its memory is needed.
+        kept, self.state = self.parts.kept(self.state), None  # Its memory is needed.
         with self._watch.doing("restart"):
-            self._go_to(manager.restore_latest(self.parts.abstract()))
+            self._go_to(manager.restore_latest(self.parts.abstract()), kept)
         self._skipped_in_row, self._save_due = 0, False
         self._watch.rolled_back(self.step, self.state, step, self._rollbacks)
         self._watch.warn(f"{what}: back to the checkpoint of step {self.step}; the data behind it is passed over")

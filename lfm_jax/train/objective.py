@@ -55,7 +55,12 @@ class Terms(NamedTuple):
 
 
 class Objective(Protocol):
-    """What a run minimises: the mean `sum of Terms.total / sum of weight` over a batch. It is hashable."""
+    """What a run minimises: the mean `sum of Terms.total / sum of weight` over a batch. It is hashable.
+
+    One that looks at other models too, which are never trained, such as the reference of DPO, names them in an
+    attribute `others: tuple[str, ...]`; it is then called with a third argument, a mapping from these names to models
+    (`step.Training.others`).
+    """
 
     @property
     def arrays(self) -> Mapping[str, BatchArray]:
@@ -80,6 +85,12 @@ class Objective(Protocol):
         """Tokens of the batch that are no padding, by which `Terms.aux` are averaged."""
         ...
 
-    def __call__(self, model: LFM, batch: DeviceBatch) -> Terms:
-        """The sums over the rows of a batch."""
+    def __call__(self, model: LFM, batch: DeviceBatch, *args: Any, **kwargs: Any) -> Terms:
+        """The sums over the rows of a batch. Its arguments are the model and the batch, and with `others` those; no
+        more."""
         ...
+
+
+def others_of(objective: Objective) -> tuple[str, ...]:
+    """Names of the other models that an objective looks at."""
+    return tuple(getattr(objective, "others", ()))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lfm_jax import recipe
+from lfm_jax.adapters.config import NO_LORA
 from lfm_jax.config import ModelConfig
 from lfm_jax.files import write_whole
 from lfm_jax.problems import raise_problems
@@ -48,6 +49,8 @@ def check_resumable(config: RunConfig, saved: dict[str, Any], step: int) -> list
     ]
     if saved.get("freeze", []) != plain["freeze"]:
         problems.append("freeze changed, and with it the optimizer's state")
+    old_lora = recipe.to_plain(NO_LORA) | saved.get("lora", {})
+    problems += [f"lora.{line}" for line in differences(old_lora, plain["lora"], frozenset({"dropout"}))]
     if "guard" not in saved:
         problems.append("it was made by an older version, whose checkpoints hold less; go on in a new run_dir with "
                         f"init_from {config.run_dir}")
@@ -56,9 +59,9 @@ def check_resumable(config: RunConfig, saved: dict[str, Any], step: int) -> list
         raise ValueError(f"steps is {config.steps}, but run_dir {config.run_dir} is at step {step}; raise steps")
     changed = [f"optimizer.{line}" for line in differences(saved["optimizer"], plain["optimizer"])]
     changed += [f"model.{line}" for line in differences(saved["model"], plain["model"])]
-    for section in ("mesh", "guard"):
+    for section in ("mesh", "guard", "lora"):
         changed += [f"{section}.{line}" for line in differences(saved.get(section, {}), plain[section])]
-    told = {"model", "data", "optimizer", "mesh", "guard", "freeze", "run_dir", "init_from"}
+    told = {"model", "data", "optimizer", "mesh", "guard", "freeze", "lora", "run_dir", "init_from"}
     timed = saved.get("train_minutes")
     if config.train_minutes is not None and config.train_minutes != timed:
         changed.append(f"train_minutes: {timed} there, {config.train_minutes} here; only a new run is timed, this one "

@@ -17,19 +17,20 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from lfm_jax import recipe
+from lfm_jax.adapters.trees import digest
 from lfm_jax.files import locked
 from lfm_jax.train import processes
 from lfm_jax.train import run_dir as run_directory
 from lfm_jax.train import state as states
 from lfm_jax.train.budget import budget
-from lfm_jax.train.checkpoint import CheckpointManager
+from lfm_jax.train.checkpoint import DIGEST, CheckpointManager
 from lfm_jax.train.config import RunConfig
 from lfm_jax.train.console import Console
 from lfm_jax.train.driver import Data, Driver, Experience, Pace, Parts, Values, Watch, next_batch
@@ -53,7 +54,12 @@ class Method(Protocol):
         ...
 
     def weights(self) -> Any | None:
-        """The weights that a new run begins with, as a plain dict of numpy arrays; None: random ones."""
+        """The weights that a new run begins with, as a plain dict of numpy arrays; None: random ones. A run whose
+        checkpoints do not hold them all asks again when it resumes."""
+        ...
+
+    def others(self) -> Mapping[str, Any]:
+        """The weights of each of `RunConfig.other_models`, in the same form."""
         ...
 
     def train_data(self, rows: np.ndarray | None) -> Data | Experience:
@@ -108,13 +114,32 @@ def run_training(config: RunConfig, method: Method) -> RunResult:
         manager = CheckpointManager(run_dir, keep=config.keep_checkpoints)
         try:
             # Before the mesh is in use: loading is each process's own.
-            weights = None if manager.steps() else method.weights()
+            begun = _begun(config, method, resuming=bool(manager.steps()))
             with nullcontext() if mesh is None else jax.set_mesh(mesh):
-                result = _train(config, method, run_dir, manager, mesh, weights)
+                result = _train(config, method, run_dir, manager, mesh, begun)
             manager.wait()
             return result
         finally:
             manager.close()
+
+
+class _Begun(NamedTuple):
+    """What a run began with."""
+
+    weights: Any | None
+    others: Mapping[str, Any]
+    digest: str | None
+    """Of all this where checkpoints do not hold it; a resumed run must find the same."""
+
+
+def _begun(config: RunConfig, method: Method, *, resuming: bool) -> _Begun:
+    others = method.others() if config.other_models() else {}
+    if not config.lora.rank and not others:
+        return _Begun(None if resuming else method.weights(), others, None)
+    weights = method.weights()
+    # Random weights follow from the seed.
+    of_model = {"seed": np.asarray(config.seed)} if weights is None else weights if config.lora.rank else {}
+    return _Begun(weights, others, digest({"model": of_model, "others": dict(others)}))
 
 
 def _mesh(config: RunConfig) -> Mesh | None:
@@ -125,7 +150,7 @@ def _mesh(config: RunConfig) -> Mesh | None:
 
 
 def _train(
-    config: RunConfig, method: Method, run_dir: Path, manager: CheckpointManager, mesh: Mesh | None, weights: Any
+    config: RunConfig, method: Method, run_dir: Path, manager: CheckpointManager, mesh: Mesh | None, begun: _Begun
 ) -> RunResult:
     main, resuming = processes.is_main(), bool(manager.steps())
     if config.train_minutes is not None and resuming:
@@ -134,7 +159,7 @@ def _train(
     place = processes.BatchPlacer(config.objective().arrays, config.rows, config.seq_len, config.micro_batches)
     _show_budget(config, mesh, console)
     if resuming:
-        _check_resumable(config, manager, console)
+        _check_resumable(config, manager, console, begun.digest)
     method.prepare(run_dir, resuming=resuming)
     data = method.train_data(place.rows)
     with processes.StopRequest() as stop:
@@ -145,7 +170,7 @@ def _train(
                 return RunResult(run_dir, 0, config.steps, {})
             config = timed
         method.check_lasts(config.steps)
-        driver = _driver(config, method, manager, data, place, console, weights)
+        driver = _driver(config, method, manager, data, place, console, begun)
         found = driver.start(_Voice(console))
         if found is not None:
             _say_where(run_dir, driver.step, found.damaged, console)
@@ -163,19 +188,27 @@ def _train(
 
 
 def _driver(
-    config: RunConfig, method: Method, manager: CheckpointManager, data: Data | Experience, place: processes.BatchPlacer,
-    console: Console, weights: Any,
+    config: RunConfig, method: Method, manager: CheckpointManager, data: Data | Experience,
+    place: processes.BatchPlacer, console: Console, begun: _Begun,
 ) -> Driver:
     training = config.training()
+
+    def fresh() -> states.TrainState:
+        if begun.weights is None:
+            return training.random_state(config.seed)
+        return training.placed_state(begun.weights, begun.others)
+
     return Driver(
         Parts(
             step=processes.compiled_together(training.compiled_step()), data=data, place=place,
-            fresh=lambda: training.random_state(config.seed) if weights is None else training.placed_state(weights),
-            abstract=lambda: states.unstacked(training.abstract_state(), config.model),
-            pack=lambda state: states.unstacked(state, config.model),
-            unpack=lambda state: states.restacked(state, config.model),
+            fresh=fresh,
+            abstract=lambda: states.unstacked(training.stored(training.abstract_state()), config.model),
+            pack=lambda state: states.unstacked(training.stored(state), config.model),
+            unpack=lambda stored, kept: training.completed(states.restacked(stored, config.model), kept),
+            kept=training.kept, remade=lambda: training.remade(begun.weights, begun.others, config.seed),
             evaluate=_Evaluation(config, training, method, place, console), manager=manager,
-            config=recipe.to_plain(config), guard=config.guard,
+            config=recipe.to_plain(config) | ({} if begun.digest is None else {DIGEST: begun.digest}),
+            guard=config.guard,
         ),
         Pace(steps=config.steps, eval_every=config.eval_every, checkpoint_every=config.checkpoint_every),
     )
@@ -255,11 +288,18 @@ def _show_budget(config: RunConfig, mesh: Mesh | None, console: Console) -> None
         console.warn(str(error))
 
 
-def _check_resumable(config: RunConfig, manager: CheckpointManager, console: Console) -> None:
+def _check_resumable(
+    config: RunConfig, manager: CheckpointManager, console: Console, begun_with: str | None
+) -> None:
     saved = manager.latest_config()
     if saved is not None:
         for change in run_directory.check_resumable(config, saved, manager.steps()[0]):
             console.note(f"resuming with a changed setting: {change}")
+        if saved.get(DIGEST) != begun_with:
+            raise ValueError(
+                f"run_dir {config.run_dir} began with other weights than are there now, and its checkpoints do not "
+                "hold them; restore what it began with (init_from and the like), or choose a new run_dir"
+            )
 
 
 def _say_where(run_dir: Path, step: int, damaged: Mapping[int, str], console: Console) -> None:
@@ -291,7 +331,7 @@ class _Evaluation:
         sums: dict[str, float] = {}
         weight = 0.0
         for batch in self._batches:
-            part, count = self._evaluate((state.params, state.frozen), self._place(batch))
+            part, count = self._evaluate((state.params, state.frozen), self._place(batch), state.others)
             sums = {name: sums.get(name, 0.0) + float(x) for name, x in part.items()}
             weight += float(count)
         if not weight:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
@@ -41,22 +41,25 @@ class Guard:
 class TrainState:
     """All that an optimizer step changes, and the weights that it does not.
 
-    Both trees of weights are plain nested dicts; `merged` joins them. With `ModelConfig.scan_layers` repeated
-    layers are stacked, in `opt_state` too (`stacking.py`); `unstacked` gives the form of checkpoints.
+    Trees of weights are plain nested dicts. With `ModelConfig.scan_layers` repeated layers are stacked, in `opt_state`
+    too (`stacking.py`); `unstacked` gives the form of checkpoints.
     """
 
     params: Any
-    """Trainable weights."""
+    """Trainable weights: some of the model's, or an adapter (`adapters.trees`)."""
     frozen: Any
-    """The others: without gradient and moments. Only buffers change (`kinds.FeedForwardKind.buffers`)."""
+    """The model's others, with an adapter all of them: without gradient and moments. Only buffers change
+    (`kinds.FeedForwardKind.buffers`), and none beside an adapter."""
     opt_state: Any
     step: jax.Array
     """Batches seen, int32."""
     guard: Guard
+    others: Any = dataclasses.field(default_factory=dict)
+    """Weights of other models that the objective looks at, by name; they never change."""
 
     @property
     def weights(self) -> Any:
-        """All weights of the model, trainable and frozen."""
+        """All weights of the model, trainable and frozen; `Training.model_of` joins an adapter and its model."""
         return merged(self.params, self.frozen)
 
 
@@ -73,6 +76,14 @@ def divided(weights: Any, mask: Any) -> tuple[Any, Any]:
     if mask is True or mask is False:
         return ({}, weights) if mask else (weights, {})
     return _sorted_out({name: divided(weights[name], mask[name]) for name in weights})
+
+
+def without(tree: Any, mask: Any) -> Any:
+    """A tree without what stands in the place of True in a mask, which has all of its names."""
+    if not isinstance(mask, dict):
+        return {} if mask else tree
+    kept = {name: without(value, mask[name]) for name, value in tree.items()}
+    return {name: value for name, value in kept.items() if not isinstance(value, dict) or value}
 
 
 def parted(weights: Any, params: Any, frozen: Any) -> tuple[Any, Any]:
@@ -139,63 +150,93 @@ def _alike(*layers: bool) -> bool:
     return layers[0]
 
 
-def new_state(weights: Any, mask: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def new_state(params: Any, frozen: Any, optimizer: optax.GradientTransformation, others: Any = None) -> TrainState:
     """A fresh state around weights as a step holds them: optimizer moments at zero, step 0."""
-    params, frozen = divided(weights, mask)
     zero = jnp.zeros((), jnp.int32)
     guard = Guard(jnp.zeros((), jnp.float32), zero, zero + 0)
-    return TrainState(params, frozen, optimizer.init(params), zero + 0, guard)
+    return TrainState(params, frozen, optimizer.init(params), zero + 0, guard, others or {})
 
 
-def abstract_state(config: ModelConfig, mask: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """Shapes, dtypes and, over the mesh in use, layouts of a whole state, without making an array.
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """The models that a step holds, and how it holds their weights."""
+
+    model: ModelConfig
+    """The model that is trained."""
+    others: Mapping[str, ModelConfig] = dataclasses.field(default_factory=dict)
+    """Frozen ones beside it, by name."""
+    form: Callable[[Any], Any] = lambda weights: weights
+    """The trained model's weights, unstacked -> the form in which they are held, such as a narrow one; it can be traced
+    too."""
+
+
+Make = Callable[[Any, Any], Any]
+"""(weights, {name: weights of another model}), as a step holds them, arrays or traced -> what is made of them."""
+
+
+def abstract(held: Held, make: Make) -> Any:
+    """Shapes, dtypes and, over the mesh in use, layouts of what is made of weights, without making an array.
 
     Raises:
       ValueError: weights that do not divide over the mesh, all in one message.
     """
-    _, weights = abstract_model(config, stacked=config.scan_layers)
+
+    def weights(config: ModelConfig, form: Callable[[Any], Any]) -> Any:
+        def as_held(weights: Any) -> Any:
+            return stack_layers(form(weights), config) if config.scan_layers else form(weights)
+
+        shapes = jax.eval_shape(as_held, abstract_model(config)[1])
+        if spec() is None:
+            return shapes
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes,
+            shardings(shapes, param_axes(config, stacked=config.scan_layers)),
+        )
+
+    others = {name: weights(config, lambda w: w) for name, config in held.others.items()}
+    made = jax.eval_shape(make, weights(held.model, held.form), others)
     if spec() is None:
-        return jax.eval_shape(lambda weights: new_state(weights, mask, optimizer), weights)
+        return made
     mesh = jax.sharding.get_mesh()
-    weights = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), weights,
-        shardings(weights, param_axes(config, stacked=config.scan_layers)),
-    )
-    state = jax.eval_shape(lambda weights: new_state(weights, mask, optimizer), weights)
 
     def leaf(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:  # What eval_shape says lies on the abstract mesh.
         layout = P() if x.sharding is None else x.sharding.spec
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, layout))
 
-    return jax.tree.map(leaf, state)
+    return jax.tree.map(leaf, made)
 
 
-def random_state(config: ModelConfig, mask: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """A fresh state with random weights, made where it lies over the mesh in use; the same numbers on any mesh."""
+def of_random(held: Held, make: Make, seed: int) -> Any:
+    """What is made of random weights, where it lies over the mesh in use; the same numbers on any mesh."""
 
-    def init() -> TrainState:
-        weights = nnx.to_pure_dict(nnx.split(LFM(config, rngs=nnx.Rngs(seed)), nnx.Param)[1])
-        return new_state(stack_layers(weights, config) if config.scan_layers else weights, mask, optimizer)
+    def weights(config: ModelConfig, form: Callable[[Any], Any]) -> Any:
+        made = form(nnx.to_pure_dict(nnx.split(LFM(config, rngs=nnx.Rngs(seed)), nnx.Param)[1]))
+        return stack_layers(made, config) if config.scan_layers else made
+
+    def init() -> Any:
+        return make(weights(held.model, held.form),
+                    {name: weights(config, lambda w: w) for name, config in held.others.items()})
 
     if spec() is None:
         return jax.jit(init)()
     # Inside, the compiler lays out: each device makes its own part of each matrix only.
-    layout = jax.tree.map(lambda x: x.sharding.spec, abstract_state(config, mask, optimizer))
+    layout = jax.tree.map(lambda x: x.sharding.spec, abstract(held, make))
     return jax.jit(jax.sharding.auto_axes(init, out_sharding=layout))()
 
 
-def placed_state(
-    weights: Any, config: ModelConfig, mask: Any, optimizer: optax.GradientTransformation
-) -> TrainState:
-    """A fresh state around given weights (whole arrays, unstacked), laid out over the mesh in use."""
+def of_given(held: Held, make: Make, weights: Any, others: Mapping[str, Any]) -> Any:
+    """What is made of given weights (whole arrays, unstacked), laid out over the mesh in use."""
+    configs = {"": held.model, **held.others}
+    given = {"": held.form(weights), **others}
     if spec() is not None:
-        weights = jax.device_put(weights, shardings(weights, param_axes(config)))
+        given = {name: jax.device_put(w, shardings(w, param_axes(configs[name]))) for name, w in given.items()}
 
-    def init(weights: Any) -> TrainState:
-        return new_state(stack_layers(weights, config) if config.scan_layers else weights, mask, optimizer)
+    def init(given: Any) -> Any:
+        parts = {name: stack_layers(w, configs[name]) if configs[name].scan_layers else w for name, w in given.items()}
+        return make(parts.pop(""), parts)
 
-    layout = jax.tree.map(lambda x: x.sharding, abstract_state(config, mask, optimizer))
-    return jax.jit(init, out_shardings=layout)(weights)
+    layout = jax.tree.map(lambda x: x.sharding, abstract(held, make))
+    return jax.jit(init, out_shardings=layout)(given)
 
 
 def unstacked(state: TrainState, config: ModelConfig) -> TrainState:

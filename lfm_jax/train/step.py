@@ -9,7 +9,7 @@ Dimensions: A micro-batches, B rows, T time.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -20,17 +20,24 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lfm_jax.adapters.config import LoRAConfig
+from lfm_jax.adapters.trees import adapt, init_adapter
 from lfm_jax.config import ModelConfig
 from lfm_jax.kinds import FEED_FORWARDS
 from lfm_jax.model import LFM, Aux, abstract_model
 from lfm_jax.problems import raise_problems
+from lfm_jax.quant.model import keeper, quantize_params
 from lfm_jax.sharding import is_sharded, spec, spec_of
 from lfm_jax.stacking import sharing, unit_layers
 from lfm_jax.train import state as states
-from lfm_jax.train.objective import DeviceBatch, Metrics, Objective
+from lfm_jax.train.objective import DeviceBatch, Metrics, Objective, Terms, others_of
 from lfm_jax.train.rounding import rounded_weights
 from lfm_jax.train.state import Guard, TrainState
 
+BASE = "reference"
+"""The name under which an objective finds the trained model without its adapter."""
+_INIT, _DROPOUT = 0, 1
+"""What keys are for."""
 GUARD_MEMORY = 0.98
 """Weight of the past in `Guard.mean_norm`: about 50 updates."""
 
@@ -67,17 +74,49 @@ class GuardConfig:
 class Training:
     """What is trained and how: enough to make its state, compile its step and plan it.
 
+    With `lora` an adapter is trained beside the weights, all of which are frozen and, with `lora.quantize`, narrow:
+    `TrainState.params` is the adapter, `frozen` the model.
+
     Raises:
-      ValueError: while it is used: `freeze` does not fit the model.
+      ValueError: `lora` does not go with something else, or the objective looks at a model that is not there. While it
+        is used: `freeze` or `lora` do not fit the model.
     """
 
     model: ModelConfig
     objective: Objective
     optimizer: optax.GradientTransformation
+    """With `lora` an adapter's (`adapters.trees.adapter_traits`)."""
     micro_batches: int = 1
     guard: GuardConfig = GuardConfig()
     freeze: tuple[str, ...] = ()
-    """Shell patterns over names of weights that are not trained (`state.frozen_mask`)."""
+    """Shell patterns over names of weights that are not trained (`state.frozen_mask`), nor have an adapter."""
+    lora: LoRAConfig | None = None
+    seed: int = 0
+    """Of a new adapter and of what its dropout drops."""
+    others: Mapping[str, ModelConfig] = dataclasses.field(default_factory=dict, hash=False)
+    """Frozen models that the objective looks at (`Objective`), by name. With `lora` there is a `reference` without any:
+    the trained model without its adapter."""
+
+    def __post_init__(self) -> None:
+        raise_problems("this training is not possible", self.problems())
+
+    def problems(self) -> list[str]:
+        """A line for each thing that does not go together."""
+        problems = []
+        there = {*self.others} | ({BASE} if self.lora is not None else set())
+        if missing := [name for name in others_of(self.objective) if name not in there]:
+            problems.append(f"the objective looks at other models, {', '.join(missing)}, which the run does not have")
+        if self.lora is not None and self.model.quantize:
+            problems.append("model.quantize rounds weights that are trained, and lora trains none of them; leave "
+                            "model.quantize out, or train without lora (lora.quantize keeps frozen weights narrow)")
+        if self.lora is not None and self.lora.quantize:
+            try:
+                keeper(self.model, self.lora.quantize)
+            except ValueError as error:
+                problems.append(f"lora.quantize: {error}")
+        if self.lora is not None and self.model.expert_bias_rate:
+            problems.append("model.expert_bias_rate changes a buffer, and lora leaves the model as it is; set it to 0")
+        return problems
 
     # ---------------------------------------------------------------- state
 
@@ -86,21 +125,69 @@ class Training:
         """True at each frozen weight."""
         return states.frozen_mask(self.model, self.freeze)
 
-    def new_state(self, weights: Any) -> TrainState:
-        """A fresh state around weights as a step holds them (`ModelConfig.scan_layers`: stacked)."""
-        return states.new_state(weights, self.mask, self.optimizer)
+    def new_state(self, weights: Any, others: Mapping[str, Any] | None = None) -> TrainState:
+        """A fresh state around weights as a step holds them (`ModelConfig.scan_layers`: stacked; `lora.quantize`:
+        narrow)."""
+        return states.new_state(*self._divided(weights), self.optimizer, others)
 
     def abstract_state(self) -> TrainState:
-        """Shapes, dtypes and layouts over the mesh in use; see `state.abstract_state`."""
-        return states.abstract_state(self.model, self.mask, self.optimizer)
+        """Shapes, dtypes and layouts over the mesh in use; see `state.abstract`."""
+        return states.abstract(self._held, self.new_state)
 
     def random_state(self, seed: int) -> TrainState:
-        """A fresh state with random weights, laid out over the mesh in use."""
-        return states.random_state(self.model, self.mask, self.optimizer, seed)
+        """A fresh state with random weights, laid out over the mesh in use; an adapter follows from `self.seed`."""
+        return states.of_random(self._held, self.new_state, seed)
 
-    def placed_state(self, weights: Any) -> TrainState:
-        """A fresh state around given weights (whole arrays, unstacked), laid out over the mesh in use."""
-        return states.placed_state(weights, self.model, self.mask, self.optimizer)
+    def placed_state(self, weights: Any, others: Mapping[str, Any] | None = None) -> TrainState:
+        """A fresh state around given weights and those of `others` (whole arrays, unstacked), laid out over the mesh in
+        use."""
+        return states.of_given(self._held, self.new_state, weights, others or {})
+
+    def _divided(self, weights: Any) -> tuple[Any, Any]:
+        """(params, frozen) of a new state."""
+        if self.lora is None:
+            return states.divided(weights, self.mask)
+        key = jax.random.fold_in(jax.random.key(self.seed), _INIT)
+        made = init_adapter(self.model, self.lora, key, stacked=self.model.scan_layers)
+        params = states.without(made, self.mask)
+        if not params:
+            raise ValueError(f"freeze {list(self.freeze)} leaves no adapter to train; name fewer weights")
+        return params, weights
+
+    @property
+    def _held(self) -> states.Held:
+        form = self.lora.quantize if self.lora is not None else ""
+        if not form:
+            return states.Held(self.model, self.others)
+        return states.Held(self.model, self.others, lambda weights: quantize_params(
+            jax.tree.map(lambda w: w, weights), self.model, form))  # Other dicts, which it empties.
+
+    # ---------------------------------------------------------------- what checkpoints leave out
+
+    def stored(self, state: TrainState) -> TrainState:
+        """The part of a state that checkpoints hold: without `others`, and beside an adapter without the model, which
+        are made again from what the run began with."""
+        return dataclasses.replace(state, frozen=state.frozen if self.lora is None else {}, others={})
+
+    def kept(self, state: TrainState) -> tuple[Any, Any]:
+        """The part of a state that `stored` leaves out, for `completed`."""
+        return ({} if self.lora is None else state.frozen), state.others
+
+    def completed(self, stored: TrainState, kept: tuple[Any, Any]) -> TrainState:
+        """The state of its two parts."""
+        frozen, others = kept
+        return dataclasses.replace(stored, frozen=stored.frozen if self.lora is None else frozen, others=others)
+
+    def remade(self, weights: Any | None, others: Mapping[str, Any], seed: int) -> tuple[Any, Any]:
+        """What `kept` says of the state that a run begins with: that of `placed_state`, or of `random_state` where
+        weights are None."""
+
+        def make(weights: Any, others: Any) -> tuple[Any, Any]:
+            return ({} if self.lora is None else weights), others
+
+        if weights is None:
+            return states.of_random(self._held, make, seed)
+        return states.of_given(self._held, make, weights, others)
 
     def abstract_batch(self, B: int, T: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and layouts of a batch over the mesh in use."""
@@ -124,17 +211,44 @@ class Training:
         """The step jitted, the old state donated."""
         return jax.jit(self.step, donate_argnums=0)
 
-    def evaluate(self, weights: tuple[Any, Any], batch: DeviceBatch) -> tuple[Metrics, jax.Array]:
-        """(sums, weight) of the objective over a batch; `weights` are the (params, frozen) of a state."""
-        terms = self.objective(self.model_of(*weights), batch)
+    def evaluate(
+        self, weights: tuple[Any, Any], batch: DeviceBatch, others: Mapping[str, Any] | None = None
+    ) -> tuple[Metrics, jax.Array]:
+        """(sums, weight) of the objective over a batch; `weights` are the (params, frozen) of a state, `others` its."""
+        terms = self.terms(*weights, others or {}, batch, None)
         return terms.sums, self.objective.weight(batch)
 
-    def compiled_evaluate(self) -> Callable[[tuple[Any, Any], DeviceBatch], tuple[Metrics, jax.Array]]:
+    def compiled_evaluate(self) -> Callable[..., tuple[Metrics, jax.Array]]:
         return jax.jit(self.evaluate)
 
-    def model_of(self, params: Any, frozen: Any) -> LFM:
-        """The model that a step computes with (`ModelConfig.quantize`)."""
-        return nnx.merge(self.graphdef, rounded_weights(self.model, states.merged(params, frozen)))
+    def terms(self, params: Any, frozen: Any, others: Mapping[str, Any], batch: DeviceBatch, key: Any) -> Terms:
+        """The objective over a batch; `key` is that of dropout, or None."""
+        model, names = self.model_of(params, frozen, key), others_of(self.objective)
+        if not names:
+            return self.objective(model, batch)
+        return self.objective(model, batch, {name: self._other(name, frozen, others) for name in names})
+
+    def model_of(self, params: Any, frozen: Any, key: jax.Array | None = None) -> LFM:
+        """The model that a step computes with: rounded (`ModelConfig.quantize`), or with its adapter, whose inputs are
+        dropped by `key`."""
+        if self.lora is None:
+            weights = rounded_weights(self.model, states.merged(params, frozen))
+        else:
+            weights = adapt(self.model, self.lora, frozen, params, key=key, stacked=self.model.scan_layers)
+        return nnx.merge(self.graphdef, weights)
+
+    def _other(self, name: str, frozen: Any, others: Mapping[str, Any]) -> LFM:
+        if name not in self.others:  # The one without its adapter.
+            return nnx.merge(self.graphdef, frozen)
+        config = self.others[name]
+        return nnx.merge(abstract_model(config, stacked=config.scan_layers)[0], others[name])
+
+    def dropout_keys(self, step: jax.Array) -> jax.Array | None:
+        """A key for each micro-batch of a step, which follow from seed and step; None without dropout."""
+        if self.lora is None or not self.lora.dropout:
+            return None
+        key = jax.random.fold_in(jax.random.key(self.seed), _DROPOUT)
+        return jax.random.split(jax.random.fold_in(key, step), self.micro_batches)
 
     @cached_property
     def graphdef(self) -> nnx.GraphDef:
@@ -167,29 +281,31 @@ def train_step(training: Training, state: TrainState, batch: DeviceBatch) -> tup
 
     tokens = jnp.asarray(objective.real_tokens(batch), jnp.float32)
 
-    def scaled(params: Any, part: DeviceBatch) -> tuple[jax.Array, tuple[Metrics, Aux, Metrics]]:
-        terms = objective(training.model_of(params, state.frozen), part)
+    def scaled(params: Any, part: DeviceBatch, key: Any) -> tuple[jax.Array, tuple[Metrics, Aux, Metrics]]:
+        terms = training.terms(params, state.frozen, state.others, part, key)
         total, of_layers = scale * terms.total, terms.aux.loss
         if of_layers is not None:
             total += of_layers / jnp.maximum(tokens, 1.0)
         return total, ({name: scale * x for name, x in terms.sums.items()}, terms.aux, dict(terms.largest))
 
     grad_fn = jax.grad(scaled, has_aux=True)
+    keys = training.dropout_keys(state.step)
+    first = None if keys is None else keys[0]
     if micro_batches == 1:
-        grads, (means, aux, largest) = grad_fn(state.params, batch)
+        grads, (means, aux, largest) = grad_fn(state.params, batch, first)
     else:
 
-        def add(carry: Any, part: DeviceBatch) -> tuple[Any, None]:
-            (sums, largest), (grads, (means, aux, others)) = carry, grad_fn(state.params, part)
+        def add(carry: Any, part: tuple[DeviceBatch, Any]) -> tuple[Any, None]:
+            (sums, largest), (grads, (means, aux, more)) = carry, grad_fn(state.params, *part)
             sums = jax.tree.map(jnp.add, sums, (grads, means, aux))
-            return (sums, jax.tree.map(jnp.maximum, largest, others)), None
+            return (sums, jax.tree.map(jnp.maximum, largest, more)), None
 
         parts = jax.tree.map(lambda x: _split_rows(x, micro_batches), dict(batch))
-        *sums, largest = jax.eval_shape(grad_fn, state.params, jax.tree.map(lambda x: x[0], parts))[1]
+        *sums, largest = jax.eval_shape(grad_fn, state.params, jax.tree.map(lambda x: x[0], parts), first)[1]
         # Sums in float32, whatever the parameters are kept in.
         zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (state.params, *sums))
         least = jax.tree.map(lambda x: jnp.full_like(x, -jnp.inf), largest)
-        ((grads, means, aux), largest), _ = jax.lax.scan(add, (zeros, least), parts)
+        ((grads, means, aux), largest), _ = jax.lax.scan(add, (zeros, least), (parts, keys))
     squares = _squares_by_kind(training.model, grads)
     norm = jnp.sqrt(sum(squares.values()))
     grads = jax.tree.map(lambda grad, w: grad.astype(w.dtype), grads, state.params)
@@ -209,9 +325,10 @@ def train_step(training: Training, state: TrainState, batch: DeviceBatch) -> tup
     metrics |= {f"act_norm/{kind}": jnp.sqrt(square / jnp.maximum(tokens, 1.0)) for kind, square in aux.squares.items()}
     reports = {name: x / jnp.maximum(tokens, 1.0) for name, x in aux.reports.items()}
     metrics |= _of_reports(training.model, reports)
+    frozen = state.frozen if training.lora is not None else _with_rules(training.model, state.frozen, reports, ok)
     new = dataclasses.replace(
-        state, params=params, frozen=_with_rules(training.model, state.frozen, reports, ok), opt_state=opt_state,
-        step=state.step + 1, guard=Guard(mean_norm, made, in_row),
+        state, params=params, frozen=frozen, opt_state=opt_state, step=state.step + 1,
+        guard=Guard(mean_norm, made, in_row),
     )
     return new, metrics
 
