@@ -52,23 +52,33 @@ class Chat(NamedTuple):
 
 
 def read_chats(files: Sequence[SourceFile], ignore: Sequence[str], problems: list[str]) -> list[Chat]:
-    """Reads and checks all chats of some files, in their order; empty lines are passed over.
+    """Reads and checks all chats of some files, in their order; see `read_records`."""
+    return read_records(files, ignore, problems, _chat)
+
+
+def read_records[R](
+    files: Sequence[SourceFile], ignore: Sequence[str], problems: list[str],
+    made: Callable[[Mapping[str, Any], Path, int], R],
+) -> list[R]:
+    """What is made of each object in some files, in their order; empty lines are passed over.
 
     Args:
-      ignore: keys of records that are left out.
+      ignore: keys of objects that are left out.
       problems: gets a line for each file or line that cannot be used.
+      made: of an object without nulls, the path of its file and its line; raises ValueError.
     """
-    chats = []
+    records = []
     for file in files:
         try:
             for line, raw in _lines(file.path):
                 try:
-                    chats.append(_chat(_parsed(raw), ignore, file.path, line))
+                    parsed = {key: x for key, x in _parsed(raw).items() if x is not None and key not in ignore}
+                    records.append(made(parsed, file.path, line))
                 except ValueError as error:
                     problems.append(f"{file.path}, line {line}: {error}")
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             problems.append(f"{file.path}: cannot be read ({getattr(error, 'strerror', None) or error})")
-    return chats
+    return records
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -93,32 +103,38 @@ def _parsed(raw: bytes) -> Mapping[str, Any]:
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     if not isinstance(value, dict):
-        raise ValueError(f"it is {_short(value)}; expected an object with messages, or with prompt and completion")
+        raise ValueError(f"it is {_short(value)}; expected an object, such as one with messages")
     return value
 
 
-def _chat(record: Mapping[str, Any], ignore: Sequence[str], path: Path, line: int) -> Chat:
-    record = {key: value for key, value in record.items() if value is not None and key not in ignore}
+def _chat(record: Mapping[str, Any], path: Path, line: int) -> Chat:
     if "messages" in record:
-        _check_keys(record, ("messages", "tools"), "name it in data.ignore if it may be left out")
-        messages, prompt = _messages("messages", record["messages"]), 0
+        check_keys(record, ("messages", "tools"))
+        messages, prompt = messages_of("messages", record["messages"]), 0
     elif "prompt" in record and "completion" in record:
-        _check_keys(record, ("prompt", "completion", "tools"), "name it in data.ignore if it may be left out")
-        given = _messages("prompt", record["prompt"], role="user")
-        answer = _messages("completion", record["completion"], role="assistant")
+        check_keys(record, ("prompt", "completion", "tools"))
+        given = messages_of("prompt", record["prompt"], role="user")
+        answer = messages_of("completion", record["completion"], role="assistant")
         if answer[0]["role"] != "assistant":
             raise ValueError(f"the completion begins with the role {answer[0]['role']}; it must be the assistant's")
         messages, prompt = [*given, *answer], len(given)
     else:
         keys = ", ".join(map(repr, record)) or "none"
         raise ValueError(f"its keys are {keys}; expected messages, or prompt and completion")
-    _check_order(messages)
+    check_order(messages)
     if not any(message["role"] == "assistant" for message in messages[prompt:]):
         raise ValueError("it has no message of the assistant, so that nothing is learnt from it; drop the line")
-    return Chat(messages, _tools(record.get("tools")), prompt, path, line)
+    return Chat(messages, tools_of(record.get("tools")), prompt, path, line)
 
 
-def _check_keys(given: Mapping[str, Any], known: Sequence[str], advice: str) -> None:
+def check_keys(
+    given: Mapping[str, Any], known: Sequence[str], advice: str = "name it in data.ignore if it may be left out"
+) -> None:
+    """Refuses a key that is not known.
+
+    Raises:
+      ValueError: names it and the nearest.
+    """
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -126,7 +142,12 @@ def _check_keys(given: Mapping[str, Any], known: Sequence[str], advice: str) -> 
             raise ValueError(f"the key {key!r} is not known{nearest} ({advice})")
 
 
-def _messages(name: str, value: Any, role: str | None = None) -> list[dict[str, Any]]:
+def messages_of(name: str, value: Any, role: str | None = None) -> list[dict[str, Any]]:
+    """The messages of a field, checked one by one; a text is one message of `role`, where that is given.
+
+    Raises:
+      ValueError: it holds no messages.
+    """
     if role is not None and isinstance(value, str):
         return [{"role": role, "content": value}]
     if not isinstance(value, list) or not value:
@@ -144,7 +165,7 @@ def _message(given: Any) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise ValueError(f"it is {_short(given)}; expected an object with role and content")
     message = {key: value for key, value in given.items() if value is not None}
-    _check_keys(message, _MESSAGE, "take it out of the message")
+    check_keys(message, _MESSAGE, "take it out of the message")
     role, calls = message.get("role"), message.get("tool_calls")
     if role not in _ROLES:
         raise ValueError(f"its role is {_short(role)}; expected {', '.join(_ROLES)}")
@@ -179,9 +200,9 @@ def _content(content: Any) -> str:
 def _call(given: Any) -> dict[str, Any]:
     if not isinstance(given, dict) or not isinstance(given.get("function"), dict):
         raise ValueError(f'its call is {_short(given)}; expected {{"function": {{"name": ..., "arguments": ...}}}}')
-    _check_keys(given, _CALL, "take it out of the call")
+    check_keys(given, _CALL, "take it out of the call")
     function = given["function"]
-    _check_keys(function, _FUNCTION, "take it out of the function")
+    check_keys(function, _FUNCTION, "take it out of the function")
     name, arguments = function.get("name"), function.get("arguments")
     if not isinstance(name, str) or not name:
         raise ValueError(f"its call has the name {_short(name)}; expected a text")
@@ -195,7 +216,12 @@ def _call(given: Any) -> dict[str, Any]:
     return dict(given) | {"function": {"name": name, "arguments": arguments}}
 
 
-def _tools(tools: Any) -> list[dict[str, Any]] | None:
+def tools_of(tools: Any) -> list[dict[str, Any]] | None:
+    """The tools of a chat; None where there are none.
+
+    Raises:
+      ValueError: they are no list of tools.
+    """
     if tools is None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -207,7 +233,7 @@ def _tools(tools: Any) -> list[dict[str, Any]] | None:
     return tools or None
 
 
-def _check_order(messages: Sequence[Mapping[str, Any]]) -> None:
+def check_order(messages: Sequence[Mapping[str, Any]]) -> None:
     """The order that a chat has where the assistant answers and tools answer its calls.
 
     Raises:

@@ -13,11 +13,13 @@ from lfm_jax.config import ModelConfig
 from lfm_jax.data.config import ChatData
 from lfm_jax.data.sources import contains
 from lfm_jax.loading import model_config
+from lfm_jax.post.grpo_config import GRPOConfig
 from lfm_jax.post.methods import METHODS, MethodName
 from lfm_jax.train.config import RunConfig
 from lfm_jax.train.launch import Launch
-from lfm_jax.train.objective import Objective
+from lfm_jax.train.objective import Objective, others_of
 from lfm_jax.train.optimizer import OptimizerConfig
+from lfm_jax.train.step import BASE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class TuneConfig(RunConfig):
     least_steps: ClassVar[int] = 0
 
     method: MethodName = "sft"
-    """sft: supervised fine-tuning on chats."""
+    """sft: supervised fine-tuning on chats. grpo: reinforcement learning with rewards on answers to prompts."""
     init_from: str
     """The model to begin with: a Hugging Face directory, the directory of a run, a GGUF file, or a Hub id
     (OWNER/NAME or OWNER/NAME@REVISION)."""
@@ -46,6 +48,8 @@ class TuneConfig(RunConfig):
         peak_lr=5e-5, schedule="cosine", warmup_steps=0, warmup_fraction=0.1, weight_decay=0.0))
     loss_chunk: int = 512
     """Tokens whose logits are in memory at one time."""
+    grpo: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
+    """For method grpo."""
 
     @classmethod
     def of(cls, init_from: str, *, model: Mapping[str, Any] | None = None, **fields: Any) -> Self:
@@ -76,10 +80,17 @@ class TuneConfig(RunConfig):
     def objective(self) -> Objective:
         return METHODS[self.method].objective(self)
 
+    def other_models(self) -> Mapping[str, ModelConfig]:
+        """The model of `init_from` as it was, where the objective looks at it; beside an adapter it is there anyway."""
+        wanted = self.method in METHODS and BASE in others_of(self.objective()) and not self.lora.rank
+        return {BASE: self.model.replace(quantize="")} if wanted else {}
+
     def problems(self) -> list[str]:
         problems = super().problems()
         if self.method not in METHODS:
             problems.append(f"method is {self.method!r}; choose one of {', '.join(METHODS)}")
+        else:
+            problems += METHODS[self.method].problems(self)
         if not self.init_from:
             problems.append("init_from is empty; name the model to begin with")
         if not self.epochs > 0:

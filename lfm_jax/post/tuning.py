@@ -16,7 +16,7 @@ from lfm_jax.text.codec import check_tokenizer
 from lfm_jax.text.tokenizer import TOKENIZER_FILE, load_tokenizer
 from lfm_jax.train import processes
 from lfm_jax.train.checkpoint import has_checkpoint
-from lfm_jax.train.driver import Data
+from lfm_jax.train.driver import Data, Experience
 
 if TYPE_CHECKING:
     from lfm_jax.post.config import TuneConfig
@@ -63,11 +63,15 @@ class Tuning(abc.ABC):
     def weights(self) -> Any:
         return init_from.weights(self._config.init_from, self._config.model)
 
+    def others(self) -> Mapping[str, Any]:
+        return {name: init_from.weights(self._config.init_from, model)
+                for name, model in self._config.other_models().items()}
+
     @abc.abstractmethod
     def check_lasts(self, steps: int) -> None: ...
 
     @abc.abstractmethod
-    def train_data(self, rows: np.ndarray | None) -> Data: ...
+    def train_data(self, rows: np.ndarray | None) -> Data | Experience: ...
 
     @abc.abstractmethod
     def heldout(self) -> Iterable[Mapping[str, np.ndarray]]: ...

@@ -70,7 +70,7 @@ def test_files_lie_in_directories_packed_or_not(tmp_path):
 
 BAD = {
     '{"messages": [': "not JSON",
-    '"hi"': "expected an object with messages",
+    '"hi"': "expected an object, such as one with messages",
     '{"text": "hi"}': "its keys are 'text'; expected messages, or prompt and completion",
     '{"prompt": "hi"}': "expected messages, or prompt and completion",
     '{"messages": [], "tools": []}': r"messages is \[\]; expected a list of messages",
