@@ -104,7 +104,7 @@ def score_chunk(
     hidden_CD: jax.Array, table_VD: jax.Array | WeightKind, targets_C: jax.Array, vocab: str | None,
     temperature: float = 1.0,
 ) -> Chunk:
-    """Logits, divided by the temperature, and normaliser; `vocab` is the mesh axis that the vocabulary is split over."""
+    """Logits over the temperature, and normaliser; `vocab` is the mesh axis that the vocabulary is split over."""
     logits_CV = linear(hidden_CD, table_VD, dtype="float32", impl="dot")
     if temperature != 1:
         logits_CV = logits_CV / temperature

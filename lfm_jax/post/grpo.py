@@ -116,7 +116,7 @@ def grpo_problems(config: TuneConfig) -> list[str]:
     if not grpo.rewards:
         problems.append(f"grpo.rewards is empty; name some of {', '.join(REWARDS)}, or a function of your own")
     if answers % grpo.generations:
-        problems.append(f"data.batch_size {data.batch_size} times grpo.updates {grpo.updates} answers are not groups of "
+        problems.append(f"data.batch_size {data.batch_size} times grpo.updates {grpo.updates} answers are no groups of "
                         f"grpo.generations {grpo.generations}; choose numbers that divide")
     if min(grpo.slots, answers) < grpo.generations:
         problems.append(f"grpo.slots is {grpo.slots}; it must be at least grpo.generations {grpo.generations}")
@@ -160,7 +160,7 @@ class GRPO(Tuning):
         self._examples = [example for example in found if example is not None and len(example.ids) <= longest]
         self._dropped = len(prompts) - len(self._examples)
         if not self._examples:
-            raise ValueError(f"sources {list(config.data.sources)}: of {len(prompts)} prompts none has at most {longest} "
+            raise ValueError(f"sources {list(config.data.sources)}: none of {len(prompts)} prompts has at most {longest} "
                              "tokens (data.seq_len less grpo.max_new_tokens); name files with prompts, or raise "
                              "data.seq_len")
         digest = hashlib.blake2b(digest_size=16)
@@ -185,13 +185,16 @@ class GRPO(Tuning):
         """Asks the rewards that come with the package of every prompt, and those of others, which may be slow, of one:
         what they miss in it must not end a run after hours."""
         built_in = [name for name in self._config.grpo.rewards if name in REWARDS]
-        of_all = Rewards(dict.fromkeys(built_in, 1.0)) if built_in else None
+        of_all = Rewards(dict.fromkeys(built_in, 1.0)) if built_in else self._rewards
+        own = len(built_in) < len(self._config.grpo.rewards)
         for i, prompt in enumerate(prompts):
-            for rewards in (of_all, self._rewards if i == 0 and len(built_in) < len(self._config.grpo.rewards) else None):
-                try:
-                    _ = rewards and rewards("", _judged(prompt))
-                except ValueError as error:
-                    problems.append(f"{prompt}: {error}")
+            try:
+                if i == 0 and own:
+                    self._rewards("", _judged(prompt))
+                elif built_in:
+                    of_all("", _judged(prompt))
+            except ValueError as error:
+                problems.append(f"{prompt}: {error}")
 
     def steps(self) -> int:
         prompts = self._config.data.batch_size * self._config.grpo.updates // self._config.grpo.generations
@@ -212,7 +215,9 @@ class GRPO(Tuning):
     def heldout(self) -> Iterable[Mapping[str, np.ndarray]]:
         return ()
 
-    def measured(self, sums: Mapping[str, float], weight: float, *, all_batches: bool) -> tuple[dict[str, float], str]:
+    def measured(
+        self, sums: Mapping[str, float], weight: float, *, all_batches: bool
+    ) -> tuple[dict[str, float], str]:
         """Nothing is."""
         raise NotImplementedError
 
@@ -226,7 +231,7 @@ def _dated(template: str | None, date: str | None) -> dict[str, Any]:
     if date is not None:
         return {"strftime_now": datetime.fromisoformat(date).strftime}
     if "strftime_now" in compiled_template(template or DEFAULT_TEMPLATE)[1]:
-        raise ValueError("the chat template writes the date, and a run must not ask another question each day; name one "
+        raise ValueError("the chat template writes the date, and a run must not ask other questions each day; name one "
                          "in data.date, such as 2026-01-31")
     return {}
 

@@ -78,19 +78,20 @@ class GRPOConfig:
         if not 0 <= self.beta < math.inf:
             problems.append(f"beta is {self.beta}; it must not be negative")
         if self.normalisation not in get_args(Normalisation):
-            problems.append(f"normalisation is {self.normalisation!r}; choose one of {', '.join(get_args(Normalisation))}")
+            problems.append(f"normalisation is {self.normalisation!r}; choose one of "
+                            f"{', '.join(get_args(Normalisation))}")
         raise_problems("GRPOConfig is not valid", problems + self._sampling_problems())
 
     def _sampling_problems(self) -> list[str]:
         """What stands against the ratio of two models' probabilities of a token."""
         problems = []
         if not self.sampling.temperature > 0:
-            problems.append(f"sampling.temperature is {self.sampling.temperature}; it must be above 0: all greedy answers "
-                            "to a prompt are the same")
+            problems.append(f"sampling.temperature is {self.sampling.temperature}; it must be above 0, since greedy "
+                            "answers to a prompt are all the same")
         for name in ("top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"):
             if getattr(self.sampling, name) != getattr(_AS_SAMPLED, name):
-                problems.append(f"sampling.{name} is {getattr(self.sampling, name)}; leave it out: a token counts by its "
-                                "probability in the whole distribution that it was drawn from, and the trainer makes "
+                problems.append(f"sampling.{name} is {getattr(self.sampling, name)}; leave it out: a token counts "
+                                "by its probability in the distribution that it was drawn from, and the trainer makes "
                                 "that from logits and temperature alone")
         if self.sampling.seed != _AS_SAMPLED.seed:
             problems.append("sampling.seed is set; answers follow from data.seed")

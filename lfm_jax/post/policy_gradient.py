@@ -36,8 +36,8 @@ class PolicyGradientSums(NamedTuple):
     total: jax.Array
     """What to differentiate."""
     sums: dict[str, jax.Array]
-    """`loss`; `ratio` of policy to behaviour and `mismatch`, its |logarithm|; `clipped_low` and `clipped_high`, the tokens
-    whose ratio left the bounds the way that their advantage asks for; `behaviour_kl` and, with a reference,
+    """`loss`; `ratio` of policy to behaviour and `mismatch`, its |logarithm|; `clipped_low` and `clipped_high`, the
+    tokens whose ratio left the bounds the way that their advantage asks for; `behaviour_kl` and, with a reference,
     `reference_kl`: estimates of KL(behaviour || policy) and KL(policy || reference). With `constant`, all but the loss
     are means over an answer."""
     largest_log_ratio: jax.Array

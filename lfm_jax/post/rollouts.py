@@ -188,7 +188,8 @@ class Rollouts:
 
     def _seed(self, place: int) -> int:
         """Of the group at a place of a rollout; its answers have the seeds from there on."""
-        return int(np.random.SeedSequence([self._config.data.seed, _SAMPLING, self._rollouts, place]).generate_state(1)[0])
+        numbers = np.random.SeedSequence([self._config.data.seed, _SAMPLING, self._rollouts, place])
+        return int(numbers.generate_state(1)[0])
 
     def _rewarded(self, example: Example, answer: Continuation) -> Rewarded:
         whole = text = self._text(answer)

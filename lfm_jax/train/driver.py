@@ -243,7 +243,7 @@ class Driver:
         with self._watch.dispatching(self.step + 1):
             self.state, metrics = self.parts.step(self.state, batch)
         self.step += 1
-        metrics = metrics | reports
+        metrics = {**metrics, **reports}
         self._pending.append((self.step, metrics, self._watch.dispatched(self.step, metrics)))
 
     def _fetch(self, keep: int) -> bool:
