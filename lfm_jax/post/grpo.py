@@ -160,9 +160,8 @@ class GRPO(Tuning):
         self._examples = [example for example in found if example is not None and len(example.ids) <= longest]
         self._dropped = len(prompts) - len(self._examples)
         if not self._examples:
-            raise ValueError(f"sources {list(config.data.sources)}: none of {len(prompts)} prompts has at most {longest} "
-                             "tokens (data.seq_len less grpo.max_new_tokens); name files with prompts, or raise "
-                             "data.seq_len")
+            raise ValueError(f"sources {list(config.data.sources)}: none of {len(prompts)} prompts has at most "
+                             f"{longest} tokens (data.seq_len less grpo.max_new_tokens); name other files, or raise data.seq_len")
         digest = hashlib.blake2b(digest_size=16)
         for example in self._examples:
             judged = {key: x for key, x in example.judged.items() if key != "file"}  # It may move.

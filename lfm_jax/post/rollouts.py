@@ -82,7 +82,9 @@ class Rollouts:
         self._samples = Samples(Path(config.run_dir) / SAMPLES)
         self._engine: Engine | None = None
         self._training = config.training()
-        self._weights = jax.jit(self._weights_of)
+        made = bool(config.model.scan_layers or config.model.quantize)
+        # Others are handed over as they are; a compiled function would copy them.
+        self._weights = jax.jit(self._weights_of) if made else self._weights_of
         self._rollouts = 0
         """Rollouts made so far."""
         self._answers: list[Answer] = []
@@ -152,8 +154,7 @@ class Rollouts:
         return report
 
     def _weights_of(self, params: Any, frozen: Any) -> Any:
-        """The weights that a step computes with, as an engine takes them. Those that are neither rounded nor stacked
-        are the arrays of the state: jit passes them through."""
+        """The weights that a step computes with, as an engine takes them."""
         model = self._training.model_of(params, frozen)
         weights = nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
         return unstack_layers(weights, self._config.model) if self._config.model.scan_layers else weights

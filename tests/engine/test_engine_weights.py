@@ -1,6 +1,7 @@
 """An engine that gets other weights, and log-probabilities of what tokens are drawn from."""
 
 import dataclasses
+from itertools import chain
 
 import jax
 import numpy as np
@@ -66,7 +67,7 @@ def test_log_probabilities_are_of_the_distribution_that_tokens_are_drawn_from():
     [alone], [sampled] = (run(Engine(two(), dataclasses.replace(config, logprobs_of=of)), request)
                           for of in ("model", "sampled"))
     assert alone.tokens == sampled.tokens
-    for ours, theirs in zip(sum(sampled.logprobs, []), sum(alone.logprobs, []), strict=True):
+    for ours, theirs in zip(chain(*sampled.logprobs), chain(*alone.logprobs), strict=True):
         logits_V = np.zeros(V)
         for token, logprob in theirs.best:
             logits_V[token] = (logprob + bias.get(token, 0.0)) / 0.7

@@ -121,5 +121,6 @@ def test_samples_of_rollouts_that_are_done_again_are_there_once(tmp_path):
         for rollout in rollouts:
             samples.write(rollout, [{"of": rollouts[0]}] * 2)
         path.write_text(path.read_text() + '{"rollout": 4, "of')
-    lines = path.read_text().splitlines()[:-1]
-    assert [(x["rollout"], x["of"]) for x in map(json.loads, lines)] == [(0, 0)] * 2 + [(r, 1) for r in (1, 1, 2, 2, 3, 3)]
+    lines = [json.loads(line) for line in path.read_text().splitlines()[:-1]]
+    assert [x["rollout"] for x in lines] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [x["of"] for x in lines] == [0, 0, 1, 1, 1, 1, 1, 1]
