@@ -43,7 +43,8 @@ def train(command: TrainCommand, args: Sequence[str]) -> int:
 
 
 def tune(command: TuneCommand, args: Sequence[str]) -> int:
-    """Teach a model from chats, or resume: `lfm tune RECIPE.yaml [--init-from MODEL ...]`; every key is a flag.
+    """Teach a model from chats, pairs of answers or a teacher, or resume:
+    `lfm tune RECIPE.yaml [--init-from MODEL ...]`; every key is a flag.
 
     Exit status: as of `lfm train`.
     """
@@ -56,12 +57,26 @@ def tune(command: TuneCommand, args: Sequence[str]) -> int:
     return _launched("tune", command.launch, args, run)
 
 
+def distill(command: TuneCommand, args: Sequence[str]) -> int:
+    """Store what a teacher says, for `lfm tune` to learn from: `lfm data distill RECIPE.yaml --distill.stored DIR`.
+
+    The recipe is that of the run (`method: distill`). Exit status: as of `lfm train`.
+    """
+
+    def run() -> RunEnd:
+        from lfm_jax.post.run import distill
+
+        return distill(command.run)
+
+    return _launched("data distill", command.launch, args, run)
+
+
 def _launched(verb: str, launch: Launch, args: Sequence[str], run: Callable[[], RunEnd]) -> int:
     """The exit status of a run, in this process or in as many as are asked for."""
     from lfm_jax.train.launch import FAILED, LOST, STOPPED, start
 
     if launch.processes > 1:
-        return start([sys.executable, "-m", "lfm_jax.cli", verb, *args], launch)
+        return start([sys.executable, "-m", "lfm_jax.cli", *verb.split(), *args], launch)
     from lfm_jax.train import processes
 
     processes.join(launch)

@@ -149,7 +149,8 @@ TooLong = Literal["drop", "cut"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatData:
-    """Chats to learn from (`data/chats.py` says what they look like), and the shape of a batch of them.
+    """Chats to learn from, or pairs of answers (`data/chats.py` and `data/pairs.py` say what they look like), and the
+    shape of a batch of them.
 
     Raises:
       ValueError: on construction, one message that lists every bad field and how to mend it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self, cast
 
 import tyro
 
@@ -13,13 +13,14 @@ from lfm_jax.config import ModelConfig
 from lfm_jax.data.config import ChatData
 from lfm_jax.data.sources import contains
 from lfm_jax.loading import model_config
+from lfm_jax.post.distill import DistillConfig
+from lfm_jax.post.dpo import DPOConfig
 from lfm_jax.post.grpo_config import GRPOConfig
 from lfm_jax.post.methods import METHODS, MethodName
 from lfm_jax.train.config import RunConfig
 from lfm_jax.train.launch import Launch
-from lfm_jax.train.objective import Objective, others_of
+from lfm_jax.train.objective import Objective
 from lfm_jax.train.optimizer import OptimizerConfig
-from lfm_jax.train.step import BASE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,8 @@ class TuneConfig(RunConfig):
     least_steps: ClassVar[int] = 0
 
     method: MethodName = "sft"
-    """sft: supervised fine-tuning on chats. grpo: reinforcement learning with rewards on answers to prompts."""
+    """sft: supervised fine-tuning on chats; dpo: preference optimisation on pairs of answers; distill: chats, and a
+    teacher's distribution at each place; grpo: reinforcement learning, with rewards on answers to prompts."""
     init_from: str
     """The model to begin with: a Hugging Face directory, the directory of a run, a GGUF file, or a Hub id
     (OWNER/NAME or OWNER/NAME@REVISION)."""
@@ -44,12 +46,16 @@ class TuneConfig(RunConfig):
     """Passes over the data, where steps is 0."""
     steps: int = 0
     """Optimizer steps in all; with `train_minutes`, at most. 0: those of epochs."""
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(
-        peak_lr=5e-5, schedule="cosine", warmup_steps=0, warmup_fraction=0.1, weight_decay=0.0))
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: _optimizer("sft"))
+    """Its peak_lr is 5e-5, and 1e-6 in a recipe or command of dpo or grpo that names none."""
     loss_chunk: int = 512
     """Tokens whose logits are in memory at one time."""
+    dpo: DPOConfig = dataclasses.field(default_factory=DPOConfig)
+    """For `method: dpo` only."""
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
+    """For `method: distill` only."""
     grpo: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
-    """For method grpo."""
+    """For `method: grpo` only."""
 
     @classmethod
     def of(cls, init_from: str, *, model: Mapping[str, Any] | None = None, **fields: Any) -> Self:
@@ -58,16 +64,18 @@ class TuneConfig(RunConfig):
         Raises:
           ValueError: see the class and `lfm.load`.
         """
+        fields.setdefault("optimizer", _optimizer(fields.get("method", "sft")))
         return cls(init_from=init_from, model=tuned_model(init_from).replace(**model or {}), **fields)
 
     @staticmethod
     def flags_before(flags: Sequence[str]) -> list[str]:
-        """The fields of the model of `init_from` as flags; none where the flags name its layers, as those of a run's
-        own config do."""
+        """The fields of the model of `init_from` and the method's learning rate as flags; none where the flags name the
+        model's layers, as those of a run's own config do."""
         name = _value_of(flags, "init-from")
         if name is None or _value_of(flags, "model.layer-types") is not None:
             return []
-        return recipe.model_flags(tuned_model(name))
+        peak_lr = _optimizer(_value_of(flags, "method") or "sft").peak_lr
+        return [*recipe.model_flags(tuned_model(name)), "--optimizer.peak-lr", repr(peak_lr)]
 
     @property
     def rows(self) -> int:
@@ -81,9 +89,7 @@ class TuneConfig(RunConfig):
         return METHODS[self.method].objective(self)
 
     def other_models(self) -> Mapping[str, ModelConfig]:
-        """The model of `init_from` as it was, where the objective looks at it; beside an adapter it is there anyway."""
-        wanted = self.method in METHODS and BASE in others_of(self.objective()) and not self.lora.rank
-        return {BASE: self.model.replace(quantize="")} if wanted else {}
+        return METHODS[self.method].others(self) if self.method in METHODS else {}
 
     def problems(self) -> list[str]:
         problems = super().problems()
@@ -91,6 +97,9 @@ class TuneConfig(RunConfig):
             problems.append(f"method is {self.method!r}; choose one of {', '.join(METHODS)}")
         else:
             problems += METHODS[self.method].problems(self)
+        problems += [f"{name} is for method {name}, and method is {self.method}; leave it out"
+                     for name, default in (("dpo", DPOConfig()), ("distill", DistillConfig()), ("grpo", GRPOConfig()))
+                     if self.method != name and getattr(self, name) != default]
         if not self.init_from:
             problems.append("init_from is empty; name the model to begin with")
         if not self.epochs > 0:
@@ -114,6 +123,13 @@ def tuned_model(name: str) -> ModelConfig:
       ValueError: see `lfm.load`.
     """
     return model_config(name).replace(param_dtype="float32")
+
+
+def _optimizer(method: str) -> OptimizerConfig:
+    """What a method is trained with unless something else is named."""
+    way = METHODS.get(cast(MethodName, method), METHODS["sft"])
+    return OptimizerConfig(peak_lr=way.peak_lr, schedule="cosine", warmup_steps=0, warmup_fraction=0.1,
+                           weight_decay=0.0)
 
 
 def _value_of(flags: Sequence[str], name: str) -> str | None:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lfm_jax.config import ModelConfig
 from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.data.chats import OPENERS
 from lfm_jax.data.prompts import Prompt, read_prompts
@@ -109,6 +110,11 @@ def grpo_objective(config: TuneConfig) -> PolicyGradient:
     )
 
 
+def grpo_others(config: TuneConfig) -> dict[str, ModelConfig]:
+    """The copy of the model that the policy is kept near to, where there has to be one."""
+    return {BASE: config.model} if config.grpo.beta and not config.lora.rank else {}
+
+
 def grpo_problems(config: TuneConfig) -> list[str]:
     """A line for each field that does not go with such a run."""
     grpo, data, problems = config.grpo, config.data, []
@@ -161,7 +167,8 @@ class GRPO(Tuning):
         self._dropped = len(prompts) - len(self._examples)
         if not self._examples:
             raise ValueError(f"sources {list(config.data.sources)}: none of {len(prompts)} prompts has at most "
-                             f"{longest} tokens (data.seq_len less grpo.max_new_tokens); name other files, or raise data.seq_len")
+                             f"{longest} tokens (data.seq_len less grpo.max_new_tokens); name other files, or raise "
+                             "data.seq_len")
         digest = hashlib.blake2b(digest_size=16)
         for example in self._examples:
             judged = {key: x for key, x in example.judged.items() if key != "file"}  # It may move.
@@ -208,8 +215,8 @@ class GRPO(Tuning):
         assert rows is None  # There is one device.
         return Rollouts(self._config, self._examples, self._rewards, self.tokenizer, self.template, self._fingerprint)
 
-    def check_lasts(self, steps: int) -> None:
-        """They are asked again and again."""
+    def others(self) -> dict[str, Any]:
+        return {name: self.as_begun() for name in grpo_others(self._config)}
 
     def heldout(self) -> Iterable[Mapping[str, np.ndarray]]:
         return ()

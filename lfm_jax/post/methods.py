@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from lfm_jax.post.grpo import GRPO, grpo_objective, grpo_problems
+from lfm_jax.config import ModelConfig
+from lfm_jax.post.distill import Distill, distill_objective, distill_others, distill_problems
+from lfm_jax.post.dpo import DPO, dpo_objective, dpo_others
+from lfm_jax.post.grpo import GRPO, grpo_objective, grpo_others, grpo_problems
 from lfm_jax.post.sft import SFT, sft_objective
 from lfm_jax.post.tuning import Tuning
 from lfm_jax.train.objective import Objective
@@ -13,7 +16,7 @@ from lfm_jax.train.objective import Objective
 if TYPE_CHECKING:
     from lfm_jax.post.config import TuneConfig
 
-MethodName = Literal["sft", "grpo"]
+MethodName = Literal["sft", "dpo", "distill", "grpo"]
 
 
 class Way(NamedTuple):
@@ -22,12 +25,18 @@ class Way(NamedTuple):
     objective: Callable[[TuneConfig], Objective]
     open: Callable[[TuneConfig], Tuning]
     """Reads and checks all that the run needs, before anything is written."""
+    peak_lr: float
+    """The learning rate where none is named."""
+    others: Callable[[TuneConfig], Mapping[str, ModelConfig]] = lambda config: {}
+    """Frozen models that the objective looks at (`RunConfig.other_models`)."""
     problems: Callable[[TuneConfig], list[str]] = lambda config: []
-    """A line for each field of a config that does not go with it."""
+    """A line for each thing that is wrong with a config for this way."""
 
 
 METHODS: dict[MethodName, Way] = {
-    "sft": Way(sft_objective, SFT),
-    "grpo": Way(grpo_objective, GRPO, grpo_problems),
+    "sft": Way(sft_objective, SFT, 5e-5),
+    "dpo": Way(dpo_objective, DPO, 1e-6, dpo_others),
+    "distill": Way(distill_objective, Distill, 5e-5, distill_others, distill_problems),
+    "grpo": Way(grpo_objective, GRPO, 1e-6, grpo_others, grpo_problems),
 }
 """By the name that `method` has in a recipe."""

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 from tokenizers import Tokenizer
 
 from lfm_jax import init_from
 from lfm_jax.convert import sidecars
+from lfm_jax.data.corpora.packed import Beside, PackedCorpus
+from lfm_jax.post.stored import Field, Speaker, stored
 from lfm_jax.text.codec import check_tokenizer
 from lfm_jax.text.tokenizer import TOKENIZER_FILE, load_tokenizer
 from lfm_jax.train import processes
 from lfm_jax.train.checkpoint import has_checkpoint
 from lfm_jax.train.driver import Data, Experience
+from lfm_jax.train.rounding import rounded_weights
 
 if TYPE_CHECKING:
     from lfm_jax.post.config import TuneConfig
@@ -51,6 +56,13 @@ class Tuning(abc.ABC):
     def __str__(self) -> str:
         """What is learnt from, in one line."""
 
+    def as_begun(self) -> Any:
+        """`weights` as the first step computes with them."""
+        model, weights = self._config.model.replace(scan_layers=False), self.weights()
+        if not model.quantize:
+            return weights
+        return jax.tree.map(np.asarray, jax.jit(lambda w: rounded_weights(model, w))(weights))
+
     # ------------------------------------------------------------ runner.Method
 
     def prepare(self, run_dir: Path, *, resuming: bool) -> None:
@@ -64,11 +76,10 @@ class Tuning(abc.ABC):
         return init_from.weights(self._config.init_from, self._config.model)
 
     def others(self) -> Mapping[str, Any]:
-        return {name: init_from.weights(self._config.init_from, model)
-                for name, model in self._config.other_models().items()}
+        return {}
 
-    @abc.abstractmethod
-    def check_lasts(self, steps: int) -> None: ...
+    def check_lasts(self, steps: int) -> None:
+        del steps  # Rows are read again and again.
 
     @abc.abstractmethod
     def train_data(self, rows: np.ndarray | None) -> Data | Experience: ...
@@ -80,3 +91,45 @@ class Tuning(abc.ABC):
     def measured(
         self, sums: Mapping[str, float], weight: float, *, all_batches: bool
     ) -> tuple[dict[str, float], str]: ...
+
+
+class CorpusTuning(Tuning):
+    """A `Tuning` on rows that are there before the run begins."""
+
+    def __init__(self, config: TuneConfig):
+        super().__init__(config)
+        self._beside: list[Beside | None] = [None, None]
+        self._corpus = self.open_corpus()
+
+    @abc.abstractmethod
+    def open_corpus(self) -> PackedCorpus[Any]:
+        """Reads and checks what is learnt from."""
+
+    def steps(self) -> int:
+        """Optimizer steps of the config's epochs."""
+        return self._corpus.steps(self._config.epochs)
+
+    def __str__(self) -> str:
+        """What is learnt from, in one line."""
+        return str(self._corpus)
+
+    def keep(
+        self, directory: Path, fields: Mapping[str, Field], about: Mapping[str, Any], speaker: Callable[[], Speaker]
+    ) -> None:
+        """Puts what a frozen model says of each row beside the row, in all batches to come.
+
+        Args:
+          directory: where it is kept, and made if it is not there; see `stored.stored`.
+        """
+        config, once = self._config, functools.cache(speaker)
+        sides = {"train": self._corpus.train_rows, "heldout": self._corpus.heldout_rows}
+        self._beside = [
+            stored(directory / side, rows, fields, B=config.rows, T=config.seq_len, about=about, speaker=once).beside
+            for side, rows in sides.items()
+        ]
+
+    def train_data(self, rows: np.ndarray | None) -> Data:
+        return self._corpus.train_batches(rows, self._beside[0])
+
+    def heldout(self) -> Iterable[Mapping[str, np.ndarray]]:
+        return self._corpus.heldout_batches(self._beside[1])

@@ -112,6 +112,11 @@ def agreed(number: float) -> float:
     return float(multihost_utils.broadcast_one_to_all(np.float64(number)))
 
 
+def gathered(x: jax.Array) -> np.ndarray:
+    """A whole array on the host, in every process."""
+    return np.asarray(x if jax.process_count() == 1 else multihost_utils.process_allgather(x, tiled=True))
+
+
 class BatchPlacer:
     """Brings this process's rows of a batch onto its devices, as its part of the whole batch.
 

@@ -108,7 +108,7 @@ def run_training(config: RunConfig, method: Method) -> RunResult:
     """
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    mesh = _mesh(config)
+    mesh = mesh_of(config)
     at_work = f"another process trains in run_dir {run_dir}; wait for it, stop it, or choose another run_dir"
     with locked(run_dir, at_work) if processes.is_main() else nullcontext():
         manager = CheckpointManager(run_dir, keep=config.keep_checkpoints)
@@ -142,7 +142,7 @@ def _begun(config: RunConfig, method: Method, *, resuming: bool) -> _Begun:
     return _Begun(weights, others, digest({"model": of_model, "others": dict(others)}))
 
 
-def _mesh(config: RunConfig) -> Mesh | None:
+def mesh_of(config: RunConfig) -> Mesh | None:
     """The mesh of all devices; None where there is one device and no more are asked for."""
     if jax.device_count() == 1 and math.prod(config.mesh.sizes(1).values()) == 1:
         return None
