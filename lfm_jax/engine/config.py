@@ -44,6 +44,9 @@ class EngineConfig:
     """The most requests that may wait for a slot, new ones included."""
     max_logprobs: int = 0
     """How many of the likeliest tokens a request may ask for at most; 0 turns log-probabilities off."""
+    logprobs_of: Literal["model", "sampled"] = "model"
+    """What the log-probabilities of generated tokens are by: the model alone, or the distribution that a token is drawn
+    from, after temperature, penalties, filters, bias and grammar."""
     max_stop_ids: int = 8
     fixed_rows: bool = False
     """Whether dispatches always have the same shape: all slots, with drafts, when they generate, and the same number of
@@ -76,6 +79,8 @@ class EngineConfig:
             problems.append(f"slots {self.slots!r} names a length twice")
         if self.kv not in ("model", "int8"):
             problems.append(f"kv is {self.kv!r}; choose model or int8")
+        if self.logprobs_of not in ("model", "sampled"):
+            problems.append(f"logprobs_of is {self.logprobs_of!r}; choose model or sampled")
         raise_problems("EngineConfig is not valid", problems)
 
     def prompts_at_once(self, kind: tuple[int, int], width: int) -> list[int]:

@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -90,6 +90,7 @@ class Engine:
         """prompt_tokens, cached_tokens, tokens, steps (row steps that made them), drafted_tokens, accepted_tokens (of
         the drafted ones), continuations by their finish, not_finite (those among the failed ones whose logits were
         not)."""
+        self._mesh, self._kinds = mesh, _kinds(params)
         self._pools = [
             Pool(graphdef, placed, part, shape, config,
                  PrefixCache(config.chunk, config.prefix_cache_bytes // len(shapes)), self.counts)
@@ -204,6 +205,27 @@ class Engine:
     def running(self) -> int:
         """Returns the number of slots in use."""
         return sum(run is not None for pool in self._pools for run in pool.rows)
+
+    def use(self, params: Any) -> None:
+        """Takes other weights of the same model, such as those of a later training step, and empties the prefix cache.
+        What is asked from now on is answered as by a new engine.
+
+        Args:
+          params: a plain dict, as `nnx.to_pure_dict` gives it. Without a mesh nothing is copied, and whoever donates
+            the arrays hands over others before the next request.
+
+        Raises:
+          ValueError: they are not those of this model in names, shapes or dtypes.
+          RuntimeError: requests are under way, or the engine serves in a thread of its own.
+        """
+        if self._thread is not None or self.waiting() or self._busy():
+            raise RuntimeError("an engine takes other weights only between requests, and not while it serves")
+        if _kinds(params) != self._kinds:
+            raise ValueError("these are not weights of the engine's model: names, shapes or dtypes differ")
+        replicas = place_replicas(params, self.model_config, self._mesh)
+        placed = [params for params, _ in replicas for _ in self._by_length]
+        for pool, params in zip(self._pools, placed, strict=True):
+            pool.use(params)
 
     # ---------------------------------------------------------------- the thread
 
@@ -484,6 +506,11 @@ class Engine:
         return ends
 
 
+def _kinds(params: Any) -> Any:
+    """What weights of the same model share."""
+    return jax.tree.map(lambda x: (x.shape, x.dtype), params)
+
+
 def _follow(matcher: Matcher, tokens: Sequence[int]) -> str | None:
     """Advances a matcher by tokens; returns why one of them is not allowed, which no mask should let happen."""
     try:
@@ -495,5 +522,7 @@ def _follow(matcher: Matcher, tokens: Sequence[int]) -> str | None:
 
 
 def _collect(ends: list[Continuation], event: Event) -> None:
-    tokens = [*ends[event.choice].tokens, *event.tokens]
-    ends[event.choice] = Continuation(tokens, event.finish or "cancelled", event.reason)
+    before = ends[event.choice]
+    found = before.logprobs if event.logprobs is None else [*(before.logprobs or []), *event.logprobs]
+    ends[event.choice] = Continuation(
+        [*before.tokens, *event.tokens], event.finish or "cancelled", event.reason, found)

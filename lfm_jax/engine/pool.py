@@ -143,6 +143,11 @@ class Pool:
         """The number of slots without a run."""
         return len(self._free)
 
+    def use(self, params: Any) -> None:
+        """Goes on with other weights, and as a new pool would: the order in which it takes in prompts begins again."""
+        self._params, self._shortest_first = params, False
+        self.cache.clear()
+
     def admit(self, ticket: Ticket) -> None:
         """Gives slots, enough of which must be free, to a ticket."""
         for i in range(ticket.request.n):

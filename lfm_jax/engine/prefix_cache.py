@@ -76,6 +76,12 @@ class PrefixCache:
             if thrown == key:
                 self._no_room = key
 
+    def clear(self) -> None:
+        """Removes all blocks."""
+        self._entries.clear()
+        self.bytes = self._smallest = 0
+        self._no_room = None
+
     def __len__(self) -> int:
         return len(self._entries)
 

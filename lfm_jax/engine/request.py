@@ -45,7 +45,8 @@ class Request:
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     """Added to the logits of tokens; -inf forbids a token, unless a grammar allows no other."""
     logprobs: int | None = None
-    """Return the log-probability of each token and of this many likeliest tokens, before sampling parameters apply."""
+    """Return the log-probability of each token and of this many likeliest tokens, before sampling parameters apply
+    (unless `EngineConfig.logprobs_of` says otherwise)."""
     prompt_logprobs: bool = False
     """Return those of the prompt's tokens too."""
     grammar: Matcher | None = None
@@ -108,7 +109,8 @@ def _ids(prompt: Sequence[int]) -> list[int] | None:
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probabilities at one position, from the model alone: before temperature, penalties, bias and masks."""
+    """Log-probabilities at one position, from the model alone: before temperature, penalties, bias and masks; those of
+    generated tokens are what `EngineConfig.logprobs_of` says."""
 
     token: int
     logprob: float
@@ -144,6 +146,8 @@ class Continuation:
     finish: Finish
     reason: str | None = None
     """Why `finish` is `grammar` or `failed`."""
+    logprobs: list[TokenLogprob] | None = None
+    """One for each token, if they were asked for."""
 
 
 Listener = Callable[[Event], None]

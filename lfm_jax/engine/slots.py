@@ -25,7 +25,16 @@ from lfm_jax import state as state_lib
 from lfm_jax.config import ModelConfig
 from lfm_jax.engine.config import SHORT, STEPS, EngineConfig
 from lfm_jax.model import LFM, Logits
-from lfm_jax.sampling import ANYTHING, GREEDY, Features, SamplingArrays, sample, to_arrays
+from lfm_jax.sampling import (
+    ANYTHING,
+    GREEDY,
+    Features,
+    SamplingArrays,
+    filter_logits,
+    penalise_logits,
+    sample,
+    to_arrays,
+)
 from lfm_jax.sharding import on_mesh, reshard
 from lfm_jax.state import State
 
@@ -88,7 +97,7 @@ class Told:
     drafted: jax.Array | None
     """int32 [steps, rows], the number of drafted tokens; None in programs without drafts."""
     logprob: jax.Array | None
-    """Log-probability of the token before sampling parameters apply; None in programs that do not compute it."""
+    """Log-probability of the token (`EngineConfig.logprobs_of`); None in programs that do not compute it."""
     best: jax.Array | None
     """The L likeliest tokens, [..., L]."""
     best_logprob: jax.Array | None
@@ -107,6 +116,8 @@ class SlotShape:
     """Tokens drafted per step; 0 drafts none."""
     max_logprobs: int = 0
     """L."""
+    sampled_logprobs: bool = False
+    """Whether log-probabilities of generated tokens are by the distribution that they are drawn from."""
     max_stop_ids: int = 8
     fixed_rows: bool = False
     """Whether every dispatch that generates takes all slots."""
@@ -168,6 +179,7 @@ def slot_shapes(engine: EngineConfig, model: ModelConfig) -> list[SlotShape]:
                          f"{', '.join(model.cannot_roll_back)} cannot; leave draft at 0")
     return [
         SlotShape(config=model, slots=number, length=length, draft=engine.draft, max_logprobs=engine.max_logprobs,
+                  sampled_logprobs=engine.logprobs_of == "sampled",
                   max_stop_ids=engine.max_stop_ids, fixed_rows=engine.fixed_rows, int8_kv=engine.kv == "int8")
         for number, length in sorted(engine.slots, key=lambda kind: kind[1])
     ]
@@ -210,7 +222,7 @@ class Programs:
         """Does as `prefill`, and returns the log-probability of the token after each one, as one step."""
         slots, logits_RCV = self._take_in(params, slots, rows_R, tokens_RC, length_R, fresh_R, "all")
         last_R1 = jnp.maximum(length_R - 1, 0)[:, None, None]
-        told = _tell(logits_RCV, targets_RC, self._shape.max_logprobs)
+        told = _tell(lambda: logits_RCV, targets_RC, self._shape.max_logprobs)
         return slots, jnp.take_along_axis(logits_RCV, last_R1, axis=1)[:, 0], _as_one_step(told)
 
     def _take_in(
@@ -239,8 +251,7 @@ class Programs:
         """Starts to generate in some rows: sets their options and chooses the first token from `logits[source]`."""
         part = dataclasses.replace(_take(_light(slots), rows_R), asked=asked, left_B=asked.budget_B)
         bias = functools.partial(_take, slots.bias_BV, rows_R)
-        part, told = _next_tokens(part, logits_RV[source_R][:, None], None, ANYTHING, self._shape.max_logprobs, mask_RW,
-                                  bias)
+        part, told = _next_tokens(part, logits_RV[source_R][:, None], None, ANYTHING, self._shape, mask_RW, bias)
         return _heavy(_put(_light(slots), rows_R, part), slots), _as_one_step(told)
 
     def _bias(self, slots: Slots, row: jax.Array, bias_V: jax.Array) -> Slots:
@@ -261,6 +272,7 @@ class Programs:
         """
         shape = self._shape
         features, most = (GREEDY_FEATURES, 0) if plain else (ANYTHING, shape.max_logprobs)
+        told_shape = dataclasses.replace(shape, max_logprobs=most)
         bias = functools.partial(_first, slots.bias_BV, rows)
 
         def unfinished(loop: tuple[jax.Array, Slots, Told]) -> jax.Array:
@@ -277,14 +289,14 @@ class Programs:
                 params, tokens_bT, jnp.where(live_b, length_b, 0), part.state, "all" if draft else "last"
             )
             part = dataclasses.replace(part, state=state)
-            part, new = _next_tokens(part, logits_bTV, drafts, features, most, None, bias)
+            part, new = _next_tokens(part, logits_bTV, drafts, features, told_shape, None, bias)
             return n + 1, part, jax.tree.map(lambda all_, x: all_.at[n].set(x), told, new)
 
         lean = dataclasses.replace(slots, bias_BV=None)
         part = _first(lean, rows)
         logits = jax.ShapeDtypeStruct((rows, 1 + draft, shape.config.vocab_size), jnp.float32)
         tokens = jax.ShapeDtypeStruct((rows, 1 + draft), jnp.int32)
-        told = jax.eval_shape(lambda x, y: _tell(x, y, most), logits, tokens)
+        told = jax.eval_shape(lambda x, y: _tell(lambda: x, y, most), logits, tokens)
         if draft:
             told = dataclasses.replace(told, drafted=jax.ShapeDtypeStruct((rows,), jnp.int32))
         told = jax.tree.map(lambda x: jnp.full((STEPS, *x.shape), -1, x.dtype), told)
@@ -302,7 +314,7 @@ class Programs:
         """The second half: chooses among the tokens that `mask_bW` allows."""
         part = _first(_light(slots), rows)
         bias = functools.partial(_first, slots.bias_BV, rows)
-        part, told = _next_tokens(part, logits_bV[:, None], None, ANYTHING, self._shape.max_logprobs, mask_bW, bias)
+        part, told = _next_tokens(part, logits_bV[:, None], None, ANYTHING, self._shape, mask_bW, bias)
         return _heavy(_put_first(_light(slots), part), slots), _as_one_step(told)
 
     # ---------------------------------------------------------------- rows
@@ -392,8 +404,8 @@ def _remember(
 
 
 def _next_tokens(
-    slots: Slots, logits_BTV: jax.Array, drafts: tuple[jax.Array, jax.Array] | None, features: Features, most: int,
-    mask_BW: jax.Array | None, bias: Callable[[], jax.Array],
+    slots: Slots, logits_BTV: jax.Array, drafts: tuple[jax.Array, jax.Array] | None, features: Features,
+    shape: SlotShape, mask_BW: jax.Array | None, bias: Callable[[], jax.Array],
 ) -> tuple[Slots, Told]:
     """Chooses the next tokens of every live row, and returns the slots after them.
 
@@ -401,6 +413,7 @@ def _next_tokens(
       logits_BTV: after the row's last token, and after each drafted one.
       drafts: (drafts_BK, how many of them are in the state already), K = T - 1. A draft counts as far as it is what is
         chosen anyway; the state goes back behind the others.
+      shape: says which log-probabilities are told.
       mask_BW: bits of the tokens that may be chosen. Where bias or the ban on stop ids leave none of them, they yield.
       bias: gives `Slots.bias_BV` of these rows, which do not have it; called upon where one is biased.
     """
@@ -424,10 +437,9 @@ def _next_tokens(
     seen_XV = slots.seen_BV if features.repetition_penalty else None
     if T > 1:
         sampling, seen_XV = jax.tree.map(lambda x: jnp.repeat(x, T, axis=0), (sampling, seen_XV))
-    token_X = sample(
-        allowed_BTV.reshape(B * T, V), sampling, features, position_BT.reshape(-1), seen_XV,
-        lambda: jnp.repeat(_generated(slots, first_B), T, axis=0),
-    )
+    allowed_XV = allowed_BTV.reshape(B * T, V)
+    looked_back = seen_XV, lambda: jnp.repeat(_generated(slots, first_B), T, axis=0)
+    token_X = sample(allowed_XV, sampling, features, position_BT.reshape(-1), *looked_back)
     finite_BT = jnp.all(jnp.isfinite(logits_BTV), axis=2)
     token_BT = jnp.where(finite_BT, token_X.reshape(B, T), NOT_FINITE)
     stops_BT = jnp.any(token_BT[:, :, None] == asked.stop_ids_BM[:, None], axis=2) | ~finite_BT
@@ -435,7 +447,13 @@ def _next_tokens(
     right_BK &= jnp.arange(T - 1) < drafted_B[:, None]
     right_B = jnp.sum(jnp.cumprod(right_BK.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
     made_B = jnp.where(live_B, right_B + 1, 0)
-    told = _tell(logits_BTV, token_BT, most, wanted=jnp.any(asked.logprobs_B & live_B))
+
+    def drawn_from() -> jax.Array:
+        penalised_XV = penalise_logits(allowed_XV, sampling, features, *looked_back)
+        return filter_logits(penalised_XV, sampling, features).reshape(B, T, V)
+
+    by = drawn_from if shape.sampled_logprobs else lambda: logits_BTV
+    told = _tell(by, token_BT, shape.max_logprobs, wanted=jnp.any(asked.logprobs_B & live_B))
     told = dataclasses.replace(told, token=jnp.where(jnp.arange(T) < made_B[:, None], token_BT, -1),
                                drafted=None if drafts is None else drafted_B)
     last_B, stopped_B = (jnp.take_along_axis(x, right_B[:, None], axis=1)[:, 0] for x in (token_BT, stops_BT))
@@ -465,8 +483,11 @@ def _generated(slots: Slots, end_B: jax.Array) -> jax.Array:
     return jnp.zeros(slots.seen_BV.shape, jnp.int32).at[rows_B1, tokens_BS].add(1, mode="drop")
 
 
-def _tell(logits_BTV: jax.Array, token_BT: jax.Array, most: int, wanted: jax.Array | bool = True) -> Told:
-    """Returns the tokens with their log-probabilities and those of the `most` likeliest tokens.
+def _tell(
+    logits: Callable[[], jax.Array], token_BT: jax.Array, most: int, wanted: jax.Array | bool = True
+) -> Told:
+    """Returns the tokens with their log-probabilities and those of the `most` likeliest tokens, by the softmax of
+    `logits()`, [B, T, V].
 
     The log-probabilities are zeros unless `wanted`, and None if `most` is 0.
     """
@@ -474,7 +495,7 @@ def _tell(logits_BTV: jax.Array, token_BT: jax.Array, most: int, wanted: jax.Arr
         return Told(token_BT, None, None, None, None)
 
     def tell() -> Told:
-        logits32_BTV = logits_BTV.astype(jnp.float32)
+        logits32_BTV = logits().astype(jnp.float32)
         norm_BT = jax.nn.logsumexp(logits32_BTV, axis=2)
         best_BTL, best_id_BTL = jax.lax.top_k(logits32_BTV, most)
         logit_BT = jnp.take_along_axis(logits32_BTV, jnp.maximum(token_BT, 0)[:, :, None], axis=2)[:, :, 0]

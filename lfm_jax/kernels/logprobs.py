@@ -33,7 +33,8 @@ class Scores(NamedTuple):
 
 
 def token_logprobs(
-    hidden_BTD: jax.Array, table_VD: jax.Array | WeightKind, targets_BT: jax.Array, *, chunk: int = CHUNK
+    hidden_BTD: jax.Array, table_VD: jax.Array | WeightKind, targets_BT: jax.Array, *, chunk: int = CHUNK,
+    temperature: float = 1.0,
 ) -> jax.Array:
     """Log-probability of each target, in nats, float32 [B, T]; 0 where the target is negative (`LOSS_IGNORE`).
 
@@ -49,23 +50,27 @@ def token_logprobs(
       table_VD: output matrix, one row a token id; multiplied in the dtype of hidden.
       targets_BT: token ids, int32.
       chunk: tokens per chunk.
+      temperature: divides the logits, as in sampling.
 
     Raises:
-      ValueError: chunk below 1.
+      ValueError: chunk below 1, or a temperature that is not above 0.
     """
-    return token_scores(hidden_BTD, table_VD, targets_BT, chunk=chunk).logprob_BT
+    return token_scores(hidden_BTD, table_VD, targets_BT, chunk=chunk, temperature=temperature).logprob_BT
 
 
 def token_scores(
-    hidden_BTD: jax.Array, table_VD: jax.Array | WeightKind, targets_BT: jax.Array, *, chunk: int = CHUNK
+    hidden_BTD: jax.Array, table_VD: jax.Array | WeightKind, targets_BT: jax.Array, *, chunk: int = CHUNK,
+    temperature: float = 1.0,
 ) -> Scores:
     """`token_logprobs`, and the likeliest token beside each target."""
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be above 0")
 
     def score(
         hidden_BTD: jax.Array, table_VD: jax.Array | WeightKind, targets_BT: jax.Array, vocab: str | None = None
     ) -> tuple[jax.Array, jax.Array]:
         hidden_XCD, targets_XC = split(hidden_BTD, targets_BT, chunk)
-        found = _scores(hidden_XCD, table_VD, targets_XC, vocab)
+        found = _scores(hidden_XCD, table_VD, targets_XC, _How(vocab, temperature))
         share_BT, likeliest_BT = (x.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape) for x in found)
         return share_BT if vocab is None else jax.lax.psum(share_BT, vocab), likeliest_BT
 
@@ -96,10 +101,13 @@ class Chunk(NamedTuple):
 
 
 def score_chunk(
-    hidden_CD: jax.Array, table_VD: jax.Array | WeightKind, targets_C: jax.Array, vocab: str | None
+    hidden_CD: jax.Array, table_VD: jax.Array | WeightKind, targets_C: jax.Array, vocab: str | None,
+    temperature: float = 1.0,
 ) -> Chunk:
-    """Logits and normaliser; `vocab` is the mesh axis that the vocabulary is split over."""
+    """Logits over the temperature, and normaliser; `vocab` is the mesh axis that the vocabulary is split over."""
     logits_CV = linear(hidden_CD, table_VD, dtype="float32", impl="dot")
+    if temperature != 1:
+        logits_CV = logits_CV / temperature
     base_C1 = jnp.max(logits_CV, axis=-1, keepdims=True)
     log_sum_C1 = jnp.log(jnp.sum(jnp.exp(logits_CV - base_C1), axis=-1, keepdims=True))
     ids_V, first_id, first = jnp.arange(logits_CV.shape[-1]), 0, 1.0
@@ -156,18 +164,26 @@ def on_mesh(
 # -------------------------------------------------------------------- with a derivative
 
 
+class _How(NamedTuple):
+    """What of the arguments is not an array."""
+
+    vocab: str | None
+    """The mesh axis that the vocabulary is split over."""
+    temperature: float
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _scores(
-    hidden_XCD: jax.Array, table_VD: jax.Array | WeightKind, targets_XC: jax.Array, vocab: str | None
+    hidden_XCD: jax.Array, table_VD: jax.Array | WeightKind, targets_XC: jax.Array, how: _How
 ) -> tuple[jax.Array, jax.Array]:
     """(log-probability, likeliest token), [X, C]; with the vocabulary split, this device's share of the former."""
 
     def step(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
         hidden_CD, targets_C = inputs
-        found = score_chunk(hidden_CD, table, targets_C, vocab)
+        found = score_chunk(hidden_CD, table, targets_C, *how)
         shifted_CV = found.logits_CV - found.base_C1
         share_C = jnp.sum(jnp.where(found.hit_CV, shifted_CV, 0.0), axis=-1) - found.first * found.log_sum_C1[:, 0]
-        return None, (jnp.where(found.kept_C, share_C, 0.0), _likeliest(found, vocab))
+        return None, (jnp.where(found.kept_C, share_C, 0.0), _likeliest(found, how.vocab))
 
     table = as_used(table_VD, hidden_XCD.dtype)
     return jax.lax.scan(step, None, (hidden_XCD, targets_XC))[1]
@@ -188,20 +204,21 @@ def _likeliest(found: Chunk, vocab: str | None) -> jax.Array:
 
 
 def _scores_fwd(
-    hidden_XCD: jax.Array, table_VD: jax.Array | WeightKind, targets_XC: jax.Array, vocab: str | None
+    hidden_XCD: jax.Array, table_VD: jax.Array | WeightKind, targets_XC: jax.Array, how: _How
 ) -> tuple[Any, Any]:
-    return _scores(hidden_XCD, table_VD, targets_XC, vocab), (hidden_XCD, table_VD, targets_XC)
+    return _scores(hidden_XCD, table_VD, targets_XC, how), (hidden_XCD, table_VD, targets_XC)
 
 
-def _scores_bwd(vocab: str | None, kept: tuple[Any, ...], g: tuple[jax.Array, Any]) -> tuple[jax.Array, Any, None]:
+def _scores_bwd(how: _How, kept: tuple[Any, ...], g: tuple[jax.Array, Any]) -> tuple[jax.Array, Any, None]:
     hidden_XCD, table_VD, targets_XC = kept
     table, array_VD = as_used(table_VD, hidden_XCD.dtype), table_VD.astype(hidden_XCD.dtype)
 
     def step(d_table_VD: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         hidden_CD, targets_C, g_C = inputs
-        found = score_chunk(hidden_CD, table, targets_C, vocab)
+        found = score_chunk(hidden_CD, table, targets_C, *how)
         p_CV = jnp.exp(found.logits_CV - found.base_C1 - found.log_sum_C1)
-        d_logits_CV = jnp.where(found.kept_C, g_C, 0.0)[:, None] * (found.hit_CV - p_CV)
+        g_C = jnp.where(found.kept_C, g_C / how.temperature, 0.0)
+        d_logits_CV = g_C[:, None] * (found.hit_CV - p_CV)
         d_hidden_CD, more_VD = chunk_gradients(d_logits_CV, hidden_CD, array_VD)
         return d_table_VD + more_VD, d_hidden_CD
 

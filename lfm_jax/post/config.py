@@ -15,6 +15,7 @@ from lfm_jax.data.sources import contains
 from lfm_jax.loading import model_config
 from lfm_jax.post.distill import DistillConfig
 from lfm_jax.post.dpo import DPOConfig
+from lfm_jax.post.grpo_config import GRPOConfig
 from lfm_jax.post.methods import METHODS, MethodName
 from lfm_jax.train.config import RunConfig
 from lfm_jax.train.launch import Launch
@@ -36,7 +37,7 @@ class TuneConfig(RunConfig):
 
     method: MethodName = "sft"
     """sft: supervised fine-tuning on chats; dpo: preference optimisation on pairs of answers; distill: chats, and a
-    teacher's distribution at each place."""
+    teacher's distribution at each place; grpo: reinforcement learning, with rewards on answers to prompts."""
     init_from: str
     """The model to begin with: a Hugging Face directory, the directory of a run, a GGUF file, or a Hub id
     (OWNER/NAME or OWNER/NAME@REVISION)."""
@@ -46,13 +47,15 @@ class TuneConfig(RunConfig):
     steps: int = 0
     """Optimizer steps in all; with `train_minutes`, at most. 0: those of epochs."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: _optimizer("sft"))
-    """Its peak_lr is 5e-5, and 1e-6 in a recipe or command of dpo that names none."""
+    """Its peak_lr is 5e-5, and 1e-6 in a recipe or command of dpo or grpo that names none."""
     loss_chunk: int = 512
     """Tokens whose logits are in memory at one time."""
     dpo: DPOConfig = dataclasses.field(default_factory=DPOConfig)
     """For `method: dpo` only."""
     distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
     """For `method: distill` only."""
+    grpo: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
+    """For `method: grpo` only."""
 
     @classmethod
     def of(cls, init_from: str, *, model: Mapping[str, Any] | None = None, **fields: Any) -> Self:
@@ -95,7 +98,7 @@ class TuneConfig(RunConfig):
         else:
             problems += METHODS[self.method].problems(self)
         problems += [f"{name} is for method {name}, and method is {self.method}; leave it out"
-                     for name, default in (("dpo", DPOConfig()), ("distill", DistillConfig()))
+                     for name, default in (("dpo", DPOConfig()), ("distill", DistillConfig()), ("grpo", GRPOConfig()))
                      if self.method != name and getattr(self, name) != default]
         if not self.init_from:
             problems.append("init_from is empty; name the model to begin with")

@@ -24,7 +24,7 @@ from lfm_jax.loading import model_config
 from lfm_jax.model import LFM
 from lfm_jax.post.distillation import distillation_loss
 from lfm_jax.post.stored import Field, Frozen
-from lfm_jax.post.tuning import Tuning
+from lfm_jax.post.tuning import CorpusTuning
 from lfm_jax.pretrain.objective import NextToken
 from lfm_jax.problems import raise_problems
 from lfm_jax.text.tokenizer import TOKENIZER_FILE, load_tokenizer
@@ -170,11 +170,11 @@ def distill_problems(config: TuneConfig) -> list[str]:
     return problems
 
 
-class Distill(Tuning):
+class Distill(CorpusTuning):
     """Chats, and a teacher.
 
     Raises:
-      ValueError: on construction: see `Tuning` and `ChatCorpus`, or the teacher has another tokenizer.
+      ValueError: on construction: see `CorpusTuning` and `ChatCorpus`, or the teacher has another tokenizer.
     """
 
     def open_corpus(self) -> ChatCorpus:

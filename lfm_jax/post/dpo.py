@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lfm_jax.config import ModelConfig
 from lfm_jax.data.batch import LOSS_IGNORE
@@ -21,10 +20,9 @@ from lfm_jax.kernels.logprobs import token_logprobs
 from lfm_jax.model import LFM
 from lfm_jax.post.preferences import Answers, PreferenceKind, preference_loss
 from lfm_jax.post.stored import Field, Frozen
-from lfm_jax.post.tuning import Tuning
+from lfm_jax.post.tuning import CorpusTuning
 from lfm_jax.problems import raise_problems
 from lfm_jax.train.objective import BatchArray, DeviceBatch, Terms
-from lfm_jax.train.rounding import rounded_weights
 
 if TYPE_CHECKING:
     from lfm_jax.post.config import TuneConfig
@@ -132,11 +130,11 @@ def dpo_others(config: TuneConfig) -> dict[str, ModelConfig]:
     return {REFERENCE: config.model} if config.dpo.reference == "model" and not config.lora.rank else {}
 
 
-class DPO(Tuning):
+class DPO(CorpusTuning):
     """Pairs of answers, and what the reference says of them.
 
     Raises:
-      ValueError: on construction: see `Tuning` and `PairCorpus`.
+      ValueError: on construction: see `CorpusTuning` and `PairCorpus`.
     """
 
     def open_corpus(self) -> PairCorpus:
@@ -157,11 +155,7 @@ class DPO(Tuning):
 
     def others(self) -> dict[str, Any]:
         """The model as its first step computes with it."""
-        model = self._config.model.replace(scan_layers=False)
-        weights = self.weights()
-        if model.quantize:
-            weights = jax.tree.map(np.asarray, jax.jit(lambda w: rounded_weights(model, w))(weights))
-        return {REFERENCE: weights}
+        return {REFERENCE: self.as_begun()}
 
     def measured(self, sums: Mapping[str, float], weight: float, *, all_batches: bool) -> tuple[dict[str, float], str]:
         """Held-out means over pairs."""

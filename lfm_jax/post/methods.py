@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from lfm_jax.config import ModelConfig
 from lfm_jax.post.distill import Distill, distill_objective, distill_others, distill_problems
 from lfm_jax.post.dpo import DPO, dpo_objective, dpo_others
+from lfm_jax.post.grpo import GRPO, grpo_objective, grpo_others, grpo_problems
 from lfm_jax.post.sft import SFT, sft_objective
 from lfm_jax.post.tuning import Tuning
 from lfm_jax.train.objective import Objective
@@ -15,7 +16,7 @@ from lfm_jax.train.objective import Objective
 if TYPE_CHECKING:
     from lfm_jax.post.config import TuneConfig
 
-MethodName = Literal["sft", "dpo", "distill"]
+MethodName = Literal["sft", "dpo", "distill", "grpo"]
 
 
 class Way(NamedTuple):
@@ -36,5 +37,6 @@ METHODS: dict[MethodName, Way] = {
     "sft": Way(sft_objective, SFT, 5e-5),
     "dpo": Way(dpo_objective, DPO, 1e-6, dpo_others),
     "distill": Way(distill_objective, Distill, 5e-5, distill_others, distill_problems),
+    "grpo": Way(grpo_objective, GRPO, 1e-6, grpo_others, grpo_problems),
 }
 """By the name that `method` has in a recipe."""

@@ -36,9 +36,10 @@ class PolicyGradientSums(NamedTuple):
     total: jax.Array
     """What to differentiate."""
     sums: dict[str, jax.Array]
-    """`loss`; `ratio` of policy to behaviour; `clipped_low` and `clipped_high`, the tokens whose ratio left the bounds
-    the way that their advantage asks for; `behaviour_kl` and, with a reference, `reference_kl`: estimates of
-    KL(behaviour || policy) and KL(policy || reference). With `constant`, all but the loss are means over an answer."""
+    """`loss`; `ratio` of policy to behaviour and `mismatch`, its |logarithm|; `clipped_low` and `clipped_high`, the
+    tokens whose ratio left the bounds the way that their advantage asks for; `behaviour_kl` and, with a reference,
+    `reference_kl`: estimates of KL(behaviour || policy) and KL(policy || reference). With `constant`, all but the loss
+    are means over an answer."""
     largest_log_ratio: jax.Array
     """Largest |log(policy / behaviour)| of a token: a maximum, no sum."""
 
@@ -78,7 +79,8 @@ def policy_gradient_loss(
     ratio_BT = jnp.exp(ratio.cut_BT)
     loss_BT = -jnp.minimum(ratio_BT * A_B1, jnp.clip(ratio_BT, low, high) * A_B1)
     reports = {
-        "ratio": ratio_BT, "clipped_low": (ratio_BT < low) & (A_B1 < 0), "clipped_high": (ratio_BT > high) & (A_B1 > 0),
+        "ratio": ratio_BT, "mismatch": jnp.abs(ratio.whole_BT),
+        "clipped_low": (ratio_BT < low) & (A_B1 < 0), "clipped_high": (ratio_BT > high) & (A_B1 > 0),
         "behaviour_kl": ratio_BT - 1 - ratio.cut_BT,
     }
     if logprobs.reference_BT is not None:

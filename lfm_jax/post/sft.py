@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lfm_jax.data.corpora.chats import ChatCorpus
-from lfm_jax.post.tuning import Tuning
+from lfm_jax.post.tuning import CorpusTuning
 from lfm_jax.pretrain.objective import NextToken
 
 if TYPE_CHECKING:
@@ -18,11 +18,11 @@ def sft_objective(config: TuneConfig) -> NextToken:
     return NextToken(loss_chunk=config.loss_chunk)
 
 
-class SFT(Tuning):
+class SFT(CorpusTuning):
     """Chats, and a loss on the assistant's tokens of them.
 
     Raises:
-      ValueError: on construction: see `Tuning` and `ChatCorpus`.
+      ValueError: on construction: see `CorpusTuning` and `ChatCorpus`.
     """
 
     def open_corpus(self) -> ChatCorpus:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 from tokenizers import Tokenizer
 
@@ -19,7 +20,8 @@ from lfm_jax.text.codec import check_tokenizer
 from lfm_jax.text.tokenizer import TOKENIZER_FILE, load_tokenizer
 from lfm_jax.train import processes
 from lfm_jax.train.checkpoint import has_checkpoint
-from lfm_jax.train.driver import Data
+from lfm_jax.train.driver import Data, Experience
+from lfm_jax.train.rounding import rounded_weights
 
 if TYPE_CHECKING:
     from lfm_jax.post.config import TuneConfig
@@ -37,7 +39,6 @@ class Tuning(abc.ABC):
 
     def __init__(self, config: TuneConfig):
         self._config = config
-        self._beside: list[Beside | None] = [None, None]
         run_dir = Path(config.run_dir)
         kept = has_checkpoint(run_dir) and (run_dir / TOKENIZER_FILE).exists()
         with init_from.sidecar_files(config.run_dir if kept else config.init_from) as directory:
@@ -46,6 +47,58 @@ class Tuning(abc.ABC):
             self.tokenizer: Tokenizer = load_tokenizer(directory)
             self.template = sidecars.chat_template(directory)
         check_tokenizer(self.tokenizer, config.model)
+
+    @abc.abstractmethod
+    def steps(self) -> int:
+        """Optimizer steps of the config's epochs."""
+
+    @abc.abstractmethod
+    def __str__(self) -> str:
+        """What is learnt from, in one line."""
+
+    def as_begun(self) -> Any:
+        """`weights` as the first step computes with them."""
+        model, weights = self._config.model.replace(scan_layers=False), self.weights()
+        if not model.quantize:
+            return weights
+        return jax.tree.map(np.asarray, jax.jit(lambda w: rounded_weights(model, w))(weights))
+
+    # ------------------------------------------------------------ runner.Method
+
+    def prepare(self, run_dir: Path, *, resuming: bool) -> None:
+        if not resuming:
+            if processes.is_main():
+                with init_from.sidecar_files(self._config.init_from) as directory:
+                    init_from.carry_sidecars(directory, run_dir)
+            processes.barrier("sidecars")
+
+    def weights(self) -> Any:
+        return init_from.weights(self._config.init_from, self._config.model)
+
+    def others(self) -> Mapping[str, Any]:
+        return {}
+
+    def check_lasts(self, steps: int) -> None:
+        del steps  # Rows are read again and again.
+
+    @abc.abstractmethod
+    def train_data(self, rows: np.ndarray | None) -> Data | Experience: ...
+
+    @abc.abstractmethod
+    def heldout(self) -> Iterable[Mapping[str, np.ndarray]]: ...
+
+    @abc.abstractmethod
+    def measured(
+        self, sums: Mapping[str, float], weight: float, *, all_batches: bool
+    ) -> tuple[dict[str, float], str]: ...
+
+
+class CorpusTuning(Tuning):
+    """A `Tuning` on rows that are there before the run begins."""
+
+    def __init__(self, config: TuneConfig):
+        super().__init__(config)
+        self._beside: list[Beside | None] = [None, None]
         self._corpus = self.open_corpus()
 
     @abc.abstractmethod
@@ -75,31 +128,8 @@ class Tuning(abc.ABC):
             for side, rows in sides.items()
         ]
 
-    # ------------------------------------------------------------ runner.Method
-
-    def prepare(self, run_dir: Path, *, resuming: bool) -> None:
-        if not resuming:
-            if processes.is_main():
-                with init_from.sidecar_files(self._config.init_from) as directory:
-                    init_from.carry_sidecars(directory, run_dir)
-            processes.barrier("sidecars")
-
-    def weights(self) -> Any:
-        return init_from.weights(self._config.init_from, self._config.model)
-
-    def others(self) -> Mapping[str, Any]:
-        return {}
-
-    def check_lasts(self, steps: int) -> None:
-        del steps  # Rows are read again and again.
-
     def train_data(self, rows: np.ndarray | None) -> Data:
         return self._corpus.train_batches(rows, self._beside[0])
 
     def heldout(self) -> Iterable[Mapping[str, np.ndarray]]:
         return self._corpus.heldout_batches(self._beside[1])
-
-    @abc.abstractmethod
-    def measured(
-        self, sums: Mapping[str, float], weight: float, *, all_batches: bool
-    ) -> tuple[dict[str, float], str]: ...

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -41,6 +41,27 @@ class Data(Protocol):
     def set_state(self, state: Any) -> None: ...
 
 
+@runtime_checkable
+class Experience(Protocol):
+    """Batches that the model in training makes: each is made by the state that it is then given to."""
+
+    def next_for(self, state: Any) -> tuple[Any, Values]:
+        """A batch, and what is reported of it beside the metrics of its step. What it takes of the state is given
+        away with the step."""
+        ...
+
+    def get_state(self) -> Any:
+        """As for `Data`."""
+        ...
+
+    def set_state(self, state: Any) -> None: ...
+
+
+def next_batch(data: Data | Experience, state: Any) -> tuple[Any, Values]:
+    """The next batch, for a state, and what is reported of it."""
+    return data.next_for(state) if isinstance(data, Experience) else (next(data), {})
+
+
 class Stop(Protocol):
     """Whether to stop now, between two steps."""
 
@@ -54,7 +75,7 @@ class Parts:
     step: Callable[[Any, Any], tuple[Any, Metrics]]
     """(state, batch) -> (state, metrics) with loss, grad_norm, skipped and skipped_in_row, perhaps of several runs side
     by side."""
-    data: Data
+    data: Data | Experience
     place: Callable[[Any], Any]
     """A batch of `data` as the step takes it."""
     fresh: Callable[[], Any]
@@ -226,10 +247,12 @@ class Driver:
     def _dispatch(self) -> None:
         """Hands the next step to the device."""
         with self._watch.doing("data"):
-            batch = self.parts.place(next(self.parts.data))
+            made, reports = next_batch(self.parts.data, self.state)
+            batch = self.parts.place(made)
         with self._watch.dispatching(self.step + 1):
             self.state, metrics = self.parts.step(self.state, batch)
         self.step += 1
+        metrics = {**metrics, **reports}
         self._pending.append((self.step, metrics, self._watch.dispatched(self.step, metrics)))
 
     def _fetch(self, keep: int) -> bool:

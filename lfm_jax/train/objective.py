@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -49,6 +50,8 @@ class Terms(NamedTuple):
     """What is reported, each divided by the weight of the whole batch; float32 scalars, `loss` among them."""
     aux: Aux
     """What the layers report (`LFM.hidden`); the step adds their losses."""
+    largest: Mapping[str, jax.Array] = MappingProxyType({})
+    """What is reported as the largest of all rows; float32 scalars."""
 
 
 class Objective(Protocol):

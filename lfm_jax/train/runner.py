@@ -36,7 +36,7 @@ from lfm_jax.train.budget import budget
 from lfm_jax.train.checkpoint import DIGESTS, CheckpointManager
 from lfm_jax.train.config import RunConfig, TaskConfig
 from lfm_jax.train.console import Console
-from lfm_jax.train.driver import Data, Driver, Pace, Parts, Values, Watch
+from lfm_jax.train.driver import Data, Driver, Experience, Pace, Parts, Values, Watch, next_batch
 from lfm_jax.train.goodput import Label, Ledger, describe
 from lfm_jax.train.metrics import TASKS, plot_curves, plot_loss, saved_step
 from lfm_jax.train.objective import Metrics
@@ -65,7 +65,7 @@ class Method(Protocol):
         """The weights of each of `RunConfig.other_models`, in the same form."""
         ...
 
-    def train_data(self, rows: np.ndarray | None) -> Data:
+    def train_data(self, rows: np.ndarray | None) -> Data | Experience:
         """Batches to train on; of each one the given rows (None: all)."""
         ...
 
@@ -214,8 +214,9 @@ def _train(
 
 
 def _driver(
-    config: RunConfig, method: Method, manager: CheckpointManager, data: Data, place: processes.BatchPlacer,
-    console: Console, begun: _Begun, tasks: _TaskEvaluation | None,
+    config: RunConfig, method: Method, manager: CheckpointManager, data: Data | Experience,
+    place: processes.BatchPlacer, console: Console, begun: _Begun,
+    tasks: _TaskEvaluation | None,
 ) -> Driver:
     training = config.training()
 
@@ -266,7 +267,8 @@ WARM_STEPS, TIMED_STEPS = 2, 5
 
 
 def _with_timed_steps(
-    config: RunConfig, data: Data, place: processes.BatchPlacer, console: Console, stop: processes.StopRequest
+    config: RunConfig, data: Data | Experience, place: processes.BatchPlacer, console: Console,
+    stop: processes.StopRequest,
 ) -> RunConfig | None:
     """The config with as many steps as fit into its minutes, the same number in every process; None once `stop` is due.
 
@@ -276,7 +278,7 @@ def _with_timed_steps(
     training = config.training()
     step = processes.compiled_together(training.compiled_step())
     state, first = training.random_state(config.seed), data.get_state()
-    batch = place(next(data))  # The same for all steps: there may be fewer batches than steps here.
+    batch = place(next_batch(data, state)[0])  # The same for all steps: there may be fewer batches than steps here.
     data.set_state(first)
     seconds = []
     for _ in range(WARM_STEPS + TIMED_STEPS):

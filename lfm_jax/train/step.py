@@ -267,7 +267,8 @@ def train_step(training: Training, state: TrainState, batch: DeviceBatch) -> tup
     optimizer stay as they are, to the bit, and only `step` and `guard` go on.
 
     Returns:
-      The new state, and float32 scalars: the means that the objective reports (`loss` among them), grad_norm (before
+      The new state, and float32 scalars: the means (`loss` among them) and the largest numbers that the objective
+      reports, grad_norm (before
       clipping), weight, tokens (that are no padding), skipped (1 if the update was not made), skipped_in_row,
       `grad_norm/KIND` by kind of operator, feed_forward, norm and table, `act_norm/KIND`, the root mean square of what
       each kind adds to the residual stream, and what feed-forwards report (`model.Aux`), as means over tokens: of one
@@ -280,28 +281,31 @@ def train_step(training: Training, state: TrainState, batch: DeviceBatch) -> tup
 
     tokens = jnp.asarray(objective.real_tokens(batch), jnp.float32)
 
-    def scaled(params: Any, part: DeviceBatch, key: Any) -> tuple[jax.Array, tuple[Metrics, Aux]]:
+    def scaled(params: Any, part: DeviceBatch, key: Any) -> tuple[jax.Array, tuple[Metrics, Aux, Metrics]]:
         terms = training.terms(params, state.frozen, state.others, part, key)
         total, of_layers = scale * terms.total, terms.aux.loss
         if of_layers is not None:
             total += of_layers / jnp.maximum(tokens, 1.0)
-        return total, ({name: scale * x for name, x in terms.sums.items()}, terms.aux)
+        return total, ({name: scale * x for name, x in terms.sums.items()}, terms.aux, dict(terms.largest))
 
     grad_fn = jax.grad(scaled, has_aux=True)
     keys = training.dropout_keys(state.step)
     first = None if keys is None else keys[0]
     if micro_batches == 1:
-        grads, (means, aux) = grad_fn(state.params, batch, first)
+        grads, (means, aux, largest) = grad_fn(state.params, batch, first)
     else:
 
         def add(carry: Any, part: tuple[DeviceBatch, Any]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, carry, grad_fn(state.params, *part)), None
+            (sums, largest), (grads, (means, aux, more)) = carry, grad_fn(state.params, *part)
+            sums = jax.tree.map(jnp.add, sums, (grads, means, aux))
+            return (sums, jax.tree.map(jnp.maximum, largest, more)), None
 
         parts = jax.tree.map(lambda x: _split_rows(x, micro_batches), dict(batch))
-        sums = jax.eval_shape(grad_fn, state.params, jax.tree.map(lambda x: x[0], parts), first)[1]
+        *sums, largest = jax.eval_shape(grad_fn, state.params, jax.tree.map(lambda x: x[0], parts), first)[1]
         # Sums in float32, whatever the parameters are kept in.
-        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (state.params, sums))
-        (grads, (means, aux)), _ = jax.lax.scan(add, zeros, (parts, keys))
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (state.params, *sums))
+        least = jax.tree.map(lambda x: jnp.full_like(x, -jnp.inf), largest)
+        ((grads, means, aux), largest), _ = jax.lax.scan(add, (zeros, least), (parts, keys))
     squares = _squares_by_kind(training.model, grads)
     norm = jnp.sqrt(sum(squares.values()))
     grads = jax.tree.map(lambda grad, w: grad.astype(w.dtype), grads, state.params)
@@ -313,7 +317,7 @@ def train_step(training: Training, state: TrainState, batch: DeviceBatch) -> tup
     # The mean of the first updates is a plain one.
     memory = jnp.minimum(GUARD_MEMORY, 1 - 1 / jnp.maximum(made, 1).astype(jnp.float32))
     mean_norm = jnp.where(ok, memory * state.guard.mean_norm + (1 - memory) * norm, state.guard.mean_norm)
-    metrics = means | {
+    metrics = means | largest | {
         "grad_norm": norm, "weight": weight, "tokens": tokens, "skipped": 1.0 - ok,
         "skipped_in_row": in_row.astype(jnp.float32),
     }

@@ -36,13 +36,13 @@ def in_float64(hidden_BTD, table_VD, targets_BT, g_BT):
     return logprobs_BT, logits_BTV.argmax(axis=2), d_logits_BTV @ table_VD, d_table_VD
 
 
-def both(chunk):
+def both(chunk, **options):
     """Jitted: log-probabilities and likeliest tokens; gradients of `sum(g * log-probabilities)`."""
 
     @jax.jit
     def run(hidden, table, targets, g):
         def total(hidden, table):
-            scores = token_scores(hidden, table, targets, chunk=chunk)
+            scores = token_scores(hidden, table, targets, chunk=chunk, **options)
             return jnp.sum(g * scores.logprob_BT), scores
 
         (_, scores), grads = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(hidden, table)
@@ -60,6 +60,16 @@ def test_equals_float64_forward_and_gradient(chunk):
     assert found[0].dtype == "float32"
     assert not np.any(np.asarray(found[0])[targets < 0])
     assert not np.any(np.asarray(found[2])[targets < 0])
+
+
+def test_a_temperature_divides_the_logits():
+    hidden, table, targets, g = example()
+    found = both(5, temperature=0.7)(hidden, table, targets, g)
+    logprobs, likeliest, d_hidden, d_scaled = in_float64(hidden, table / 0.7, targets, g)
+    for ours, theirs in zip(found, (logprobs, likeliest, d_hidden, d_scaled / 0.7), strict=True):
+        assert rel_err(ours, theirs) < 1e-6
+    with pytest.raises(ValueError, match="temperature is 0"):
+        token_logprobs(hidden, table, targets, temperature=0)
 
 
 def test_large_logits_lose_nothing():
