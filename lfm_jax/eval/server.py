@@ -243,6 +243,7 @@ class TextServer(KeptLM):
         raise ValueError(NO_SCORES)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The server does not say what its template is."""
         return "that of the server" if chat_template else None
 
     def apply_chat_template(

@@ -2,12 +2,12 @@
 
 A reward is a function `(completion, example) -> float`. Those of `REWARDS` give 1 or 0, and read of the example:
 
-  tool_call     tool_calls: the calls that are right, each with `name` and `arguments`, itself or in its `function`;
-                tools: their schemas, where positional arguments shall count
-  json_schema   schema: of the answer, as data or as JSON text
-  answer        answer: a text or a number; of a solution as in GSM8K what follows ####
-  regex         pattern: in Python's syntax
-  length        min_length, max_length: characters of the answer; one may be left out
+- `tool_call`: `tool_calls`, the calls that are right, each with `name` and `arguments`, itself or in its `function`;
+  `tools`, their schemas, where positional arguments shall count.
+- `json_schema`: `schema` of the answer, as data or as JSON text.
+- `answer`: `answer`, a text or a number; of a solution as in GSM8K what follows ####.
+- `regex`: `pattern`, in Python's syntax.
+- `length`: `min_length` and `max_length`, characters of the answer; one may be left out.
 
 All but `tool_call` and `answer` want the whole completion to be the answer: a thought before it is to be taken off.
 """

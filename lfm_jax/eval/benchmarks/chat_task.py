@@ -103,6 +103,7 @@ class ChatTask(_Task):
         return chat_template(messages) if tools is None else chat_template(messages, tools=tools)
 
     def construct_requests(self, doc: Document, ctx: str, **kwargs: Any) -> Instance:
+        """The request that a document becomes."""
         arguments = (ctx, {**(self.config.generation_kwargs or {}), **self.options(doc)})
         return Instance("generate_until", doc, arguments, 0, metadata=kwargs["metadata"])
 
