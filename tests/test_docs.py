@@ -28,7 +28,7 @@ import lfm_jax as lfm
 from lfm_jax.ablate.schedule import AblateConfig
 from lfm_jax.cli import main
 from lfm_jax.cli.verbs import find
-from lfm_jax.post.config import TuneConfig
+from lfm_jax.post.config import TuneCommand, TuneConfig
 from lfm_jax.pretrain.config import TrainConfig
 from lfm_jax.recipe import load_recipe
 from lfm_jax.serve.protocol import ChatBody
@@ -294,7 +294,8 @@ def check_flags(args):
     _, config = verb.resolve()
     files = [arg for arg in args if arg.endswith(".yaml")]
     if config is not None and all(Path(file).exists() for file in files):
-        load_recipe(config, files, [arg for arg in args[len(verb.name.split()) :] if arg not in files])
+        layers = ["--model.layer-types", "conv"] if config is TuneCommand else []  # Else those of the model, not here.
+        load_recipe(config, files, [*(arg for arg in args[len(verb.name.split()) :] if arg not in files), *layers])
 
 
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")

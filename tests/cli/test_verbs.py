@@ -38,7 +38,8 @@ def test_a_word_with_several_verbs_lists_them(capsys):
     for args in (["data"], ["data", "--help"]):
         assert run(*args) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert [line.split()[:2] for line in lines if line.startswith("  ")] == [["data", "build"], ["data", "show"]]
+        assert [line.split()[:2] for line in lines if line.startswith("  ")] == [["data", "build"], ["data", "show"],
+                                                                                          ["data", "distill"]]
 
 
 @pytest.mark.parametrize(("words", "nearest"), [
