@@ -23,8 +23,8 @@ from lfm_jax.kernels.topk_logprobs import TopTokens, top_tokens
 from lfm_jax.loading import model_config
 from lfm_jax.model import LFM
 from lfm_jax.post.distillation import distillation_loss
-from lfm_jax.post.stored import Field, Frozen
-from lfm_jax.post.tuning import CorpusTuning
+from lfm_jax.post.stored import MANIFEST, Field, Frozen
+from lfm_jax.post.tuning import SIDES, CorpusTuning
 from lfm_jax.pretrain.objective import NextToken
 from lfm_jax.problems import raise_problems
 from lfm_jax.text.tokenizer import TOKENIZER_FILE, load_tokenizer
@@ -153,6 +153,8 @@ def distill_problems(config: TuneConfig) -> list[str]:
     name, model = config.distill.teacher, config.model
     if not name:
         return ["distill.teacher is empty; name the model to learn from"]
+    if _said_all(config.distill):
+        return []
     try:
         teacher = teacher_config(name)
     except ValueError as error:
@@ -170,6 +172,11 @@ def distill_problems(config: TuneConfig) -> list[str]:
     return problems
 
 
+def _said_all(distill: DistillConfig) -> bool:
+    """Whether the directory of what the teacher says was made or begun, so that rows and teacher were found to fit."""
+    return distill.stored is not None and all((Path(distill.stored) / side / MANIFEST).exists() for side in SIDES)
+
+
 class Distill(CorpusTuning):
     """Chats, and a teacher.
 
@@ -179,7 +186,8 @@ class Distill(CorpusTuning):
 
     def open_corpus(self) -> ChatCorpus:
         config = self._config
-        self._check_tokens()
+        if not _said_all(config.distill):
+            self._check_tokens()
         return ChatCorpus(config.data, self.tokenizer, config.model, self.template,
                           all_learnt=config.distill.learn == "all")
 

@@ -26,6 +26,9 @@ from lfm_jax.train.rounding import rounded_weights
 if TYPE_CHECKING:
     from lfm_jax.post.config import TuneConfig
 
+SIDES = ("train", "heldout")
+"""Directories of what is kept of the rows that are learnt from, and of those that are held out."""
+
 
 class Tuning(abc.ABC):
     """A `runner.Method` that begins with the weights of `init_from` and speaks through its tokenizer and template.
@@ -122,10 +125,10 @@ class CorpusTuning(Tuning):
           directory: where it is kept, and made if it is not there; see `stored.stored`.
         """
         config, once = self._config, functools.cache(speaker)
-        sides = {"train": self._corpus.train_rows, "heldout": self._corpus.heldout_rows}
+        sides = zip(SIDES, (self._corpus.train_rows, self._corpus.heldout_rows), strict=True)
         self._beside = [
             stored(directory / side, rows, fields, B=config.rows, T=config.seq_len, about=about, speaker=once).beside
-            for side, rows in sides.items()
+            for side, rows in sides
         ]
 
     def train_data(self, rows: np.ndarray | None) -> Data:

@@ -13,6 +13,7 @@ from tiny_runs import losses
 from tuning import Breaking, Broken, base, load, pairs, recipe
 
 import lfm_jax as lfm
+from lfm_jax.data.batch import batches_of
 from lfm_jax.data.config import ChatData
 from lfm_jax.data.corpora.pairs import PairCorpus
 from lfm_jax.post.config import TuneConfig
@@ -78,28 +79,28 @@ def by_hand(policy, reference, loss, beta):
             "accuracy": sum(r[0] > r[1] for r in rewards)}
 
 
+@pytest.fixture(scope="module")
+def alone(root, whole_run):
+    """Of the run's model and of the reference: the models, and the log-probabilities of all pairs."""
+    models = [lfm.load(path)[0] for path in (whole_run.run_dir, root / "base")]
+    tokenizer = lfm.load(root / "base")[1]
+    return *models, tokenizer, [[answer_logprobs(model, tokenizer, pair) for pair in pairs()] for model in models]
+
+
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "sigmoid_norm"])
-def test_the_loss_of_packed_pairs_is_that_of_each_alone_by_hand(root, whole_run, loss):
-    reference, tokenizer = lfm.load(root / "base")
-    policy, _ = lfm.load(whole_run.run_dir)
+def test_the_loss_of_packed_pairs_is_that_of_each_alone_by_hand(root, alone, loss):
+    policy, reference, tokenizer, logprobs = alone
     data = ChatData(sources=(str(root / "pairs.jsonl"),), seq_len=512, batch_size=2, heldout_fraction=0.0)
     corpus = PairCorpus(data, tokenizer, reference.config, TURNS)
     assert corpus.rows == 1, "all pairs share a row; the other one is padding"
-    (batch,) = corpus_batches(corpus)
+    (batch,) = batches_of(corpus.train_rows, 2)
     objective = Preference(dpo=DPOConfig(loss=loss, beta=0.3, reference="model"))
     (graphdef, params), others = nnx.split(policy, nnx.Param), nnx.split(reference, nnx.Param)[1]
     sums = jax.jit(lambda params, others, batch: objective(
         nnx.merge(graphdef, params), batch, {"reference": nnx.merge(graphdef, others)}).sums)(params, others, batch)
     assert float(objective.weight(batch)) == 8
-    alone = [[answer_logprobs(model, tokenizer, pair) for pair in pairs()] for model in (policy, reference)]
-    for name, expected in by_hand(*alone, loss, 0.3).items():
+    for name, expected in by_hand(*logprobs, loss, 0.3).items():
         assert float(sums[name]) == pytest.approx(expected, rel=1e-4), name
-
-
-def corpus_batches(corpus):
-    from lfm_jax.data.batch import batches_of
-
-    return list(batches_of(corpus.train_rows, 2))
 
 
 def test_a_run_prefers_what_was_chosen(whole_run):
@@ -139,23 +140,21 @@ def test_a_broken_run_goes_on_to_the_bit_without_its_reference(root, whole_run, 
         tune(load(run_dir / "config.yaml"))
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora": {"rank": 2}}])
-def test_a_reference_in_every_step_gives_the_same_losses(root, whole_run, changes):
-    """With an adapter the reference is the model without it."""
-    run = root / f"model{len(changes)}"
-    runs = []
-    for reference in ("model", "once"):
-        if reference == "once" and not changes:
-            runs.append(whole_run.run_dir)
-        else:
-            runs.append(run.with_name(f"{run.name}-{reference}"))
-            tune(load(dpo(root, runs[-1], dpo={"reference": reference}, **changes)))
-    assert (runs[1] / "reference").exists()
-    assert not (runs[0] / "reference").exists()
-    ours, theirs = map(losses, runs)
+def test_a_reference_in_every_step_gives_the_same_losses(root, whole_run):
+    result = tune(load(dpo(root, root / "model", dpo={"reference": "model"})))
+    assert (whole_run.run_dir / "reference").exists()
+    assert not (result.run_dir / "reference").exists()
+    ours, theirs = losses(result.run_dir), losses(whole_run.run_dir)
     assert ours.keys() == theirs.keys()
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-4)
-    assert theirs[max(theirs)] < theirs[1]
+
+
+def test_with_an_adapter_the_reference_is_the_model_without_it(root):
+    result = tune(load(dpo(root, root / "lora", dpo={"reference": "model"}, lora={"rank": 2}, epochs=4)))
+    steps = losses(result.run_dir)
+    assert steps[1] == pytest.approx(np.log(2), rel=1e-6), "a new adapter changes nothing"
+    assert steps[max(steps)] < steps[1]
+    assert measured(result.run_dir, "reward_margin")[-1] > 0
 
 
 def test_defaults_and_settings(root):
@@ -166,4 +165,4 @@ def test_defaults_and_settings(root):
     with pytest.raises(ValueError, match=r"loss is 'hinge'(.|\n)*reference is 'x'(.|\n)*beta is 0(.|\n)*ing is 1"):
         DPOConfig(loss="hinge", reference="x", beta=0, label_smoothing=1)
     with pytest.raises(ValueError, match="dpo is for method dpo, and method is sft"):
-        load(recipe(root, root / "x", dpo={"beta": 0.2}))
+        TuneConfig.of(str(root / "base"), run_dir="x", data=config.data, dpo=DPOConfig(beta=0.2))
