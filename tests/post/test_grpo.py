@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,6 +139,12 @@ def test_a_config_says_all_that_does_not_go_with_it(root):
     with pytest.raises(ValueError, match=says):
         GRPOConfig(rewards=("regex", "answer"), reward_weights=(1.0,), generations=1, epsilon_low=2, normalisation="x",
                    sampling=Sampling(top_k=5, seed=1))
+
+
+def test_the_recipe_fits_a_model(root):
+    config = load(Path(__file__).parents[2] / "configs/tune/grpo.yaml", "--init-from", str(root / "base"))
+    assert (config.optimizer.peak_lr, config.grpo.weights) == (1e-6, {"answer": 1.0})
+    assert load(recipe(root, root / "x", optimizer={})).optimizer.peak_lr == 1e-6
 
 
 def test_other_prompts_are_refused_when_a_run_goes_on(root, whole_run, tmp_path):
