@@ -131,7 +131,7 @@ def test_options_of_requests_that_have_ended_cost_the_others_nothing(monkeypatch
     seen = []
     monkeypatch.setattr(slots_of, "sample", lambda _, params, *rest: seen.append(params) or jnp.zeros(3, jnp.int32))
     made = dataclasses.replace(shape.init(), asked=asked, left_B=jnp.array([0, 5, 0]))
-    slots_of._next_tokens(made, jnp.zeros((3, 1, V)), None, ANYTHING, 0, None, lambda: made.bias_BV)
+    slots_of._next_tokens(made, jnp.zeros((3, 1, V)), None, ANYTHING, shape, None, lambda: made.bias_BV)
     expected = to_arrays([Sampling(), everything, Sampling()], V)[0]
     jax.tree.map(np.testing.assert_array_equal, seen[0], expected)
 
