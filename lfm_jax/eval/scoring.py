@@ -25,7 +25,6 @@ from jax.sharding import Mesh
 
 from lfm_jax.engine.placement import place_replicas
 from lfm_jax.engine.request import LOGITS_NOT_FINITE
-from lfm_jax.infer.decoding import bucket
 from lfm_jax.kernels.logprobs import token_scores
 from lfm_jax.model import LFM
 from lfm_jax.problems import raise_problems
@@ -34,6 +33,8 @@ from lfm_jax.state import State
 
 CHUNK = 512
 """Tokens of a context that go through the model at a time where its state is kept."""
+LEAST_MORE = 32
+"""Slots behind a context, at least, for what is read of its continuations: states of one size for all short ones."""
 KEPT_TOKENS = 16384
 """The most slots for keys and values of one batch of continuations, all rows together."""
 
@@ -137,9 +138,9 @@ class Scorer:
     ) -> Iterator[tuple[list[_Line], tuple[jax.Array, jax.Array]]]:
         """Takes in contexts of at most `length` tokens, and scores continuations of which at most `more` are read."""
         config = self._model.config
-        room = min(length + more, config.max_position)
+        room = min(length + max(more, LEAST_MORE), config.max_position)
         last_GD = jnp.zeros((rows, config.hidden_size), config.dtype)
-        state = self._model.init_state(rows, room) if more or length > CHUNK else None
+        state = self._model.init_state(rows, room)
         tokens_GT, length_G = _table([group.context for group in groups], rows, length)
         for start in range(0, length, CHUNK):
             chunk_GC = tokens_GT[:, start : start + CHUNK]
@@ -170,7 +171,7 @@ class _Line:
     @property
     def shape(self) -> tuple[int, int]:
         """(tokens that are read, tokens that are scored), rounded up."""
-        read = bucket(len(self.tokens) - 1)
+        read = _size(len(self.tokens) - 1)
         most = 16
         while most < self.scored:
             most *= 4
@@ -188,13 +189,20 @@ class _Group:
     def shape(self) -> tuple[int, int]:
         """(tokens of the context, further tokens that are read of a continuation), rounded up."""
         more = max(line.scored for line in self.lines) - 1
-        return bucket(len(self.context)), bucket(more) if more else 0
+        return _size(len(self.context)), _size(more, 8) if more else 0
 
     @property
     def is_shared(self) -> bool:
         """Whether it is less work to take in the context once."""
         length, more = self.shape
         return length + len(self.lines) * more < sum(line.shape[0] for line in self.lines)
+
+
+def _size(n: int, least: int = 16) -> int:
+    """Rounds up to few sizes, since each is compiled: to powers of 2 up to 64, then to two for each power."""
+    power = max(least, 1 << (n - 1).bit_length())
+    step = power if power <= 64 else power // 4
+    return -(-n // step) * step
 
 
 def _groups(pairs: Sequence[tuple[Tokens, Tokens]], max_length: int) -> list[_Group]:
