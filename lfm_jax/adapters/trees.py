@@ -24,7 +24,7 @@ from lfm_jax.config import ModelConfig
 from lfm_jax.layers import Traits
 from lfm_jax.model import abstract_model
 from lfm_jax.problems import raise_problems
-from lfm_jax.sharding import reshard, spec, spec_of
+from lfm_jax.sharding import on_mesh, reshard, spec, spec_of
 from lfm_jax.stacking import stack_layers
 from lfm_jax.weight_kinds import WeightKind
 
@@ -84,6 +84,12 @@ def num_adapter_params(config: ModelConfig, lora: LoRAConfig) -> int:
     """Returns the number of parameters of an adapter."""
     made = jax.eval_shape(lambda: init_adapter(config, lora, jax.random.key(0)))
     return sum(x.size for x in jax.tree.leaves(made))
+
+
+def largest_rank(config: ModelConfig, lora: LoRAConfig) -> int:
+    """Returns the largest rank of an adapter's matrices; patterns may give some of them others than `lora.rank`."""
+    targets = jax.tree.leaves(target_tree(config, lora), is_leaf=lambda x: isinstance(x, Target))
+    return max(target.rank for target in targets)
 
 
 def adapt(
@@ -193,9 +199,8 @@ def for_place(config: ModelConfig, lora: LoRAConfig, adapter: Tree, rank: int) -
                 else f"{name} is {list(x.shape)}; expected {list(expected[name])}"
                 for path, x in jax.tree.leaves_with_path(adapter)
                 if x.shape != expected.get(name := jax.tree_util.keystr(path))]
-    ranks = {target.rank for target in jax.tree.leaves(targets, is_leaf=lambda x: isinstance(x, Target))}
-    if max(ranks) > rank:
-        problems.append(f"its rank is {max(ranks)}; places are of rank {rank}")
+    if (largest := largest_rank(config, lora)) > rank:
+        problems.append(f"its rank is {largest}; places are of rank {rank} (engine.adapter_rank)")
     raise_problems("the adapter does not fit", problems)
     every = jax.eval_shape(lambda: empty_places(config, 1, rank))
     room = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), every)
@@ -229,7 +234,7 @@ def fill_place(weights: Tree, part: Tree, place: int) -> Tree:
 def _filled(places: Tree, part: Tree, place: jax.Array) -> Tree:
     def fill(path: Any, room: jax.Array, new: jax.Array) -> jax.Array:
         axis = 0 if path[-1].key == "a" else room.ndim - 1
-        new = reshard(new, spec_of(room))
+        new = reshard(on_mesh(new), spec_of(room))
         return jax.lax.dynamic_update_slice_in_dim(room, new, (place - 1) * new.shape[axis], axis)
 
     return jax.tree.map_with_path(fill, places, part)

@@ -254,8 +254,8 @@ class Engine:
         self.adapters.load(name, source, lambda place: self._fill(part(self.config.adapter_rank), place))
 
     def unload_adapter(self, name: str) -> None:
-        """Forgets an adapter: no request may name it from now on. Its place is free once those that did have ended. From
-        any thread.
+        """Forgets an adapter: no request may name it from now on, and its place is free once those that did have ended.
+        From any thread.
 
         Raises:
           UnknownAdapterError: there is none of this name.
