@@ -3,14 +3,14 @@
 An adapter is a tree of nested dicts like a model's weights, with `{"a": [R, *I], "b": [*O, R]}` in the place of each
 matrix that it adapts, float32.
 
-Dimensions: B rows of a batch, I inputs, O outputs (each perhaps several axes), R rank.
+Dimensions: B rows of a batch, I inputs, O outputs (each perhaps several axes), R rank, P places of adapters.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lfm_jax.adapters.config import LoRAConfig
-from lfm_jax.adapters.targets import Target, target_tree
+from lfm_jax.adapters.targets import Target, modules, target_tree
 from lfm_jax.adapters.weights import Adapted
 from lfm_jax.config import ModelConfig
 from lfm_jax.layers import Traits
 from lfm_jax.model import abstract_model
-from lfm_jax.sharding import reshard, spec
+from lfm_jax.problems import raise_problems
+from lfm_jax.sharding import on_mesh, reshard, spec, spec_of
 from lfm_jax.stacking import stack_layers
 from lfm_jax.weight_kinds import WeightKind
 
@@ -83,6 +84,12 @@ def num_adapter_params(config: ModelConfig, lora: LoRAConfig) -> int:
     """Returns the number of parameters of an adapter."""
     made = jax.eval_shape(lambda: init_adapter(config, lora, jax.random.key(0)))
     return sum(x.size for x in jax.tree.leaves(made))
+
+
+def largest_rank(config: ModelConfig, lora: LoRAConfig) -> int:
+    """Returns the largest rank of an adapter's matrices; patterns may give some of them others than `lora.rank`."""
+    targets = jax.tree.leaves(target_tree(config, lora), is_leaf=lambda x: isinstance(x, Target))
+    return max(target.rank for target in targets)
 
 
 def adapt(
@@ -153,11 +160,95 @@ def adapt_rows(
 
 def for_rows(weights: Tree, row_ids_B: jax.Array) -> Tree:
     """Returns the weights of `adapt_rows` for other rows."""
-    def of(w: Any) -> Any:
-        several = isinstance(w, Adapted) and w.row_ids_B is not None
-        return dataclasses.replace(w, row_ids_B=row_ids_B) if several else w
+    return _each(weights, lambda w: w if w.row_ids_B is None else dataclasses.replace(w, row_ids_B=row_ids_B))
 
-    return jax.tree.map(of, weights, is_leaf=lambda w: isinstance(w, WeightKind))
+
+def _each(weights: Tree, change: Callable[[Adapted], Adapted]) -> Tree:
+    return jax.tree.map(lambda w: change(w) if isinstance(w, Adapted) else w, weights,
+                        is_leaf=lambda w: isinstance(w, WeightKind))
+
+
+def empty_places(config: ModelConfig, places: int, rank: int) -> Tree:
+    """Makes room for adapters of up to `rank`, one after another along R, beside every matrix that can have one: zeros
+    in the model's dtype."""
+    every = _every(config, places * rank)
+    shapes = jax.eval_shape(lambda: init_adapter(config, every, jax.random.key(0)))
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, config.dtype), shapes)
+
+
+def with_places(config: ModelConfig, weights: Tree, places: int, rank: int) -> Tree:
+    """Puts `empty_places` on weights: as `adapt_rows` of adapters 1 to P, for rows that have none. `fill_place` puts an
+    adapter into one, `for_rows` says which rows have which."""
+    owner_R = jnp.repeat(jnp.arange(1, places + 1, dtype=jnp.int32), rank)
+    room = adapt(config, _every(config, places * rank), weights, empty_places(config, places, rank))
+    return _each(room, lambda w: dataclasses.replace(w, owner_R=owner_R, row_ids_B=jnp.zeros(1, jnp.int32)))
+
+
+def for_place(config: ModelConfig, lora: LoRAConfig, adapter: Tree, rank: int) -> Tree:
+    """Returns an adapter as `fill_place` takes it, in the memory of the host: of every matrix, with zeros for what the
+    adapter does not have, its scale in B.
+
+    Raises:
+      ValueError: its rank is larger, its arrays are not of this model, or numbers are not finite in the model's dtype;
+        the message lists everything.
+    """
+    targets = target_tree(config, lora)
+    shapes = jax.eval_shape(lambda: init_adapter(config, lora, jax.random.key(0)))
+    expected = {jax.tree_util.keystr(path): x.shape for path, x in jax.tree.leaves_with_path(shapes)}
+    problems = [f"{name} is {list(x.shape)}, which no target of this model is" if name not in expected
+                else f"{name} is {list(x.shape)}; expected {list(expected[name])}"
+                for path, x in jax.tree.leaves_with_path(adapter)
+                if x.shape != expected.get(name := jax.tree_util.keystr(path))]
+    if (largest := largest_rank(config, lora)) > rank:
+        problems.append(f"its rank is {largest}; places are of rank {rank} (engine.adapter_rank)")
+    raise_problems("the adapter does not fit", problems)
+    every = jax.eval_shape(lambda: empty_places(config, 1, rank))
+    room = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), every)
+
+    def fill(target: Target, ab: Tree, own: Tree) -> None:
+        ab["a"][: target.rank] = np.asarray(own["a"])
+        ab["b"][..., : target.rank] = np.float32(target.scale) * np.asarray(own["b"], np.float32)
+
+    _map(fill, _like(targets, adapter), room, adapter)
+    bad = [jax.tree_util.keystr(path) for path, x in jax.tree.leaves_with_path(room)
+           if not np.isfinite(x.astype(np.float32)).all()]
+    # Else a row of another adapter would get 0 times infinity.
+    raise_problems(f"the adapter has numbers that are not finite in {config.dtype}", bad)
+    return room
+
+
+def fill_place(weights: Tree, part: Tree, place: int) -> Tree:
+    """Returns the weights of `with_places` with another adapter (`for_place`) in a place, from 1 to P. The arrays of
+    the others are not changed, and nothing is compiled but once."""
+    filled = _filled(taken(weights), part, np.int32(place))
+
+    def of(w: Any, ab: Any) -> Any:
+        if isinstance(w, Adapted):
+            return dataclasses.replace(w, a_RI=ab["a"], b_OR=ab["b"])
+        return {key: of(value, ab[key]) if key in ab else value for key, value in w.items()}
+
+    return of(weights, filled)
+
+
+@jax.jit
+def _filled(places: Tree, part: Tree, place: jax.Array) -> Tree:
+    def fill(path: Any, room: jax.Array, new: jax.Array) -> jax.Array:
+        axis = 0 if path[-1].key == "a" else room.ndim - 1
+        new = reshard(on_mesh(new), spec_of(room))
+        return jax.lax.dynamic_update_slice_in_dim(room, new, (place - 1) * new.shape[axis], axis)
+
+    return jax.tree.map_with_path(fill, places, part)
+
+
+def rebased(weights: Tree, base: Tree) -> Tree:
+    """Returns the weights of `with_places` with the same adapters beside other weights of the model."""
+    if isinstance(weights, Adapted):
+        return dataclasses.replace(weights, base=base)
+    return {key: rebased(weights[key], w) for key, w in base.items()} if isinstance(weights, dict) else base
+
+
+def _every(config: ModelConfig, rank: int) -> LoRAConfig:
+    return LoRAConfig(rank=rank, alpha=rank, targets=tuple(modules(config).dense))
 
 
 def taken(weights: Tree) -> Tree:

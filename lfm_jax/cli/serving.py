@@ -31,7 +31,7 @@ def serve(
     tensor: int = 1,
     dtype: DType | None = None,
     quantize: Quantize | None = None,
-    adapter: Path | None = None,
+    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     warm_up: Literal["first", "all"] = "first",
     drain_seconds: int = 60,
     plain_contents: bool = False,
@@ -40,7 +40,7 @@ def serve(
     """Serve a model over HTTP with the API of OpenAI, and a page to try it at /. Needs `lfm_jax[serve]`.
 
     An encoder answers /v1/embeddings and /v1/rerank. With a key in the environment variable LFM_API_KEY, clients must
-    send it.
+    send it; with one in LFM_ADMIN_KEY, whoever has it may add and remove adapters (--engine.adapters).
 
     Args:
       path: Hugging Face directory, run directory, GGUF file, or Hub id (OWNER/NAME or OWNER/NAME@REVISION).
@@ -54,7 +54,8 @@ def serve(
       tensor: devices that each replica is split over.
       dtype: of parameters and computation; the stored one if left out.
       quantize: keep matrices in a narrow type; w8a8 suits a CPU, int8 and int4 other devices.
-      adapter: directory of an adapter (PEFT's files), which is merged into the weights.
+      adapter: NAME=DIR, once for each: an adapter (PEFT's files) that requests name as their model, beside the model
+        itself. One DIR alone is merged into the weights.
       warm_up: programs to compile before it serves: what a first request needs, and the others beside the work, or all.
       drain_seconds: how long what runs may take to end after SIGTERM.
       plain_contents: encode the names of special tokens inside messages as plain text, for texts of strangers.
@@ -69,7 +70,7 @@ def serve(
         from lfm_jax.infer.embed import load_encoder
 
         if (sampling, engine, data, tensor, quantize, adapter, warm_up, plain_contents) != (
-            PUBLISHED, SERVER, 1, 1, None, None, "first", False
+            PUBLISHED, SERVER, 1, 1, None, (), "first", False
         ):
             raise ValueError(f"{path} is an encoder, which has no slots, samples nothing and runs on one device: leave "
                              "out --sampling, --engine, --data, --tensor, --quantize, --adapter, --warm-up and "
@@ -77,9 +78,11 @@ def serve(
         encoder = load_encoder(directory, dtype)
         launch.serve_encoder(encoder, name or model_name(directory), address, limits, drain_seconds, cors_origins)
         return 0
-    service = launch.open_service(directory, dtype, engine, (data, tensor), quantize=quantize, adapter=adapter,
-                                  everything=warm_up == "all", plain_contents=plain_contents)
-    launch.serve(service, name or model_name(directory), address, sampling, limits, drain_seconds, cors_origins)
+    name = name or model_name(directory)
+    merged, named = _serving("adapters").split_adapters(adapter, name)
+    service = launch.open_service(directory, dtype, engine, (data, tensor), quantize=quantize, adapter=merged,
+                                  adapters=named, everything=warm_up == "all", plain_contents=plain_contents)
+    launch.serve(service, name, address, sampling, limits, drain_seconds, cors_origins)
     return 0
 
 
@@ -96,7 +99,7 @@ def batch(
     tensor: int = 1,
     dtype: DType | None = None,
     quantize: Quantize | None = None,
-    adapter: Path | None = None,
+    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     plain_contents: bool = False,
 ) -> int:
     """Answer a file of requests in OpenAI's batch format, one per line. Needs `lfm_jax[serve]`.
@@ -116,7 +119,8 @@ def batch(
       tensor: devices that each replica is split over.
       dtype: dtype of parameters and computation; the stored one if left out.
       quantize: keep matrices in a narrow type; w8a8 suits a CPU, int8 and int4 other devices.
-      adapter: directory of an adapter (PEFT's files), which is merged into the weights.
+      adapter: NAME=DIR, once for each: an adapter (PEFT's files) that requests name as their model, beside the model
+        itself. One DIR alone is merged into the weights.
       plain_contents: encode the names of special tokens inside messages as plain text, for texts of strangers.
     """
     from lfm_jax.loading import local, recognise
@@ -124,17 +128,19 @@ def batch(
     run, launch = _serving("batch"), _serving("launch")
     directory = local(path)
     recognise(directory)  # Before a target is made.
+    name = model_name(directory)
+    merged, named = _serving("adapters").split_adapters(adapter, name)
 
     def open_service() -> Any:
-        return launch.open_service(directory, dtype, engine, (data, tensor), quantize=quantize, adapter=adapter,
-                                   plain_contents=plain_contents)
+        return launch.open_service(directory, dtype, engine, (data, tensor), quantize=quantize, adapter=merged,
+                                   adapters=named, plain_contents=plain_contents)
 
-    bad = run.batch(open_service, model_name(directory), source, target, shard=shard, sampling=sampling, limits=limits)
+    bad = run.batch(open_service, name, source, target, shard=shard, sampling=sampling, limits=limits)
     print(f"{target}: every line is answered{f', {bad} with an error' if bad else ''}")
     return 1 if bad else 0
 
 
-def _serving(module: Literal["launch", "batch"]) -> Any:
+def _serving(module: Literal["adapters", "batch", "launch"]) -> Any:
     try:
         return importlib.import_module(f"lfm_jax.serve.{module}")
     except ImportError as error:

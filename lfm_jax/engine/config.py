@@ -56,6 +56,11 @@ class EngineConfig:
     kv: Literal["model", "int8"] = "model"
     """What slots keep keys and values in: the dtype of the model, or int8 with a scale for each head of a token, which
     takes about half of bfloat16. Conv tails and recurrences keep theirs."""
+    adapters: int = 0
+    """Places for adapters (LoRA). Requests of several may share a dispatch, and adapters come and go without a
+    compilation; each step computes all places, used or not. 0: none."""
+    adapter_rank: int = 16
+    """The largest rank of an adapter in these places. Memory and time grow with places times rank."""
     memory_bytes: int | None = None
     """Bytes of a device's memory that the engine may use; None: all that the device reports."""
 
@@ -64,7 +69,7 @@ class EngineConfig:
             f"{name} is {getattr(self, name)!r}; it must be a whole number of at least {least}"
             for name, least in (("chunk", 16), ("prefill_rows", 1), ("steps", 1), ("draft", 0),
                                 ("prefix_cache_bytes", 0), ("max_queue", 1), ("max_logprobs", 0),
-                                ("max_stop_ids", 1), ("memory_bytes", 1))
+                                ("max_stop_ids", 1), ("adapters", 0), ("adapter_rank", 1), ("memory_bytes", 1))
             if not (type(getattr(self, name)) is int and getattr(self, name) >= least)
             and not (name in ("prefill_rows", "memory_bytes") and getattr(self, name) is None)
         ]

@@ -27,6 +27,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from lfm_jax.adapters import trees
+from lfm_jax.adapters.peft import Adapter
+from lfm_jax.engine.adapters import Adapters
 from lfm_jax.engine.config import DEFAULT, EngineConfig
 from lfm_jax.engine.placement import (
     check_memory,
@@ -91,6 +94,10 @@ class Engine:
         the drafted ones), continuations by their finish, not_finite (those among the failed ones whose logits were
         not)."""
         self._mesh, self._kinds = mesh, _kinds(params)
+        self.adapters = Adapters(config)
+        """Those that requests may name."""
+        if config.adapters:
+            params = trees.with_places(model.config, params, config.adapters, config.adapter_rank)
         self._pools = [
             Pool(graphdef, placed, part, shape, config,
                  PrefixCache(config.chunk, config.prefix_cache_bytes // len(shapes)), self.counts)
@@ -99,6 +106,8 @@ class Engine:
         self._by_length = {
             shape.length: [pool for pool in self._pools if pool.shape is shape] for shape in shapes
         }
+        if config.adapters:  # Its program is compiled here, so that none is when an adapter comes.
+            self._fill(jax.tree.map(np.asarray, trees.empty_places(model.config, 1, config.adapter_rank)), 1)
         self.longest = max(self._by_length)
         """The number of tokens of the longest slot."""
         self.slots = sum(len(pool.rows) for pool in self._pools)
@@ -127,6 +136,7 @@ class Engine:
 
         Raises:
           ContextLengthError: the request fits no slot.
+          UnknownAdapterError: it names an adapter that the engine does not have.
           ValueError: it names ids that the model lacks, or asks for more than the engine grants.
           EngineFullError: `max_queue` requests wait.
           RuntimeError: the engine is closed, or has failed.
@@ -141,6 +151,7 @@ class Engine:
                 raise RuntimeError("the engine is closed" if self.failure is None else "the engine has failed")
             if len(self._arrived) + len(self._waiting) >= self.config.max_queue:
                 raise EngineFullError(f"{self.config.max_queue} requests wait already; try again later")
+            self.adapters.begin(ticket)
             self._arrived.append(ticket)
             self._news.notify()
         return ticket
@@ -164,6 +175,7 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         request.check(self.model_config)
+        self.adapters.check(request.adapter)
         config, stop_ids = self.config, request.stop_ids or ()
         if request.size > self.longest:
             raise ContextLengthError(self.longest, len(request.prompt), request.max_new_tokens)
@@ -225,7 +237,39 @@ class Engine:
         replicas = place_replicas(params, self.model_config, self._mesh)
         placed = [params for params, _ in replicas for _ in self._by_length]
         for pool, params in zip(self._pools, placed, strict=True):
-            pool.use(params)
+            pool.use(trees.rebased(pool.params, params))
+
+    def load_adapter(self, name: str, adapter: Adapter, source: str = "") -> None:
+        """Takes an adapter of the model into a free place, whatever is under way; nothing is compiled. From any thread.
+
+        Args:
+          name: what requests call it.
+          source: where it comes from, for those who ask.
+
+        Raises:
+          ValueError: the name is taken, no place is free, the adapter's rank is larger than the places' or its shapes
+            are not the model's, or its numbers are not finite.
+        """
+        part = functools.partial(trees.for_place, self.model_config, adapter.lora, adapter.weights)
+        self.adapters.load(name, source, lambda place: self._fill(part(self.config.adapter_rank), place))
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets an adapter: no request may name it from now on, and its place is free once those that did have ended.
+        From any thread.
+
+        Raises:
+          UnknownAdapterError: there is none of this name.
+        """
+        self.adapters.unload(name)
+
+    def _fill(self, part: trees.Tree, place: int) -> None:
+        # Dispatches with the old arrays may be under way, or follow in another thread: none of their rows reads this
+        # place.
+        for pools in zip(*self._by_length.values(), strict=True):  # Those of one replica have the same weights.
+            with jax.set_mesh(pools[0].mesh):
+                params = trees.fill_place(pools[0].params, part, place)
+            for pool in pools:
+                pool.params = params
 
     # ---------------------------------------------------------------- the thread
 

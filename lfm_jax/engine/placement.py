@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from lfm_jax.adapters.trees import empty_places
 from lfm_jax.config import ModelConfig
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.slots import slot_shapes
@@ -103,6 +104,10 @@ def memory_needed(
         logits = max(logits, 4 * V * engine.prompts_at_once(most, engine.chunk)[0] * engine.chunk)
     found = {"parameters": _bytes(params) // tensor}
     working = 0
+    if engine.adapters:
+        places = jax.eval_shape(lambda: empty_places(model, engine.adapters, engine.adapter_rank))
+        name = f"places for {engine.adapters} adapters of rank {engine.adapter_rank}, and their copy when one comes"
+        found[name] = 2 * _bytes(places)
     for shape in slot_shapes(engine, model):
         slots = jax.eval_shape(shape.init)
         state, rest = _bytes(slots.state), _bytes(dataclasses.replace(slots, state=()))

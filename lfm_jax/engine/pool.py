@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from lfm_jax.engine.adapters import Loaded
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.prefix_cache import PrefixCache
 from lfm_jax.engine.request import LOGITS_NOT_FINITE, Event, Listener, Request, TokenLogprob
@@ -40,16 +41,29 @@ class Ticket:
         """One for each continuation, in order, once they have slots."""
         self.ended: set[int] = set()
         """Continuations that got their last event."""
+        self.adapter: Loaded | None = None
 
     @property
     def done(self) -> bool:
         """Whether every continuation has ended."""
         return len(self.ended) == self.request.n
 
+    @property
+    def place(self) -> int:
+        """That of its adapter; 0: none."""
+        return 0 if self.adapter is None else self.adapter.place
+
+    @property
+    def weights(self) -> int:
+        """Whose weights compute it, as the prefix cache tells them apart."""
+        return 0 if self.adapter is None else self.adapter.number
+
     def say(self, event: Event) -> None:
         """Calls the listener; an exception it raises is printed and ignored."""
         if event.finish is not None:
             self.ended.add(event.choice)
+            if self.done and self.adapter is not None:
+                self.adapter.users.discard(self)
         try:
             self.listener(event)
         except Exception:
@@ -103,7 +117,8 @@ class Pool:
         counts: Counter[str],
     ):
         self.mesh, self.shape, self.cache, self._counts = mesh, shape, cache, counts
-        self._params, self._config = params, config
+        self.params, self._config = params, config
+        """Another thread may put others here which are the same to every request under way."""
         self._programs = programs(graphdef, shape)
         with jax.set_mesh(mesh):
             self._slots: Slots = shape.init()
@@ -145,7 +160,7 @@ class Pool:
 
     def use(self, params: Any) -> None:
         """Goes on with other weights, and as a new pool would: the order in which it takes in prompts begins again."""
-        self._params, self._shortest_first = params, False
+        self.params, self._shortest_first = params, False
         self.cache.clear()
 
     def admit(self, ticket: Ticket) -> None:
@@ -197,7 +212,7 @@ class Pool:
         if run.request.prompt_logprobs:  # They must be computed.
             return
         with jax.set_mesh(self.mesh):
-            for part in self.cache.find(prompt, run.taken_in // C):
+            for part in self.cache.find(prompt, run.taken_in // C, run.ticket.weights):
                 tokens_C = np.asarray(prompt[run.taken_in : run.taken_in + C], np.int32)
                 self._slots = self._programs.restore(
                     self._slots, np.int32(run.row), np.int32(run.taken_in), part, tokens_C, fresh=run.taken_in == 0
@@ -261,7 +276,8 @@ class Pool:
             rows_R[r], length_R[r], fresh_R[r] = run.row, len(part), begin == 0
             tokens_RC[r, : len(part)], targets_RC[r, : len(following)] = part, following
             run.taken_in += len(part)
-        args = (self._params, self._slots, rows_R, tokens_RC, length_R, fresh_R)
+        adapter_R = _filled([run.ticket.place for run in runs], R, 0) if self.shape.adapters else None
+        args = (self.params, self._slots, rows_R, tokens_RC, length_R, fresh_R, adapter_R)
         if name == "score":
             self._slots, logits_RV, told = self._programs.score(*args, targets_RC)
             told = jax.tree.map(np.asarray, told)
@@ -290,20 +306,22 @@ class Pool:
         """Returns whether the cache is about to get the next block of a prompt from another of `runs`."""
         after, prompt = run.taken_in + self._config.chunk, run.request.prompt
         return (
-            after < len(prompt) and not run.request.prompt_logprobs and self._wants(prompt, after)
-            and any(other.taken_in == run.taken_in and other.request.prompt[:after] == prompt[:after] for other in runs)
+            after < len(prompt) and not run.request.prompt_logprobs and self._wants(run, after)
+            and any(other.taken_in == run.taken_in and other.ticket.weights == run.ticket.weights
+                    and other.request.prompt[:after] == prompt[:after] for other in runs)
         )
 
-    def _wants(self, prompt: Sequence[int], after: int) -> bool:
-        """The cache is to get the block of a prompt that ends after so many tokens."""
-        return self._is_ready(*cache_variants(self._config)) and self.cache.wants(prompt, after // self._config.chunk)
+    def _wants(self, run: Running, after: int) -> bool:
+        """The cache is to get the block of a run's prompt that ends after so many tokens."""
+        return self._is_ready(*cache_variants(self._config)) and self.cache.wants(
+            run.request.prompt, after // self._config.chunk, run.ticket.weights)
 
     def _keep(self, run: Running) -> None:
         """Adds the block that was just taken in to the cache, if it is whole."""
-        C, prompt = self._config.chunk, run.request.prompt
-        if run.taken_in % C == 0 and self._wants(prompt, run.taken_in):
+        C = self._config.chunk
+        if run.taken_in % C == 0 and self._wants(run, run.taken_in):
             part = self._programs.snapshot(self._slots, np.int32(run.row), np.int32(run.taken_in - C), length=C)
-            self.cache.add(prompt, run.taken_in // C, part)
+            self.cache.add(run.request.prompt, run.taken_in // C, part, run.ticket.weights)
 
     def _begin(self, logits_RV: jax.Array, finished: Sequence[tuple[int, Running]]) -> list[Sent]:
         """Starts the continuations whose prompts have been taken in, with their first tokens."""
@@ -357,7 +375,7 @@ class Pool:
         counts = [n for n in self.shape.row_counts if n >= highest]
         if self.matching:
             rows = self._choose([(Variant("advance", n), Variant("choose", n)) for n in counts]).rows
-            self._slots, logits_bV = self._programs.advance(self._params, self._slots, rows=rows)
+            self._slots, logits_bV = self._programs.advance(self.params, self._slots, rows=rows)
             by_row = {run.row: run.matcher for run in self.live}
             masks_bW = _masks([by_row.get(row) for row in range(rows)], rows, self.shape.mask_words)
             self._slots, told = self._programs.choose(self._slots, logits_bV, masks_bW, rows=rows)
@@ -368,7 +386,7 @@ class Pool:
                        for p in sorted({plain, False}, reverse=True) for d in sorted({draft, 0}, reverse=True)]
             chosen = self._choose([(option,) for option in [*options, general_decode(self.shape)]])
             self._slots, told = self._programs.decode(
-                self._params, self._slots, np.int32(steps), rows=chosen.rows, plain=chosen.plain, draft=chosen.draft
+                self.params, self._slots, np.int32(steps), rows=chosen.rows, plain=chosen.plain, draft=chosen.draft
             )
         sent = _send(told, [(run.row, run) for run in self.live])
         for run in list(self.live):
@@ -409,7 +427,7 @@ class Pool:
     def compile(self, variant: Variant) -> None:
         """Compiles a program before it is called; in any thread."""
         with jax.set_mesh(self.mesh):
-            lower(self._programs, variant, self._params, self._shapes, self.shape).compile()
+            lower(self._programs, variant, self.params, self._shapes, self.shape).compile()
 
     def _is_ready(self, *needed: Variant) -> bool:
         return self.ready is None or self.ready.issuperset(needed)
@@ -461,6 +479,7 @@ def _asked(runs: Sequence[Running], R: int, shape: SlotShape) -> Asked:
         biased_B=_filled([bool(q.logit_bias) for q in requests], R, False),
         draft_B=_filled([_may_draft(q) for q in requests], R, False),
         logprobs_B=_filled([q.logprobs is not None for q in requests], R, False),
+        adapter_B=_filled([run.ticket.place for run in runs], R, 0) if shape.adapters else None,
     )
 
 

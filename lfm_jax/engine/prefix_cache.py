@@ -1,7 +1,8 @@
 """A cache of the states of prompt prefixes: a tree of blocks, of which the least recently used leaf is removed first.
 
 A block is what `block` tokens add to a decode state (`state.snapshot`), with everything that a layer holds after them.
-Its key is the tokens before it and in it.
+Its key is the tokens before it and in it, and whose weights computed it: 0 for those of the model, another number for
+those of an adapter.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 
 Key = tuple[int, bytes]
-"""The number of the block before it (0: none), and its tokens."""
+"""The number of the block before it, or, of a first one, minus that of whose weights; and its tokens."""
 
 
 class PrefixCache:
@@ -33,15 +34,15 @@ class PrefixCache:
         self.bytes = 0
         """Bytes of all snapshots."""
 
-    def find(self, prompt: Sequence[int], blocks: int = 0) -> list[Any]:
-        """Returns the snapshots of the longest cached prefix, in order, without the first `blocks`.
+    def find(self, prompt: Sequence[int], blocks: int = 0, of: int = 0) -> list[Any]:
+        """Returns the snapshots of the longest prefix cached of these weights, in order, without the first `blocks`.
 
         The prefix is never the whole prompt, whose last token must be run for the logits after it.
         """
         most = (len(prompt) - 1) // self._block
         if most <= blocks or not self._entries:
             return []
-        keys, before = [], 0
+        keys, before = [], -of
         for key_tokens in self._tokens(prompt, most):
             entry = self._entries.get((before, key_tokens))
             if entry is None:
@@ -51,25 +52,25 @@ class PrefixCache:
         self._use(keys)
         return [self._entries[key][1] for key in keys[blocks:]]
 
-    def wants(self, prompt: Sequence[int], blocks: int) -> bool:
+    def wants(self, prompt: Sequence[int], blocks: int, of: int = 0) -> bool:
         """Returns whether the cache would keep the snapshot of block number `blocks` (from 1) of the prompt: it holds
         the blocks before it but not this one, and has room for it."""
         if self._smallest > self._max_bytes or not self._max_bytes:
             return False
-        last = self._keys(prompt, blocks)[-1]
+        last = self._keys(prompt, blocks, of)[-1]
         return last is not None and last not in self._entries and last != self._no_room
 
-    def add(self, prompt: Sequence[int], blocks: int, snapshot: Any) -> None:
+    def add(self, prompt: Sequence[int], blocks: int, snapshot: Any, of: int = 0) -> None:
         """Adds the snapshot of block number `blocks`, and removes blocks until all fit."""
         size = sum(x.nbytes for x in jax.tree.leaves(snapshot))
         self._smallest = min(self._smallest or size, size)
-        key = self._keys(prompt, blocks)[-1]
+        key = self._keys(prompt, blocks, of)[-1]
         if key is None or key in self._entries or size > self._max_bytes:
             return
         self._numbers += 1
         self._entries[key] = (self._numbers, snapshot, size)
         self.bytes += size
-        self._use([key for key in self._keys(prompt, blocks) if key is not None])
+        self._use([key for key in self._keys(prompt, blocks, of) if key is not None])
         while self.bytes > self._max_bytes:
             thrown, (_, _, freed) = self._entries.popitem(last=False)
             self.bytes -= freed
@@ -90,10 +91,10 @@ class PrefixCache:
         C = self._block
         return (np.asarray(prompt[i : i + C], np.int32).tobytes() for i in range(0, blocks * C, C))
 
-    def _keys(self, prompt: Sequence[int], blocks: int) -> list[Key | None]:
+    def _keys(self, prompt: Sequence[int], blocks: int, of: int) -> list[Key | None]:
         """Returns the keys of the first `blocks` blocks, None where the block before is not cached."""
         keys: list[Key | None] = []
-        before: int | None = 0
+        before: int | None = -of
         for tokens in self._tokens(prompt, blocks):
             key = None if before is None else (before, tokens)
             keys.append(key)

@@ -52,6 +52,8 @@ class Request:
     grammar: Matcher | None = None
     """A matcher, at its start, of the grammar that each continuation follows with a copy. The tokens that end its text
     must be among `stop_ids`."""
+    adapter: str | None = None
+    """The name of one that the engine has (`Engine.load_adapter`); None for the model alone."""
     deadline: float | None = None
     """Seconds after submission at which the request is ended."""
 
@@ -156,6 +158,10 @@ Listener = Callable[[Event], None]
 
 class EngineFullError(RuntimeError):
     """As many requests wait as may."""
+
+
+class UnknownAdapterError(ValueError):
+    """The engine has no adapter of this name."""
 
 
 class ContextLengthError(ValueError):

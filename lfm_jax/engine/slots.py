@@ -22,6 +22,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from lfm_jax import state as state_lib
+from lfm_jax.adapters.trees import for_rows
 from lfm_jax.config import ModelConfig
 from lfm_jax.engine.config import SHORT, STEPS, EngineConfig
 from lfm_jax.model import LFM, Logits
@@ -65,6 +66,8 @@ class Asked:
     """bool; whether tokens may be drafted for the row."""
     logprobs_B: jax.Array
     """bool; whether log-probabilities are wanted."""
+    adapter_B: jax.Array | None
+    """The place of the row's adapter; 0 for the base alone. None: the engine has no places."""
 
 
 @jax.tree_util.register_dataclass
@@ -122,6 +125,8 @@ class SlotShape:
     fixed_rows: bool = False
     """Whether every dispatch that generates takes all slots."""
     int8_kv: bool = False
+    adapters: bool = False
+    """Whether the weights have places for adapters."""
 
     @functools.cached_property
     def row_counts(self) -> list[int]:
@@ -146,6 +151,7 @@ class SlotShape:
         return Asked(
             sampling=_greedy(rows), budget_B=full(0), least_B=full(0), stop_ids_BM=full(-1, self.max_stop_ids),
             biased_B=full(False, dtype=bool), draft_B=full(False, dtype=bool), logprobs_B=full(False, dtype=bool),
+            adapter_B=full(0) if self.adapters else None,
         )
 
     def init(self) -> Slots:
@@ -180,7 +186,8 @@ def slot_shapes(engine: EngineConfig, model: ModelConfig) -> list[SlotShape]:
     return [
         SlotShape(config=model, slots=number, length=length, draft=engine.draft, max_logprobs=engine.max_logprobs,
                   sampled_logprobs=engine.logprobs_of == "sampled",
-                  max_stop_ids=engine.max_stop_ids, fixed_rows=engine.fixed_rows, int8_kv=engine.kv == "int8")
+                  max_stop_ids=engine.max_stop_ids, fixed_rows=engine.fixed_rows, int8_kv=engine.kv == "int8",
+                  adapters=engine.adapters > 0)
         for number, length in sorted(engine.slots, key=lambda kind: kind[1])
     ]
 
@@ -208,35 +215,38 @@ class Programs:
 
     def _prefill(
         self, params: Any, slots: Slots, rows_R: jax.Array, tokens_RC: jax.Array, length_R: jax.Array,
-        fresh_R: jax.Array,
+        fresh_R: jax.Array, adapter_R: jax.Array | None,
     ) -> tuple[Slots, jax.Array]:
         """Takes in a chunk of a prompt for each row and returns logits_RV after it. Rows in `fresh_R` are emptied
-        first."""
-        slots, logits_R1V = self._take_in(params, slots, rows_R, tokens_RC, length_R, fresh_R, "last")
+        first; `adapter_R` is as `Asked.adapter_B`."""
+        slots, logits_R1V = self._take_in(params, slots, rows_R, tokens_RC, length_R, fresh_R, adapter_R, "last")
         return slots, logits_R1V[:, 0]
 
     def _score(
         self, params: Any, slots: Slots, rows_R: jax.Array, tokens_RC: jax.Array, length_R: jax.Array,
-        fresh_R: jax.Array, targets_RC: jax.Array,
+        fresh_R: jax.Array, adapter_R: jax.Array | None, targets_RC: jax.Array,
     ) -> tuple[Slots, jax.Array, Told]:
         """Does as `prefill`, and returns the log-probability of the token after each one, as one step."""
-        slots, logits_RCV = self._take_in(params, slots, rows_R, tokens_RC, length_R, fresh_R, "all")
+        slots, logits_RCV = self._take_in(params, slots, rows_R, tokens_RC, length_R, fresh_R, adapter_R, "all")
         last_R1 = jnp.maximum(length_R - 1, 0)[:, None, None]
         told = _tell(lambda: logits_RCV, targets_RC, self._shape.max_logprobs)
         return slots, jnp.take_along_axis(logits_RCV, last_R1, axis=1)[:, 0], _as_one_step(told)
 
     def _take_in(
         self, params: Any, slots: Slots, rows_R: jax.Array, tokens_RC: jax.Array, length_R: jax.Array,
-        fresh_R: jax.Array, logits: Logits,
+        fresh_R: jax.Array, adapter_R: jax.Array | None, logits: Logits,
     ) -> tuple[Slots, jax.Array]:
         state = state_lib.reset(_take(slots.state, rows_R), fresh_R)
         slots = _remember(_forget(slots, rows_R, fresh_R), rows_R, state.position_B, tokens_RC, length_R)
-        out, state = self._run(params, tokens_RC, length_R, state, logits)
+        out, state = self._run(params, tokens_RC, length_R, adapter_R, state, logits)
         return dataclasses.replace(slots, state=_put(slots.state, rows_R, state)), out
 
     def _run(
-        self, params: Any, tokens_RC: jax.Array, length_R: jax.Array, state: State, logits: Logits
+        self, params: Any, tokens_RC: jax.Array, length_R: jax.Array, adapter_R: jax.Array | None, state: State,
+        logits: Logits,
     ) -> tuple[jax.Array, State]:
+        if adapter_R is not None:
+            params = for_rows(params, on_mesh(adapter_R))
         model = nnx.merge(self._graphdef, params)
         tokens_RC, length_R = on_mesh(tokens_RC), on_mesh(length_R)
         segment_ids_RC = (jnp.arange(tokens_RC.shape[1]) < length_R[:, None]).astype(jnp.int32)
@@ -286,7 +296,8 @@ class Programs:
                 drafts = _draft(part, draft)
                 tokens_bT, length_b = jnp.concatenate([tokens_bT, drafts[0]], axis=1), 1 + drafts[1]
             logits_bTV, state = self._run(
-                params, tokens_bT, jnp.where(live_b, length_b, 0), part.state, "all" if draft else "last"
+                params, tokens_bT, jnp.where(live_b, length_b, 0), part.asked.adapter_B, part.state,
+                "all" if draft else "last",
             )
             part = dataclasses.replace(part, state=state)
             part, new = _next_tokens(part, logits_bTV, drafts, features, told_shape, None, bias)
@@ -305,9 +316,9 @@ class Programs:
 
     def _advance(self, params: Any, slots: Slots, *, rows: int) -> tuple[Slots, jax.Array]:
         """The first half of one step of the first `rows` slots: takes in their tokens; logits_bV."""
-        part = _first(slots.state, rows)
+        part, adapter_b = _first((slots.state, slots.asked.adapter_B), rows)
         live_b = (slots.left_B[:rows] > 0).astype(jnp.int32)
-        logits_b1V, part = self._run(params, slots.token_B[:rows, None], live_b, part, "last")
+        logits_b1V, part = self._run(params, slots.token_B[:rows, None], live_b, adapter_b, part, "last")
         return dataclasses.replace(slots, state=_put_first(slots.state, part)), logits_b1V[:, 0]
 
     def _choose(self, slots: Slots, logits_bV: jax.Array, mask_bW: jax.Array, *, rows: int) -> tuple[Slots, Told]:

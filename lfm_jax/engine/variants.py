@@ -93,7 +93,8 @@ def lower(programs: Programs, variant: Variant, params: Any, slots: Slots, shape
     logits_RV = jax.ShapeDtypeStruct(
         (R, V), shape.config.logits_dtype, sharding=None if mesh.empty else NamedSharding(mesh, P(None, None))
     )
-    number, prompts = np.int32(0), (params, slots, where_R, tokens_RC, numbers_R, numbers_R != 0)
+    number, adapter_R = np.int32(0), numbers_R if shape.adapters else None
+    prompts = (params, slots, where_R, tokens_RC, numbers_R, numbers_R != 0, adapter_R)
     program = getattr(programs, variant.name)
     match variant.name:
         case "prefill":

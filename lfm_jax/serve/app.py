@@ -10,7 +10,7 @@ import functools
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from importlib.resources import files
 from typing import Any
@@ -24,10 +24,11 @@ from starlette.exceptions import HTTPException
 
 from lfm_jax.engine import request as engine_request
 from lfm_jax.engine.placement import give_back_memory
-from lfm_jax.engine.request import EngineFullError
+from lfm_jax.engine.request import EngineFullError, UnknownAdapterError
 from lfm_jax.engine.service import Answers, Piece, Service
 from lfm_jax.sampling import GREEDY, Sampling
-from lfm_jax.serve.errors import ERROR_TYPES, RefusalError
+from lfm_jax.serve.adapters import OFF, adapter_routes
+from lfm_jax.serve.errors import RefusalError, errors
 from lfm_jax.serve.fields import (
     RELAXED_HEADER,
     UNKNOWN_HEADER,
@@ -39,7 +40,7 @@ from lfm_jax.serve.fields import (
     relaxed_header,
 )
 from lfm_jax.serve.formats import ChatForm, Form, TextForm, dumped, streamed_answer, whole_answer
-from lfm_jax.serve.gate import REQUEST_ID, Gate, Named
+from lfm_jax.serve.gate import ADMIN, REQUEST_ID, Gate, Named
 from lfm_jax.serve.limits import LIMITS, Limits
 from lfm_jax.serve.messages import plain_messages
 from lfm_jax.serve.metrics import EngineCounts, Metrics
@@ -58,15 +59,16 @@ ENCODING = ("/v1/embeddings", "/v1/rerank", "/v2/rerank")
 
 
 def make_app(
-    service: Service, name: str, *, api_key: str | None = None, sampling: Sampling = GREEDY, limits: Limits = LIMITS,
-    cors_origins: Sequence[str] = (),
+    service: Service, name: str, *, api_key: str | None = None, admin_key: str | None = None,
+    sampling: Sampling = GREEDY, limits: Limits = LIMITS, cors_origins: Sequence[str] = (),
 ) -> FastAPI:
     """Makes the application for a service.
 
     Args:
       service: its engine serves in a thread of its own while the app is up; what runs at the end is let end.
-      name: of the model.
+      name: of the model; requests may name one of the engine's adapters instead.
       api_key: what clients must send as a bearer token; None: nothing.
+      admin_key: what those must send who add and remove adapters; None: nobody can.
       sampling: for what requests do not say.
       limits: of one request.
       cors_origins: origins whose pages may read answers; "*": any.
@@ -94,16 +96,20 @@ def make_app(
             raise RefusalError(503, "the engine has failed")
 
     elsewhere = f"{name!r} is a causal model, whose tokens see no later ones; serve an encoder, LFM2.5-Embedding"
-    app = bare_app(life, metrics, api_key, limits, cors_origins, dict.fromkeys(ENCODING, elsewhere))
+    manages = admin_key is not None and service.engine.config.adapters > 0
+    missing = dict.fromkeys(ENCODING, elsewhere) | ({} if manages else dict.fromkeys(ADMIN, OFF))
+    app = bare_app(life, metrics, api_key, limits, cors_origins, missing, admin_key if manages else None)
     app.include_router(_page())
-    app.include_router(about(name, metrics, service.engine.longest, check_health))
+    app.include_router(about(name, metrics, service.engine.longest, check_health, service.engine.adapters.sources))
+    if manages:
+        app.include_router(adapter_routes(service.engine, name))
     app.include_router(_completions(_Desk(service, name, sampling, limits, metrics)))
     return app
 
 
 def bare_app(
     lifespan: Any, metrics: Metrics, api_key: str | None, limits: Limits, cors_origins: Sequence[str],
-    elsewhere: Mapping[str, str],
+    elsewhere: Mapping[str, str], admin_key: str | None = None,
 ) -> FastAPI:
     """Makes an application without endpoints, with its checks and the form of its errors.
 
@@ -114,7 +120,7 @@ def bare_app(
     """
     app = FastAPI(title="lfm_jax", version="1", lifespan=lifespan, docs_url=None, redoc_url=None,
                   redirect_slashes=False)
-    app.add_middleware(Gate, api_key=api_key, limits=limits, metrics=metrics)
+    app.add_middleware(Gate, api_key=api_key, limits=limits, metrics=metrics, admin_key=admin_key)
     if cors_origins:
         # Around the gate: a browser asks first, without the key, what it may send.
         app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"],
@@ -183,10 +189,6 @@ async def _http(request: Request, error: Any) -> Response:
     return await _refused(request, RefusalError(error.status_code, message, headers=error.headers))
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"description": ERROR_TYPES[status]} for status in statuses}
-
-
 def _page() -> APIRouter:
     """Makes the route of the page."""
     router = APIRouter()
@@ -198,16 +200,25 @@ def _page() -> APIRouter:
     return router
 
 
-def about(name: str, metrics: Metrics, longest: int, check_health: Callable[[], None]) -> APIRouter:
-    """Makes the routes of health, metrics and the model.
+def about(
+    name: str, metrics: Metrics, longest: int, check_health: Callable[[], None],
+    adapters: Callable[[], Mapping[str, str]] = dict,
+) -> APIRouter:
+    """Makes the routes of health, metrics, the model and its adapters.
 
     Args:
       longest: tokens of the longest request.
       check_health: raises RefusalError if the server is not well.
+      adapters: returns where each one comes from, by name.
     """
     router = APIRouter()
-    entry = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "lfm_jax",
-             "max_model_len": longest}
+    began = int(time.time())
+
+    def entries() -> dict[str, dict[str, Any]]:
+        """By name; `root` and `parent` as vLLM has them."""
+        made = [(name, name, None), *((one, source, name) for one, source in adapters().items())]
+        return {one: {"id": one, "object": "model", "created": began, "owned_by": "lfm_jax", "root": root,
+                      "parent": parent, "max_model_len": longest} for one, root, parent in made}
 
     @router.get("/health", responses=errors(400, 503))
     async def health() -> dict[str, str]:
@@ -220,20 +231,21 @@ def about(name: str, metrics: Metrics, longest: int, check_health: Callable[[], 
 
     @router.get("/v1/models", responses=errors(400, 401))
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [entry]}
+        return {"object": "list", "data": [*entries().values()]}
 
     @router.get("/v1/models/{model:path}", responses=errors(400, 401, 404))
     async def model(model: str) -> dict[str, Any]:
-        check_model(model, name)
-        return entry
+        there = entries()
+        check_model(model, there)
+        return there[model]
 
     return router
 
 
-def check_model(wanted: str, name: str) -> None:
-    if wanted != name:
-        raise RefusalError(404, f"there is no model {wanted[:100]!r}; this server has {name!r}", "model_not_found",
-                           param="model")
+def check_model(wanted: str, names: Collection[str]) -> None:
+    if wanted not in names:
+        raise RefusalError(404, f"there is no model {wanted[:100]!r}; this server has {', '.join(map(repr, names))}",
+                           "model_not_found", param="model")
 
 
 def _completions(desk: _Desk) -> APIRouter:
@@ -280,7 +292,7 @@ class _Desk:
                               prompt_logprobs=bool(body.echo and body.logprobs is not None)) for prompt in prompts]
 
         asked = await self._in_thread(prepare)
-        form = TextForm(self._service, self._name, body, [list(one.prompt) for one in asked])
+        form = TextForm(self._service, body.model, body, [list(one.prompt) for one in asked])
         return await self._answer(form, asked, body, body, request, arrived)
 
     async def chat(self, body: ChatBody, request: Request) -> Response:
@@ -288,7 +300,7 @@ class _Desk:
         arrived = time.monotonic()
         self._check(body, 1)
         asked = await self._in_thread(lambda: [self._ask_chat(body)])
-        form = ChatForm(self._service, self._name, body, self._service.stage(asked[0].prompt))
+        form = ChatForm(self._service, body.model, body, self._service.stage(asked[0].prompt))
         return await self._answer(form, asked, body, body, request, arrived)
 
     async def respond(self, body: ResponsesBody, request: Request) -> Response:
@@ -305,7 +317,7 @@ class _Desk:
             error.message = body.in_own_words(error.message)
             error.param = error.param and body.in_own_words(error.param)
             raise
-        form = ResponsesForm(self._service, self._name, body, chat, self._service.stage(asked[0].prompt))
+        form = ResponsesForm(self._service, body.model, body, chat, self._service.stage(asked[0].prompt))
         return await self._answer(form, asked, chat, body, request, arrived)
 
     def _ask_chat(self, body: ChatBody) -> engine_request.Request:
@@ -372,10 +384,13 @@ class _Desk:
             self._preparing -= 1
 
     def _check(self, body: Shared, prompts: int) -> None:
-        check_model(body.model, self._name)
+        check_model(body.model, self._models())
         if prompts * (body.n or 1) > self._limits.choices:
             raise RefusalError(400, f"n is {body.n or 1} for {prompts} prompts; at most {self._limits.choices} "
                                     "continuations in all", param="n")
+
+    def _models(self) -> list[str]:
+        return [self._name, *self._service.engine.adapters.sources()]
 
     def _grammar(self, body: Shared, given: Sequence[Any]) -> Grammar | None:
         """What the answer must follow; `given` is what the client sent of it."""
@@ -411,6 +426,7 @@ class _Desk:
             sampling=body.sampling(self._sampling, secrets.randbits(32)), n=n, stop_ids=stop_ids,
             logit_bias=body.logit_bias or {},
             logprobs=logprobs, prompt_logprobs=prompt_logprobs, grammar=matcher, deadline=self._limits.seconds,
+            adapter=None if body.model == self._name else body.model,
         )
 
     async def _answer(
@@ -425,6 +441,9 @@ class _Desk:
             raise RefusalError(429, str(error), "queue_full") from None
         except RuntimeError as error:
             raise RefusalError(503, str(error)) from None
+        except UnknownAdapterError:  # It has gone since the request came.
+            check_model(body.model, self._models())
+            raise
         except ValueError as error:
             raise RefusalError(400, str(error)) from None
         # Started here, so that a disconnect is noticed while the request waits for a slot too.

@@ -35,9 +35,9 @@ def batch(
     """Answers every line of a file in OpenAI's batch format; continues where an earlier call stopped.
 
     A line is `{"custom_id": ..., "method": "POST", "url": "/v1/chat/completions", "body": {...}}`; the model need not
-    be named, and a name that is not ours is reported once. Each gives one line of the target: `{"id": "line-N",
-    "custom_id": ..., "response": {"status_code": ..., "body": ...}, "error": null}`. A line that cannot be read has an
-    `error`. At the end they stand in order.
+    be named, or is one of the engine's adapters; a name that is not ours is reported once. Each gives one line of the
+    target: `{"id": "line-N", "custom_id": ..., "response": {"status_code": ..., "body": ...}, "error": null}`. A line
+    that cannot be read has an `error`. At the end they stand in order.
 
     Args:
       open_service: called once the files are read, if a line is left to answer.
@@ -171,7 +171,8 @@ async def _one(
         result["error"] = {"code": "bad_line", "message": reason[:500]}
         return result
     wanted = body.get("model") or name
-    if isinstance(wanted, str):  # Files written for one server are answered by another.
+    # Files written for one server are answered by another.
+    if isinstance(wanted, str) and wanted not in service.engine.adapters.sources():
         if wanted != name and not strangers:
             say(f"line-{number} asks for the model {wanted!r:.100}; {name!r} answers every line, whatever it asks for")
         strangers.update({wanted} - {name})

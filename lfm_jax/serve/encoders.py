@@ -20,9 +20,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BeforeValidator, Field, Tag
 
 from lfm_jax.infer.embed import Encoder, NotFiniteError, Row, max_sim, ranking, shortened
-from lfm_jax.serve.app import GENERATING, about, bare_app, check_model, errors
+from lfm_jax.serve.app import GENERATING, about, bare_app, check_model
 from lfm_jax.serve.encoder_queue import EncoderQueue
-from lfm_jax.serve.errors import RefusalError
+from lfm_jax.serve.errors import RefusalError, errors
 from lfm_jax.serve.fields import ACCOUNT, Body, FieldError, Ignored, Refused, UnknownFieldLog, blamed, one_of
 from lfm_jax.serve.gate import REQUEST_ID
 from lfm_jax.serve.limits import LIMITS, Limits
@@ -130,7 +130,7 @@ class _Desk:
 
     async def embed(self, body: EmbeddingsBody, request: Request) -> Response:
         """Answers POST /v1/embeddings."""
-        check_model(body.model, self._name)
+        check_model(body.model, [self._name])
 
         async def work() -> tuple[list[np.ndarray], int]:
             rows = await asyncio.to_thread(self._rows, body)
@@ -143,7 +143,7 @@ class _Desk:
 
     async def rerank(self, body: RerankBody, request: Request) -> Response:
         """Answers POST /v1/rerank."""
-        check_model(body.model, self._name)
+        check_model(body.model, [self._name])
 
         async def work() -> tuple[np.ndarray, int]:
             query, documents = await asyncio.to_thread(self._query_and_documents, body)

@@ -15,6 +15,11 @@ ERROR_TYPES = {
 """The `type` of an error, by status."""
 
 
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Returns what a route's document says of its errors."""
+    return {status: {"description": ERROR_TYPES[status]} for status in statuses}
+
+
 class RefusalError(Exception):
     """A request that gets an error instead of an answer.
 

@@ -22,6 +22,8 @@ REQUEST_ID = "x-request-id"
 """Header of every answer with a name that the log calls the request by, and its key in the ASGI scope."""
 OPEN = ("/", "/health")
 """Paths that need no key."""
+ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+"""Paths that need the key of whoever runs the server: they read files of its machine."""
 
 
 class Named:
@@ -48,10 +50,12 @@ class Gate:
       api_key: the bearer token that clients must send. With None they need none, but must name this machine as the
         host: otherwise any page in a browser could reach the server through a name that resolves to this machine.
       limits: the largest body, and how long it may take to arrive.
+      admin_key: the same for paths of ADMIN, where this server has them.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None, limits: Limits, metrics: Metrics):
+    def __init__(self, app: ASGIApp, api_key: str | None, limits: Limits, metrics: Metrics, admin_key: str | None):
         self._app, self._key, self._limits, self._metrics = app, api_key, limits, metrics
+        self._admin_key = admin_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -103,12 +107,13 @@ class Gate:
             if not _is_here(host):
                 return RefusalError(400, f"host {host[:100]!r} is not this machine; without an API key only its own "
                                          "names are answered: localhost, 127.0.0.1")
-        elif scope["path"] not in OPEN:
+        needed = self._admin_key if scope["path"] in ADMIN and self._admin_key else self._key
+        if needed is not None and scope["path"] not in OPEN:
             given = [value for name, value in scope["headers"] if name == b"authorization"]
             if len(given) > 1:
                 return self._unauthorised(f"there are {len(given)} Authorization headers; send one")
             scheme, _, key = (given[0] if given else b"").partition(b" ")
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._key.encode()):
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), needed.encode()):
                 return self._unauthorised("the API key is missing or wrong; send it as a bearer token")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._limits.body_bytes:

@@ -10,8 +10,9 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from lfm_jax.config import ModelConfig
@@ -20,6 +21,7 @@ from lfm_jax.engine.placement import TRAINED
 from lfm_jax.engine.service import Service
 from lfm_jax.files import say
 from lfm_jax.sampling import Sampling
+from lfm_jax.serve.adapters import read_adapters
 from lfm_jax.serve.app import make_app
 from lfm_jax.serve.limits import Limits
 from lfm_jax.text.templates import check_template
@@ -29,37 +31,45 @@ if TYPE_CHECKING:
 
     from lfm_jax.infer.embed import Encoder
 
-KEY_VARIABLE = "LFM_API_KEY"
+KEY_VARIABLE, ADMIN_VARIABLE = "LFM_API_KEY", "LFM_ADMIN_KEY"
 TELL_SECONDS = 5
 """Time for the final errors of answers that are ended at the shutdown."""
 
 
 def open_service(
     path: Path, dtype: str | None, engine: EngineConfig, mesh: tuple[int, int], *, quantize: str | None = None,
-    adapter: Path | None = None, everything: bool = False, plain_contents: bool = False,
+    adapter: Path | None = None, adapters: Mapping[str, Path] = MappingProxyType({}), everything: bool = False,
+    plain_contents: bool = False,
 ) -> Service:
     """A service of the model at `path`, ready for a first request; says what it does on stderr.
 
     Args:
       mesh: replicas, and devices of each one.
       quantize, adapter: as for `lfm.load`; the adapter is merged.
+      adapters: directories of those that requests may name. Places for them are made where the engine has none.
       everything: compile all programs, and not only those that a first request needs.
       plain_contents: as for `chat.encode_chat`.
 
     Raises:
       ValueError: the path has no model or no tokenizer, or a chat template that is not valid; or see `Engine`.
     """
-    from lfm_jax.loading import chat_template, load_local
+    from lfm_jax.loading import chat_template, load_local, model_config
     from lfm_jax.sharding import make_mesh
 
     if template := chat_template(path):
         check_template(template)
+    read = {}
+    if adapters:  # Before the weights, which take long.
+        config = model_config(path)
+        engine, read = read_adapters(adapters, config.replace(dtype=dtype) if dtype else config, engine)
     model, tokenizer = load_local(path, dtype, quantize, adapter=adapter)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer; put the tokenizer.json of the checkpoint beside its weights")
     data, tensor = mesh
     over = None if data * tensor == 1 else make_mesh(data=data, tensor=tensor)
     service = Service(model, tokenizer, template, engine, over, plain_contents=plain_contents)
+    for name, one in read.items():
+        service.engine.load_adapter(name, one, str(adapters[name]))
     _say_memory(service, model.config)
     began = time.monotonic()
     count = service.engine.warm_up(everything=everything, tell=say)
@@ -87,15 +97,15 @@ def _resident() -> str:
     return f", {pages * os.sysconf('SC_PAGE_SIZE') / 2**20:,.1f} MiB resident in this process"
 
 
-def api_key() -> str | None:
-    """The key of KEY_VARIABLE that clients must send, or None.
+def api_key(variable: str = KEY_VARIABLE) -> str | None:
+    """The key of KEY_VARIABLE that clients must send, or of ADMIN_VARIABLE, or None.
 
     Raises:
       ValueError: one that no header can carry.
     """
-    key = os.environ.get(KEY_VARIABLE) or None
+    key = os.environ.get(variable) or None
     if key is not None and not (key.isascii() and key.isprintable() and key == key.strip()):
-        raise ValueError(f"the key in {KEY_VARIABLE} cannot be sent in a header: use printable ASCII characters, with "
+        raise ValueError(f"the key in {variable} cannot be sent in a header: use printable ASCII characters, with "
                          "no blank at either end")
     return key
 
@@ -112,6 +122,7 @@ def listen(host: str, port: int) -> socket.socket:
         private = ipaddress.ip_address(host).is_loopback
     except ValueError:
         private = host == "localhost"
+    api_key(ADMIN_VARIABLE)
     if api_key() is None and not private:
         raise ValueError(f"host {host} can be reached from elsewhere: set a key in {KEY_VARIABLE}, or keep 127.0.0.1")
     try:
@@ -162,7 +173,8 @@ def serve(
     so.
     """
     key = api_key()
-    app = make_app(service, name, api_key=key, sampling=sampling, limits=limits, cors_origins=cors_origins)
+    app = make_app(service, name, api_key=key, admin_key=api_key(ADMIN_VARIABLE), sampling=sampling, limits=limits,
+                   cors_origins=cors_origins)
     most = service.engine.slots + service.engine.config.max_queue + limits.prepared
     _run(app, name, address, limits, most, drain_seconds, key, lambda: service.engine.close(drain=False))
 

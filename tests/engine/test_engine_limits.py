@@ -227,7 +227,7 @@ def test_memory_is_counted_before_anything_is_made():
     many = EngineConfig(slots=((64, 4096),), chunk=16)
     [pool] = Engine(model(), many)._pools
     for rows in pool.shape.row_counts:
-        lowered = pool._programs.decode.lower(pool._params, pool._slots, np.int32(1), rows=rows, plain=True,
+        lowered = pool._programs.decode.lower(pool.params, pool._slots, np.int32(1), rows=rows, plain=True,
                                               draft=0)
         taken = lowered.compile().memory_analysis().temp_size_in_bytes
         needed = memory_needed(many, model().config, shapes)["working"]

@@ -37,7 +37,7 @@ def test_other_weights_answer_as_in_a_new_engine():
     assert made.counts["cached_tokens"] > 0
     given = weights(other)
     made.use(given)
-    assert made._pools[0]._params is given, "nothing is copied"
+    assert made._pools[0].params is given, "nothing is copied"
     found, expected = made.complete(requests), Engine(other, CONFIG).complete(requests)
     assert found == expected
     assert found != before

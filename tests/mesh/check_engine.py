@@ -1,5 +1,6 @@
 """The engine over replicas and tensor-parallel devices gives the tokens of one device."""
 
+import dataclasses
 
 import jax
 import numpy as np
@@ -8,6 +9,9 @@ from helpers import long
 from meshes import mesh_of
 
 from lfm_jax import quantize
+from lfm_jax.adapters.config import LoRAConfig
+from lfm_jax.adapters.peft import Adapter
+from lfm_jax.adapters.trees import init_adapter
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.engine import Engine
 from lfm_jax.engine.request import Request
@@ -55,10 +59,29 @@ def test_narrow_weights_and_states_are_split(form, kv):
     some = [Request(prompt=[*range(i, 9 * i + 9)], max_new_tokens=12, stop_ids=()) for i in range(3)]
     expected = Engine(model, config).complete(some)
     made = Engine(model, config, mesh_of(tensor=2))
-    w = made._pools[0]._params["blocks"][0]["feed_forward"]["w2"]
+    w = made._pools[0].params["blocks"][0]["feed_forward"]["w2"]
     for x in (w.values, *([w.scales] if form[1] else [])):  # Of one scale an output there is nothing to split in w2.
         assert x.addressable_shards[0].data.size == x.size // 2
     assert made.complete(some) == expected
+
+
+def test_adapters_are_in_their_places_on_every_replica():
+    """Split as the matrices beside which they stand."""
+    model = tiny_model(vocab_size=V, layer_types=("conv", "full_attention"))
+    lora, rng = LoRAConfig(rank=3), np.random.default_rng(0)
+    made = init_adapter(model.config, lora, jax.random.key(0))
+    adapter = Adapter(model.config, lora, jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype("float32"), made))
+    config = dataclasses.replace(CONFIG, slots=((2, 64),), adapters=2, adapter_rank=4)
+    some = [dataclasses.replace(request, adapter=[None, "b", "a"][i % 3], n=1)
+            for i, request in enumerate(requests()) if request.size <= 64]
+    engines = [Engine(model, config), Engine(model, config, mesh_of(data=2, tensor=2))]
+    for each in engines:
+        for name in ("b", "a"):
+            each.load_adapter(name, adapter)
+    w2 = engines[1]._pools[1].params["blocks"][0]["feed_forward"]["w2"]
+    assert w2.a_RI.addressable_shards[0].data.size == w2.a_RI.size // 2
+    expected, found = (each.complete(some) for each in engines)
+    assert [one.tokens for group in found for one in group] == [one.tokens for group in expected for one in group]
 
 
 def test_meshes_that_do_not_fit():

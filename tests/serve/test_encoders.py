@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 import lfm_jax as lfm
 from lfm_jax.cli import serving
+from lfm_jax.engine.adapters import Adapters
+from lfm_jax.engine.config import EngineConfig
 from lfm_jax.infer.embed import Encoder, LateInteraction
 from lfm_jax.sampling import GREEDY
 from lfm_jax.serve import launch
@@ -342,7 +344,7 @@ def test_texts_are_counted():
 
 
 def test_a_causal_model_says_where_vectors_come_from():
-    service = SimpleNamespace(engine=SimpleNamespace(longest=64), stop_ids=())
+    service = SimpleNamespace(engine=SimpleNamespace(longest=64, adapters=Adapters(EngineConfig())), stop_ids=())
     app = make_app(service, "tiny")
 
     async def ask():
