@@ -122,7 +122,7 @@ def test_samples_of_rollouts_that_are_done_again_are_there_once(tmp_path):
         samples = Samples(path)
         for rollout in rollouts:
             samples.write(rollout, [{"of": rollouts[0], "text": TEXT}] * 2)
-        path.write_bytes(path.read_bytes() + '{"rollout": 4, "of": "–'.encode()[:-1])  # Cut off in a character.
+        path.write_bytes(path.read_bytes() + '{"rollout": 4, "of": "é'.encode()[:-1])  # Cut off in a character.
     lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
     assert [x["rollout"] for x in lines] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert [x["of"] for x in lines] == [0, 0, 1, 1, 1, 1, 1, 1]
