@@ -194,6 +194,9 @@ def load_run(
         from lfm_jax.adapters.peft import Adapter
 
         params = _with_adapter(_begun(run_dir, saved, config, lora), Adapter(config, lora, params), None, merge=merge)
+        if merge:  # What has no adapter, such as the embedding, is narrow still.
+            params = jax.tree.map(lambda w: w.astype(config.param_dtype) if isinstance(w, WeightKind) else w, params,
+                                  is_leaf=lambda w: isinstance(w, WeightKind))
     if config.quantize:
         if config.quantize != gguf_type or is_fixed(config):
             params = rounded_weights(config.replace(scan_layers=False), params)

@@ -44,7 +44,8 @@ def load_recipe[C](
     """Builds `cls` from YAML files and command-line flags; later files and flags win.
 
     `model: {preset: NAME}`, or `--model.preset NAME`, stands for all fields of that preset; fields named beside it win.
-    A class may have `flags_before(flags)`, which gives the flags that stand before all others.
+    A class may have `class_for(flags)`, which gives the class to build instead, and `flags_before(flags)`, which gives
+    the flags that stand before all others.
 
     Args:
       prog: the command, as its help names it.
@@ -57,6 +58,8 @@ def load_recipe[C](
     paths = [] if path is None else [path] if isinstance(path, (str, Path)) else path
     flags = [flag for each in paths for flag in _file_flags(each)]
     flags = [*flags, *overrides]
+    if hasattr(cls, "class_for"):
+        cls = cls.class_for(flags)
     if hasattr(cls, "flags_before") and not {"-h", "--help"} & set(flags):
         flags = [*cls.flags_before(flags), *flags]
     with _RULES:

@@ -41,10 +41,11 @@ class LoRAConfig:
     """Keep the frozen weights in a narrow type (QLoRA, arXiv 2305.14314): a form of lfm.quantize, such as int8 or
     int4:32."""
     rank_pattern: Annotated[Mapping[str, int], tyro.conf.Suppress] = dataclasses.field(default_factory=dict, hash=False)
-    """Ranks of some targets: regular expressions over ends of module names, the first that fits counts (PEFT's)."""
+    """Ranks of some targets: regular expressions over ends of module names, the first that fits counts (PEFT's).
+    Adapters that are read have them; a run refuses them."""
     alpha_pattern: Annotated[Mapping[str, float], tyro.conf.Suppress] = dataclasses.field(
         default_factory=dict, hash=False)
-    """Alphas of some targets."""
+    """Alphas of some targets, in the same way."""
 
     def __post_init__(self) -> None:
         problems = []

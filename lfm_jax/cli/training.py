@@ -12,7 +12,7 @@ from lfm_jax.cli.errors import refuse
 
 if TYPE_CHECKING:
     from lfm_jax.ablate.schedule import AblateConfig
-    from lfm_jax.plan import PlanConfig
+    from lfm_jax.plan import Planned
     from lfm_jax.post.config import TuneCommand
     from lfm_jax.pretrain.config import TrainCommand
     from lfm_jax.train.launch import Launch
@@ -100,9 +100,9 @@ def _launched(verb: str, launch: Launch, args: Sequence[str], run: Callable[[], 
     return status
 
 
-def plan(config: PlanConfig, args: Sequence[str]) -> int:
+def plan(config: Planned, args: Sequence[str]) -> int:
     """Report what a run needs and costs on a machine: `lfm plan RECIPE.yaml --topology v5e:16x16`; every key is a
-    flag."""
+    flag. The recipe is one of `lfm train`, or one of `lfm tune` that names its method or epochs."""
     del args
     import jax
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from lfm_jax.chips import Chip
 from lfm_jax.plan.program import Program, Traffic, compile_program, expected_program
 from lfm_jax.plan.topology import Topology, bandwidth
+from lfm_jax.post.config import TuneConfig
 from lfm_jax.pretrain.config import TrainConfig
 from lfm_jax.train.budget import Budget, budget_of, too_large
 from lfm_jax.train.config import RunConfig
@@ -27,8 +28,8 @@ SMALL = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanConfig(TrainConfig):
-    """A training run, and the machine to plan it for."""
+class Planned(RunConfig):
+    """A run, and the machine to plan it for."""
 
     topology: str
     """v5e:16x16 (v4, v5p, v6e and tpu7x too), gpu:8xH200 (A100, H100, B200 too) or cpu:8."""
@@ -41,12 +42,35 @@ class PlanConfig(TrainConfig):
     format: Literal["markdown", "json"] = "markdown"
     """How to print it."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def problems(self) -> list[str]:
+        problems = super().problems()
         if not 0 < self.efficiency <= 1:
-            raise ValueError(f"efficiency is {self.efficiency}; it must lie in (0, 1]")
+            problems.append(f"efficiency is {self.efficiency}; it must lie in (0, 1]")
         if self.tokens is not None and not self.tokens > 0:
-            raise ValueError(f"tokens is {self.tokens}; it must be positive")
+            problems.append(f"tokens is {self.tokens}; it must be positive")
+        return problems
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig(TrainConfig, Planned):
+    """A training run, and the machine to plan it for."""
+
+    @staticmethod
+    def class_for(flags: Sequence[str]) -> type[Planned]:
+        """The class of a recipe's flags: `TunePlanConfig` where some are of `lfm tune` alone, such as method."""
+        names = {flag.removeprefix("--").partition("=")[0].partition(".")[0].replace("-", "_")
+                 for flag in flags if flag.startswith("--")}
+        of_tune = {x.name for x in dataclasses.fields(TuneConfig)} - {x.name for x in dataclasses.fields(TrainConfig)}
+        return TunePlanConfig if names & of_tune else PlanConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TunePlanConfig(TuneConfig, Planned):
+    """A run of `lfm tune`, and the machine to plan it for."""
+
+    def problems(self) -> list[str]:
+        unknown = "steps is 0, which leaves them to the data, and a plan does not read it; name them (--steps 1000)"
+        return [*super().problems(), *([] if self.steps else [unknown])]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,8 +165,8 @@ class Plan:
         return "\n\n".join(section for section in _sections(self) if section)
 
 
-def plan(config: PlanConfig) -> Plan:
-    """Plans a pre-training run; see `plan_run`."""
+def plan(config: Planned) -> Plan:
+    """Plans a run of `lfm train` or `lfm tune`; see `plan_run`."""
     return plan_run(
         config, config.topology, tokens=config.tokens, efficiency=config.efficiency, compile=config.compile
     )
@@ -156,7 +180,7 @@ def plan_run(
 
     Args:
       config: the run; its data is not looked at.
-      topology, tokens, efficiency, compile: as in `PlanConfig`.
+      topology, tokens, efficiency, compile: as in `Planned`.
 
     Raises:
       ValueError: an unknown topology, a mesh that does not make it up or does not divide the model, or a step that the

@@ -37,6 +37,9 @@ from lfm_jax.train.step import BASE
 if TYPE_CHECKING:
     from lfm_jax.post.config import TuneConfig
 
+OURS = ("file", "line", "reply")
+"""Keys that rewards get beside those of a prompt: where it stands, and all that the model wrote."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyGradient:
@@ -146,8 +149,8 @@ class GRPO(Tuning):
     """Prompts, what rewards say of answers to them, and an engine that makes these with the weights of each step.
 
     Raises:
-      ValueError: on construction: see `Tuning`; prompts that cannot be used, or that a reward cannot judge, or more
-        than one device.
+      ValueError: on construction: see `Tuning`; prompts that cannot be used, or that a reward cannot judge, a reward
+        whose library is not installed, or more than one device.
     """
 
     def __init__(self, config: TuneConfig):
@@ -155,7 +158,10 @@ class GRPO(Tuning):
         if jax.device_count() > 1:
             raise ValueError(f"grpo runs on one device, and here are {jax.device_count()}; show JAX one of them (as "
                              "with CUDA_VISIBLE_DEVICES=0)")
-        self._rewards = Rewards(config.grpo.weights)
+        try:
+            self._rewards = Rewards(config.grpo.weights)
+        except ImportError as error:
+            raise ValueError(f"grpo.rewards: {error}") from error
         variables = _dated(self.template, config.data.date)
         problems: list[str] = []
         prompts = read_prompts(find_files(config.data.sources, suffixes=tuple(OPENERS)), config.data.ignore, problems)
@@ -179,6 +185,10 @@ class GRPO(Tuning):
 
     def _example(self, prompt: Prompt, variables: Mapping[str, Any], problems: list[str]) -> Example | None:
         config = self._config
+        if ours := [key for key in OURS if key in prompt.rest]:
+            problems.append(f"{prompt}: it has the keys {', '.join(ours)}, which are ours in what rewards get; rename "
+                            "them, or name them in data.ignore")
+            return None
         try:
             ids = encode_chat(self.tokenizer, config.model, self.template, prompt.messages, prompt.tools,
                               variables=variables)
@@ -194,11 +204,12 @@ class GRPO(Tuning):
         of_all = Rewards(dict.fromkeys(built_in, 1.0)) if built_in else self._rewards
         own = len(built_in) < len(self._config.grpo.rewards)
         for i, prompt in enumerate(prompts):
+            example = {"reply": "", **_judged(prompt)}
             try:
                 if i == 0 and own:
-                    self._rewards("", _judged(prompt))
+                    self._rewards("", example)
                 elif built_in:
-                    of_all("", _judged(prompt))
+                    of_all("", example)
             except ValueError as error:
                 problems.append(f"{prompt}: {error}")
 

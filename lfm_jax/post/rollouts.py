@@ -229,11 +229,11 @@ class Samples:
           OSError: they cannot be written.
         """
         if not self._begun and self._path.exists():
-            lines = self._path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["rollout"] < rollout]
-            write_whole(self._path, "".join(kept))
+            *lines, _ = self._path.read_bytes().split(b"\n")  # A kill may have cut the last one, in a character too.
+            kept = [line.decode() for line in lines if json.loads(line)["rollout"] < rollout]
+            write_whole(self._path, "".join(f"{line}\n" for line in kept))
         self._begun = True
-        with self._path.open("a") as file:
+        with self._path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"rollout": rollout, **x}, ensure_ascii=False) + "\n" for x in records)
 
 

@@ -43,6 +43,8 @@ class TaskConfig:
         problems = [f"eval.every is {self.every}; it must be at least 0"] if self.every < 0 else []
         if self.limit is not None and self.limit < 1:
             problems.append(f"eval.limit is {self.limit}; it must be at least 1")
+        if not self.tasks and (self.every, self.limit, self.data) != (0, None, None):
+            problems.append("eval.tasks is empty, and the other fields of eval are for them; name tasks")
         raise_problems("TaskConfig is not valid", problems)
 
 
@@ -144,6 +146,8 @@ class RunConfig(abc.ABC):
             problems.append(f"a batch of {self.rows} rows is not a multiple of micro_batches {self.micro_batches}")
         if self.seq_len > self.model.max_position:
             problems.append(f"rows of {self.seq_len} tokens exceed model.max_position {self.model.max_position}")
+        problems += [f"lora.{name} is of adapters that are read, and a recipe cannot hold it; leave it out"
+                     for name in ("rank_pattern", "alpha_pattern") if getattr(self.lora, name)]
         problems += check_trackers(self.trackers) + rounding.problems(self.model)
         for check in (lambda: self.steps >= 1 and learning_rate(self.optimizer, self.steps),
                       lambda: self.steps >= 1 and self.profile and parse_profile(self.profile, self.steps),

@@ -8,7 +8,7 @@ from flax import nnx
 from helpers import rel_err, tokens_like
 
 import lfm_jax as lfm
-from lfm_jax import recipe
+from lfm_jax import init_from, recipe
 from lfm_jax.adapters.config import LoRAConfig
 from lfm_jax.adapters.peft import Adapter
 from lfm_jax.adapters.trees import init_adapter
@@ -18,6 +18,7 @@ from lfm_jax.pretrain.config import TrainConfig
 from lfm_jax.pretrain.run import train
 from lfm_jax.quant.weights import Quantized
 from lfm_jax.testing import tiny_model, tiny_tokenizer
+from lfm_jax.weight_kinds import WeightKind
 
 LORA = LoRAConfig(rank=2, alpha=8)
 TOKENS = tokens_like((2, 9), 0)
@@ -116,6 +117,18 @@ def test_the_model_of_a_run(run, where, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["export", str(where / "base"), str(tmp_path / "no"), "--format", "peft"])
     assert "--format peft writes what a run with lora has trained" in capsys.readouterr().err
+
+
+def test_the_merged_model_of_a_run_is_a_model_for_all(run):
+    """What has no adapter was narrow, and is plain too."""
+    merged, _ = lfm.load(run)
+    params = nnx.to_pure_dict(nnx.split(merged, nnx.Param)[1])
+    begun = init_from.weights(str(run), merged.config)
+    assert jax.tree.structure(begun) == jax.tree.structure(params)
+    assert not any(isinstance(w, WeightKind) for w in jax.tree.leaves(
+        params, is_leaf=lambda w: isinstance(w, WeightKind)))
+    narrow, _ = lfm.load(run, quantize="int8")
+    assert isinstance(narrow.embed[...], Quantized)
 
 
 def test_a_run_whose_base_has_changed_is_refused(run, where):

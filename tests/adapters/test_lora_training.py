@@ -116,6 +116,12 @@ def test_an_adapter_and_rounded_weights_do_not_go_together():
         training_of(Net().config, LoRAConfig(quantize="int4:128"))
 
 
+@pytest.mark.parametrize("pattern", [dict(rank_pattern={"in_proj": 4}), dict(alpha_pattern={"in_proj": 4.0})])
+def test_a_run_has_no_patterns_as_no_recipe_could_hold_them(pattern):
+    with pytest.raises(ValueError, match=rf"lora\.{next(iter(pattern))} is of adapters that are read"):
+        pairs.config("x", lora=LoRAConfig(rank=2, **pattern))
+
+
 def test_traits_reach_the_optimizer():
     """A and B decay, and Muon leaves them to AdamW."""
     net = Net()

@@ -7,6 +7,7 @@ import pytest
 import tpu_aot
 from recipes import recipe
 
+import lfm_jax as lfm
 from lfm_jax import cli
 from lfm_jax.chips import CHIPS
 from lfm_jax.plan import PlanConfig, plan
@@ -15,6 +16,7 @@ from lfm_jax.plan.report import Plan
 from lfm_jax.plan.topology import Topology, bandwidth
 from lfm_jax.recipe import load_recipe
 from lfm_jax.sharding import MeshConfig
+from lfm_jax.testing import tiny_model
 from lfm_jax.units import si
 
 RECIPE = """
@@ -143,6 +145,26 @@ def test_plan_as_json_agrees_with_itself(path, capsys):
     assert found["days"] * 86400 == pytest.approx(1000 * found["step_seconds"])
     assert found["device_hours"] * 3600 == pytest.approx(16 * 1000 * found["step_seconds"])
     assert found["chip"]["source"] == CHIPS["v5e"].source
+
+
+@pytest.mark.parametrize(("method", "flags"), [
+    ("sft", ()), ("dpo", ("--dpo.reference", "model")),
+    ("grpo", ("--grpo.rewards", "length", "--grpo.max-new-tokens", "8", "--data.heldout-fraction", "0")),
+])
+def test_a_recipe_of_tuning_is_planned(tmp_path, capsys, method, flags):
+    """The model is that of init_from, and steps are to be named."""
+    path, model = tmp_path / "tune.yaml", tiny_model(layer_types=("conv", "full_attention"))
+    lfm.save_hf(model, tmp_path / "base")
+    path.write_text(f"{{run_dir: runs/x, method: {method}, init_from: {tmp_path / 'base'}, "
+                    "data: {sources: [x], seq_len: 64, batch_size: 8}}")
+    status, out, err = run(capsys, str(path), *flags, "--topology", "gpu:1xH200", "--steps", "10", "--format", "json")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert found["num_params"] == model.config.num_params()
+    assert found["run_tokens"] == 10 * found["tokens_per_step"] > 0
+    status, _, err = run(capsys, str(path), *flags, "--topology", "gpu:1xH200")
+    assert status == 2
+    assert "steps is 0, which leaves them to the data" in err
 
 
 def test_frozen_weights_are_told(path, capsys):

@@ -27,6 +27,9 @@ def share(completion, example):
     """Of e among the characters."""
     return completion.count("e") / max(len(completion), 1)
 
+def of_reply(completion, example):
+    return float(example["reply"].endswith(completion))
+
 def broken(completion, example):
     return example["missing"]
 

@@ -113,14 +113,27 @@ def test_a_reward_that_fails_ends_the_run_and_is_named(root, tmp_path):
         tune(load(path))
 
 
+def test_a_reward_may_read_the_whole_reply(root, tmp_path):
+    GRPO(load(recipe(root, tmp_path / "run", grpo__rewards=[f"{root}/rewards.py:of_reply"])))
+    GRPO(load(recipe(root, tmp_path / "run", grpo__rewards=["regex", f"{root}/rewards.py:of_reply"])))
+
+
+def test_a_reward_whose_library_is_missing_says_how_to_install_it(root, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    with pytest.raises(ValueError, match=r"grpo.rewards: the reward json_schema .*pip install 'lfm_jax\[post\]'"):
+        GRPO(load(recipe(root, tmp_path / "run", grpo__rewards=["json_schema"])))
+
+
 def test_prompts_that_cannot_be_used_are_refused_before_anything_is_written(root, tmp_path, capsys):
-    bad = write(tmp_path / "bad.jsonl", [{"prompt": "a", "pattern": "a"}, {"prompt": "a"}, {"pattern": "a"}])
+    bad = write(tmp_path / "bad.jsonl", [{"prompt": "a", "pattern": "a"}, {"prompt": "a"}, {"pattern": "a"},
+                                         {"prompt": "a", "pattern": "a", "file": "main.py", "reply": "b"}])
     with pytest.raises(SystemExit) as stop:
         main(["tune", str(recipe(root, tmp_path / "run", data__sources=[str(bad)], grpo__rewards=["regex"]))])
     assert stop.value.code == 2
     err = capsys.readouterr().err
     assert f"{bad}, line 2: reward 'regex' raised ValueError: the example has no field 'pattern'" in err
     assert f"{bad}, line 3: it has no prompt" in err
+    assert f"{bad}, line 4: it has the keys file, reply, which are ours" in err
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="none of 8 prompts has at most 4 tokens"):
         tune(load(recipe(root, tmp_path / "run", data__seq_len=16)))

@@ -19,6 +19,8 @@ from lfm_jax.testing import tiny_model
 
 V, T, CHUNK = 97, 128, 16
 TEMPERATURE = 0.7
+TEXT = "a\u2028b\u2029c\x85d\r\n"
+"""What Unicode takes for ends of lines, of which JSON leaves some as they are."""
 
 
 @functools.cache
@@ -119,8 +121,9 @@ def test_samples_of_rollouts_that_are_done_again_are_there_once(tmp_path):
     for rollouts in ((0, 1, 2), (1, 2, 3)):  # A kill between.
         samples = Samples(path)
         for rollout in rollouts:
-            samples.write(rollout, [{"of": rollouts[0]}] * 2)
-        path.write_text(path.read_text() + '{"rollout": 4, "of')
-    lines = [json.loads(line) for line in path.read_text().splitlines()[:-1]]
+            samples.write(rollout, [{"of": rollouts[0], "text": TEXT}] * 2)
+        path.write_bytes(path.read_bytes() + '{"rollout": 4, "of": "é'.encode()[:-1])  # Cut off in a character.
+    lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
     assert [x["rollout"] for x in lines] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert [x["of"] for x in lines] == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert all(x["text"] == TEXT for x in lines)

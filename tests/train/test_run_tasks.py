@@ -165,6 +165,14 @@ def test_what_is_missing_is_told(corpus, data, tmp_path, monkeypatch):
         type(config.eval)(every=-1, limit=0)
 
 
+@pytest.mark.parametrize("changes", [{"eval__every": 5}, {"eval__limit": 3}, {"eval__data": "tasks"}])
+def test_settings_of_tasks_without_tasks_are_refused(corpus, tmp_path, changes, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", str(recipe(corpus, tmp_path / "run", **changes))])
+    printed = capsys.readouterr()
+    assert "eval.tasks is empty" in printed.out + printed.err
+
+
 def _written(config, folder):
     path = folder / "again.yaml"
     path.write_text(dump_recipe(config))
