@@ -88,6 +88,20 @@ def test_a_stored_teacher_is_the_one_in_the_step_and_is_not_needed_any_more(root
         store(load(distill(root, root / "other")))
 
 
+def test_a_stored_teacher_that_changed_is_refused_and_one_that_left_is_not_missed(root, tmp_path):
+    teacher = shutil.copytree(root / "teacher", tmp_path / "leaving")
+    settings = {"teacher": str(teacher), "stored": str(tmp_path / "kept")}
+    path = distill(root, tmp_path / "run", distill=settings, data__heldout=[], data__heldout_fraction=0.0)
+    store(load(path))
+    shutil.rmtree(teacher)
+    base(teacher, hidden_size=24, ffn_size=32, num_heads=3, seed=6, init_std=0.5)
+    with pytest.raises(ValueError, match="kept/train was begun with other weights"):
+        store(load(path))
+    shutil.rmtree(teacher)
+    teacher_config.cache_clear()
+    assert store(load(path)).run_dir == tmp_path / "kept"
+
+
 def test_a_model_is_its_own_teacher_for_its_narrow_form(root):
     """And all tokens may be learnt."""
     settings = {"teacher": str(root / "base"), "cross_entropy": 0.0, "temperature": 1.0, "learn": "all"}
