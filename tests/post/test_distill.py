@@ -49,6 +49,12 @@ def test_a_run_comes_near_its_teacher(whole_run):
     assert lfm.load(whole_run.run_dir)[0].config.hidden_size == 16
 
 
+def test_a_teacher_in_the_step_cannot_become_a_stored_one(root, whole_run):
+    path = distill(root, whole_run.run_dir, distill={"stored": str(root / "new")})
+    with pytest.raises(ValueError, match=r"teacher there, none here(.|\n)*distill.stored: None there, '.*new' here"):
+        tune(load(path))
+
+
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(root):
     model, tokenizer = lfm.load(root / "base")
     ids = np.array([tokenizer.encode("<|im_start|>user\nthe fox?<|im_end|>\n").ids[:12]], np.int32)
