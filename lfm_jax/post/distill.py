@@ -23,7 +23,7 @@ from lfm_jax.kernels.topk_logprobs import TopTokens, top_tokens
 from lfm_jax.loading import model_config
 from lfm_jax.model import LFM
 from lfm_jax.post.distillation import distillation_loss
-from lfm_jax.post.stored import MANIFEST, Field, Frozen
+from lfm_jax.post.stored import Field, Frozen, is_complete
 from lfm_jax.post.tuning import SIDES, CorpusTuning
 from lfm_jax.pretrain.objective import NextToken
 from lfm_jax.problems import raise_problems
@@ -173,8 +173,8 @@ def distill_problems(config: TuneConfig) -> list[str]:
 
 
 def _said_all(distill: DistillConfig) -> bool:
-    """Whether the directory of what the teacher says was made or begun, so that rows and teacher were found to fit."""
-    return distill.stored is not None and all((Path(distill.stored) / side / MANIFEST).exists() for side in SIDES)
+    """Whether the directory of what the teacher says is complete, so that the teacher was found to fit."""
+    return distill.stored is not None and all(is_complete(Path(distill.stored) / side) for side in SIDES)
 
 
 class Distill(CorpusTuning):
@@ -193,9 +193,9 @@ class Distill(CorpusTuning):
 
     def prepare(self, run_dir: Path, *, resuming: bool) -> None:
         super().prepare(run_dir, resuming=resuming)
-        self.store()
+        self.store(resuming=resuming)
 
-    def store(self) -> None:
+    def store(self, *, resuming: bool = False) -> None:
         """Has the teacher say what is not stored yet; nothing where it works in every step."""
         config, distill = self._config, self._config.distill
         if distill.stored is None:
@@ -211,7 +211,7 @@ class Distill(CorpusTuning):
 
         K, ids = distill.top_k, "uint16" if config.model.vocab_size <= 2**16 else "uint32"
         self.keep(Path(distill.stored), {IDS: Field((K,), ids), LOGPROBS: Field((K,), distill.stored_type)},
-                  {"learn": distill.learn, "teacher": distill.teacher}, teacher)
+                  {"learn": distill.learn, "teacher": distill.teacher}, teacher, resuming=resuming)
 
     def others(self) -> dict[str, Any]:
         return {TEACHER: self._teacher()}

@@ -151,7 +151,9 @@ class DPO(CorpusTuning):
                               lambda model, batch: {REFERENCE: objective.logprobs(model, batch)}, config.rows,
                               config.seq_len)
 
-            self.keep(run_dir / REFERENCE, {REFERENCE: Field((), "float32")}, {}, reference)
+            # What rounds the weights that the run begins with.
+            about = {"model.quantize": config.model.quantize, "lora.quantize": config.lora.quantize}
+            self.keep(run_dir / REFERENCE, {REFERENCE: Field((), "float32")}, about, reference, resuming=resuming)
 
     def others(self) -> dict[str, Any]:
         """The model as its first step computes with it."""

@@ -1,7 +1,8 @@
 """What a frozen model says of every row that a run learns from: made once, before the run, and kept in files.
 
 A directory has a manifest and, for each field and each SHARD_ROWS rows, a file `NAME-00000.npy` of the values at the
-targets that are learnt, one row after another. Files are written whole, so what is interrupted goes on where it was.
+targets that are learnt, one row after another. Files are written whole, so what is interrupted goes on where it was;
+the manifest says when all are there.
 
 Dimensions: B rows of a batch, T time.
 """
@@ -13,6 +14,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -33,7 +35,7 @@ from lfm_jax.train.run_dir import differences
 from lfm_jax.train.step import Training
 
 SHARD_ROWS = 256
-MANIFEST = "manifest.json"
+MANIFEST, COMPLETE = "manifest.json", "complete"
 SECONDS = 10
 """Between lines that say how far it is."""
 
@@ -73,11 +75,16 @@ class Frozen:
         self.digest = digest(weights)
         objective = NextToken()
         training = dataclasses.replace(training, objective=objective, optimizer=optax.identity())
-        state = training.placed_state(weights)
-        self._held = state.params, state.frozen
+        self._training, self._weights = training, weights
         self._place = processes.BatchPlacer(objective.arrays, B, T)
         self._program: Any = processes.compiled_together(
             jax.jit(lambda held, batch: dict(says(training.model_of(*held), batch))))
+
+    @cached_property
+    def _held(self) -> tuple[Any, Any]:
+        """On devices once something is asked: often only the digest is."""
+        state, self._weights = self._training.placed_state(self._weights), None
+        return state.params, state.frozen
 
     def __call__(self, batch: Batch) -> Mapping[str, np.ndarray]:
         found = self._program(self._held, self._place(self._place.local(batch)))
@@ -151,13 +158,15 @@ class Stored:
 
 def stored(
     directory: Path, rows: PackedRows, fields: Mapping[str, Field], *, B: int, T: int, about: Mapping[str, Any],
-    speaker: Callable[[], Speaker],
+    speaker: Callable[[], Speaker], resuming: bool = False,
 ) -> Stored:
     """Opens what is kept of rows, and makes what is missing of it, over the mesh in use; call it in every process.
 
     Args:
       about: what else must be as it was when the directory was begun, as plain data.
-      speaker: called only if something is missing.
+      speaker: where nothing is missing only its digest is looked at, and that too is left out if it raises ValueError,
+        since its weights may be gone by then.
+      resuming: what is complete is taken without a look at the speaker: the run has begun with it.
 
     Raises:
       ValueError: the directory is of other rows, other fields or other weights, or damaged.
@@ -169,20 +178,39 @@ def stored(
                    "anew", differences(found, wanted))
     kept = Stored(directory, rows, fields)
     missing = kept.missing()
-    if not missing:
+    if not missing and resuming:
         return kept
-    model, main = speaker(), processes.is_main()
+    try:
+        model = speaker()
+    except ValueError:
+        if not missing:
+            return kept
+        raise
     if found and found["weights"] != model.digest:
-        raise ValueError(f"{directory} was begun with other weights; restore them, or delete the directory")
+        raise ValueError(f"{directory} was begun with other weights; restore them, or delete the directory, which is "
+                         "then made anew")
+    if not missing and found.get(COMPLETE):
+        return kept
+    main = processes.is_main()
     if main:
         directory.mkdir(parents=True, exist_ok=True)
     busy = f"another process writes {directory}; wait for it"
     with locked(directory, busy) if main else nullcontext():
-        if main:
-            write_whole(directory / MANIFEST, json.dumps({**wanted, "weights": model.digest}, indent=1))
+        manifest = {**wanted, "weights": model.digest}
+        _write_manifest(directory, manifest | {COMPLETE: False})
         _make(kept, missing, rows, model, B)
+        _write_manifest(directory, manifest | {COMPLETE: True})
     processes.barrier(str(directory))
     return kept
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether a directory was made to its end.
+
+    Raises:
+      ValueError: its manifest is damaged.
+    """
+    return _manifest(directory).get(COMPLETE, False)
 
 
 def _make(kept: Stored, missing: list[int], rows: PackedRows, model: Speaker, B: int) -> None:
@@ -198,6 +226,11 @@ def _make(kept: Stored, missing: list[int], rows: PackedRows, model: Speaker, B:
             parts.append({name: x[learnt] for name, x in model(batch).items()})
         if main:
             kept.write(shard, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+
+
+def _write_manifest(directory: Path, content: Mapping[str, Any]) -> None:
+    if processes.is_main():
+        write_whole(directory / MANIFEST, json.dumps(content, indent=1))
 
 
 def _manifest(directory: Path) -> dict[str, Any]:

@@ -117,7 +117,8 @@ class CorpusTuning(Tuning):
         return str(self._corpus)
 
     def keep(
-        self, directory: Path, fields: Mapping[str, Field], about: Mapping[str, Any], speaker: Callable[[], Speaker]
+        self, directory: Path, fields: Mapping[str, Field], about: Mapping[str, Any], speaker: Callable[[], Speaker], *,
+        resuming: bool,
     ) -> None:
         """Puts what a frozen model says of each row beside the row, in all batches to come.
 
@@ -127,7 +128,8 @@ class CorpusTuning(Tuning):
         config, once = self._config, functools.cache(speaker)
         sides = zip(SIDES, (self._corpus.train_rows, self._corpus.heldout_rows), strict=True)
         self._beside = [
-            stored(directory / side, rows, fields, B=config.rows, T=config.seq_len, about=about, speaker=once).beside
+            stored(directory / side, rows, fields, B=config.rows, T=config.seq_len, about=about, speaker=once,
+                   resuming=resuming).beside
             for side, rows in sides
         ]
 

@@ -122,7 +122,7 @@ class RunConfig(abc.ABC):
         return {}
 
     def training(self) -> Training:
-        """What is trained."""
+        """What is trained; without a schedule where `steps` is still left to the data."""
         lora, stacked = (self.lora if self.lora.rank else None), self.model.scan_layers
         traits = (param_traits(self.model, stacked=stacked) if lora is None
                   else adapter_traits(self.model, lora, stacked=stacked))

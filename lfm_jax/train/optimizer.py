@@ -80,9 +80,14 @@ class OptimizerConfig:
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """The learning rate as a function of the number of optimizer steps already taken.
 
+    Args:
+      steps: of the run; 0: not known yet, and the rate is the peak's.
+
     Raises:
       ValueError: warm-up and decay together are longer than the run.
     """
+    if not steps:
+        return optax.constant_schedule(config.peak_lr)
     warmup = config.warmup_steps or round(config.warmup_fraction * steps)
     final = config.peak_lr * config.final_lr_fraction
     decay = (config.decay_steps or steps // 5) if config.schedule == "wsd" else 0

@@ -34,12 +34,14 @@ def check_resumable(config: RunConfig, saved: dict[str, Any], step: int) -> list
     """Refuses a config that does not belong to the run; returns the changed settings that are allowed, to be reported.
 
     Raises:
-      ValueError: another model, another order of the data, another structure of the optimizer, or `steps` behind.
+      ValueError: another method, another model, another order of the data, another structure of the optimizer, or
+        `steps` behind.
     """
     plain = recipe.to_plain(config)
     # A run older than a field was made with what is now the field's default.
     saved = saved | {"model": recipe.to_plain(ModelConfig.from_plain(saved["model"]))}
-    problems = [f"model.{line}" for line in differences(saved["model"], plain["model"], NUMERICS)]
+    problems = differences(*({"method": each.get("method")} for each in (saved, plain)))
+    problems += [f"model.{line}" for line in differences(saved["model"], plain["model"], NUMERICS)]
     data, saved_data = plain.get("data", {}), saved.get("data", {})
     problems += [f"data.{line}" for line in differences(saved_data, data, config.movable)]
     old_optimizer = recipe.to_plain(OptimizerConfig()) | saved["optimizer"]
@@ -57,11 +59,10 @@ def check_resumable(config: RunConfig, saved: dict[str, Any], step: int) -> list
     raise_problems(f"run_dir {config.run_dir} holds another run; choose a new run_dir or restore", problems)
     if config.steps < step:
         raise ValueError(f"steps is {config.steps}, but run_dir {config.run_dir} is at step {step}; raise steps")
-    changed = [f"optimizer.{line}" for line in differences(saved["optimizer"], plain["optimizer"])]
-    changed += [f"model.{line}" for line in differences(saved["model"], plain["model"])]
-    for section in ("mesh", "guard", "eval", "lora"):
-        changed += [f"{section}.{line}" for line in differences(saved.get(section, {}), plain[section])]
-    told = {"model", "data", "optimizer", "mesh", "guard", "eval", "freeze", "lora", "run_dir", "init_from"}
+    sections = {name for name, value in plain.items() if isinstance(value, dict)}
+    changed = [f"{section}.{line}" for section in sorted(sections - {"data"})
+               for line in differences(saved.get(section, {}), plain[section])]
+    told = sections | {"freeze", "run_dir"}
     timed = saved.get("train_minutes")
     if config.train_minutes is not None and config.train_minutes != timed:
         changed.append(f"train_minutes: {timed} there, {config.train_minutes} here; only a new run is timed, this one "

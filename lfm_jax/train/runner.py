@@ -29,6 +29,7 @@ from lfm_jax import recipe
 from lfm_jax.adapters.trees import digest
 from lfm_jax.files import locked
 from lfm_jax.model import LFM, abstract_model
+from lfm_jax.problems import raise_problems
 from lfm_jax.train import processes
 from lfm_jax.train import run_dir as run_directory
 from lfm_jax.train import state as states
@@ -320,14 +321,21 @@ def _check_resumable(
     config: RunConfig, manager: CheckpointManager, console: Console, begun_with: dict[str, str] | None
 ) -> None:
     saved = manager.latest_config()
-    if saved is not None:
-        for change in run_directory.check_resumable(config, saved, manager.steps()[0]):
-            console.note(f"resuming with a changed setting: {change}")
-        if saved.get(DIGESTS) != begun_with:
-            raise ValueError(
-                f"run_dir {config.run_dir} began with other weights than are there now, and its checkpoints do not "
-                "hold them; restore what it began with (init_from and the like), or choose a new run_dir"
-            )
+    if saved is None:
+        return
+    changed = run_directory.check_resumable(config, saved, manager.steps()[0])
+    there, here = saved.get(DIGESTS) or {}, begun_with or {}
+    if there.keys() != here.keys():
+        names = (", ".join(sorted(each)) or "none" for each in (there, here))
+        raise_problems(f"run_dir {config.run_dir} began with other settings; restore them, or choose a new run_dir",
+                       ["models that stay as they are: {} there, {} here".format(*names), *changed])
+    if there != here:
+        raise ValueError(
+            f"run_dir {config.run_dir} began with other weights than are there now, and its checkpoints do not hold "
+            "them; restore what it began with (init_from and the like), or choose a new run_dir"
+        )
+    for change in changed:
+        console.note(f"resuming with a changed setting: {change}")
 
 
 def _say_where(run_dir: Path, step: int, damaged: Mapping[int, str], console: Console) -> None:
@@ -379,7 +387,8 @@ class _TaskEvaluation:
     def __call__(self, state: states.TrainState) -> dict[str, float]:
         self._console.note(f"tasks {', '.join(self._config.eval.tasks)} ...")
         config = self._config.model.replace(scan_layers=False)
-        held = states.unstacked(state, self._config.model)
+        # No copies of moments and of other models, which no task looks at.
+        held = states.unstacked(dataclasses.replace(state, opt_state={}, others={}), self._config.model)
         weights = held.params, held.frozen
         if not jax.sharding.get_mesh().empty:
             weights = jax.device_get(weights)

@@ -49,6 +49,12 @@ def test_a_run_comes_near_its_teacher(whole_run):
     assert lfm.load(whole_run.run_dir)[0].config.hidden_size == 16
 
 
+def test_a_teacher_in_the_step_cannot_become_a_stored_one(root, whole_run):
+    path = distill(root, whole_run.run_dir, distill={"stored": str(root / "new")})
+    with pytest.raises(ValueError, match=r"teacher there, none here(.|\n)*distill.stored: None there, '.*new' here"):
+        tune(load(path))
+
+
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(root):
     model, tokenizer = lfm.load(root / "base")
     ids = np.array([tokenizer.encode("<|im_start|>user\nthe fox?<|im_end|>\n").ids[:12]], np.int32)
@@ -86,6 +92,20 @@ def test_a_stored_teacher_is_the_one_in_the_step_and_is_not_needed_any_more(root
         store(load(distill(root, root / "other", distill=settings | {"top_k": 4})))
     with pytest.raises(ValueError, match="nothing is to be stored"):
         store(load(distill(root, root / "other")))
+
+
+def test_a_stored_teacher_that_changed_is_refused_and_one_that_left_is_not_missed(root, tmp_path):
+    teacher = shutil.copytree(root / "teacher", tmp_path / "leaving")
+    settings = {"teacher": str(teacher), "stored": str(tmp_path / "kept")}
+    path = distill(root, tmp_path / "run", distill=settings, data__heldout=[], data__heldout_fraction=0.0)
+    store(load(path))
+    shutil.rmtree(teacher)
+    base(teacher, hidden_size=24, ffn_size=32, num_heads=3, seed=6, init_std=0.5)
+    with pytest.raises(ValueError, match="kept/train was begun with other weights"):
+        store(load(path))
+    shutil.rmtree(teacher)
+    teacher_config.cache_clear()
+    assert store(load(path)).run_dir == tmp_path / "kept"
 
 
 def test_a_model_is_its_own_teacher_for_its_narrow_form(root):

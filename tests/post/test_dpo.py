@@ -140,6 +140,18 @@ def test_a_broken_run_goes_on_to_the_bit_without_its_reference(root, whole_run, 
         tune(load(run_dir / "config.yaml"))
 
 
+def test_a_reference_that_a_broken_start_left_is_not_taken_for_that_of_another_model(root, whole_run):
+    def begin(**changes):
+        DPO(load(dpo(root, whole_run.run_dir, **changes))).prepare(whole_run.run_dir, resuming=False)
+
+    begin()
+    base(root / "changed", seed=5)
+    with pytest.raises(ValueError, match="reference/train was begun with other weights"):
+        begin(init_from=str(root / "changed"))
+    with pytest.raises(ValueError, match=r"something else(.|\n)*model.quantize: '' there, 'int8' here"):
+        begin(model={"quantize": "int8"})
+
+
 def test_a_reference_in_every_step_gives_the_same_losses(root, whole_run):
     result = tune(load(dpo(root, root / "model", dpo={"reference": "model"})))
     assert (whole_run.run_dir / "reference").exists()

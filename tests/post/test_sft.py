@@ -1,5 +1,6 @@
 """Supervised fine-tuning end to end on a tiny model: learning, packing, resuming to the bit, refusing early."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -113,6 +114,12 @@ def test_other_chats_are_refused_when_a_run_goes_on(root, whole_run, tmp_path):
         tune(load(recipe(root, whole_run.run_dir, data__sources=[str(other)], steps=99)))
 
 
+def test_another_method_is_refused_when_a_run_goes_on(root, whole_run):
+    with pytest.raises(ValueError, match="method: 'sft' there, 'distill' here"):
+        tune(load(recipe(root, whole_run.run_dir, method="distill", steps=99, distill={
+            "teacher": str(root / "base"), "top_k": 4})))
+
+
 def test_the_model_is_that_of_init_from_but_for_what_is_named(root, whole_run):
     config = load(recipe(root, root / "x", model__dtype="bfloat16"), "--model.remat", "none")
     own = model_config(root / "base")
@@ -134,6 +141,20 @@ def test_a_run_of_bf16_weights_has_float32_parameters(tmp_path):
     data = ChatData(sources=("x",), seq_len=8, batch_size=1)
     model = TuneConfig.of(str(tmp_path / "bf16"), run_dir="x", data=data).model
     assert (model.param_dtype, model.dtype) == ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize("changes", [
+    {"lora": {"rank": 2}},
+    {"method": "dpo"},
+    {"method": "dpo", "dpo": {"reference": "model"}},
+    {"method": "grpo", "grpo": {"rewards": ["regex"], "generations": 2, "max_new_tokens": 8}, "data__heldout": [],
+     "data__heldout_fraction": 0.0},
+], ids=str)
+def test_a_warm_up_of_steps_waits_for_the_steps_of_epochs(root, changes):
+    config = load(recipe(root, root / "x", optimizer={"peak_lr": 0.5, "warmup_steps": 2}, **changes))
+    assert config.training()
+    with pytest.raises(ValueError, match="warmup_steps 2 and decay_steps 0 exceed the run's 1 steps"):
+        dataclasses.replace(config, steps=1)
 
 
 def test_bad_chats_end_a_run_before_anything_is_written(root, tmp_path, capsys):

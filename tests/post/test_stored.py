@@ -1,5 +1,7 @@
 """What a frozen model says, kept in files: at its places, made once, resumed, refused where it is of something else."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from chats import TURNS, turns, write
@@ -9,7 +11,7 @@ from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.data.config import ChatData
 from lfm_jax.data.corpora.chats import ChatCorpus
 from lfm_jax.post import stored as module
-from lfm_jax.post.stored import Field, stored
+from lfm_jax.post.stored import Field, is_complete, stored
 from lfm_jax.testing import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer(vocab_size=300)
@@ -33,6 +35,13 @@ class Sayer:
         return {"ids": ids, "scores": -batch["tokens"] - batch["segment_ids"] / 8}
 
 
+class NoRows(list):
+    learnt = ()
+
+    def digest(self):
+        return "none"
+
+
 @pytest.fixture
 def rows(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SHARD_ROWS", 4)
@@ -43,8 +52,12 @@ def rows(tmp_path, monkeypatch):
     return found
 
 
-def opened(directory, rows, sayer, **about):
-    return stored(directory, rows, FIELDS, B=B, T=T, about=about, speaker=lambda: sayer)
+def opened(directory, rows, sayer, *, resuming=False, **about):
+    return stored(directory, rows, FIELDS, B=B, T=T, about=about, speaker=lambda: sayer, resuming=resuming)
+
+
+def opened_by(directory, rows, speaker):
+    return stored(directory, rows, FIELDS, B=B, T=T, about={}, speaker=speaker)
 
 
 def test_values_stand_at_learnt_targets_and_are_made_once(tmp_path, rows):
@@ -78,14 +91,17 @@ def test_what_is_of_something_else_or_damaged_is_refused(tmp_path, rows):
     opened(directory, rows, Sayer(), of="a")
     with pytest.raises(ValueError, match=r"kept was made of something else(.|\n)*of: 'a' there, 'b' here"):
         opened(directory, rows, Sayer(), of="b")
+    other = Sayer()
+    other.digest = "e"
+    with pytest.raises(ValueError, match="begun with other weights; restore them, or delete the directory"):
+        opened(directory, rows, other, of="a")
+    opened(directory, rows, other, of="a", resuming=True)
     file = directory / "scores-00001.npy"
     whole = file.read_bytes()
     file.write_bytes(whole[:-3])
     with pytest.raises(ValueError, match=r"scores-00001.npy is damaged; delete it"):
         opened(directory, rows, Sayer(), of="a")
     file.unlink()
-    other = Sayer()
-    other.digest = "e"
     with pytest.raises(ValueError, match="begun with other weights"):
         opened(directory, rows, other, of="a")
     assert not file.exists()
@@ -94,3 +110,26 @@ def test_what_is_of_something_else_or_damaged_is_refused(tmp_path, rows):
     (directory / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest.json is damaged"):
         opened(directory, rows, Sayer(), of="a")
+
+
+def test_the_manifest_says_when_all_is_there_of_no_rows_too(tmp_path, rows):
+    class Broken(Sayer):
+        def __call__(self, batch):
+            raise RuntimeError
+
+    def gone():
+        raise ValueError("gone")
+
+    for directory, kept in ((tmp_path / "kept", rows), (tmp_path / "none", NoRows())):
+        open_with = partial(opened_by, directory, kept)
+
+        if len(kept):
+            with pytest.raises(RuntimeError):
+                open_with(Broken)
+            assert (directory / "manifest.json").exists()
+            assert not is_complete(directory)
+            with pytest.raises(ValueError, match="gone"):
+                open_with(gone)
+        open_with(Sayer)
+        assert is_complete(directory)
+        open_with(gone)

@@ -371,6 +371,8 @@ def test_what_a_checkpoint_cannot_hold_is_refused_by_name(corpus, tmp_path):
     old = {key: value for key, value in saved.items() if key != "guard"}
     with pytest.raises(ValueError, match=r"made by an older version.*init_from"):
         run_dirs.check_resumable(config, old, 4)
+    with pytest.raises(ValueError, match="method: 'sft' there, None here"):
+        run_dirs.check_resumable(config, saved | {"method": "sft"}, 4)
     other = load(recipe(corpus, tmp_path / "run", z_loss=1e-3, guard__spike=5.0, micro_batches=2))
     told = "\n".join(run_dirs.check_resumable(other, saved, 4))
     assert all(name in told for name in ("z_loss", "guard.spike", "micro_batches"))

@@ -58,6 +58,10 @@ def test_warmup_and_decay_longer_than_the_run_are_refused():
         learning_rate(OptimizerConfig(warmup_steps=9, decay_steps=9), 10)
 
 
+def test_steps_that_are_not_known_yet_have_no_schedule():
+    assert learning_rate(OptimizerConfig(peak_lr=0.5, warmup_steps=9, decay_steps=9), 0)(0) == 0.5
+
+
 def test_bad_fields_are_listed_together():
     with pytest.raises(ValueError, match="not valid") as error:
         OptimizerConfig(b1=1.0, peak_lr=0.0, warmup_steps=-1, clip_norm=0.0, final_lr_fraction=2.0)
