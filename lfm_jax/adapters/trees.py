@@ -244,7 +244,7 @@ def rebased(weights: Tree, base: Tree) -> Tree:
     """Returns the weights of `with_places` with the same adapters beside other weights of the model."""
     if isinstance(weights, Adapted):
         return dataclasses.replace(weights, base=base)
-    return {key: rebased(weights[key], w) for key, w in base.items()} if isinstance(weights, dict) else base
+    return {key: rebased(weights[key], w) for key, w in base.items()} if isinstance(base, dict) else base
 
 
 def _every(config: ModelConfig, rank: int) -> LoRAConfig:

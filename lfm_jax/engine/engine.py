@@ -237,7 +237,7 @@ class Engine:
         replicas = place_replicas(params, self.model_config, self._mesh)
         placed = [params for params, _ in replicas for _ in self._by_length]
         for pool, params in zip(self._pools, placed, strict=True):
-            pool.use(trees.rebased(pool.params, params))
+            pool.use(trees.rebased(pool.params, params) if self.config.adapters else params)
 
     def load_adapter(self, name: str, adapter: Adapter, source: str = "") -> None:
         """Takes an adapter of the model into a free place, whatever is under way; nothing is compiled. From any thread.
