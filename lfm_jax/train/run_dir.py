@@ -40,7 +40,7 @@ def check_resumable(config: RunConfig, saved: dict[str, Any], step: int) -> list
     plain = recipe.to_plain(config)
     # A run older than a field was made with what is now the field's default.
     saved = saved | {"model": recipe.to_plain(ModelConfig.from_plain(saved["model"]))}
-    problems = differences(*({"method": each.get("method")} for each in (saved, plain)))
+    problems = differences({"method": saved.get("method")}, {"method": plain.get("method")})
     problems += [f"model.{line}" for line in differences(saved["model"], plain["model"], NUMERICS)]
     data, saved_data = plain.get("data", {}), saved.get("data", {})
     problems += [f"data.{line}" for line in differences(saved_data, data, config.movable)]
