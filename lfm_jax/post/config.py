@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, cast
 
 import tyro
+import yaml
 
 from lfm_jax import recipe
 from lfm_jax.config import ModelConfig
@@ -17,15 +19,18 @@ from lfm_jax.post.distill import DistillConfig
 from lfm_jax.post.dpo import DPOConfig
 from lfm_jax.post.grpo_config import GRPOConfig
 from lfm_jax.post.methods import METHODS, MethodName
+from lfm_jax.train.checkpoint import has_checkpoint
 from lfm_jax.train.config import RunConfig
 from lfm_jax.train.launch import Launch
 from lfm_jax.train.objective import Objective
 from lfm_jax.train.optimizer import OptimizerConfig
+from lfm_jax.train.run_dir import CONFIG
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TuneConfig(RunConfig):
-    """A run that goes on from a trained model. In a recipe, `model` changes single fields of that of `init_from`.
+    """A run that goes on from a trained model. In a recipe, `model` changes single fields of that of `init_from`,
+    or of the run's own where it goes on.
 
     Raises:
       ValueError: on construction, one message that lists every bad field.
@@ -69,13 +74,21 @@ class TuneConfig(RunConfig):
 
     @staticmethod
     def flags_before(flags: Sequence[str]) -> list[str]:
-        """The fields of the model of `init_from` and the method's learning rate as flags; none where the flags name the
-        model's layers, as those of a run's own config do."""
-        name = _value_of(flags, "init-from")
+        """The fields of a model and the method's learning rate as flags: the model of `init_from`, or of the run that
+        goes on. None where the flags name the model's layers, as those of a run's own config do.
+
+        Raises:
+          ValueError: the flags name a preset beside `init_from`, or see `lfm.load`.
+        """
+        name, preset = _value_of(flags, "init-from"), _value_of(flags, "model.preset")
+        if name is not None and preset is not None:
+            raise ValueError(f"model.preset {preset} stands beside init_from {name}, whose model is tuned; leave the "
+                             "preset out, or name another model in init_from")
         if name is None or _value_of(flags, "model.layer-types") is not None:
             return []
         peak_lr = _optimizer(_value_of(flags, "method") or "sft").peak_lr
-        return [*recipe.model_flags(tuned_model(name)), "--optimizer.peak-lr", repr(peak_lr)]
+        model = _model_of_run(_value_of(flags, "run-dir")) or tuned_model(name)
+        return [*recipe.model_flags(model), "--optimizer.peak-lr", repr(peak_lr)]
 
     @property
     def rows(self) -> int:
@@ -123,6 +136,13 @@ def tuned_model(name: str) -> ModelConfig:
       ValueError: see `lfm.load`.
     """
     return model_config(name).replace(param_dtype="float32")
+
+
+def _model_of_run(run_dir: str | None) -> ModelConfig | None:
+    """The config of the model of a run that goes on, which does not need what it began with; None without one."""
+    if run_dir is None or not has_checkpoint(Path(run_dir)) or not (Path(run_dir) / CONFIG).exists():
+        return None
+    return ModelConfig.from_plain(yaml.safe_load((Path(run_dir) / CONFIG).read_text())["model"])
 
 
 def _optimizer(method: str) -> OptimizerConfig:

@@ -98,7 +98,8 @@ def test_a_killed_run_goes_on_and_its_losses_are_the_same_to_the_bit(root, whole
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
     assert steps_in_order(run_dir)[-1] < whole_run.steps
     os.rename(root / "moved", root / "gone")
-    tune(load(run_dir / "config.yaml"))
+    assert load(path) == load(run_dir / "config.yaml", "--steps", "0")
+    tune(load(path))
     err = capsys.readouterr().err
     assert "8 chats" in err
     assert "resumed" in err
@@ -134,6 +135,8 @@ def test_the_model_is_that_of_init_from_but_for_what_is_named(root, whole_run):
     assert load(root / "own.yaml", f"--init-from={root / 'nowhere'}").model == config.model
     with pytest.raises(ValueError, match="nowhere"):
         load(recipe(root, root / "x", init_from=str(root / "nowhere")))
+    with pytest.raises(ValueError, match="preset lfm2-350m stands beside init_from"):
+        load(recipe(root, root / "x", model__preset="lfm2-350m"))
 
 
 def test_a_run_of_bf16_weights_has_float32_parameters(tmp_path):

@@ -15,6 +15,7 @@ from lfm_jax.cli import main
 from lfm_jax.eval.in_training import open_tasks
 from lfm_jax.pretrain.run import train
 from lfm_jax.recipe import dump_recipe
+from lfm_jax.train import state as states
 from lfm_jax.train.console import Console
 from lfm_jax.train.metrics import read_metrics, saved_step
 
@@ -112,8 +113,10 @@ def test_scores_are_those_of_lfm_eval(measured, data, tmp_path):
     assert [last["eval/toy/acc"], last["eval/toy/acc_norm"]] == [results["acc,none"], results["acc_norm,none"]]
 
 
-def test_layers_that_are_stacked_and_rounded_weights(corpus, data, tmp_path):
-    """What is measured is what a checkpoint of the run loads as."""
+def test_layers_that_are_stacked_and_rounded_weights(corpus, data, tmp_path, monkeypatch):
+    """What is measured is what a checkpoint of the run loads as; of moments no copy is made for it."""
+    unstacked, copied = states.unstacked, []
+    monkeypatch.setattr(states, "unstacked", lambda state, config: copied.append(state) or unstacked(state, config))
     run_dir = tmp_path / "stacked"
     config = load(recipe(corpus, run_dir, steps=2, eval__tasks=["toy"], eval__data=str(data), model__scan_layers=True,
                          model__quantize="int8", model__layer_types=["conv", "full_attention"] * 2))
@@ -130,6 +133,7 @@ def test_layers_that_are_stacked_and_rounded_weights(corpus, data, tmp_path):
 
     train(config, opened)
     [model] = seen
+    assert [state.opt_state for state in copied].count({}) == 1
     loaded, _ = lfm.load(run_dir)
     tokens = np.arange(20)[None]
     np.testing.assert_array_equal(model(tokens)[0], loaded(tokens)[0])
