@@ -64,7 +64,7 @@ def evaluate(directory, tmp_path, monkeypatch, loaded):
     write(tmp_path / "data" / "tool_calls" / "one.jsonl", CHATS[:1])
 
     def make(say, *args, output="out", tasks="tool_calls_own"):
-        def scripted(model, tokenizer, wanted, slots):
+        def scripted(model, tokenizer, wanted, *_):
             for i, task in enumerate(wanted):
                 prompt = tokenizer.decode(task.prompt, skip_special_tokens=False)
                 asked.append((task, prompt))
@@ -121,7 +121,7 @@ def test_calls_that_are_wrong(evaluate):
         "called, and the reference does not": 1}
 
 
-def test_files_are_tasks_and_earlier_turns_are_written(evaluate, tmp_path):
+def test_files_are_tasks_and_earlier_turns_are_written(evaluate, tmp_path, directory):
     results, page, asked = evaluate(lambda which, kind: "I do not call.", "--constrained", tasks="tool_calls")
     assert results.keys() == {"tool_calls_one", "tool_calls_own"}
     assert scores(results["tool_calls_own"]) == [0, 0, 0, 1]
@@ -139,6 +139,9 @@ def test_files_are_tasks_and_earlier_turns_are_written(evaluate, tmp_path):
     assert "called" not in page.partition("## Counted")[0]
     out = tmp_path / "out"
     assert run("eval", "compare", out, out) == 0
+    assert run("eval", directory, "--tasks", "tool_calls", "--output", tmp_path / "parts", "--data", tmp_path / "data",
+               "--apply-chat-template", "--max-length", "3000", "--shard", "0/2") == 0
+    assert (tmp_path / "parts" / "answers-0-of-2.jsonl").read_text()
 
 
 def test_as_many_turns_without_calls_are_drawn(tmp_path):
