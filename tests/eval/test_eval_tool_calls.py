@@ -11,7 +11,9 @@ from chats import write
 from lfm_jax.cli import main
 from lfm_jax.eval import benchmarks, lm
 from lfm_jax.eval import compare as comparing
+from lfm_jax.eval.benchmarks.tool_calls import _fault
 from lfm_jax.eval.shares import share, share_error
+from lfm_jax.text.tools import ToolCall
 
 TOOLS = [
     {"name": "book", "parameters": {"type": "object", "required": ["city"], "properties": {
@@ -119,6 +121,22 @@ def test_calls_that_are_wrong(evaluate):
     assert results["tool_calls_own"]["errors,none"] == {
         "other values of arguments": 1, "arguments do not fit the schema": 1, "called a tool that is not offered": 1,
         "called, and the reference does not": 1}
+
+
+@pytest.mark.parametrize(("schema", "valid"), [
+    ({"properties": {"a": {}}}, False),
+    ({"properties": {"a": {}}, "$schema": "http://json-schema.org/draft-07/schema#"}, False),
+    ({}, False),
+    ({"properties": {"a": {}}, "additionalProperties": {"type": "number"}}, True),
+    ({"properties": {"a": {}}, "patternProperties": {"^inv": {}}}, True),
+    ({"properties": {"a": {}}, "allOf": [{"properties": {"invented": {}}}]}, True),
+    ({"properties": {"a": {}}, "allOf": [{"properties": {"b": {}}}]}, False),
+])
+def test_invented_arguments(schema, valid):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", **schema}}}]
+    fault = _fault([ToolCall("f", {"a": 1, "invented": 2})], tools, problems := [])
+    assert fault == (None if valid else "arguments do not fit the schema")
+    assert problems == []
 
 
 def test_files_are_tasks_and_earlier_turns_are_written(evaluate, tmp_path, directory):
