@@ -288,6 +288,9 @@ def test_a_task_that_needs_another_package_says_so(tmp_path):
     (["--tasks", ","], "tasks is empty"), (["--tasks", "x", "--limit", "0"], "limit is 0"),
     (["--tasks", "x", "--shard", "2/2"], "shard is '2/2'"),
     (["--tasks", "toy_choice", "--data", "nowhere"], "data nowhere is not a directory"),
+    (["--tasks", "needle_1024", "--max-length", "1024", "--constrained"], "long contexts cannot be constrained"),
+    (["--tasks", "json_schema", "--text", "nowhere"], "leave --text out"),
+    (["--tasks", "json_schema", "--checkers", "nowhere"], "leave --checkers out"),
 ])
 def test_what_cannot_be_evaluated(args, message, directory, tmp_path, capsys):
     assert run("eval", directory, "--output", tmp_path / "out", *args) == 2
