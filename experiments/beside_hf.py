@@ -7,7 +7,7 @@ MODEL is a GGUF file or a directory that both take; DATA is that of `lfm eval --
 Each task has the number of its documents behind a colon, the first ones. Both have float32 weights and the same
 threads, and are timed from requests to scores: loading is left out, compiling is not. A first pass of two documents,
 untimed, lets both begin. Needs torch, transformers and accelerate. Every pass is a line of the records; started again
-it repeats none.
+with the same settings and files it repeats none.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from stamps import stamp
 
 Model = Callable[[], Any]
 TASKS = ("arc_challenge:250", "piqa:250", "lambada_openai:250", "wikitext:4", "gsm8k:16")
@@ -36,7 +38,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--records", type=Path, default=Path("runs/beside_hf.jsonl"))
     args = parser.parse_args(argv)
     args.records.parent.mkdir(parents=True, exist_ok=True)
+    settings = {"threads": args.threads, "batch_size": args.batch_size, "max_length": args.max_length,
+                "model": stamp(args.model)}
+    of = {spec: settings | {"data": stamp(args.data / spec.partition(":")[0])} for spec in args.tasks}
     done = [json.loads(line) for line in args.records.read_text().splitlines()] if args.records.exists() else []
+    done = [row for row in done if row.get("of") == of.get(f"{row['task']}:{row['count']}", {})]
     import torch
 
     torch.set_num_threads(args.threads)
@@ -53,8 +59,8 @@ def main(argv: list[str]) -> int:
             run(made[name], task, args.data, 2)
             began = time.monotonic()
             found, scores = run(made[name], task, args.data, int(count))
-            row = {"backend": name, "task": task, "count": int(count), "seconds": time.monotonic() - began,
-                   "scores": found, "answers": scores}
+            row = {"of": of[spec], "backend": name, "task": task, "count": int(count),
+                   "seconds": time.monotonic() - began, "scores": found, "answers": scores}
             done.append(row)
             with args.records.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

@@ -6,7 +6,7 @@ llama.cpp from a GGUF file, mapped and not, and here from the same file.
 
 Weights are random: neither memory nor speed depends on them. PYTHON has llama-cpp-python. With `--tokenizer` the files
 carry that vocabulary, as published ones do. Each measurement is a process of its own, in turns; the table has medians.
-Every one is a line of DIRECTORY/records.jsonl; killed and started again it repeats none.
+Every one is a line of DIRECTORY/records.jsonl; killed and started again with the same files it repeats none.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from stamps import stamp
 
 PROMPT, NEW = 1024, 100
 MAPPED = ("mapped", "read", "mapped, as in the file")
@@ -81,13 +83,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--directory", type=Path, default=Path("runs/edge"))
     args = parser.parse_args(argv)
     args.directory.mkdir(parents=True, exist_ok=True)
-    files = {type: args.directory / f"350M-{type}.gguf" for type in args.types}
+    vocabulary = "" if args.tokenizer is None else f"-{args.tokenizer.resolve().name}"
+    files = {type: args.directory / f"350M{vocabulary}-{type}.gguf" for type in args.types}
     make([type for type, path in files.items() if not path.exists()], files, args.tokenizer)
     cases: list[tuple[str, ...]] = [("llama.cpp", type, how) for type in args.types for how in MAPPED]
     if "Q8_0" in files:
         cases += [("lfm_jax", "Q8_0", how) for how in OURS]
     records = args.directory / "records.jsonl"
+    of = {case: {"file": stamp(files[case[1]]), "threads": os.cpu_count(),
+                 "python": args.llama_cpp if case[0] == "llama.cpp" else sys.executable} for case in cases}
     done = [json.loads(line) for line in records.read_text().splitlines()] if records.exists() else []
+    done = [row for row in done if row.get("of") == of.get(tuple(row["case"]), {})]
     for repeat in range(args.repeats):
         for case in cases:
             if any((row["repeat"], tuple(row["case"])) == (repeat, case) for row in done):
@@ -97,7 +103,7 @@ def main(argv: list[str]) -> int:
             if engine == "lfm_jax":
                 command = [sys.executable, __file__, "ours", str(files[type]), how]
             found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
-            row = {"repeat": repeat, "case": case, **json.loads(found)}
+            row = {"of": of[case], "repeat": repeat, "case": case, **json.loads(found)}
             done.append(row)
             with records.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

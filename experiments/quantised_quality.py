@@ -9,8 +9,8 @@ a file of plain text whose documents begin with a title, ` = Title = `, as in Wi
 tokens. Of each document the first `--tokens` tokens are scored. With `--llama-cpp`, a Python that has llama-cpp-python,
 its own quantiser makes a file of each type too, which is loaded here and scored by the same code.
 
-Every document of every type is a line of the records; killed and started again it repeats none. The table that it
-prints has 95 % t intervals over documents; differences to full precision are paired by document.
+Every document of every type is a line of the records; killed and started again with the same files it repeats none. The
+table that it prints has 95 % t intervals over documents; differences to full precision are paired by document.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from stamps import stamp
 
 import lfm_jax as lfm
 from lfm_jax.ablate.stats import paired_difference, summarize
@@ -71,9 +72,11 @@ def main(argv: list[str]) -> int:
     names = [FULL, *args.types]
     if args.llama_cpp:
         names += [f"{name} by llama.cpp" for name in args.types if name in FILE_TYPES]
-    settings = {"model": args.model, "text": args.text.name, "tokens": args.tokens}
+    settings = {"model": args.model, "tokens": args.tokens, "files": stamp(args.model) + stamp(args.text)}
+    of = {name: settings | {"type": name, "of_type": stamp(name) if Path(name).is_dir() else args.llama_cpp
+                            if name.endswith(" by llama.cpp") else None} for name in names}
     args.records.parent.mkdir(parents=True, exist_ok=True)
-    done = read(args.records, settings)
+    done = read(args.records, of)
     score = scorer(model, documents)
     with tempfile.TemporaryDirectory() as scratch, open(args.records, "a", encoding="utf-8") as records:
         for name in names:
@@ -86,7 +89,7 @@ def main(argv: list[str]) -> int:
             for i in missing:
                 found = score(name, params, i) | {"bytes": size}
                 done[name, i] = found
-                records.write(json.dumps(settings | {"type": name, "document": i, **found}) + "\n")
+                records.write(json.dumps(of[name] | {"document": i, **found}) + "\n")
                 records.flush()
             print(f"{name}: {len(missing)} texts in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     print(table(done, names, len(documents)))
@@ -170,13 +173,14 @@ def _bits(x: jax.Array) -> int:
     return 4 if x.dtype == jnp.int4 else 8 * x.dtype.itemsize
 
 
-def read(records: Path, settings: dict[str, Any]) -> dict[tuple[str, int], Score]:
-    """What was measured before with these settings."""
+def read(records: Path, of: dict[str, dict[str, Any]]) -> dict[tuple[str, int], Score]:
+    """What was measured before with the settings of each type."""
     found = {}
     if records.exists():
         for line in records.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
-            if all(entry.get(name) == value for name, value in settings.items()):
+            settings = of.get(entry["type"])
+            if settings is not None and all(entry.get(name) == value for name, value in settings.items()):
                 found[entry["type"], entry["document"]] = entry
     return found
 

@@ -20,9 +20,11 @@ from lfm_jax.recipe import to_plain
 
 
 def model_hash(model: LFM) -> str:
-    """Returns the SHA-256 of a model: its config, and the names and values of its parameters."""
+    """Returns the SHA-256 of a model: its config, and the names, forms and values of its parameters."""
     digest = hashlib.sha256(json.dumps(to_plain(model.config), sort_keys=True).encode())
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    # How narrow weights are multiplied is no value: int8 and w8a8 differ in the structure alone.
+    digest.update(str(jax.tree.structure(params)).encode())
     for path, value in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda leaf: str(leaf[0])):
         array = np.asarray(value)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())

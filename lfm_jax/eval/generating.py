@@ -20,7 +20,7 @@ from lfm_jax.sampling import Sampling
 from lfm_jax.structured.grammar import Grammar, Matcher, grammar_tokenizer
 from lfm_jax.structured.schema import GrammarError
 from lfm_jax.text.chat import reply_stage, turn_stop_ids
-from lfm_jax.text.codec import ReplyText, token_bytes
+from lfm_jax.text.codec import ReplyText, encoded, token_bytes
 from lfm_jax.text.thoughts import BLANKS, Stage, Thinking, ThoughtCounter, split_thought, thinking
 from lfm_jax.text.tools import START
 
@@ -232,6 +232,13 @@ def run(
         yield from done
         done.clear()
     engine.close(drain=False)
+
+
+def read_reply(tokenizer: Tokenizer, task: Wanted, text: str, stop_ids: Sequence[int]) -> str:
+    """Returns the answer in a reply that goes on behind its end, with special tokens in its text."""
+    reply = _Reply(tokenizer, task, stop_ids)
+    reply.push(encoded(tokenizer, text, add_special_tokens=False).ids)
+    return reply.text()
 
 
 class _Reply:

@@ -21,7 +21,7 @@ def open_tasks(config: TaskConfig) -> Tasks:
     stands behind the metric, after a comma. Random numbers of the process are left alone.
 
     Raises:
-      ValueError: lm-eval is not installed, or see `load_tasks`.
+      ValueError: lm-eval is not installed, tasks that are asked in a chat, or see `load_tasks`.
     """
     try:
         need_lm_eval()
@@ -30,11 +30,15 @@ def open_tasks(config: TaskConfig) -> Tasks:
     from lm_eval.evaluator import evaluate
 
     from lfm_jax.convert.sidecars import chat_template
+    from lfm_jax.eval import benchmarks
     from lfm_jax.eval.lm import EvalModel
     from lfm_jax.eval.report import metrics
     from lfm_jax.eval.tasks import load_tasks
     from lfm_jax.text.tokenizer import inference_tokenizer
 
+    if chats := [name for name in config.tasks if benchmarks.has(name)]:
+        raise ValueError(f"eval.tasks: {', '.join(chats)} cannot be measured in a training run, which asks without a "
+                         "chat template; measure its checkpoints with lfm eval --apply-chat-template")
     manager, named = load_tasks(config.tasks, None if config.data is None else Path(config.data))
     loaded = manager.load(named)
 

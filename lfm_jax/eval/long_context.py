@@ -29,7 +29,7 @@ METRIC = "found"
 KEYS, HOPS, COMMON = 8, 4, 10
 """Needles of `needle_keys`, hops of a variable's value, and words that are common."""
 OFTEN, RARELY = 10, 2
-"""How often a common word and another one stand in a list."""
+"""How often a common word and another one stand in a list; twice, thrice as often where there are too few words."""
 _READ = 4_000_000
 """Characters that are read of a text."""
 _NAME = re.compile(r"(\w+?)_(\d+)")
@@ -85,7 +85,9 @@ def _files(path: Path | None) -> Iterator[Path]:
         return
     library = Path(sysconfig.get_paths()["stdlib"])
     for file in sorted(library.rglob("*.py")):
-        if not {"site-packages", "dist-packages", "test", "tests"} & set(file.relative_to(library).parts):
+        # What a build writes of itself has the paths of a machine.
+        written = file.name.startswith("_sysconfigdata")
+        if not written and not {"site-packages", "dist-packages", "test", "tests"} & {*file.relative_to(library).parts}:
             yield file
 
 
@@ -152,13 +154,14 @@ def _common_words(text: Text, draw: random.Random, depth: float) -> Made:
     seed = draw.random()
 
     def prompt(n: int) -> str:
-        listed = common * OFTEN + others[:n] * RARELY
+        whole, rest = divmod(max(n - 1, 0), len(others))
+        listed = common * OFTEN * (whole + 1) + (others * whole + others[: min(n, rest + 1)]) * RARELY
         random.Random(seed).shuffle(listed)
         return ("The following is a list of words, in which some come much more often than the others.\n\n"
                 f"{' '.join(listed)}\n\nWhich {COMMON} words are the most common in the list above? Write them and "
                 "nothing else.\nAnswer:")
 
-    return Made(prompt, common, None, most=len(others))
+    return Made(prompt, common, None)
 
 
 class Made(NamedTuple):
@@ -168,8 +171,6 @@ class Made(NamedTuple):
     """With so many lines or words beside what is wanted."""
     wanted: list[str]
     depth: float | None
-    most: int = 1 << 20
-    """The most lines or words."""
 
 
 class Kind(NamedTuple):
@@ -214,9 +215,9 @@ def documents(kind: str, length: int, number: int, text: Text, count: Count, see
 def _fitting(made: Made, room: int, count: Count) -> int:
     """The number of lines or words with which a prompt fills the room."""
     top = 16
-    while top < made.most and count(made.prompt(top)) <= room:
+    while count(made.prompt(top)) <= room:
         top *= 2
-    n = bisect.bisect_right(range(min(top, made.most) + 1), room, lo=top // 2 if top > 16 else 0,
+    n = bisect.bisect_right(range(top + 1), room, lo=top // 2 if top > 16 else 0,
                             key=lambda n: count(made.prompt(n))) - 1
     while n >= 0 and count(made.prompt(n)) > room:  # A longer text may have fewer tokens.
         n -= 1

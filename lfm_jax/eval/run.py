@@ -25,9 +25,9 @@ from lfm_jax.eval.answers import keep_answers, model_hash
 from lfm_jax.eval.benchmarks.chat_task import ChatTask
 from lfm_jax.eval.kept import KeptLM
 from lfm_jax.eval.lm import EvalModel
-from lfm_jax.eval.long_context import make_tasks, parse_name
+from lfm_jax.eval.long_context import LONGEST, make_tasks, parse_name
 from lfm_jax.eval.report import report
-from lfm_jax.eval.server import Server, TextServer, TokenServer
+from lfm_jax.eval.server import NO_SCORES, Server, TextServer, TokenServer
 from lfm_jax.eval.shards import PartDone, PartLM, Shard
 from lfm_jax.eval.tasks import load_tasks
 from lfm_jax.files import whole, write_whole
@@ -131,12 +131,20 @@ def evaluate(
       What results.json holds; None for a shard.
 
     Raises:
-      ValueError: see `load_tasks` and `keep_answers`, or the directory has the results of another model.
+      ValueError: see `load_tasks` and `keep_answers`, an option that none of the tasks has, or the directory has the
+        results of another model.
     """
     lm = subject.lm
     _check_directory(output, subject.identity)
+    if any(parse_name(name, LONGEST) for name in tasks) and isinstance(lm, TextServer):
+        raise ValueError(NO_SCORES)
     long = [pair for name in tasks for pair in parse_name(name, lm.max_length)]
     rest = [name for name in tasks if not parse_name(name, lm.max_length)]
+    if long and constrained:
+        raise ValueError("tasks of long contexts cannot be constrained; leave --constrained out, or measure them alone")
+    if text is not None and not long:
+        raise ValueError("text is what tasks of long contexts are made of, and none of these tasks is one; leave "
+                         "--text out")
     manager, loaded = load_tasks(rest, data, checkers=checkers, constrained=constrained)
     loaded += make_tasks(long, text, _counter(lm, apply_chat_template, system_message), limit, subject.settings["seed"])
     output.mkdir(parents=True, exist_ok=True)

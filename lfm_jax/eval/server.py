@@ -21,10 +21,10 @@ from lm_eval.models.utils import postprocess_generated_text
 
 from lfm_jax.convert.safetensors_io import read_json
 from lfm_jax.convert.sidecars import chat_template
-from lfm_jax.eval.generating import Options, cut_prompt, read_options
+from lfm_jax.eval.generating import Options, Wanted, read_options, read_reply, wanted
 from lfm_jax.eval.kept import EncodedLM, KeptLM, Tokens
 from lfm_jax.problems import raise_problems
-from lfm_jax.text.chat import DEFAULT_TEMPLATE
+from lfm_jax.text.chat import DEFAULT_TEMPLATE, END_OF_TURN
 from lfm_jax.text.tokenizer import inference_tokenizer
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -109,14 +109,28 @@ class Server:
                          "on from there")
 
     def ask_all[T](self, tasks: Sequence[T], ask: Callable[[T], Any]) -> Iterator[tuple[int, Any]]:
-        """Yields number and answer of tasks as they are done, several at a time."""
+        """Yields number and answer of tasks as they are done, several at a time; begins none after one has failed."""
+        failures: list[Exception] = []
+
+        def answer(task: T) -> Any:
+            if failures:
+                raise failures[0]
+            try:
+                return ask(task)
+            except Exception as error:
+                failures.append(error)
+                raise
+
         with concurrent.futures.ThreadPoolExecutor(self._at_once) as pool:
-            running = {pool.submit(ask, task): number for number, task in enumerate(tasks)}
+            running = {pool.submit(answer, task): number for number, task in enumerate(tasks)}
             try:
                 for future in concurrent.futures.as_completed(running):
-                    yield running[future], future.result()
+                    if future.exception() is None:  # What is under way beside a failure is answered, and kept.
+                        yield running[future], future.result()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
+        if failures:
+            raise failures[0]
 
     @staticmethod
     def _read(response: httpx.Response) -> Any:
@@ -137,6 +151,8 @@ class Asked:
     prompt: dict[str, Any]
     """The field with what it continues."""
     options: Options
+    wanted: Wanted | None = None
+    """The text where its reply may begin with a thought, in which no stop string ends it; None: it is the answer."""
 
     @property
     def most(self) -> int:
@@ -147,17 +163,22 @@ class Asked:
         """What the text depends on beside the server, plain data."""
         most, until, sampling, skip, _ = self.options
         more = [] if skip else [skip]
+        more += [] if self.wanted is None else [self.wanted.begin]
         return ["generate", self.prompt, most, until, dataclasses.asdict(sampling), *more]
 
     def text(self, server: Server) -> str:
-        """The server's answer, up to the first stop string."""
+        """The server's answer, up to the first stop string; where a thought may come first, the whole reply."""
         most, until, sampling, skip, _ = self.options
+        whole = self.wanted is not None
         # Every setting is named: servers have defaults of their own, with penalties that matter to greedy texts too.
-        body = self.prompt | dataclasses.asdict(sampling) | {"max_tokens": most, "stop": until[:MOST_STOPS] or None}
-        body |= {} if skip else {"skip_special_tokens": False}
+        # The penalty has another name in llama.cpp's.
+        body = self.prompt | dataclasses.asdict(sampling) | {
+            "repeat_penalty": sampling.repetition_penalty, "max_tokens": most,
+            "stop": None if whole else until[:MOST_STOPS] or None}
+        body |= {} if skip and not whole else {"skip_special_tokens": False}
         choice = server.ask(self.path, body)
         found = choice["message"]["content"] if "message" in choice else choice["text"]
-        return postprocess_generated_text(found or "", until, None)
+        return found or "" if whole else postprocess_generated_text(found or "", until, None)
 
 
 class TokenServer(EncodedLM):
@@ -191,6 +212,9 @@ class TokenServer(EncodedLM):
         self._server = server
 
     def _score(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> Iterator[tuple[int, tuple[float, bool]]]:
+        longest = max((len(continuation) for _, continuation in pairs), default=0)
+        if longest > self.max_length:
+            raise ValueError(f"cannot score a continuation of {longest} tokens; the model reads {self.max_length}")
         return self._server.ask_all(pairs, self._scored)
 
     def _scored(self, pair: tuple[Tokens, Tokens]) -> tuple[float, bool]:
@@ -213,12 +237,20 @@ class TokenServer(EncodedLM):
         return sum(logprobs[scored]), greedy
 
     def _wanted(self, context: str, options: Mapping[str, Any], seed: int) -> Asked:
-        eos = self._codec.decode([self.eot_token_id], skip_special_tokens=False)
-        read = _without_grammar(read_options(options, self.max_gen_toks, eos, seed))
-        return Asked("completions", {"prompt": cut_prompt(self, context, read.most)}, read)
+        task = wanted(self, self._codec, self._template, context, options, seed)
+        read = _without_grammar(
+            Options(task.most, task.until, task.sampling, task.skip_special_tokens, task.grammar))
+        return Asked("completions", {"prompt": task.prompt}, read, None if task.begin == "answer" else task)
 
     def _generate(self, tasks: Sequence[Asked]) -> Iterator[tuple[int, str]]:
-        return self._server.ask_all(tasks, lambda task: task.text(self._server))
+        end = self._codec.token_to_id(END_OF_TURN)
+        stop_ids = (self.eot_token_id, *([] if end is None else [end]))
+
+        def ask(task: Asked) -> str:
+            text = task.text(self._server)
+            return text if task.wanted is None else read_reply(self._codec, task.wanted, text, stop_ids)
+
+        return self._server.ask_all(tasks, ask)
 
 
 class TextServer(KeptLM):

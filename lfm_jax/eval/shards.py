@@ -79,8 +79,8 @@ class PartLM(LM):
             raise PartDone
         return [None] * len(requests)
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self._lm.apply_chat_template(chat_history, add_generation_prompt)
+    def apply_chat_template(self, chat_history: list[dict[str, str]], *args: Any, **options: Any) -> str:
+        return self._lm.apply_chat_template(chat_history, *args, **options)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return self._lm.chat_template(chat_template)

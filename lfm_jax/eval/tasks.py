@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -27,8 +32,8 @@ def load_tasks(
 
     Args:
       data: a directory with data and tasks. Files `TASK/SPLIT.jsonl` (or .json, .parquet, .csv) take the place of the
-        data set of a shipped task; splits without a file are absent. Tasks of one's own are `NAME.yaml`, in which a
-        relative name in `data_files` is a file beside it; they come before shipped ones.
+        data set of a shipped task, in groups too; splits without a file are absent. Tasks of one's own are
+        `NAME.yaml`, in which a relative name in `data_files` is a file beside it; they come before shipped ones.
       checkers, constrained: of our own benchmarks, see `benchmarks.load`.
 
     Raises:
@@ -49,26 +54,71 @@ def load_tasks(
     manager = TaskManager(include_path=None if data is None else str(data), include_defaults=shipped)
     missing = [name for name in names if name not in manager.all_tasks]
     raise_problems("cannot evaluate", [f"there is no task {name!r}" for name in missing])
+    loaded: list[Any] = []
     try:
-        loaded = manager.load([_spec(manager, name, own, data) for name in names])
+        _index_data(manager, names, own, data)
+        for name in dict.fromkeys(names):
+            with _seeded():
+                found = manager.load([name])
+            for task in found["tasks"].values():
+                _settle(task)
+            group = found.get("groups", {}).get(name)
+            loaded += [group] if group is not None else found["tasks"].values()
+        leaves = manager.load(loaded)["tasks"].values()
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed, and one of the tasks needs it: install it, or an extra of "
                          "lm-eval such as 'lm-eval[ifeval]'") from None
-    check_tasks(loaded["tasks"].values())
-    made = benchmarks.load(ours, data, checkers=checkers, constrained=constrained)
-    groups = [group for name, group in loaded.get("groups", {}).items() if name in names]
-    grouped = {task.task_name for group in groups for task in group.get_all_tasks()}
-    return manager, [*groups, *(task for name, task in loaded["tasks"].items() if name not in grouped), *made]
+    check_tasks(leaves)
+    return manager, [*loaded, *benchmarks.load(ours, data, checkers=checkers, constrained=constrained)]
 
 
-def _spec(manager: TaskManager, name: str, own: dict[str, Path], data: Path | None) -> Any:
-    """What `TaskManager.load` takes for a task: its name, or its config where its data are on disk."""
-    files = {} if data is None else _files(data / name)
-    path = own.get(name) or manager.task_index[name].yaml_path
-    if path is None or not (name in own or files):
-        return name
-    config = load_yaml(path)
-    return _beside(config, Path(path).parent) if name in own else _over_files(name, config, files)
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Draws the same random numbers in any process.
+
+    Tasks draw where they read their documents, as gpqa does the order of choices. What `datasets` keeps on a disk may
+    have been drawn with another seed.
+    """
+    python, numpy, cached = random.getstate(), np.random.get_state(), datasets.is_caching_enabled()
+    random.seed(0)
+    np.random.seed(0)
+    datasets.disable_caching()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        if cached:
+            datasets.enable_caching()
+
+
+def _settle(task: Any) -> None:
+    """Has a task make its documents once, whatever else is evaluated: lm-eval makes them whenever it looks at them."""
+    process: Callable[[Any], Any] | None = getattr(task.config, "process_docs", None)
+    if process is None:
+        return
+    made: dict[int, tuple[Any, Any]] = {}
+
+    @functools.wraps(process)
+    def once(docs: Any) -> Any:
+        if id(docs) not in made:
+            with _seeded():
+                made[id(docs)] = docs, process(docs)
+        return made[id(docs)][1]
+
+    task.config.process_docs = once
+
+
+def _index_data(manager: TaskManager, names: Sequence[str], own: dict[str, Path], data: Path | None) -> None:
+    """Puts the configs of tasks whose data are on disk into the index, where groups find them too."""
+    index = manager.task_index
+    configs = {name: _beside(load_yaml(own[name]), own[name].parent) for name in names if name in own}
+    for folder in () if data is None else sorted(data.iterdir()):
+        name, files = folder.name, _files(folder)
+        if files and name in index and name not in own and (path := index[name].yaml_path) is not None:
+            configs[name] = _over_files(name, load_yaml(path), files)
+    for name, config in configs.items():
+        index[name] = dataclasses.replace(index[name], yaml_path=None, cfg=config)
 
 
 def _files(folder: Path) -> dict[str, Path]:

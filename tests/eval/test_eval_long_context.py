@@ -1,12 +1,27 @@
 """Tasks of long contexts: what is in them, how long they are, how answers count."""
 
+import collections
 import json
 from pathlib import Path
 
 import pytest
 
 from lfm_jax.cli import main
-from lfm_jax.eval.long_context import COMMON, DEPTHS, HOPS, KEYS, KINDS, Text, documents, make_tasks, parse_name, score
+from lfm_jax.eval.long_context import (
+    COMMON,
+    DEPTHS,
+    HOPS,
+    KEYS,
+    KINDS,
+    OFTEN,
+    RARELY,
+    Text,
+    _files,
+    documents,
+    make_tasks,
+    parse_name,
+    score,
+)
 from lfm_jax.testing import tiny_tokenizer
 
 
@@ -67,6 +82,20 @@ def test_what_is_asked_for_is_there(made):
             assert len(words) > 3 * COMMON
     if kind.startswith("needle"):
         assert [doc.depth for doc in found] == [i / 10 for i in range(11)]
+
+
+def test_few_words_come_more_often(tmp_path):
+    words = [f"{a}{b}{c}line" for a in "bdfgklm" for b in "aeiou" for c in "bcdfghklmnpqrst"]
+    (tmp_path / "text.txt").write_text("".join(f"the {word} fox jumps\n" for word in words))
+    [doc] = documents("common_words", 8192, 1, Text(tmp_path), lambda prompt: len(prompt.split()))
+    assert 0.98 * (8192 - KINDS["common_words"].answer) < len(doc.prompt.split()) <= 8192 - KINDS["common_words"].answer
+    listed = collections.Counter(doc.prompt.split("\n\n")[1].split())
+    assert {word for word, _ in listed.most_common(COMMON)} == set(doc.wanted)
+    assert {listed.pop(word) for word in doc.wanted} == {OFTEN // RARELY * max(listed.values())}
+
+
+def test_the_default_text_has_no_paths_of_a_build():
+    assert not any(path.name.startswith("_sysconfigdata") for path in _files(None))
 
 
 def test_scores():

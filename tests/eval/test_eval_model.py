@@ -12,6 +12,7 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from toy_tasks import TASKS, toy_tasks
 
+import lfm_jax as lfm
 from lfm_jax.eval import EvalModel
 from lfm_jax.eval.answers import keep_answers, model_hash
 
@@ -188,6 +189,15 @@ def test_what_was_answered_before_is_not_asked_again(loaded, tmp_path, monkeypat
         monkeypatch.setattr(model._scorer, "_dispatch",
                             lambda groups, _: pytest.fail("asked again") if groups else iter(()))
         assert (model.loglikelihood(pairs), model.generate_until(texts)) == second
+
+
+def test_one_hash_for_a_model_in_any_process(loaded, directory):
+    model, _ = loaded
+    found = [model_hash(each) for each in (model, lfm.quantize(model, "int8"), lfm.quantize(model, "w8a8"))]
+    assert len(set(found)) == 3
+    code = (f"import lfm_jax as lfm\nfrom lfm_jax.eval.answers import model_hash\n"
+            f"print(model_hash(lfm.load({str(directory)!r}, quantize='w8a8')[0]))")
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == found[2:]
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import shutil
 import socket
 import threading
 import time
@@ -130,8 +131,67 @@ def test_with_texts_as_with_tokens(url, measure, tmp_path, local, capsys):
     assert len({sample["resps"][0][0] for sample in samples(tmp_path / "out", "toy_text")}) > 1
     assert measure(tmp_path / "choice", ["--url", url], ["toy_choice"], *LENGTH) == 2
     assert "max_length goes with a tokenizer" in capsys.readouterr().err
+    assert measure(tmp_path / "choice", ["--url", url], ["needle_1024"]) == 2
+    assert "name its Hugging Face directory with --tokenizer" in capsys.readouterr().err
     assert measure(tmp_path / "choice", ["--url", url], ["toy_choice"]) == 2
     assert "name its Hugging Face directory with --tokenizer" in capsys.readouterr().err
+
+
+class Scripted:
+    """What `TokenServer` needs of a server that says one text."""
+
+    url, model, longest, _at_once = "http://x/v1", "m", None, 2
+    ask_all = servers.Server.ask_all
+
+    def __init__(self, text=""):
+        self.text, self.bodies = text, []
+
+    def ask(self, path, body):
+        self.bodies.append(body)
+        return {"text": self.text}
+
+
+@pytest.mark.parametrize(("text", "answer"), [
+    ("<think>First,\nI guess.</think>\n\nThe fox.\nMore", "The fox."), ("<think>First,\nI", ""),
+    ("The fox.\nMore", "The fox."), ("The fox.<|im_end|>", "The fox."),
+])
+def test_thoughts_are_no_answers_and_end_nothing(directory, tmp_path, text, answer):
+    server = Scripted(text)
+    shutil.copytree(directory, tmp_path / "thinking")
+    (tmp_path / "thinking" / "chat_template.jinja").write_text(DEFAULT_TEMPLATE + "{# </think> #}")
+    lm = servers.TokenServer(server, tmp_path / "thinking", max_length=250)
+    asked = lm._wanted("the", {"until": ["\n"], "max_gen_toks": 8}, 0)
+    assert list(lm._generate([asked])) == [(0, answer)]
+    [body] = server.bodies
+    assert (body["stop"], body["skip_special_tokens"]) == (None, False)
+    assert body["repeat_penalty"] == body["repetition_penalty"] == 1.0
+    # Behind the thought a stop string may end the reply where it is written.
+    asked = lm._wanted("<|im_start|>assistant\n<think>x</think>The", {"until": ["\n"], "max_gen_toks": 8}, 0)
+    assert asked.text(server) == text.partition("\n")[0].removesuffix("<|im_end|>")
+    assert server.bodies[-1]["stop"][0] == "\n"
+
+
+def test_a_continuation_that_is_too_long_is_refused(directory):
+    lm = servers.TokenServer(Scripted(), directory, max_length=10)
+    with pytest.raises(ValueError, match="cannot score a continuation of 11 tokens; the model reads 10"):
+        lm._score([([1, 2], list(range(5, 16)))])
+
+
+def test_answers_under_way_beside_a_failure_are_kept():
+    failed, begun, found = threading.Event(), [], []
+
+    def ask(task):
+        begun.append(task)
+        if task == 0:
+            failed.set()
+            raise ValueError("no answer")
+        failed.wait(10)
+        time.sleep(0.2)
+        return task
+
+    with pytest.raises(ValueError, match="no answer"):
+        found.extend(Scripted().ask_all([1, 0, *range(2, 9)], ask))
+    assert (found, begun) == ([(0, 1)], [1, 0])
 
 
 class Other(http.server.BaseHTTPRequestHandler):

@@ -11,7 +11,9 @@ from chats import write
 from lfm_jax.cli import main
 from lfm_jax.eval import benchmarks, lm
 from lfm_jax.eval import compare as comparing
+from lfm_jax.eval.benchmarks.tool_calls import _fault
 from lfm_jax.eval.shares import share, share_error
+from lfm_jax.text.tools import ToolCall
 
 TOOLS = [
     {"name": "book", "parameters": {"type": "object", "required": ["city"], "properties": {
@@ -64,7 +66,7 @@ def evaluate(directory, tmp_path, monkeypatch, loaded):
     write(tmp_path / "data" / "tool_calls" / "one.jsonl", CHATS[:1])
 
     def make(say, *args, output="out", tasks="tool_calls_own"):
-        def scripted(model, tokenizer, wanted, slots):
+        def scripted(model, tokenizer, wanted, *_):
             for i, task in enumerate(wanted):
                 prompt = tokenizer.decode(task.prompt, skip_special_tokens=False)
                 asked.append((task, prompt))
@@ -121,7 +123,23 @@ def test_calls_that_are_wrong(evaluate):
         "called, and the reference does not": 1}
 
 
-def test_files_are_tasks_and_earlier_turns_are_written(evaluate, tmp_path):
+@pytest.mark.parametrize(("schema", "valid"), [
+    ({"properties": {"a": {}}}, False),
+    ({"properties": {"a": {}}, "$schema": "http://json-schema.org/draft-07/schema#"}, False),
+    ({}, False),
+    ({"properties": {"a": {}}, "additionalProperties": {"type": "number"}}, True),
+    ({"properties": {"a": {}}, "patternProperties": {"^inv": {}}}, True),
+    ({"properties": {"a": {}}, "allOf": [{"properties": {"invented": {}}}]}, True),
+    ({"properties": {"a": {}}, "allOf": [{"properties": {"b": {}}}]}, False),
+])
+def test_invented_arguments(schema, valid):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", **schema}}}]
+    fault = _fault([ToolCall("f", {"a": 1, "invented": 2})], tools, problems := [])
+    assert fault == (None if valid else "arguments do not fit the schema")
+    assert problems == []
+
+
+def test_files_are_tasks_and_earlier_turns_are_written(evaluate, tmp_path, directory):
     results, page, asked = evaluate(lambda which, kind: "I do not call.", "--constrained", tasks="tool_calls")
     assert results.keys() == {"tool_calls_one", "tool_calls_own"}
     assert scores(results["tool_calls_own"]) == [0, 0, 0, 1]
@@ -139,6 +157,9 @@ def test_files_are_tasks_and_earlier_turns_are_written(evaluate, tmp_path):
     assert "called" not in page.partition("## Counted")[0]
     out = tmp_path / "out"
     assert run("eval", "compare", out, out) == 0
+    assert run("eval", directory, "--tasks", "tool_calls", "--output", tmp_path / "parts", "--data", tmp_path / "data",
+               "--apply-chat-template", "--max-length", "3000", "--shard", "0/2") == 0
+    assert (tmp_path / "parts" / "answers-0-of-2.jsonl").read_text()
 
 
 def test_as_many_turns_without_calls_are_drawn(tmp_path):

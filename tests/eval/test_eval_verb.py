@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import subprocess
 import sys
 import time
@@ -223,6 +224,59 @@ def test_data_on_disk_takes_the_place_of_a_shipped_data_set(tmp_path, monkeypatc
         load_tasks(["piqa"], tmp_path)
 
 
+SHUFFLED = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+process_docs: !function functions.shuffled
+output_type: generate_until
+doc_to_text: "{{{{order}}}}"
+doc_to_target: ""
+"""
+
+
+def shuffling_tasks(folder):
+    """Two tasks that draw the order of choices as they read their documents, as gpqa does, and their group."""
+    folder.mkdir()
+    (folder / "functions.py").write_text(
+        "import random\n\ndef shuffled(docs):\n"
+        "    return docs.map(lambda doc: {'order': str(random.sample(range(99), 5))})\n")
+    for name in ("one", "two"):
+        (folder / f"{name}.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
+        (folder / f"{name}.yaml").write_text(SHUFFLED.format(name=name, file=folder / f"{name}.jsonl"))
+    (folder / "both.yaml").write_text("group: both\ntask: [one, two]\n")
+    return folder
+
+
+def test_documents_are_the_same_in_any_process_and_company(tmp_path):
+    def orders(folder, names, seed):
+        random.seed(seed)
+        np.random.seed(seed)
+        _, tasks = load_tasks(names, folder)
+        leaves = [leaf for task in tasks for leaf in (task.get_all_tasks() if names == ["both"] else [task])]
+        return {leaf.task_name: [doc["order"] for _, doc in leaf.doc_iterator()] for leaf in [*leaves, *leaves]}
+
+    here = shuffling_tasks(tmp_path / "here")
+    alone = orders(here, ["two"], 1)
+    assert len({*alone["two"]}) == 2
+    for folder in (here, shuffling_tasks(tmp_path / "there")):  # In another place nothing is cached.
+        assert orders(folder, ["one", "two"], 2)["two"] == orders(folder, ["both"], 3)["two"] == alone["two"]
+
+
+def test_data_on_disk_are_used_in_groups(tmp_path, monkeypatch):
+    import lm_eval.tasks
+
+    shipped = str(shuffling_tasks(tmp_path / "shipped"))
+    monkeypatch.setattr("lfm_jax.eval.tasks.TaskManager", lambda include_path, include_defaults: (
+        lm_eval.tasks.TaskManager(include_path=shipped, include_defaults=False)))
+    (tmp_path / "data" / "two").mkdir(parents=True)
+    (tmp_path / "data" / "two" / "test.jsonl").write_text('{"a": 3}\n')
+    _, [group] = load_tasks(["both"], tmp_path / "data")
+    assert {task.task_name: [doc["a"] for doc in task.eval_docs] for task in group.get_all_tasks()} == {
+        "one": [1, 2], "two": [3]}
+
+
 def test_a_task_that_needs_another_package_says_so(tmp_path):
     (tmp_path / "toy.yaml").write_text("task: toy\ndoc_to_text: !function toy_functions.text\n")
     (tmp_path / "toy_functions.py").write_text("import a_package_that_is_missing\n")
@@ -234,6 +288,9 @@ def test_a_task_that_needs_another_package_says_so(tmp_path):
     (["--tasks", ","], "tasks is empty"), (["--tasks", "x", "--limit", "0"], "limit is 0"),
     (["--tasks", "x", "--shard", "2/2"], "shard is '2/2'"),
     (["--tasks", "toy_choice", "--data", "nowhere"], "data nowhere is not a directory"),
+    (["--tasks", "needle_1024", "--max-length", "1024", "--constrained"], "long contexts cannot be constrained"),
+    (["--tasks", "json_schema", "--text", "nowhere"], "leave --text out"),
+    (["--tasks", "json_schema", "--checkers", "nowhere"], "leave --checkers out"),
 ])
 def test_what_cannot_be_evaluated(args, message, directory, tmp_path, capsys):
     assert run("eval", directory, "--output", tmp_path / "out", *args) == 2

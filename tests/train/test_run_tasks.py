@@ -141,6 +141,7 @@ def test_layers_that_are_stacked_and_rounded_weights(corpus, data, tmp_path, mon
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"eval__tasks": ["nothing"]}, "there is no task 'nothing'"),
+    ({"eval__tasks": ["toy", "json_schema"]}, "eval.tasks: json_schema cannot be measured in a training run"),
     ({"eval__tasks": ["toy"], "eval__data": "nowhere"}, "data nowhere is not a directory"),
 ])
 def test_what_cannot_be_measured_is_told_before_anything_is_done(corpus, data, tmp_path, changes, message):

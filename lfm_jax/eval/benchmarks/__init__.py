@@ -41,8 +41,8 @@ def load(
       constrained: answers follow a grammar: calls of the tools, JSON of the schema.
 
     Raises:
-      ValueError: see `Checkers`, data that are missing or no documents, a task that has no constrained form, or a
-        package that is not installed.
+      ValueError: see `Checkers`, checkers that no task has, data that are missing or no documents, a task that has no
+        constrained form, or a package that is not installed.
     """
     calls = any(map(tool_calls.has, names))
     needed = ["jsonschema"] * ("json_schema" in names or calls) + ["llguidance"] * constrained
@@ -50,6 +50,9 @@ def load(
         raise ValueError(f"not installed: {', '.join(missing)}; pip install 'lfm_jax[eval]'")
     if constrained and (free := sorted(FREE & set(names))):
         raise ValueError(f"{', '.join(free)} cannot be constrained: no grammar says what a right answer is")
+    checked = "ifbench", "bfcl", *GROUPS["bfcl"]
+    if checkers is not None and not set(checked) & set(names):
+        raise ValueError("checkers are those of ifbench and bfcl, and none of these tasks is one; leave --checkers out")
     of = functools.cache(lambda benchmark: Checkers(benchmark, checkers))
     chats = tool_calls.files(data) if calls else {}
     names = [each for name in names for each in (chats if name == tool_calls.NAME else [name])]

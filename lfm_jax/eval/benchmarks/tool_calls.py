@@ -26,6 +26,12 @@ from lfm_jax.text.tools import ToolCall, parse_tool_calls
 
 NAME = "tool_calls"
 MAX_GEN_TOKS = 512
+NAMING = frozenset({
+    "additionalProperties", "patternProperties", "unevaluatedProperties", "$ref", "$dynamicRef", "allOf", "anyOf",
+    "oneOf", "if", "then", "else", "dependentSchemas", "dependencies",
+})
+"""Keywords of a schema that may allow more than its `properties`; drafts before 2019-09 have no
+`unevaluatedProperties` that would look into them."""
 METRICS: Metrics = {
     "called": (share, True), "valid": (share, True), "exact": (share, True), "refrained": (share, True),
     "turns": (counted, None), "errors": (counted, None), "problems": (counted, None),
@@ -158,8 +164,10 @@ def _fault(calls: Sequence[ToolCall], tools: Sequence[Mapping[str, Any]], proble
         if call.name not in parameters:
             return "called a tool that is not offered"
         schema = parameters[call.name]
-        if "properties" in schema:  # Nor does the grammar write arguments beyond those.
-            schema = {"unevaluatedProperties": False, **schema}
+        # Nor does the grammar write arguments beyond those that are named.
+        if not NAMING & schema.keys() and call.arguments.keys() - schema.get("properties", {}).keys():
+            return "arguments do not fit the schema"
+        schema = {"unevaluatedProperties": False, **schema}
         try:
             valid = is_valid(call.arguments, schema)
         except Exception as error:  # Schemas may have references that lead nowhere.
