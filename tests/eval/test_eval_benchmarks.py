@@ -37,13 +37,14 @@ def evaluate(directory, tmp_path, packages, monkeypatch, loaded):
     asked = []
 
     def make(tasks, say=lambda prompt: "", *args, output="out"):
-        def scripted(model, tokenizer, wanted, slots):
+        def scripted(model, tokenizer, wanted, *_):
             for i, task in enumerate(wanted):
                 asked.append(task)
                 yield i, say(tokenizer.decode(task.prompt, skip_special_tokens=False))
 
         monkeypatch.setattr(lm, "run", scripted)
-        code = run("eval", directory, "--tasks", tasks, "--output", tmp_path / output, "--checkers", sys.executable,
+        checkers = [] if tasks == "json_schema" else ["--checkers", sys.executable]
+        code = run("eval", directory, "--tasks", tasks, "--output", tmp_path / output, *checkers,
                    "--apply-chat-template", "--max-length", "3000", *args)
         assert code == 0
         path = tmp_path / output / "results.json"
@@ -155,7 +156,7 @@ def test_what_cannot_be_asked(args, message, directory, tmp_path, capsys, monkey
     if "fake" in args:
         args.remove("fake")
         monkeypatch.setenv("PYTHONPATH", str(packages))
-    if "--checkers" not in args:
+    if "--checkers" not in args and "json_schema" not in args:
         args = [*args, "--checkers", sys.executable]
     assert run("eval", directory, "--output", tmp_path / "out", *args) == 2
     assert message in capsys.readouterr().err
@@ -166,8 +167,8 @@ def test_documents_that_are_none(directory, tmp_path, capsys, monkeypatch, packa
     path = tmp_path / "ifbench" / "test.jsonl"
     path.parent.mkdir()
     path.write_text(lines([PROMPTS[0], {"prompt": "Say fox."}]))
-    args = ("eval", directory, "--output", tmp_path / "out", "--checkers", sys.executable, "--data", tmp_path)
-    assert run(*args, "--tasks", "ifbench") == 2
+    args = ("eval", directory, "--output", tmp_path / "out", "--data", tmp_path)
+    assert run(*args, "--tasks", "ifbench", "--checkers", sys.executable) == 2
     assert f"{path}, line 2, is no document of IFBench" in capsys.readouterr().err
     (tmp_path / "json_schema").mkdir()
     (tmp_path / "json_schema" / "broken.json").write_text("{")
