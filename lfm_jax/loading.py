@@ -193,7 +193,10 @@ def load_run(
     if lora.rank:
         from lfm_jax.adapters.peft import Adapter
 
-        params = _with_adapter(_begun(run_dir, saved, config, lora), Adapter(config, lora, params), None, merge=merge)
+        begun = _begun(run_dir, saved, config, lora)
+        if not merge and quantize is not None and not lora.quantize:
+            begun, quantize = quantize_params(begun, config, quantize), None
+        params = _with_adapter(begun, Adapter(config, lora, params), None, merge=merge)
         if merge:  # What has no adapter, such as the embedding, is narrow still.
             params = jax.tree.map(lambda w: w.astype(config.param_dtype) if isinstance(w, WeightKind) else w, params,
                                   is_leaf=lambda w: isinstance(w, WeightKind))
@@ -243,6 +246,12 @@ def _restored(run_dir: Path) -> tuple[ModelConfig, dict[str, Any], LoRAConfig, A
             frozen = frozen_mask(config.replace(scan_layers=False), tuple(saved["freeze"]))
             shapes = without(shapes, frozen)
         return config, saved, lora, manager.restore_params(shapes)
+
+
+def run_quantize(run_dir: Path) -> str:
+    """Returns the `model.quantize` of a run: the form that its weights were trained through; empty for none."""
+    with _latest_of(run_dir) as (_, saved):
+        return saved["model"].get("quantize", "")
 
 
 def _run_config(run_dir: Path) -> ModelConfig:

@@ -153,7 +153,8 @@ def export(
             models.save_gguf(model, dst, None if source is GGUF else tokenizer, type=type, imatrix=imatrix, source=path,
                              tell=say)
         elif source is RUN:
-            model, tokenizer = load_run(path, None, gguf_type=type or models.DEFAULT)
+            type = _type_of_run(path, type, imatrix)
+            model, tokenizer = load_run(path, None, gguf_type=type)
             models.save_gguf(model, dst, tokenizer, type=type, imatrix=imatrix, source=path, tell=say)
         else:
             models.export(path, dst, type, imatrix, tell=say)
@@ -161,6 +162,28 @@ def export(
         raise ValueError(str(error)) from None
     print(f"wrote {dst}: {dst.stat().st_size / 1e6:,.1f} MB")
     return 0
+
+
+def _type_of_run(path: Path, type: str | None, imatrix: Path | None) -> str:
+    """The type of a run's file: the one that it was trained for, if none is named.
+
+    Raises:
+      ValueError: with an imatrix the file would hold other numbers than the steps computed with.
+    """
+    from lfm_jax.convert.gguf.models import DEFAULT
+    from lfm_jax.files import say
+    from lfm_jax.loading import run_quantize
+
+    own = run_quantize(path)
+    if not own:
+        return type or DEFAULT
+    chosen = type or (own if own in MIXES else DEFAULT)
+    if chosen != own:
+        say(f"{path} was trained through weights in {own}; {chosen} rounds them once more")
+    elif imatrix is not None:
+        raise ValueError(f"{path} was trained through weights in {own}, rounded without importance; leave --imatrix "
+                         "out: with it the file would hold other numbers than its steps computed with")
+    return chosen
 
 
 def _export_adapter(path: Path, dst: Path, adapter: Path | None) -> int:
@@ -215,11 +238,17 @@ def imatrix(
 
     if dst.exists():
         raise ValueError(f"{dst} exists, and nothing is overwritten; choose another name")
+    if not dst.parent.is_dir():
+        raise ValueError(f"there is no directory {dst.parent} for {dst.name}; make it first")
+    if pieces is not None and pieces < 1:
+        raise ValueError(f"pieces is {pieces}; it must be at least 1")
     sample = text.read_text(encoding="utf-8")
     try:
         from lfm_jax.convert.gguf.calibration import importance
         from lfm_jax.convert.gguf.imatrix import write_imatrix
+        from lfm_jax.quant import gguf_library
 
+        gguf_library()  # Before the text is read, which takes long.
         model, tokenizer = load_with_tokenizer(local(path), dtype)
         found = importance(model, tokenizer, sample, dataset=text.name, context=context, max_pieces=pieces, tell=say)
         write_imatrix(dst, found)

@@ -73,14 +73,17 @@ def export_stablehlo(
     problems += [f"prompts of {T} tokens do not fit into max_len {max_len}" for T in prompts if max_len < T]
     if max_len > config.max_position:
         problems.append(f"max_len is {max_len}, and the model's context holds {config.max_position}")
+    graphdef, params = nnx.split(model, nnx.Param)
+    weights = _named(nnx.to_pure_dict(params))
+    if any(not jnp.issubdtype(x.dtype, jnp.floating) for x in weights.values()):
+        problems.append("the model is quantised, which the file of weights cannot hold; export the model that it was "
+                        "made from")
     raise_problems("cannot export these programs", problems)
     _need_flatbuffers()
     if directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} has files already; name another directory, or empty it")
     directory.mkdir(parents=True, exist_ok=True)
 
-    graphdef, params = nnx.split(model, nnx.Param)
-    weights = _named(nnx.to_pure_dict(params))
     state = jax.eval_shape(lambda: init_state(config, batch, max_len))
     say(f"{safetensors_io.SINGLE}: {len(weights)} tensors")
     specs = {name: Spec(x.shape, x.dtype.name) for name, x in weights.items()}

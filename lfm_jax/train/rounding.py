@@ -44,8 +44,14 @@ def problems(config: ModelConfig) -> list[str]:
         except ValueError as error:
             return [f"model.quantize: {error}"]
         return []
-    if not name or name in MIXES:
-        return [f"model.quantize {name}: {why}" for why in arch_of(config)[1]] if name else []
+    if name in MIXES:
+        found = [f"model.quantize {name}: {why}" for why in arch_of(config)[1]]
+        if config.param_dtype != "float32":
+            found.append(f"model.param_dtype is {config.param_dtype}, which does not hold numbers of {name}; set it to "
+                         "float32 (model.dtype may be narrower)")
+        return found
+    if not name:
+        return []
     return [f"model.quantize is {name!r}; choose one of {', '.join([*MIXES, *NARROW])}"]
 
 

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from helpers import tokens_like
 
+import lfm_jax as lfm
 from lfm_jax.export.stablehlo import export_stablehlo
 from lfm_jax.sharding import nvidia_capability, platform
 from lfm_jax.testing import tiny_model
@@ -101,6 +102,8 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
     model = tiny_model()
     with pytest.raises(ValueError, match=r"'rocm' is none of cpu(.|\n)*batch is 0(.|\n)*32 tokens do not fit"):
         export_stablehlo(model, tmp_path, prompts=(32,), max_len=16, batch=0, platforms=("rocm",))
+    with pytest.raises(ValueError, match="the model is quantised, which the file of weights cannot hold"):
+        export_stablehlo(lfm.quantize(model, "int8"), tmp_path / "narrow")
     (tmp_path / "mine").write_text("x")
     with pytest.raises(ValueError, match="has files already"):
         export_stablehlo(model, tmp_path)

@@ -122,6 +122,7 @@ def test_stacked_layers_are_rounded_alike():
     (dict(quantize="int4:64"), "choose one of"), (dict(quantize="w8a8"), "choose one of"),
     (dict(quantize="int8:128", ffn_size=200), "quantise to int8:128; choose another group(.|\n)*w2 has 200 inputs"),
     (dict(quantize="Q4_0", conv_bias=True), "model.quantize Q4_0: lfm2 in llama.cpp has no conv_bias"),
+    (dict(quantize="Q8_0", param_dtype="bfloat16"), "param_dtype is bfloat16, which does not hold numbers of Q8_0"),
 ])
 def test_what_cannot_be_trained_so_is_refused(changes, match):
     [problem] = rounding.problems(config_of(**changes))
@@ -136,7 +137,7 @@ def test_no_rounding_is_no_work():
 
 
 @pytest.mark.parametrize("name", ["Q4_K_M", "Q8_0", "int4:32"])
-def test_what_is_loaded_and_exported_of_a_run_is_what_its_steps_computed_with(tmp_path, monkeypatch, name):
+def test_what_is_loaded_and_exported_of_a_run_is_what_its_steps_computed_with(tmp_path, monkeypatch, capsys, name):
     """Also where rounding twice would move weights, and a file of the run is made of them."""
     config = config_of(quantize=name)
 
@@ -166,5 +167,8 @@ def test_what_is_loaded_and_exported_of_a_run_is_what_its_steps_computed_with(tm
     assert model.config.quantize == ""
     if name.startswith("Q"):
         with pytest.raises(SystemExit, match=r"^0$"):
-            main(["export", str(tmp_path), str(tmp_path / "m.gguf"), "--type", name])
+            main(["export", str(tmp_path), str(tmp_path / "m.gguf")])
         equal(widened(load_gguf(tmp_path / "m.gguf", "float32")[0]), expected)
+        with pytest.raises(SystemExit, match=r"^2$"):
+            main(["export", str(tmp_path), str(tmp_path / "other.gguf"), "--imatrix", "some.gguf"])
+        assert "rounded without importance" in capsys.readouterr().err
