@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+from pathlib import Path
 
 import compiled
 import timing
@@ -41,7 +42,7 @@ def pytest_configure(config):
     if "PYTEST_XDIST_WORKER" not in os.environ:  # Once a run.
         compiled.shrink()
     if config.option.times:
-        config.pluginmanager.register(timing.Recorder(config.option.times))
+        config.pluginmanager.register(timing.Recorder(Path(config.option.times).absolute()))
 
 
 def pytest_collection_modifyitems(config, items):
