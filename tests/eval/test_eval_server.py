@@ -111,7 +111,7 @@ def test_with_tokens_as_the_model_itself(url, measure, directory, tmp_path, loca
     about = read(output)["lfm_jax"]
     assert about["model_hash"] is None
     assert about["server"] == {"url": url, "model": "tiny", "says": {
-        "id": "tiny", "object": "model", "owned_by": "lfm_jax", "max_model_len": 256}}
+        "id": "tiny", "object": "model", "owned_by": "lfm_jax", "max_model_len": 256, "root": "tiny", "parent": None}}
     page = (output / "report.md").read_text()
     assert "| model hash (SHA-256) | not known of a server |" in page
     assert '| the server says | {"id": "tiny", "max_model_len": 256,' in page
