@@ -27,8 +27,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from lfm_jax.adapters import trees
-from lfm_jax.adapters.peft import Adapter
 from lfm_jax.engine.adapters import Adapters
 from lfm_jax.engine.config import DEFAULT, EngineConfig
 from lfm_jax.engine.placement import (
@@ -58,6 +56,8 @@ from lfm_jax.model import LFM
 from lfm_jax.problems import raise_problems
 
 if TYPE_CHECKING:
+    from lfm_jax.adapters.peft import Adapter
+    from lfm_jax.adapters.trees import Tree
     from lfm_jax.structured.grammar import Matcher
 
 
@@ -96,8 +96,10 @@ class Engine:
         self._mesh, self._kinds = mesh, _kinds(params)
         self.adapters = Adapters(config)
         """Those that requests may name."""
-        if config.adapters:
-            params = trees.with_places(model.config, params, config.adapters, config.adapter_rank)
+        if config.adapters:  # Imported where it is used: it brings the tables of families, and benchmarks have none.
+            from lfm_jax.adapters.trees import with_places
+
+            params = with_places(model.config, params, config.adapters, config.adapter_rank)
         self._pools = [
             Pool(graphdef, placed, part, shape, config,
                  PrefixCache(config.chunk, config.prefix_cache_bytes // len(shapes)), self.counts)
@@ -107,7 +109,9 @@ class Engine:
             shape.length: [pool for pool in self._pools if pool.shape is shape] for shape in shapes
         }
         if config.adapters:  # Its program is compiled here, so that none is when an adapter comes.
-            self._fill(jax.tree.map(np.asarray, trees.empty_places(model.config, 1, config.adapter_rank)), 1)
+            from lfm_jax.adapters.trees import empty_places
+
+            self._fill(jax.tree.map(np.asarray, empty_places(model.config, 1, config.adapter_rank)), 1)
         self.longest = max(self._by_length)
         """The number of tokens of the longest slot."""
         self.slots = sum(len(pool.rows) for pool in self._pools)
@@ -236,8 +240,12 @@ class Engine:
             raise ValueError("these are not weights of the engine's model: names, shapes or dtypes differ")
         replicas = place_replicas(params, self.model_config, self._mesh)
         placed = [params for params, _ in replicas for _ in self._by_length]
+        if self.config.adapters:
+            from lfm_jax.adapters.trees import rebased
+
+            placed = [rebased(pool.params, params) for pool, params in zip(self._pools, placed, strict=True)]
         for pool, params in zip(self._pools, placed, strict=True):
-            pool.use(trees.rebased(pool.params, params) if self.config.adapters else params)
+            pool.use(params)
 
     def load_adapter(self, name: str, adapter: Adapter, source: str = "") -> None:
         """Takes an adapter of the model into a free place, whatever is under way; nothing is compiled. From any thread.
@@ -250,7 +258,9 @@ class Engine:
           ValueError: the name is taken, no place is free, the adapter's rank is larger than the places' or its shapes
             are not the model's, or its numbers are not finite.
         """
-        part = functools.partial(trees.for_place, self.model_config, adapter.lora, adapter.weights)
+        from lfm_jax.adapters.trees import for_place
+
+        part = functools.partial(for_place, self.model_config, adapter.lora, adapter.weights)
         self.adapters.load(name, source, lambda place: self._fill(part(self.config.adapter_rank), place))
 
     def unload_adapter(self, name: str) -> None:
@@ -262,12 +272,14 @@ class Engine:
         """
         self.adapters.unload(name)
 
-    def _fill(self, part: trees.Tree, place: int) -> None:
+    def _fill(self, part: Tree, place: int) -> None:
+        from lfm_jax.adapters.trees import fill_place
+
         # Dispatches with the old arrays may be under way, or follow in another thread: none of their rows reads this
         # place.
         for pools in zip(*self._by_length.values(), strict=True):  # Those of one replica have the same weights.
             with jax.set_mesh(pools[0].mesh):
-                params = trees.fill_place(pools[0].params, part, place)
+                params = fill_place(pools[0].params, part, place)
             for pool in pools:
                 pool.params = params
 

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lfm_jax.adapters.trees import empty_places
 from lfm_jax.config import ModelConfig
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.slots import slot_shapes
@@ -105,6 +104,8 @@ def memory_needed(
     found = {"parameters": _bytes(params) // tensor}
     working = 0
     if engine.adapters:
+        from lfm_jax.adapters.trees import empty_places
+
         places = jax.eval_shape(lambda: empty_places(model, engine.adapters, engine.adapter_rank))
         name = f"places for {engine.adapters} adapters of rank {engine.adapter_rank}, and their copy when one comes"
         found[name] = 2 * _bytes(places)

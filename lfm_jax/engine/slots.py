@@ -22,7 +22,6 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from lfm_jax import state as state_lib
-from lfm_jax.adapters.trees import for_rows
 from lfm_jax.config import ModelConfig
 from lfm_jax.engine.config import SHORT, STEPS, EngineConfig
 from lfm_jax.model import LFM, Logits
@@ -246,6 +245,8 @@ class Programs:
         logits: Logits,
     ) -> tuple[jax.Array, State]:
         if adapter_R is not None:
+            from lfm_jax.adapters.trees import for_rows
+
             params = for_rows(params, on_mesh(adapter_R))
         model = nnx.merge(self._graphdef, params)
         tokens_RC, length_R = on_mesh(tokens_RC), on_mesh(length_R)
