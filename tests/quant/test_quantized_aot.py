@@ -83,7 +83,9 @@ def test_nothing_in_a_product_for_a_gpu_asks_for_a_wider_copy(kind, group):
     operations. What XLA fuses there, and how fast it is, was not measured: that needs a GPU."""
     w = jax.eval_shape(lambda w: narrowed(w, OUT_IN, kind, group)[0], jax.ShapeDtypeStruct((256, 512), jnp.bfloat16))
     x = jax.ShapeDtypeStruct((8, 512), jnp.bfloat16)
-    text = jax.jit(linear).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+    gpu = jax.sharding.AbstractDevice("NVIDIA H200", 1, "gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=gpu)):
+        text = jax.jit(linear).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
     operations = set(re.findall(r"stablehlo\.(\w+)", text))
     assert text.count("stablehlo.dot_general") == 1
     assert f"xi{kind[3:]}>" in text
