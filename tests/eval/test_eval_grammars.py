@@ -32,7 +32,7 @@ def test_json_of_a_schema(ours, loaded, tmp_path, monkeypatch):
     assert free == ours.generate_until(prompts[1:])[0] != held
     with keep_answers(tmp_path / "answers.jsonl", {}) as answers:
         model = EvalModel(*loaded, max_length=64, slots=2, answers=answers)
-        monkeypatch.setattr(lm, "run", lambda model, tokenizer, tasks, slots: pytest.fail("again") if tasks else ())
+        monkeypatch.setattr(lm, "run", lambda model, tokenizer, tasks, slots, mesh: pytest.fail("again") if tasks else ())
         assert model.generate_until(prompts) == [held, free]
 
 
@@ -47,7 +47,7 @@ def test_a_grammar_that_is_refused_is_said_of(loaded, caplog):
 def test_calls_of_tools(template, ours, loaded):
     model, tokenizer = loaded
     stop_ids = turn_stop_ids(tokenizer, model.config)
-    task = wanted(ours, model.config, tokenizer, template, "the", options(grammar={"tools": [JUMP]}), 0)
+    task = wanted(ours, tokenizer, template, "the", options(grammar={"tools": [JUMP]}), 0)
     assert (task.how is None) is (thinking(tokenizer, template) is None)
     matcher = task.matcher(tokenizer, model.config.vocab_size, stop_ids)
     call = [tokenizer.token_to_id(START), *tokenizer.encode('[jump(who="', add_special_tokens=False).ids]
@@ -65,7 +65,7 @@ def test_special_tokens_stay_where_calls_are_wanted(loaded):
     text = f"{START}[jump()]{END}"
     for skip, expected in ((True, "[jump()]"), (False, text)):
         evaluated = EvalModel(*loaded, max_length=64, slots=2)
-        task = wanted(evaluated, model.config, tokenizer, "", "the", options(skip_special_tokens=skip), 0)
+        task = wanted(evaluated, tokenizer, "", "the", options(skip_special_tokens=skip), 0)
         reply = _Reply(tokenizer, task, turn_stop_ids(tokenizer, model.config))
         reply.push(tokenizer.encode(text, add_special_tokens=False).ids)
         assert reply.text() == expected
