@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,6 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lfm_jax.adapters.config import LoRAConfig
-from lfm_jax.adapters.trees import adapt, init_adapter
 from lfm_jax.config import ModelConfig
 from lfm_jax.kinds import FEED_FORWARDS
 from lfm_jax.model import LFM, Aux, abstract_model
@@ -33,6 +31,9 @@ from lfm_jax.train import state as states
 from lfm_jax.train.objective import DeviceBatch, Metrics, Objective, Terms, others_of
 from lfm_jax.train.rounding import rounded_weights
 from lfm_jax.train.state import Guard, TrainState
+
+if TYPE_CHECKING:
+    from lfm_jax.adapters.config import LoRAConfig
 
 BASE = "reference"
 """The name under which an objective finds the trained model without its adapter."""
@@ -148,6 +149,8 @@ class Training:
         if self.lora is None:
             return states.divided(weights, self.mask)
         key = jax.random.fold_in(jax.random.key(self.seed), _INIT)
+        from lfm_jax.adapters.trees import init_adapter  # Here, as below: benchmarks have neither tyro nor safetensors.
+
         made = init_adapter(self.model, self.lora, key, stacked=self.model.scan_layers)
         params = states.without(made, self.mask)
         if not params:
@@ -234,6 +237,8 @@ class Training:
         if self.lora is None:
             weights = rounded_weights(self.model, states.merged(params, frozen))
         else:
+            from lfm_jax.adapters.trees import adapt
+
             weights = adapt(self.model, self.lora, frozen, params, key=key, stacked=self.model.scan_layers)
         return nnx.merge(self.graphdef, weights)
 
