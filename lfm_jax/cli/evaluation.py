@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from lfm_jax.config import DType, Quantize
 from lfm_jax.sharding import MeshConfig
+
+if TYPE_CHECKING:
+    from lfm_jax.eval.run import Subject
 
 
 def evaluate(
@@ -87,30 +90,21 @@ def evaluate(
         need_lm_eval()
     except ImportError as error:
         raise ValueError(str(error)) from None
-    from lfm_jax.eval.run import REPORT, of_model, of_server
+    from lfm_jax.eval.run import REPORT
     from lfm_jax.eval.run import evaluate as run
     from lfm_jax.eval.shards import Shard
 
     part = None if shard is None else Shard.of(shard)
-
-    if url is None:
-        if path is None or model or tokenizer:
-            raise ValueError("name a model, as lfm eval LFM2.5-350M; --model and --tokenizer go with --url")
-        from lfm_jax.cli.inference import load_chat
-
-        over = None if mesh == MeshConfig(data=1) else mesh.make()
-        name = path if adapter is None else f"{path} with {adapter}"
-        subject = of_model(*load_chat(path, dtype, quantize, adapter), name=name, max_length=max_length,
-                           batch_tokens=batch_tokens, slots=slots, seed=seed, quantize=quantize, mesh=over)
-    else:
-        if (path, batch_tokens, dtype, quantize, adapter, mesh) != (*[None] * 5, MeshConfig(data=1)):
-            raise ValueError("a PATH, --batch-tokens, --dtype, --quantize, --adapter and --mesh do not go with --url: "
-                             "the server has the model")
-        from lfm_jax.eval.server import Server
-        from lfm_jax.loading import local
-
-        subject = of_server(Server(url, model, at_once=slots), None if tokenizer is None else local(tokenizer),
-                            max_length=max_length, seed=seed)
+    if url is not None and (path, batch_tokens, dtype, quantize, adapter, mesh) != (*[None] * 5, MeshConfig(data=1)):
+        raise ValueError("a PATH, --batch-tokens, --dtype, --quantize, --adapter and --mesh do not go with --url: the "
+                         "server has the model")
+    if url is None and (path is None or model or tokenizer):
+        raise ValueError("name a model, as lfm eval LFM2.5-350M; --model and --tokenizer go with --url")
+    subject = (
+        _served(url, model, tokenizer, at_once=slots, max_length=max_length, seed=seed) if url is not None else
+        _loaded(path or "", dtype, quantize, adapter, mesh, max_length=max_length, batch_tokens=batch_tokens,
+                slots=slots, seed=seed)
+    )
     results = run(
         subject, names, output, data=data, limit=limit, num_fewshot=num_fewshot,
         apply_chat_template=apply_chat_template, system_message=system_message, predict_only=predict_only, shard=part,
@@ -122,6 +116,27 @@ def evaluate(
         return 0
     print((output / REPORT).read_text(encoding="utf-8"))
     return 0
+
+
+def _loaded(
+    path: str, dtype: DType | None, quantize: Quantize | None, adapter: Path | None, mesh: MeshConfig, **settings: Any
+) -> Subject:
+    """A model of this machine."""
+    from lfm_jax.cli.inference import load_chat
+    from lfm_jax.eval.run import of_model
+
+    over = None if mesh == MeshConfig(data=1) else mesh.make()
+    name = path if adapter is None else f"{path} with {adapter}"
+    return of_model(*load_chat(path, dtype, quantize, adapter), name=name, quantize=quantize, mesh=over, **settings)
+
+
+def _served(url: str, model: str | None, tokenizer: str | None, *, at_once: int, **settings: Any) -> Subject:
+    """One of a server."""
+    from lfm_jax.eval.run import of_server
+    from lfm_jax.eval.server import Server
+    from lfm_jax.loading import local
+
+    return of_server(Server(url, model, at_once=at_once), None if tokenizer is None else local(tokenizer), **settings)
 
 
 def compare(a: tyro.conf.Positional[Path], b: tyro.conf.Positional[Path], /) -> int:

@@ -235,8 +235,8 @@ class GRPO(Tuning):
     def measured(
         self, sums: Mapping[str, float], weight: float, *, all_batches: bool
     ) -> tuple[dict[str, float], str]:
-        """Nothing is."""
-        raise NotImplementedError
+        """Never asked: nothing is held out (`grpo_problems`)."""
+        raise AssertionError("grpo holds nothing out")
 
 
 def _dated(template: str | None, date: str | None) -> dict[str, Any]:
