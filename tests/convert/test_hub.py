@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from hub_server import Hub
 from huggingface_hub import constants, file_download
+from running import run
 
 import lfm_jax as lfm
-from lfm_jax.cli import main
 from lfm_jax.convert.hub import is_id
 from lfm_jax.loading import local
 from lfm_jax.testing import tiny_model, tiny_tokenizer
@@ -233,12 +233,6 @@ def test_a_repository_without_safetensors_is_refused_before_anything_is_fetched(
     assert refusal("Org/tiny-GGUF") == (
         "Org/tiny-GGUF has no config.json; name the repository of the original weights, in safetensors")
     assert hub.fetched() == set()
-
-
-def run(*args):
-    with pytest.raises(SystemExit) as status:
-        main([str(arg) for arg in args])
-    return status.value.code
 
 
 def test_convert_takes_an_id_with_all_its_files(hub, checkpoint, tmp_path, capsys):

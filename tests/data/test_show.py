@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from running import run
 
-from lfm_jax.cli import main
 from lfm_jax.data.manifest import load_manifest
 from lfm_jax.text.tokenizer import train_bpe
 
@@ -22,12 +22,6 @@ def built(tmp_path_factory):
     )
     assert run("data", "build", str(root / "build.yaml"), "--heldout-fraction", "0.1") == 0
     return root / "set"
-
-
-def run(*args):
-    with pytest.raises(SystemExit) as stop:
-        main(list(args))
-    return stop.value.code
 
 
 def test_flags_win_over_the_file(built):

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 from fake_checkers import PROMPTS, fake_packages, lines
+from running import run
 
-from lfm_jax.cli import main
 from lfm_jax.eval import lm
 from lfm_jax.eval.benchmarks.json_schema import is_valid, refused, unfenced
 
@@ -17,12 +17,6 @@ SCHEMAS = {
     "c_refused": {"type": "object", "dependencies": {"fox": ["dog"]}},
     "d_no_json": {"type": "boolean"},
 }
-
-
-def run(*args):
-    with pytest.raises(SystemExit) as status:
-        main([str(a) for a in args])
-    return status.value.code
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import time
 
 import pytest
 import uvicorn
+from running import run
 from toy_tasks import TASKS, toy_tasks
 
 import lfm_jax as lfm
-from lfm_jax.cli import main
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.service import Service
 from lfm_jax.eval import server as servers
@@ -22,12 +22,6 @@ from lfm_jax.serve.limits import Limits
 from lfm_jax.text.chat import DEFAULT_TEMPLATE
 
 LENGTH = ["--max-length", 250]
-
-
-def run(*args):
-    with pytest.raises(SystemExit) as status:
-        main([str(a) for a in args])
-    return status.value.code
 
 
 def read(directory):

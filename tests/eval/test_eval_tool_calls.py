@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 from chats import write
+from running import run
 
-from lfm_jax.cli import main
 from lfm_jax.eval import benchmarks, lm
 from lfm_jax.eval import compare as comparing
 from lfm_jax.eval.benchmarks.tool_calls import _fault
@@ -50,12 +50,6 @@ EXACT = {
     "Second": '<|tool_call_start|>[book(city="Rom", quiet=true), cancel()]<|tool_call_end|>Both.',
     "Third": '<|tool_call_start|>[{"name": "book", "arguments": {"city": "Bonn"}}]<|tool_call_end|>',
 }
-
-
-def run(*args):
-    with pytest.raises(SystemExit) as status:
-        main([str(a) for a in args])
-    return status.value.code
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from running import run
 from toy_tasks import TASKS, rows, toy_tasks
 
 import lfm_jax as lfm
@@ -19,12 +20,6 @@ from lfm_jax.eval.tasks import load_tasks
 from lfm_jax.testing import tiny_model, tiny_tokenizer
 
 QUICK = ["--max-length", "256", "--slots", "2", "--batch-tokens", "512"]
-
-
-def run(*args):
-    with pytest.raises(SystemExit) as status:
-        main([str(a) for a in args])
-    return status.value.code
 
 
 def read(directory):

@@ -12,11 +12,11 @@ import pytest
 import tuning
 from chats import TURNS, turns, write
 from flax import nnx
+from running import run
 from tiny_runs import environment, losses, steps_in_order
 from tuning import base, desk, facts, load, recipe
 
 import lfm_jax as lfm
-from lfm_jax.cli import main
 from lfm_jax.data.config import ChatData
 from lfm_jax.data.corpora.chats import ChatCorpus
 from lfm_jax.loading import chat_template, model_config
@@ -38,12 +38,6 @@ def root(tmp_path_factory):
 def whole_run(root):
     """An uninterrupted run."""
     return tune(load(recipe(root, root / "whole")))
-
-
-def run(*args):
-    with pytest.raises(SystemExit) as stop:
-        main(list(map(str, args)))
-    return stop.value.code
 
 
 def test_a_run_learns_and_its_directory_is_a_model_that_chats(whole_run, root, capsys):
