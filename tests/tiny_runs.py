@@ -27,6 +27,11 @@ def recipe(corpus, run_dir, **changes):
         "optimizer": {"peak_lr": 1.0e-2, "warmup_steps": 2},
         "guard": {}, "mesh": {}, "eval": {},
     }
+    return written(content, run_dir, changes)
+
+
+def written(content, run_dir, changes):
+    """Writes a recipe beside a run's directory, with changes of its keys; returns its path."""
     for key, value in changes.items():
         section, _, field = key.rpartition("__")
         (content[section] if section else content)[field] = value

@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import yaml
 from chats import TURNS, turns, write
+from tiny_runs import written
 
 import lfm_jax as lfm
 from lfm_jax.post.config import TuneConfig
@@ -51,12 +51,7 @@ def recipe(root, run_dir, **changes):
                  "heldout": [str(root / "held.jsonl")]},
         "model": {},
     }
-    for key, value in changes.items():
-        section, _, field = key.rpartition("__")
-        (content[section] if section else content)[field] = value
-    path = run_dir.parent / f"{run_dir.name}.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+    return written(content, run_dir, changes)
 
 
 def load(path, *flags):
