@@ -37,6 +37,10 @@ _MARKS = 100
 """Checkpoints whose step time is remembered; more than a run keeps."""
 
 
+_Result = tuple[Any, Future[float]]
+"""What a step will make, and what is told when it is there."""
+
+
 class Ledger:
     """Charges wall time to labels: `with ledger("data"): batch = next(data)`.
 
@@ -56,7 +60,7 @@ class Ledger:
         self._lock = threading.RLock()
         self._stack: list[Label] = []
         self._busy = 0
-        self._results: queue.SimpleQueue[tuple[Any, Future[float]]] | None = None
+        self._results: queue.SimpleQueue[_Result | None] | None = None
         self._since, self._written = self._now(), float("-inf")
         self._seconds: dict[str, float] = dict.fromkeys(LABELS, 0.0)
         self._marks: dict[int, float] = {}
@@ -144,7 +148,11 @@ class Ledger:
             }
 
     def close(self) -> None:
-        """Writes the ledger a last time."""
+        """Writes the ledger a last time, and ends the thread that waits for results once it has seen all of them."""
+        with self._lock:
+            if self._results is not None:
+                self._results.put(None)
+                self._results = None
         self._write()
 
     def _charge(self) -> None:
@@ -154,9 +162,10 @@ class Ledger:
         self._seconds[label] += now - self._since
         self._since = now
 
-    def _wait(self, results: queue.SimpleQueue[tuple[Any, Future[float]]]) -> None:
-        while True:
-            result, done = results.get()
+    def _wait(self, results: queue.SimpleQueue[_Result | None]) -> None:
+        while (given := results.get()) is not None:
+            result, done = given
+            del given
             with suppress(Exception):  # The loop meets the same failure where it reads the result.
                 result.block_until_ready()
             del result

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 
+import jax.numpy as jnp
 import pytest
 
 from lfm_jax.train import goodput
@@ -138,6 +139,17 @@ def test_a_step_ends_when_it_is_ready_not_when_it_is_read():
         future.result(timeout=10)
     clock.at += 5
     assert [future.result() - start for future in ended] == [3, 6]
+
+
+def test_the_thread_that_waits_ends_with_the_ledger():
+    before = set(threading.enumerate())
+    ledger = Ledger(None, resume_step=0)
+    done = ledger.running(jnp.ones(3))
+    [waiting] = set(threading.enumerate()) - before
+    ledger.close()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert done.done()
 
 
 def test_a_result_that_fails_ends_its_step(tmp_path):
