@@ -1,10 +1,10 @@
 """Scores continuations of contexts: their log-probability, and whether greedy decoding would write them.
 
-A context with several continuations goes through the model once where that is less work, and its state is then
-continued by each. Every dispatch has one of few shapes, which depend on what is scored and not on its neighbours, so
-that few programs are compiled and a pair has the same score in any company.
+A context goes through the model once, in chunks, and each of its continuations goes on from its state, as requests do
+in the engine. The shapes of dispatches follow from what is scored and not from its neighbours, so that few programs are
+compiled and a pair has the same score in any company.
 
-Dimensions: B rows, G contexts of a batch, R continuations of a batch, T tokens, C tokens of a chunk, D width,
+Dimensions: B rows, G contexts of a batch, R continuations side by side, T tokens, C tokens of a chunk, D width,
 X = targets of a row.
 """
 
@@ -14,6 +14,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -31,12 +32,12 @@ from lfm_jax.problems import raise_problems
 from lfm_jax.sharding import on_mesh
 from lfm_jax.state import State
 
-CHUNK = 512
-"""Tokens of a context that go through the model at a time where its state is kept."""
-LEAST_MORE = 32
-"""Slots behind a context, at least, for what is read of its continuations: states of one size for all short ones."""
-KEPT_TOKENS = 16384
-"""The most slots for keys and values of one batch of continuations, all rows together."""
+LEAST_ROOM, STEP = 64, 8
+"""The fewest slots of a row's state, and tokens of a continuation in a dispatch."""
+LONG = 64
+"""Continuations of more tokens go in steps as long as those of contexts."""
+MOST_SLOTS = 131072
+"""Slots for keys and values that continuations have together, at most; and 32 for each token of a dispatch."""
 
 Tokens = Sequence[int]
 
@@ -57,8 +58,9 @@ class Scorer:
       model: with its parameters.
       max_length: the most tokens that the model reads at once. Of a longer pair, tokens at the left are left out; as
         its last token is read by nobody, a pair may have one more.
-      batch_tokens: tokens of a dispatch, padding included. None: 2,048 on a CPU, else 16,384.
-      mesh: batches go to the model's copies along `data` in turn, each split over `tensor`; None: one device.
+      batch_tokens: tokens of a dispatch, padding included; at least 8 of each row. None: 512 on a CPU, else 16,384.
+      mesh: batches of contexts go to the model's copies along `data` in turn, each split over `tensor`; None: one
+        device.
 
     Raises:
       ValueError: max_length is below 1 or above the model's max_position, or batch_tokens is below 1.
@@ -68,7 +70,7 @@ class Scorer:
         model.config.need_causal("scoring continuations")
         most = model.config.max_position
         if batch_tokens is None:
-            batch_tokens = 2048 if jax.default_backend() == "cpu" else 16384
+            batch_tokens = 512 if jax.default_backend() == "cpu" else 16384
         if not 1 <= max_length <= most:
             raise ValueError(f"max_length is {max_length}; the model reads 1 to {most} tokens")
         if batch_tokens < 1:
@@ -92,67 +94,87 @@ class Scorer:
                 problems.append(f"pair {i} has a continuation of {len(continuation)} tokens; the model reads "
                                 f"{self.max_length}")
         raise_problems("cannot score", problems)
-        running: collections.deque[tuple[list[_Line], tuple[jax.Array, jax.Array]]] = collections.deque()
-        # Of many copies, only while they are needed.
-        copies = place_replicas(self._params, self._model.config, self._mesh)
-        for batch in self._dispatch(_groups(pairs, self.max_length), copies):
-            running.append(batch)
-            if len(running) > len(copies):  # The devices work on the new batches meanwhile.
-                yield from _told(*running.popleft())
-        for batch in running:
-            yield from _told(*batch)
+        by_shape = collections.defaultdict(list)
+        for group in _groups(pairs, self.max_length):
+            by_shape[group.shape].append(group)
+        batches = [(shape, batch) for shape, groups in sorted(by_shape.items(), reverse=True)
+                   for batch in _parts(groups, self._rows(shape))]
+        copies = place_replicas(self._params, self._model.config, self._mesh)  # Of many, only while they are needed.
+        streams = [self._on_copy(copy, batches[i :: len(copies)]) for i, copy in enumerate(copies)]
+        running: collections.deque[_Dispatched] = collections.deque()
+        while streams:
+            for stream in list(streams):
+                if (dispatched := next(stream, None)) is None:
+                    streams.remove(stream)
+                else:
+                    running.append(dispatched)
+            while len(running) > 2 * len(streams):  # The devices work on the newest meanwhile.
+                yield from _told(running.popleft())
 
-    def _dispatch(
-        self, groups: list[_Group], copies: Sequence[tuple[Any, Mesh]]
-    ) -> Iterator[tuple[list[_Line], tuple[jax.Array, jax.Array]]]:
-        """Runs batches of lines, those of one shape after the other, on the copies in turn."""
-        whole, shared = collections.defaultdict(list), collections.defaultdict(list)
-        for group in groups:
-            if group.is_shared:
-                shared[group.shape].append(group)
-            else:
-                for line in group.lines:
-                    whole[line.shape].append(line)
-        turn = itertools.cycle(copies)
-        for shape in sorted({*whole, *shared}, reverse=True):
-            rows = max(1, self._batch_tokens // shape[0])
-            for batch in _parts(whole[shape], rows):
-                params, mesh = next(turn)
-                with jax.set_mesh(mesh):
-                    told = self._whole(params, batch, rows, *shape)
-                yield batch, told
-            for part in _parts(shared[shape], rows):
-                params, mesh = next(turn)
-                with jax.set_mesh(mesh):
-                    found = list(self._shared(params, part, rows, *shape))
-                yield from found
+    def _rows(self, shape: _Shape) -> int:
+        """Contexts of a batch."""
+        return max(1, self._batch_tokens // shape.chunk)
 
-    def _whole(self, params: Any, lines: list[_Line], rows: int, length: int, most: int) -> tuple[jax.Array, jax.Array]:
-        """Scores the last tokens of lines, at most `most` of each."""
-        tokens_BT, length_B = _table([line.tokens[:-1] for line in lines], rows, length)
-        targets_BX, _ = _table([line.tokens[-line.scored :] for line in lines], rows, most, fill=-1)
-        return self._programs.whole(params, tokens_BT, length_B, targets_BX)
+    def _on_copy(
+        self, copy: tuple[Any, Mesh], batches: list[tuple[_Shape, list[_Group]]]
+    ) -> Iterator[_Dispatched]:
+        """Runs batches of contexts on a copy of the model; yields what each dispatch will tell."""
+        params, mesh = copy
+        for shape, given in itertools.groupby(batches, key=lambda each: each[0]):
+            yield from _under(mesh, self._batches(params, [batch for _, batch in given], shape))
 
-    def _shared(
-        self, params: Any, groups: list[_Group], rows: int, length: int, more: int
-    ) -> Iterator[tuple[list[_Line], tuple[jax.Array, jax.Array]]]:
-        """Takes in contexts of at most `length` tokens, and scores continuations of which at most `more` are read."""
-        config = self._model.config
-        room = min(length + max(more, LEAST_MORE), config.max_position)
-        last_GD = jnp.zeros((rows, config.hidden_size), config.dtype)
-        state = self._model.init_state(rows, room)
-        tokens_GT, length_G = _table([group.context for group in groups], rows, length)
-        for start in range(0, length, CHUNK):
-            chunk_GC = tokens_GT[:, start : start + CHUNK]
-            last_GD, state = self._programs.begin(params, last_GD, state, chunk_GC, length_G - start)
-        at_once = max(1, min(self._batch_tokens // max(4 * more, 16), KEPT_TOKENS // room))
-        lines = [(g, line) for g, group in enumerate(groups) for line in group.lines]
-        for part in _parts(lines, at_once):
-            targets_RX, _ = _table([line.tokens[-line.scored :] for _, line in part], at_once, more + 1, fill=-1)
-            group_R = np.zeros(at_once, np.int32)
-            group_R[: len(part)] = [g for g, _ in part]
-            told = self._programs.follow(params, last_GD, state if more else None, group_R, targets_RX)
-            yield [line for _, line in part], told
+    def _batches(self, params: Any, batches: list[list[_Group]], shape: _Shape) -> Iterator[_Dispatched]:
+        """Takes in the contexts of each batch at once, then their continuations, `lanes` side by side: each lane
+        begins the next one when its own has ended, so that few tokens of a dispatch are padding."""
+        chunk, step, rows = shape.chunk, shape.step, self._rows(shape)
+        most = min(32 * self._batch_tokens, MOST_SLOTS)
+        lanes = max(1, min(self._batch_tokens // step, most // shape.room))
+        room = min(shape.room, self._model.config.max_position)
+        empty = functools.partial(self._model.init_state, max_len=room)
+        hidden = functools.partial(jnp.zeros, dtype=self._model.config.dtype)
+        width, programs = self._model.config.hidden_size, self._programs
+        state, last_RD = empty(lanes), hidden((lanes, width))
+        busy: list[_Run | None] = [None] * lanes
+        for batch in batches:
+            tokens_GT, length_G = _table([group.context for group in batch], rows)
+            bank, last_GD = empty(rows), hidden((rows, width))
+            for start in range(0, tokens_GT.shape[1], chunk):
+                chunk_GC = tokens_GT[:, start : start + chunk]
+                chunk_GC = np.pad(chunk_GC, ((0, 0), (0, chunk - chunk_GC.shape[1])))
+                last_GD, bank = programs.begin(params, last_GD, bank, chunk_GC, length_G - start)
+            runs = [(g, _Run(line)) for g, group in enumerate(batch) for line in group.lines]
+            for part in _parts([each for each in runs if each[1].line.scored == 1], lanes):
+                group_R = _filled([g for g, _ in part], lanes)
+                target_R1, _ = _table([run.take(1) for _, run in part], lanes, 1, fill=-1)
+                yield [(run, True) for _, run in part], programs.first(params, last_GD, group_R, target_R1)
+            waiting = collections.deque(each for each in runs if each[1].line.scored > 1)
+            while waiting:
+                free = [lane for lane, run in enumerate(busy) if run is None][: len(waiting)]
+                groups = []
+                for lane in free:
+                    group, busy[lane] = waiting.popleft()
+                    groups.append(group)
+                last_RD, state = programs.fill(
+                    last_RD, state, last_GD, bank, _filled(free, lanes), _filled(groups, lanes), np.int32(len(free)))
+                if waiting:
+                    last_RD, state, dispatched = self._step(params, last_RD, state, busy, step)
+                    yield dispatched
+        while any(busy):
+            last_RD, state, dispatched = self._step(params, last_RD, state, busy, step)
+            yield dispatched
+
+    def _step(
+        self, params: Any, last_RD: jax.Array, state: State, busy: list[_Run | None], step: int
+    ) -> tuple[jax.Array, State, _Dispatched]:
+        """Scores the next `step` tokens of every lane's continuation, and frees the lanes where it ends."""
+        lanes = len(busy)
+        targets = [run.take(step) if run else () for run in busy]
+        targets_RC, length_R = _table(targets, lanes, step, fill=-1)
+        read_R = length_R - [run is not None and run.is_done for run in busy]  # Nobody reads the last one.
+        last_RD, state, told = self._programs.step(params, last_RD, state, targets_RC, read_R)
+        parts = [None if run is None else (run, run.is_done) for run in busy]
+        busy[:] = [None if run is None or run.is_done else run for run in busy]
+        return last_RD, state, (parts, told)
 
 
 # -------------------------------------------------------------------- on the host
@@ -168,14 +190,14 @@ class _Line:
     numbers: list[int]
     """Of the pairs that are the same."""
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(tokens that are read, tokens that are scored), rounded up."""
-        read = _size(len(self.tokens) - 1)
-        most = 16
-        while most < self.scored:
-            most *= 4
-        return read, min(most, read)
+
+class _Shape(NamedTuple):
+    room: int
+    """Slots that are enough for a context and each of its continuations."""
+    chunk: int
+    """Tokens of a context in a dispatch."""
+    step: int
+    """Tokens of a continuation in a dispatch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,23 +208,37 @@ class _Group:
     lines: list[_Line]
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(tokens of the context, further tokens that are read of a continuation), rounded up."""
-        more = max(line.scored for line in self.lines) - 1
-        return _size(len(self.context)), _size(more, 8) if more else 0
+    def shape(self) -> _Shape:
+        """Of its dispatches: rounded up to few sizes, since each is compiled."""
+        longest = max(line.scored for line in self.lines)
+        read = len(self.context) + longest - 1
+        room = max(LEAST_ROOM, 1 << (read - 1).bit_length())
+        return _Shape(room, room // 4, STEP if longest <= LONG else room // 4)
+
+
+@dataclasses.dataclass
+class _Run:
+    """A line whose continuation is being scored: how many of its tokens are taken, and what is known of these."""
+
+    line: _Line
+    taken: int = 0
+    logprob: float = 0.0
+    greedy: bool = True
 
     @property
-    def is_shared(self) -> bool:
-        """Whether it is less work to take in the context once."""
-        length, more = self.shape
-        return length + len(self.lines) * more < sum(line.shape[0] for line in self.lines)
+    def is_done(self) -> bool:
+        return self.taken == self.line.scored
+
+    def take(self, count: int) -> Tokens:
+        """The next tokens of the continuation, at most `count`."""
+        first = len(self.line.tokens) - self.line.scored + self.taken
+        self.taken = min(self.taken + count, self.line.scored)
+        return self.line.tokens[first : first + count]
 
 
-def _size(n: int, least: int = 16) -> int:
-    """Rounds up to few sizes, since each is compiled: to powers of 2 up to 64, then to two for each power."""
-    power = max(least, 1 << (n - 1).bit_length())
-    step = power if power <= 64 else power // 4
-    return -(-n // step) * step
+_Dispatched = tuple[Sequence[tuple[_Run, bool] | None], tuple[jax.Array, jax.Array]]
+"""The line of each row and whether it ends here; the log-probability of each row's targets, and whether they are the
+likeliest ones."""
 
 
 def _groups(pairs: Sequence[tuple[Tokens, Tokens]], max_length: int) -> list[_Group]:
@@ -222,8 +258,27 @@ def _parts[T](items: list[T], size: int) -> Iterator[list[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _table(rows: Sequence[Tokens], count: int, width: int, fill: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Returns rows of ids, int32 [count, width], filled up at the right and below, and the length of each."""
+def _under(mesh: Mesh, dispatches: Iterator[_Dispatched]) -> Iterator[_Dispatched]:
+    """Dispatches on a mesh; between them other work may have another one."""
+    while True:
+        with jax.set_mesh(mesh):
+            dispatched = next(dispatches, None)
+        if dispatched is None:
+            return
+        yield dispatched
+
+
+def _filled(numbers: Sequence[int], count: int) -> np.ndarray:
+    """Numbers as an array of a fixed length."""
+    return np.array([*numbers, *[0] * (count - len(numbers))], np.int32)
+
+
+def _table(
+    rows: Sequence[Tokens], count: int, width: int | None = None, fill: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns rows of ids, int32 [count, width], filled up at the right and below, and the length of each; the width is
+    that of the longest if none is given."""
+    width = max(map(len, rows)) if width is None else width
     table, lengths = np.full((count, width), fill, np.int32), np.zeros(count, np.int32)
     for i, row in enumerate(rows):
         table[i, : len(row)] = row
@@ -231,12 +286,18 @@ def _table(rows: Sequence[Tokens], count: int, width: int, fill: int = 0) -> tup
     return table, lengths
 
 
-def _told(lines: list[_Line], scores: tuple[jax.Array, jax.Array]) -> Iterator[tuple[int, Score]]:
-    logprob_B, greedy_B = (np.asarray(x) for x in scores)
-    if not np.isfinite(logprob_B[: len(lines)]).all():
-        raise ValueError(LOGITS_NOT_FINITE)
-    for line, logprob, greedy in zip(lines, logprob_B.tolist(), greedy_B.tolist(), strict=False):
-        yield from ((number, Score(logprob, greedy)) for number in line.numbers)
+def _told(dispatched: _Dispatched) -> Iterator[tuple[int, Score]]:
+    """Adds what a dispatch tells of its lines; yields the scores of those that it ends."""
+    parts, scores = dispatched
+    for part, logprob, greedy in zip(parts, *(np.asarray(x).tolist() for x in scores), strict=False):
+        if part is None:
+            continue
+        if not math.isfinite(logprob):
+            raise ValueError(LOGITS_NOT_FINITE)
+        run, ends = part
+        run.logprob, run.greedy = run.logprob + logprob, run.greedy and greedy
+        if ends:
+            yield from ((number, Score(run.logprob, run.greedy)) for number in run.line.numbers)
 
 
 # -------------------------------------------------------------------- on the device
@@ -245,19 +306,24 @@ def _told(lines: list[_Line], scores: tuple[jax.Array, jax.Array]) -> Iterator[t
 class _Programs(NamedTuple):
     """The compiled functions of one model structure."""
 
-    whole: Any
     begin: Any
-    follow: Any
+    first: Any
+    fill: Any
+    step: Any
 
 
 @functools.lru_cache(maxsize=8)
 def _programs(graphdef: Any) -> _Programs:
     def hidden(
-        params: Any, tokens_BT: jax.Array, length_B: jax.Array, state: State | None
+        params: Any, tokens_BT: jax.Array, length_B: jax.Array, state: State
     ) -> tuple[jax.Array, State | None]:
         tokens_BT, length_B = on_mesh(tokens_BT), on_mesh(length_B)
         segment_ids_BT = (jnp.arange(tokens_BT.shape[1]) < length_B[:, None]).astype(jnp.int32)
         return nnx.merge(graphdef, params)(tokens_BT, None, segment_ids_BT, state, None, padding="right")
+
+    def newest(hidden_BTD: jax.Array, length_B: jax.Array, last_BD: jax.Array) -> jax.Array:
+        index_B11 = jnp.clip(length_B - 1, 0, hidden_BTD.shape[1] - 1)[:, None, None]
+        return jnp.where(length_B[:, None] > 0, jnp.take_along_axis(hidden_BTD, index_B11, axis=1)[:, 0], last_BD)
 
     def scores(params: Any, hidden_BXD: jax.Array, targets_BX: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the log-probability of each row's targets, [B], and whether they are the likeliest ones."""
@@ -265,38 +331,41 @@ def _programs(graphdef: Any) -> _Programs:
         found = token_scores(hidden_BXD, nnx.merge(graphdef, params).head_VD, targets_BX)
         return jnp.sum(found.logprob_BT, axis=1), jnp.all((found.likeliest_BT == targets_BX) | (targets_BX < 0), axis=1)
 
-    @jax.jit
-    def whole(
-        params: Any, tokens_BT: jax.Array, length_B: jax.Array, targets_BX: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Scores the targets that follow the last tokens of each row."""
-        hidden_BTD, _ = hidden(params, tokens_BT, length_B, None)
-        first_B = length_B - jnp.sum(targets_BX >= 0, axis=1)
-        index_BX = jnp.clip(first_B[:, None] + jnp.arange(targets_BX.shape[1]), 0, tokens_BT.shape[1] - 1)
-        return scores(params, jnp.take_along_axis(hidden_BTD, index_BX[:, :, None], axis=1), targets_BX)
-
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=(1, 2))
     def begin(
-        params: Any, last_GD: jax.Array, state: State | None, tokens_GC: jax.Array, length_G: jax.Array
+        params: Any, last_GD: jax.Array, state: State, tokens_GC: jax.Array, length_G: jax.Array
     ) -> tuple[jax.Array, State | None]:
         """Takes in a chunk; returns the hidden state of each row's last token (`last_GD` if it has none here) and the
         state."""
-        hidden_GCD, state = hidden(params, tokens_GC, length_G, state)
-        index_G11 = jnp.clip(length_G - 1, 0, tokens_GC.shape[1] - 1)[:, None, None]
-        newest_GD = jnp.take_along_axis(hidden_GCD, index_G11, axis=1)[:, 0]
-        return jnp.where(length_G[:, None] > 0, newest_GD, last_GD), state
+        hidden_GCD, new_state = hidden(params, tokens_GC, length_G, state)
+        return newest(hidden_GCD, length_G, last_GD), new_state
 
     @jax.jit
-    def follow(
-        params: Any, last_GD: jax.Array, state: State | None, group_R: jax.Array, targets_RX: jax.Array
+    def first(
+        params: Any, last_GD: jax.Array, group_R: jax.Array, target_R1: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Scores continuations of the contexts `group_R`; without a state, of one token each."""
-        hidden_RXD = last_GD[group_R][:, None]
-        if state is not None:
-            of_rows = jax.tree.map(lambda x: x.at[group_R].get(mode="fill", fill_value=0), state)
-            read_RT, length_R = jnp.maximum(targets_RX[:, :-1], 0), jnp.sum(targets_RX >= 0, axis=1) - 1
-            more_RTD, _ = hidden(params, read_RT, length_R, of_rows)
-            hidden_RXD = jnp.concatenate([hidden_RXD, more_RTD], axis=1)
-        return scores(params, hidden_RXD, targets_RX)
+        """Scores the token that follows each of the contexts `group_R`."""
+        return scores(params, last_GD[group_R][:, None], target_R1)
 
-    return _Programs(whole, begin, follow)
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def fill(
+        last_RD: jax.Array, state: State, last_GD: jax.Array, bank: State, lane_R: jax.Array, group_R: jax.Array,
+        count: jax.Array
+    ) -> tuple[jax.Array, State]:
+        """Puts the contexts `group_R[:count]` into the rows `lane_R[:count]`, one by one, so that no more is copied."""
+
+        def one(i: jax.Array, rows: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
+            return jax.tree.map(lambda x, context: x.at[lane_R[i]].set(context[group_R[i]]), rows, (last_GD, bank))
+
+        return jax.lax.fori_loop(0, count, one, (last_RD, state))
+
+    @functools.partial(jax.jit, donate_argnums=(1, 2))
+    def step(
+        params: Any, last_RD: jax.Array, state: State, targets_RC: jax.Array, read_R: jax.Array
+    ) -> tuple[jax.Array, State | None, tuple[jax.Array, jax.Array]]:
+        """Scores the targets of each row, and reads `read_R` of them."""
+        hidden_RCD, new_state = hidden(params, jnp.maximum(targets_RC, 0), read_R, state)
+        before_RCD = jnp.concatenate([last_RD[:, None], hidden_RCD[:, :-1]], axis=1)
+        return newest(hidden_RCD, read_R, last_RD), new_state, scores(params, before_RCD, targets_RC)
+
+    return _Programs(begin, first, fill, step)

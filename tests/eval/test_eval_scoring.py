@@ -33,20 +33,31 @@ def pairs(model, seed=0):
     return [*found, (ids[200:203], ids[203:230]), (ids[300:301], ids[301:302]), (ids[400:600], ids[600:620])]
 
 
-def test_contexts_are_shared_where_that_is_less_work(model, monkeypatch):
-    monkeypatch.setattr("lfm_jax.eval.scoring.CHUNK", 32)  # Contexts of several chunks.
+def test_a_context_is_read_once_and_its_continuations_go_on(model):
+    """Chunks of contexts, lanes that take one continuation after the other, and long ones in several steps."""
     given = pairs(model)
-    shared = [len(group.lines) for group in _groups(given, 4096) if group.is_shared]
-    assert sorted(shared) == [4, 5]
-    scorer = Scorer(model, 4096, 256)
+    scorer, read = Scorer(model, 4096, 64), []
+    begin = scorer._programs.begin
+    scorer._programs = scorer._programs._replace(
+        begin=lambda *args: read.append(np.clip(args[4], 0, args[3].shape[1]).sum()) or begin(*args))
     scores = dict(scorer.score(given))
     assert list(scores) != sorted(scores)  # The longest come first.
     np.testing.assert_allclose([scores[i].logprob for i in range(len(given))], plainly(model, given), atol=1e-4)
+    assert sum(read) == sum(len(context) for context in {tuple(context) for context, _ in given})
+
+
+def test_a_state_has_no_more_slots_than_the_model_has_positions():
+    model = tiny_model(max_position=100)
+    ids = np.random.default_rng(1).integers(1, model.config.vocab_size, 101).tolist()
+    given = [(ids[:n], ids[n:]) for n in (1, 50, 99, 100)]
+    scores = dict(Scorer(model, 100, 64).score(given))
+    wider = tiny_model()  # The same weights.
+    np.testing.assert_allclose([scores[i].logprob for i in range(4)], plainly(wider, given), atol=1e-4)
 
 
 def test_a_score_does_not_depend_on_its_company(model):
     given = pairs(model)
-    scorer = Scorer(model, 64, 256)
+    scorer = Scorer(model, 64, 64)
     together = dict(scorer.score(given))
     for i in (0, 5, 9, 11):
         group = [j for j, pair in enumerate(given) if pair[0] == given[i][0]]

@@ -129,7 +129,7 @@ def test_shards_answer_everything_once(evaluate, whole, tmp_path, monkeypatch):
     assert all(parts)
     keys = [key for part in parts for key in part]
     assert len(keys) == len(set(keys))
-    monkeypatch.setattr("lfm_jax.eval.scoring.Scorer._dispatch", lambda *_: iter(()))
+    monkeypatch.setattr("lfm_jax.eval.scoring.Scorer._on_copy", lambda *_: iter(()))
     monkeypatch.setattr(lm, "run", lambda model, tokenizer, tasks, *_: iter(tasks and pytest.fail("asked again")))
     assert evaluate(output, "--num-fewshot", "1") == 0
     monkeypatch.undo()

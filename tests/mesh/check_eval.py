@@ -7,7 +7,6 @@ from lm_eval.api.instance import Instance
 from meshes import mesh_of
 
 from lfm_jax.eval import EvalModel
-from lfm_jax.eval.scoring import _groups
 from lfm_jax.testing import tiny_model, tiny_tokenizer
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog"]
@@ -17,7 +16,7 @@ def pairs():
     """(context, continuation): shared contexts with answers of one and of several tokens, and pairs alone."""
     draw = np.random.default_rng(0)
     found = []
-    for i in range(12):
+    for i in range(16):
         context = " ".join(draw.choice(WORDS, 4 + 3 * i))
         found += [(context, " " + " ".join(draw.choice(WORDS, 1 + i % 3))) for _ in range(4 if i % 2 else 1)]
     return found
@@ -31,18 +30,16 @@ def answers(mesh):
     tokenizer = tiny_tokenizer()
     model = tiny_model(vocab_size=-(-tokenizer.get_vocab_size() // 8) * 8,
                        layer_types=("conv", "full_attention", "sliding_attention"), sliding_window=8)
-    evaluated = EvalModel(model, tokenizer, max_length=128, batch_tokens=256, slots=2, mesh=mesh)
-    groups = _groups([evaluated._encode_pair(*pair) for pair in pairs()], 128)
-    assert {group.is_shared for group in groups} == {True, False}
+    evaluated = EvalModel(model, tokenizer, max_length=128, batch_tokens=64, slots=2, mesh=mesh)
     used = set()
-    real = evaluated._scorer._dispatch
+    real = evaluated._scorer._on_copy
 
     def watched(*args):
-        for batch in real(*args):
-            used.update(device for x in batch[1] for device in x.devices())
-            yield batch
+        for dispatched in real(*args):
+            used.update(device for x in dispatched[1] for device in x.devices())
+            yield dispatched
 
-    evaluated._scorer._dispatch = watched
+    evaluated._scorer._on_copy = watched
     scores = evaluated.loglikelihood(instances("loglikelihood", pairs()))
     texts = evaluated.generate_until(instances("generate_until", [
         (context, {"until": [], "max_gen_toks": 6}) for context, _ in pairs()[::4]]))
