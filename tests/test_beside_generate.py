@@ -42,9 +42,9 @@ def test_both_samplers_agree_with_a_forward_pass(chat):
 
 
 def test_the_sampler_keeps_the_log_probability_of_what_follows():
-    sampler, scores = mismatch.Sampler(), torch.tensor([[[0.0, 1.0]], [[2.0, 0.0]]])
-    assert sampler(torch.tensor([[0]]), scores[0]) is scores[0]
-    sampler(torch.tensor([[0, 1]]), scores[1])
+    sampler, scores = mismatch.Sampler(), torch.tensor([[0.0, 1.0]])
+    assert sampler(torch.tensor([[0]]), scores) is scores
+    sampler(torch.tensor([[0, 1]]), torch.tensor([[2.0, 0.0]]))
     sampler.take(torch.tensor([[0, 1, 1]]))
     wanted = [np.log(np.exp(1) / (1 + np.exp(1))), np.log(1 / (1 + np.exp(2)))]
     np.testing.assert_allclose([x.item() for x in sampler.found], wanted, rtol=1e-6)
