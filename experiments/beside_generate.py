@@ -116,27 +116,30 @@ def read(args: argparse.Namespace, count: int) -> Chat:
     Raises:
       ValueError: there are fewer.
     """
-    import lfm_jax as lfm
+    from lfm_jax import init_from
+    from lfm_jax.convert import sidecars
     from lfm_jax.data.chats import read_chats
     from lfm_jax.data.config import ChatData
     from lfm_jax.data.sources import SourceFile
-    from lfm_jax.loading import chat_template
+    from lfm_jax.loading import model_config
     from lfm_jax.problems import raise_problems
     from lfm_jax.text.chat import encode_chat, turn_stop_ids
+    from lfm_jax.text.tokenizer import load_tokenizer
 
-    model, tokenizer = lfm.load(args.model)
-    assert tokenizer is not None
+    config = model_config(str(args.model))
+    with init_from.sidecar_files(str(args.model)) as directory:
+        tokenizer, template = load_tokenizer(directory), sidecars.chat_template(directory)
     problems: list[str] = []
     chats = read_chats([SourceFile(args.chats, args.chats.name)], ChatData.ignore, problems)
     raise_problems("chats cannot be used", problems)
-    template, found = chat_template(args.model), []
+    found = []
     for chat in random.Random(0).sample(chats, len(chats)):
         first = next(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")
-        ids = encode_chat(tokenizer, model.config, template, chat.messages[:first], chat.tools)
+        ids = encode_chat(tokenizer, config, template, chat.messages[:first], chat.tools)
         if len(ids) <= args.seq_len - args.max_new_tokens:
             found.append(ids)
         if len(found) == count:
-            return Chat(found, turn_stop_ids(tokenizer, model.config), model.config.pad_id or 0)
+            return Chat(found, turn_stop_ids(tokenizer, config), config.pad_id or 0)
     raise ValueError(f"{args.chats} has {len(found)} prompts of at most {args.seq_len - args.max_new_tokens} tokens, "
                      f"and {count} are needed; lower --rollouts or --prompts")
 

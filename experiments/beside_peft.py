@@ -4,7 +4,7 @@
         [--steps 7] [--sizes 1 2 4 8] [--threads 2] [--records runs/beside_peft.jsonl]
 
 MODEL is a GGUF file or a directory that both take; CHATS are those of `lfm tune`. Both sides have the same weights, the
-same new adapter (PEFT's files), AdamW, and in each step the same chats: here packed into `--rows` rows of `--seq-len`,
+same new adapter, AdamW, and in each step the same chats: here packed into `--rows` rows of `--seq-len`,
 there sorted by length and padded. Padding does not count as tokens. In bfloat16 weights are kept and used in it, and
 adapters are in float32. Each side is a process of its own, and they take their steps in turn. Of `--sizes`, rows in
 memory at a time, each side has the one whose step is the fastest, unless `--ours` or `--theirs` name it. The first step
@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -35,9 +37,13 @@ Step = Callable[[int], float]
 """Takes a step on the batch of a number and returns its loss."""
 SIDES = {"lfm_jax": ("lfm_jax", "jax"), "peft": ("peft", "transformers", "torch")}
 """Packages of each side whose versions are told."""
-BATCHES, ADAPTER = "batches.npz", "adapter"
+BATCHES, ADAPTER = "batches.npz", "adapter.npz"
+LLAMA = {"blocks.": "model.layers.", "operator.": "self_attn.", "out_proj": "o_proj",
+         "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj", "feed_forward.w2": "mlp.down_proj"}
+"""Parts of names of matrices here, where a model is of no family of LFM2's, and in Llama of `transformers`."""
 IGNORE = -100
 """No target, in labels of `transformers`."""
+ALPHA = 16
 LEARNING = {"peak_lr": 1e-4, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "clip_norm": 1.0}
 
 
@@ -109,16 +115,12 @@ def tune_config(args: argparse.Namespace, dtype: str, micro_batches: int = 1) ->
         str(args.model), model={"dtype": dtype, "param_dtype": dtype}, run_dir="unused", steps=args.steps + 1,
         data=ChatData(sources=(str(args.chats),), seq_len=args.seq_len, batch_size=args.rows, heldout_fraction=0.0),
         optimizer=OptimizerConfig(schedule="constant", warmup_steps=0, weight_decay=0.0, **LEARNING),
-        lora=LoRAConfig(rank=args.rank), micro_batches=micro_batches)
+        lora=LoRAConfig(rank=args.rank, alpha=ALPHA), micro_batches=micro_batches)
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> None:
-    """Writes the batches of all steps, [S, B, T] each, and a new adapter."""
-    import jax
-
-    import lfm_jax as lfm
-    from lfm_jax.adapters.peft import Adapter
-    from lfm_jax.adapters.trees import init_adapter
+    """Writes the batches of all steps, [S, B, T] each, and the A of each matrix in a new adapter; each B is zero."""
+    from lfm_jax.adapters.targets import named_targets
     from lfm_jax.post.sft import SFT
 
     config = tune_config(args, "float32")
@@ -128,8 +130,18 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     found = [next(batches) for _ in range(args.steps + 1)]
     arrays: dict[str, Any] = {name: np.stack([batch[name] for batch in found]) for name in found[0]}
     np.savez(folder / BATCHES, **arrays)
-    adapter = Adapter(config.model, config.lora, init_adapter(config.model, config.lora, jax.random.key(0)))
-    lfm.save_adapter(adapter, folder / ADAPTER)
+    adapter, a = new_adapter(config), dict[str, Any]()
+    for name, path in named_targets(config.model, config.lora).items():
+        a[name] = np.asarray(functools.reduce(lambda node, key: node[key], path, adapter)["a"]).reshape(args.rank, -1)
+    np.savez(folder / ADAPTER, **a)
+
+
+def new_adapter(config: Any) -> Any:
+    import jax
+
+    from lfm_jax.adapters.trees import init_adapter
+
+    return init_adapter(config.model, config.lora, jax.random.key(0))
 
 
 def documents(batch: Mapping[str, np.ndarray]) -> list[tuple[list[int], list[int]]]:
@@ -153,13 +165,11 @@ def ours(args: argparse.Namespace, dtype: str) -> Step:
     import jax
 
     from lfm_jax import init_from
-    from lfm_jax.adapters.peft import load_adapter
 
     config = tune_config(args, dtype, args.rows // args.size)
     training = config.training()
     state = training.placed_state(init_from.weights(str(args.model), config.model))
-    adapter = load_adapter(args.folder / ADAPTER, config.model)
-    state = type(state)(**{**vars(state), "params": jax.tree.map(jax.numpy.asarray, adapter.weights)})
+    state = dataclasses.replace(state, params=new_adapter(config))
     batches, step = dict(np.load(args.folder / BATCHES)), training.compiled_step()
 
     def take(i: int) -> float:
@@ -172,7 +182,7 @@ def ours(args: argparse.Namespace, dtype: str) -> Step:
 
 def theirs(args: argparse.Namespace, dtype: str) -> Step:
     import torch
-    from peft import PeftModel
+    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(args.threads)
@@ -180,7 +190,11 @@ def theirs(args: argparse.Namespace, dtype: str) -> Step:
         "pretrained_model_name_or_path": args.model.parent, "gguf_file": args.model.name}
     base = AutoModelForCausalLM.from_pretrained(**where, dtype=getattr(torch, dtype))
     base.config.use_cache = False
-    model: Any = PeftModel.from_pretrained(base, args.folder / ADAPTER, is_trainable=True)
+    adapter = {their_name(name, base): torch.tensor(a) for name, a in np.load(args.folder / ADAPTER).items()}
+    model: Any = get_peft_model(base, LoraConfig(
+        r=args.rank, lora_alpha=ALPHA, target_modules=list(adapter), task_type="CAUSAL_LM"))
+    for name, a in adapter.items():
+        model.get_submodule(f"base_model.model.{name}").lora_A["default"].weight.data.copy_(a)
     model.train()
     weights = [w for w in model.parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=LEARNING["peak_lr"], betas=(LEARNING["b1"], LEARNING["b2"]),
@@ -207,6 +221,15 @@ def theirs(args: argparse.Namespace, dtype: str) -> Step:
         return total
 
     return take
+
+
+def their_name(name: str, model: Any) -> str:
+    """The name of a matrix in a model of `transformers`."""
+    there = {each for each, _ in model.named_modules()}
+    if name not in there:
+        name = functools.reduce(lambda name, part: name.replace(*part), LLAMA.items(), name)
+    assert name in there, name
+    return name
 
 
 def serve(args: argparse.Namespace) -> None:

@@ -13,7 +13,12 @@ sys.path.insert(0, str(Path(__file__).parent / "post"))
 
 import beside_peft
 from chats import drawn, write
+from transformers import LlamaConfig, LlamaForCausalLM
 from tuning import base
+
+from lfm_jax.adapters.config import LoRAConfig
+from lfm_jax.adapters.targets import named_targets
+from lfm_jax.testing import tiny_config
 
 SIZES = {"lfm_jax": 1, "peft": 3}
 
@@ -49,6 +54,15 @@ def test_both_sides_take_the_same_steps(tmp_path, monkeypatch, one_thread):
     args.size = 2
     unlearnt = beside_peft.ours(args, "float32")
     assert abs(unlearnt(2) - losses[0][2]) > 1e-3
+
+
+def test_names_of_matrices_in_llama():
+    ours = named_targets(tiny_config(layer_types=("full_attention",) * 2, qk_norm=False), LoRAConfig())
+    theirs = LlamaForCausalLM(LlamaConfig(
+        vocab_size=8, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2))
+    linear = {name for name, module in theirs.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert {beside_peft.their_name(name, theirs) for name in ours} == linear - {"lm_head"}
+    assert beside_peft.their_name("blocks.1.feed_forward.w2", theirs) == "model.layers.1.mlp.down_proj"
 
 
 def test_what_is_on_record_is_not_measured_again(tmp_path, monkeypatch, capsys):
