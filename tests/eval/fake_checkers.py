@@ -14,6 +14,7 @@ PROMPTS = [
 IFBENCH = '''
 import dataclasses
 import os
+import time
 
 import nltk
 from spacy.cli import download
@@ -35,6 +36,8 @@ def _check(told, reply):
     (name,), (options,) = told.instruction_id_list, told.kwargs
     if name == "die":
         os._exit(3)
+    if reply == "for ever":
+        time.sleep(3600)
     if name == "raise":
         raise LookupError("no\\ndata")
     followed = reply.startswith(options["word"])
@@ -49,12 +52,16 @@ def test_instruction_following_loose(told, replies):
     return _check(told, replies[told.prompt].partition("\\n")[2] or replies[told.prompt])
 '''
 BFCL = '''
+import time
+
 from bfcl_eval.constants.enums import Language
 from bfcl_eval.constants.model_config import MODEL_CONFIG_MAPPING
 
 
 def ast_checker(functions, calls, ground_truth, language, category, model):
     assert language is Language.PYTHON and MODEL_CONFIG_MAPPING[model].underscore_to_dot
+    if any("animals_sleep" in call for call in calls):
+        time.sleep(3600)
     if any("raises" in call for call in calls):
         raise TypeError("a fault of the checker")
     right = [{name.replace(".", "_"): value for name, value in call.items()} for call in ground_truth]

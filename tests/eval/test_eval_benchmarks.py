@@ -8,7 +8,9 @@ from fake_checkers import PROMPTS, fake_packages, lines
 from running import run
 
 from lfm_jax.eval import lm
-from lfm_jax.eval.benchmarks.json_schema import is_valid, refused, unfenced
+from lfm_jax.eval.benchmarks import checkers, validation
+from lfm_jax.eval.benchmarks.json_schema import refused, unfenced
+from lfm_jax.eval.benchmarks.validation import is_valid
 
 CALL = '<|tool_call_start|>[animals_jump(who="{}")]<|tool_call_end|>'
 SCHEMAS = {
@@ -126,6 +128,32 @@ def test_json_schemas(evaluate, tmp_path):
     assert run("eval", "compare", tmp_path / "out", tmp_path / "constrained") == 0
 
 
+def test_a_pattern_that_takes_for_ever(evaluate, tmp_path, monkeypatch):
+    """It is a problem of its own, and costs the schemas behind it nothing."""
+    folder = tmp_path / "data" / "json_schema"
+    folder.mkdir(parents=True)
+    for name, schema in (("a", {"pattern": "^(a|a)*$"}), ("b", {"type": "string"}), ("c", {"$ref": "#/nowhere"})):
+        (folder / f"{name}.json").write_text(json.dumps(schema))
+    monkeypatch.setattr(validation, "SECONDS", 2.0)
+    assert is_valid("b", {"pattern": "^(a|a)*b$"})  # Its process has begun.
+    results, page, _ = evaluate("json_schema", lambda prompt: json.dumps("a" * 60 + "b"), "--data", tmp_path / "data")
+    scores = results["results"]["json_schema"]
+    assert [scores[f"{name},none"] for name in ("json_validity", "schema_compliance")] == [1, pytest.approx(1 / 3)]
+    assert "| json_schema | problems | the validator took more than 2 s | 1 |" in page
+    assert "| json_schema | problems | the validator raised _WrappedReferencingError | 1 |" in page
+
+
+def test_checkers_that_take_for_ever(evaluate, monkeypatch):
+    monkeypatch.setattr(checkers, "SECONDS", 2.0)
+    results, page, _ = evaluate("ifbench", lambda prompt: "for ever" if "below" in prompt else "fox")
+    assert results["results"]["ifbench"]["inst_level_strict_acc,none"] == 2 / 5
+    assert "| ifbench | problems | the checkers took more than 2 s | 1 |" in page
+    call = CALL.replace("jump", "sleep").format("fox")
+    results, page, _ = evaluate("bfcl_simple_python", lambda prompt: call, "--limit", "1", output="bfcl")
+    assert results["results"]["bfcl_simple_python"]["acc,none"] == 0
+    assert "| problems | the checkers took more than 2 s | 1 |" in page
+
+
 def test_schemas_and_answers():
     assert unfenced('see:\n```\n1\n```') == 'see:\n```\n1\n```'
     assert refused(True) is None
@@ -133,7 +161,7 @@ def test_schemas_and_answers():
     assert is_valid(1, {"$schema": "http://json-schema.org/draft-04/schema#", "maximum": 1})
     assert not is_valid(1, {"$schema": "http://json-schema.org/draft-04/schema#", "maximum": 1,
                             "exclusiveMaximum": True})
-    with pytest.raises(Exception, match=r"example\.org"):  # Nothing is fetched.
+    with pytest.raises(validation.UnjudgedError, match=r"example\.org"):  # Nothing is fetched.
         is_valid(1, {"$ref": "https://example.org/schema"})
 
 

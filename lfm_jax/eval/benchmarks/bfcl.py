@@ -13,6 +13,7 @@ from lm_eval.api.metrics import mean
 
 from lfm_jax.eval.benchmarks.chat_task import ChatTask, Document, Metrics, counted
 from lfm_jax.eval.benchmarks.checkers import Checkers
+from lfm_jax.eval.benchmarks.worker import TooSlowError
 from lfm_jax.text.tools import parse_tool_calls
 
 CATEGORIES = (
@@ -51,9 +52,12 @@ class BFCL(ChatTask):
             error = None if right else "called a function" if calls else "called no function"
             verdict: dict[str, Any] = {"valid": right, "error": error, "problem": None}
         else:
-            verdict = self._checkers.judge({
-                "functions": doc["functions"], "calls": [{call.name: call.arguments} for call in calls],
-                "ground_truth": doc["ground_truth"], "category": self._category,
-            })
+            try:
+                verdict = self._checkers.judge({
+                    "functions": doc["functions"], "calls": [{call.name: call.arguments} for call in calls],
+                    "ground_truth": doc["ground_truth"], "category": self._category,
+                })
+            except TooSlowError as error:
+                verdict = {"valid": False, "error": None, "problem": f"the checkers {error}"}
         return {"acc": float(verdict["valid"]), "errors": [verdict["error"]] if verdict["error"] else [],
                 "problems": [verdict["problem"]] if verdict["problem"] else []}

@@ -5,21 +5,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from filelock import FileLock
 
 from lfm_jax import compile_cache
+from lfm_jax.eval.benchmarks.worker import EndedError, Worker, last_line
 from lfm_jax.files import say
 
 PACKAGES = {
@@ -30,6 +29,9 @@ PACKAGES = {
 """What is installed for the checkers of a benchmark, without what these declare; its own package first.
 
 llama-index-core ships the data of NLTK, which NLTK itself would fetch from elsewhere."""
+
+SECONDS = 120.0
+"""Most time for the verdict on a reply; the first one may read data of NLTK."""
 
 _PROCESS = Path(__file__).with_name("checker_process.py")
 
@@ -49,14 +51,11 @@ class Checkers:
     def __init__(self, benchmark: str, place: Path | None = None):
         self._benchmark, self._is_made = benchmark, place is None
         self._python = environment(benchmark) / "bin" / "python" if place is None else _python(place)
-        errors = tempfile.TemporaryFile()  # noqa: SIM115  (`_end` closes it)
-        process = subprocess.Popen(self._command("judge"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
-        self._process, self._errors = process, errors
-        weakref.finalize(self, _end, process, errors)
-        started = self._answer()
-        if started is None:
-            raise self._no_start(errors)
-        self.version: str = started["version"]
+        try:
+            self._worker = Worker(self._command("judge"))
+        except EndedError as error:
+            raise self._no_start(error.said) from None
+        self.version: str = self._worker.ready["version"]
         """Of the benchmark's package."""
 
     def documents(self, *category: str) -> list[dict[str, Any]]:
@@ -64,53 +63,30 @@ class Checkers:
         with tempfile.TemporaryFile() as errors:
             done = subprocess.run(self._command("documents", *category), stdout=subprocess.PIPE, stderr=errors)
             if done.returncode:
-                raise self._no_start(errors)
+                raise self._no_start(last_line(errors))
         return [json.loads(line) for line in done.stdout.splitlines()]
 
     def judge(self, request: dict[str, Any]) -> dict[str, Any]:
         """The verdict on a reply; both are plain data, see `checker_process.py`.
 
         Raises:
+          TooSlowError: it takes more than SECONDS. The next reply goes to another process.
           ValueError: the process has ended. What a checker raises is in its verdict.
         """
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-        if (verdict := self._answer()) is None:
-            raise ValueError(f"the checkers of {self._benchmark} ended with status {self._process.wait()} at a reply "
-                             f"({_last(self._errors)})")
-        return verdict
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        return json.loads(line) if line else None
+        try:
+            return self._worker.ask(request, SECONDS)
+        except EndedError as error:
+            raise ValueError(f"the checkers of {self._benchmark} ended with status {error.status} at a reply "
+                             f"({error.said})") from None
 
     def _command(self, *args: str) -> list[str]:
         return [str(self._python), str(_PROCESS), self._benchmark, *args]
 
-    def _no_start(self, errors: BinaryIO) -> ValueError:
+    def _no_start(self, said: str) -> ValueError:
         todo = (f"remove {self._python.parent.parent}, and it is made anew" if self._is_made
                 else f"install them there (pip install --no-deps {' '.join(PACKAGES[self._benchmark])}), or leave "
                      "--checkers out")
-        return ValueError(f"the checkers of {self._benchmark} do not run in {self._python} ({_last(errors)}); {todo}")
-
-
-def _last(errors: BinaryIO) -> str:
-    """What a process said last; after a traceback, its exception."""
-    errors.seek(0)
-    said = errors.read().decode(errors="replace").strip().splitlines()
-    return said[-1] if said else "it said nothing"
-
-
-def _end(process: subprocess.Popen[bytes], errors: BinaryIO) -> None:
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with contextlib.suppress(BrokenPipeError):  # What was written last, to a process that had ended.
-                pipe.close()
-    process.wait()
-    errors.close()
+        return ValueError(f"the checkers of {self._benchmark} do not run in {self._python} ({said}); {todo}")
 
 
 def _python(place: Path) -> Path:

@@ -10,6 +10,7 @@ from lm_eval.api.metrics import mean
 
 from lfm_jax.eval.benchmarks.chat_task import ChatTask, Document, Metrics, counted
 from lfm_jax.eval.benchmarks.checkers import Checkers
+from lfm_jax.eval.benchmarks.worker import TooSlowError
 from lfm_jax.eval.shares import share
 
 MAX_GEN_TOKS = 2048
@@ -40,7 +41,12 @@ class IFBench(ChatTask):
 
     def process_results(self, doc: Document, results: list[str]) -> dict[str, Any]:
         asked = {name: doc[name] for name in COLUMNS}
-        verdict = self._checkers.judge({**asked, "reply": results[0]})
+        verdict: dict[str, Any]
+        try:
+            verdict = self._checkers.judge({**asked, "reply": results[0]})
+        except TooSlowError as error:
+            none = [False] * len(doc["instruction_id_list"])
+            verdict = {"strict": none, "loose": none, "problems": [f"the checkers {error}"]}
         found: dict[str, Any] = {"problems": verdict["problems"]}
         for kind in ("strict", "loose"):
             followed = verdict[kind]

@@ -10,6 +10,7 @@ from typing import Any
 from lm_eval.api.metrics import mean
 
 from lfm_jax.eval.benchmarks.chat_task import ChatTask, Document, Metrics, counted
+from lfm_jax.eval.benchmarks.validation import UnjudgedError, is_valid
 from lfm_jax.structured.grammar import Grammar
 from lfm_jax.structured.schema import GrammarError
 
@@ -56,8 +57,8 @@ class JSONSchema(ChatTask):
         valid, problems = False, []
         try:
             valid = is_valid(value, doc["schema"])
-        except Exception as error:  # Schemas are strangers', and some are none.
-            problems = [f"the validator raised {type(error).__name__}"]
+        except UnjudgedError as error:  # Schemas are strangers', and some are none.
+            problems = [error.problem]
         return {"json_validity": 1.0, "schema_compliance": float(valid), "problems": problems, **supported}
 
 
@@ -81,30 +82,4 @@ def refused(schema: Any) -> str | None:
     except GrammarError as error:
         reason = str(error).removeprefix("the JSON schema is refused: ")
         return re.split(r" \(at | while processing |\. Enable ", reason)[0][:120]
-    return None
-
-
-def is_valid(value: Any, schema: Any) -> bool:
-    """Whether a value is valid, formats included, by the draft that the schema names; nothing is fetched.
-
-    Raises:
-      Exception: the schema is not valid itself, or has a reference that leads out of it.
-    """
-    from jsonschema.validators import Draft202012Validator, validator_for
-    from referencing import Registry
-
-    kind = validator_for(schema, default=Draft202012Validator)
-    kind.check_schema(schema)
-    return kind(schema, registry=Registry(), format_checker=kind.FORMAT_CHECKER).is_valid(value)
-
-
-def check_schema(schema: Any) -> str | None:
-    """Why a schema is none, by the draft that it names; None: it is one."""
-    from jsonschema.exceptions import SchemaError
-    from jsonschema.validators import Draft202012Validator, validator_for
-
-    try:
-        validator_for(schema, default=Draft202012Validator).check_schema(schema)
-    except SchemaError as error:
-        return error.message
     return None

@@ -17,7 +17,7 @@ from lfm_jax.data.chats import OPENERS, Chat, read_chats
 from lfm_jax.data.config import ChatData
 from lfm_jax.data.sources import SourceFile
 from lfm_jax.eval.benchmarks.chat_task import ChatTask, Document, Metrics, counted
-from lfm_jax.eval.benchmarks.json_schema import check_schema, is_valid
+from lfm_jax.eval.benchmarks.validation import UnjudgedError, check_schema, is_valid
 from lfm_jax.eval.shares import share
 from lfm_jax.problems import raise_problems
 from lfm_jax.structured.grammar import Grammar
@@ -170,8 +170,8 @@ def _fault(calls: Sequence[ToolCall], tools: Sequence[Mapping[str, Any]], proble
         schema = {"unevaluatedProperties": False, **schema}
         try:
             valid = is_valid(call.arguments, schema)
-        except Exception as error:  # Schemas may have references that lead nowhere.
-            problems.append(f"the validator raised {type(error).__name__}")
+        except UnjudgedError as error:  # Schemas may have references that lead nowhere.
+            problems.append(error.problem)
             valid = False
         if not valid:
             return "arguments do not fit the schema"

@@ -1,0 +1,69 @@
+"""Whether values are valid against the JSON schemas of strangers, by `jsonschema`.
+
+A regular expression in a schema may take for ever on some values, and holds Python's lock meanwhile: values are
+validated in a process of its own, which is killed where that takes too long.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+from lfm_jax.eval.benchmarks.worker import EndedError, TooSlowError, Worker
+
+SECONDS = 10.0
+"""Most time for one value; nearly all take less than a millisecond."""
+
+_PROCESS = Path(__file__).with_name("validator_process.py")
+
+
+class UnjudgedError(Exception):
+    """The validator says nothing of a value.
+
+    Attributes:
+      problem: why, in words that many values share.
+    """
+
+    def __init__(self, problem: str, message: str = ""):
+        super().__init__(f"{problem}: {message}" if message else problem)
+        self.problem = problem
+
+
+def is_valid(value: Any, schema: Any) -> bool:
+    """Whether a value is valid, formats included, by the draft that the schema names; nothing is fetched.
+
+    Raises:
+      UnjudgedError: the schema is not valid itself, or has a reference that leads out of it; or the validator took more
+        than SECONDS, or ended.
+    """
+    try:
+        verdict = _worker().ask([value, schema], SECONDS)
+    except TooSlowError as error:
+        raise UnjudgedError(f"the validator {error}") from None
+    except EndedError as error:
+        raise UnjudgedError(f"the validator ended with status {error.status}", error.said) from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UnjudgedError(f"the validator raised {type(error).__name__}", str(error)) from None
+    if "raised" in verdict:
+        raise UnjudgedError(f"the validator raised {verdict['raised']}", verdict["message"])
+    return verdict["valid"]
+
+
+@functools.cache
+def _worker() -> Worker:
+    # -P: the modules beside the process do not hide others of their names.
+    return Worker([sys.executable, "-P", str(_PROCESS)])
+
+
+def check_schema(schema: Any) -> str | None:
+    """Why a schema is none, by the draft that it names; None: it is one."""
+    from jsonschema.exceptions import SchemaError
+    from jsonschema.validators import Draft202012Validator, validator_for
+
+    try:
+        validator_for(schema, default=Draft202012Validator).check_schema(schema)
+    except SchemaError as error:
+        return error.message
+    return None
