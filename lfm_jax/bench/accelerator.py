@@ -70,7 +70,8 @@ def bench_accelerator(
         elif left < LEAST and size != "toy":
             say(f"{stage.name}: out of time")
         elif left > 0:
-            _run(stage, size, min(stage.seconds, left), log)
+            # Toy stages are no measurements: a slow machine may take its time for them.
+            _run(stage, size, left if size == "toy" else min(stage.seconds, left), log)
     return log.table()
 
 
