@@ -233,8 +233,8 @@ class Engine:
         What is asked from now on is answered as by a new engine.
 
         Args:
-          params: a plain dict, as `nnx.to_pure_dict` gives it. Without a mesh nothing is copied, and whoever donates
-            the arrays hands over others before the next request.
+          params: a plain dict, as `nnx.to_pure_dict` gives it. Without a mesh nothing is copied, except with
+            `EngineConfig.joined`, and whoever donates the arrays hands over others before the next request.
 
         Raises:
           ValueError: they are not those of this model in names, shapes or dtypes.

@@ -64,6 +64,8 @@ def joins(model: LFM) -> Joins:
 def joined_weights(params: Any, groups: Joins) -> Any:
     """Returns the parameters with weights that meet the same input as one matrix (`kernels.linear.joined`), except
     those that are no plain arrays: narrow ones, and those with an adapter."""
+    if not groups:
+        return params
     blocks = {i: dict(block) for i, block in params["blocks"].items()}
     for i, part, names in groups:
         ws = [blocks[i][part][name] for name in names]

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from lfm_jax.bench import accelerator
-from lfm_jax.bench.accelerator_stages import STAGES, Stage
+from lfm_jax.bench import accelerator, accelerator_stages
+from lfm_jax.bench.accelerator_stages import FULL, STAGES, Stage
 
 STAND_IN = """
 import json, pathlib, sys, time
@@ -137,3 +137,14 @@ def test_the_command_at_toy_size(tmp_path):
     wrong = subprocess.run([*command, "--stages", "none"], capture_output=True, text=True)
     assert wrong.returncode == 1
     assert wrong.stderr.startswith("lfm_jax.bench.accelerator: stages names none; choose from selfcheck, ")
+
+
+def test_the_shapes_of_the_full_size_are_those_that_the_aims_are_for():
+    sizes = {name: accelerator_stages._config(fields, "float32").num_params() for name, fields in (
+        ("model", FULL.model), ("moe", FULL.moe), ("speed_run", FULL.speed_run))}
+    assert sizes["model"] == 354_483_968
+    assert round(sizes["speed_run"] / 1e6) == 122
+    assert round(sizes["moe"] / 1e8) == 83
+    rows, T = FULL.speed_run_rows
+    assert rows * T * 8 == 2**19  # Tokens of a step of all eight GPUs.
+    assert rows % FULL.speed_run_parts == FULL.prompts * FULL.generations % FULL.grpo_parts == 0
