@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -60,11 +60,14 @@ class Check(NamedTuple):
     mesh: jax.sharding.Mesh | None = None
 
 
-def selfcheck() -> tuple[str, bool]:
+def selfcheck(kernels: Sequence[str] | None = None) -> tuple[str, bool]:
     """Compares forward pass and gradients of every kernel, and of its form over a mesh, with float64 numpy.
 
     Unless their number is chosen already (XLA_FLAGS, JAX_NUM_CPU_DEVICES, or JAX at work) it asks JAX for CPU_DEVICES
     CPU devices. Takes one to two minutes on two CPU cores; progress goes to stderr.
+
+    Args:
+      kernels: names of those to check; None: all.
 
     Returns:
       A Markdown report, and whether every row passed that could be tried here.
@@ -76,6 +79,8 @@ def selfcheck() -> tuple[str, bool]:
     lines = ["| kernel | implementation | forward | gradient | bound | |", "|---|---|---|---|---|---|"]
     ok = True
     for check in _checks(min(len(devices), MOST_DEVICES)):
+        if kernels is not None and check.kernel not in kernels:
+            continue
         print(f"selfcheck: {check.kernel} {check.impl}", file=sys.stderr)
         cells, passed = _row(check)
         lines.append(f"| {check.kernel} | {check.impl} | {cells} |")

@@ -263,11 +263,22 @@ def _throughput(model: LFM, toy: bool) -> str:
 
 
 def _row_of(model: LFM, prompt: int, made: int, concurrency: int) -> str:
+    rate, first = throughput(model, prompt, made, concurrency)
+    chip, share = chip_of(jax.devices()[0]), ""
+    if chip is not None:
+        bound = roofline(model.config, chip, prompt, made, concurrency)
+        share = f"{rate / bound:.0%} of {bound:,.0f}"
+    return f"| {prompt} / {made} | {concurrency} | {rate:,.0f} | {share} | {first * 1e3:.0f} ms |"
+
+
+def throughput(model: LFM, prompt: int, made: int, concurrency: int, **changes: Any) -> tuple[float, float]:
+    """Output tokens/s, prompts included in the time, and the median seconds to the first token. There are twice as many
+    requests as the concurrency below 256, and as many from there on; `changes` are fields of `EngineConfig`."""
     chunk, length = 512, prompt + made
     # As many prompts at once as have their scores in memory; above that attention goes by blocks, slow on a GPU.
     most = SCORE_BYTES // (4 * model.config.num_heads * chunk * length)
     config = EngineConfig(slots=((concurrency, length),), max_queue=10**6, steps=32, chunk=chunk,
-                          prefill_rows=max(1, min(32, most, concurrency)), fixed_rows=True)
+                          prefill_rows=max(1, min(32, most, concurrency)), fixed_rows=True, **changes)
     gc.collect()  # Slots of the row before must be gone.
     engine = Engine(model, config)
     requests = _requests(model.config, prompt, [made] * (2 * concurrency if concurrency < 256 else concurrency))
@@ -275,13 +286,7 @@ def _row_of(model: LFM, prompt: int, made: int, concurrency: int) -> str:
     began = time.perf_counter()
     clock = _run(engine, requests)
     seconds = time.perf_counter() - began
-    rate = clock.tokens / seconds
-    chip, share = chip_of(jax.devices()[0]), ""
-    if chip is not None:
-        bound = roofline(model.config, chip, prompt, made, concurrency)
-        share = f"{rate / bound:.0%} of {bound:,.0f}"
-    return (f"| {prompt} / {made} | {concurrency} | {rate:,.0f} | {share} | "
-            f"{statistics.median(clock.first) * 1e3:.0f} ms |")
+    return clock.tokens / seconds, statistics.median(clock.first)
 
 
 def _peer_on_accelerator(config: ModelConfig, shapes: Sequence[tuple[int, int]]) -> str:

@@ -282,13 +282,19 @@ def _measure(job: Job, deadline: float, environment: dict[str, str], measure: fl
 
 def _gpu_cells(job: Job, found: dict[str, Any]) -> list[str]:
     speed = job.tokens / found["step"]
-    share = mfu(3 * job.config.flops_per_token(job.T // max(job.documents, 1)), speed, [found["device"]])
+    share = utilisation(job, speed, found["device"])
     memory, compiled = found["device_bytes"], found["compile_seconds"]
     return [
         f"{speed:,.0f}", "" if share is None else f"{share:.1%}".replace("%", " %"), f"{found['step'] * 1e3:.1f} ms",
         "" if memory is None else f"{memory / 1e9:.1f} GB",
         f"{compiled:.0f} s" if compiled is not None else f"first step {found['first_seconds']:.0f} s",
     ]
+
+
+def utilisation(job: Job, speed: float, device: Any) -> float | None:
+    """MFU at so many tokens/s; of packed rows only the attention within documents counts. None: the peak of the
+    device, or of its `device_kind`, is not known."""
+    return mfu(3 * job.config.flops_per_token(job.T // max(job.documents, 1)), speed, [device])
 
 
 def _best_line(T: int, packed: bool, speed: float, name: str, other: tuple[float, str] | None) -> str:

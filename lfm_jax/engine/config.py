@@ -56,6 +56,11 @@ class EngineConfig:
     kv: Literal["model", "int8"] = "model"
     """What slots keep keys and values in: the dtype of the model, or int8 with a scale for each head of a token, which
     takes about half of bfloat16. Conv tails and recurrences keep theirs."""
+    joined: bool = False
+    """Whether the weights of queries, keys and values are one matrix, and so w1 and w3: fewer kernels in a step, which
+    few rows on a GPU spend much of their time launching. Results are the same but for rounding, on a CPU to the bit up
+    to 256 rows. The engine then holds a copy of these weights. Narrow weights and those with places for adapters stay
+    as they are; over a mesh it is refused."""
     adapters: int = 0
     """Places for adapters (LoRA). Requests of several may share a dispatch, and adapters come and go without a
     compilation; each step computes all places, used or not. 0: none."""
@@ -86,6 +91,8 @@ class EngineConfig:
             problems.append(f"kv is {self.kv!r}; choose model or int8")
         if self.logprobs_of not in ("model", "sampled"):
             problems.append(f"logprobs_of is {self.logprobs_of!r}; choose model or sampled")
+        if type(self.joined) is not bool:
+            problems.append(f"joined is {self.joined!r}; it must be true or false")
         raise_problems("EngineConfig is not valid", problems)
 
     def prompts_at_once(self, kind: tuple[int, int], width: int) -> list[int]:

@@ -34,6 +34,8 @@ from lfm_jax.engine.placement import (
     device_memory,
     fit_slots,
     give_back_memory,
+    joined_weights,
+    joins,
     memory_needed,
     place_replicas,
 )
@@ -94,12 +96,16 @@ class Engine:
         the drafted ones), continuations by their finish, not_finite (those among the failed ones whose logits were
         not)."""
         self._mesh, self._kinds = mesh, _kinds(params)
+        self._joins = joins(model) if config.joined else []
+        if self._joins and mesh is not None:
+            raise ValueError("joined is for one device: a mesh splits the heads of each weight; set it to False")
         self.adapters = Adapters(config)
         """Those that requests may name."""
         if config.adapters:  # Imported where it is used: it brings the tables of families, and benchmarks have none.
             from lfm_jax.adapters.trees import with_places
 
             params = with_places(model.config, params, config.adapters, config.adapter_rank)
+        params = joined_weights(params, self._joins)
         self._pools = [
             Pool(graphdef, placed, part, shape, config,
                  PrefixCache(config.chunk, config.prefix_cache_bytes // len(shapes)), self.counts)
@@ -227,8 +233,8 @@ class Engine:
         What is asked from now on is answered as by a new engine.
 
         Args:
-          params: a plain dict, as `nnx.to_pure_dict` gives it. Without a mesh nothing is copied, and whoever donates
-            the arrays hands over others before the next request.
+          params: a plain dict, as `nnx.to_pure_dict` gives it. Without a mesh nothing is copied, except with
+            `EngineConfig.joined`, and whoever donates the arrays hands over others before the next request.
 
         Raises:
           ValueError: they are not those of this model in names, shapes or dtypes.
@@ -245,7 +251,7 @@ class Engine:
 
             placed = [rebased(pool.params, params) for pool, params in zip(self._pools, placed, strict=True)]
         for pool, params in zip(self._pools, placed, strict=True):
-            pool.use(params)
+            pool.use(joined_weights(params, self._joins))
 
     def load_adapter(self, name: str, adapter: Adapter, source: str = "") -> None:
         """Takes an adapter of the model into a free place, whatever is under way; nothing is compiled. From any thread.

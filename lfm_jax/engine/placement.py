@@ -1,4 +1,4 @@
-"""Replicas of a model over a mesh, and the memory that an engine needs."""
+"""Weights as an engine holds them, replicas of a model over a mesh, and the memory that an engine needs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from lfm_jax.config import ModelConfig
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.slots import slot_shapes
 from lfm_jax.kernels.int8_slots import Int8Slots
-from lfm_jax.model import param_axes
+from lfm_jax.kernels.linear import joined
+from lfm_jax.model import LFM, param_axes
 from lfm_jax.sharding import make_mesh, shardings
 from lfm_jax.state import State
+from lfm_jax.weight_kinds import WeightKind
 
 
 def place_replicas(params: Any, config: ModelConfig, mesh: Mesh | None) -> list[tuple[Any, Mesh]]:
@@ -46,6 +48,30 @@ def place_replicas(params: Any, config: ModelConfig, mesh: Mesh | None) -> list[
         with jax.set_mesh(part):
             replicas.append((jax.device_put(params, shardings(params, param_axes(config))), part))
     return replicas
+
+
+Joins = list[tuple[int, str, tuple[str, ...]]]
+"""Layer, part of it (operator or feed_forward), and the names of weights that meet the same input."""
+
+
+def joins(model: LFM) -> Joins:
+    """Returns the weights of a model that `joined_weights` makes one."""
+    parts = [(i, part, getattr(getattr(block, part), "together", ()))
+             for i, block in enumerate(model.blocks) for part in ("operator", "feed_forward")]
+    return [(i, part, names) for i, part, names in parts if names]
+
+
+def joined_weights(params: Any, groups: Joins) -> Any:
+    """Returns the parameters with weights that meet the same input as one matrix (`kernels.linear.joined`), except
+    those that are no plain arrays: narrow ones, and those with an adapter."""
+    if not groups:
+        return params
+    blocks = {i: dict(block) for i, block in params["blocks"].items()}
+    for i, part, names in groups:
+        ws = [blocks[i][part][name] for name in names]
+        if not any(isinstance(w, WeightKind) for w in ws):
+            blocks[i][part] = {**blocks[i][part], **dict(zip(names, joined(ws), strict=True))}
+    return {**params, "blocks": blocks}
 
 
 TRAINED = 32_768

@@ -7,6 +7,7 @@ Dimensions: M rows, I inputs, O outputs; B batch, T time, V vocabulary, D width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,24 @@ def linear(
     y_OM = jnp.matmul(w_OI, x_MI.T, preferred_element_type=dtype)
     # Without the barrier XLA turns the transposed result back into x @ w^T.
     return lax.optimization_barrier(y_OM).T.reshape(*lead, *out)
+
+
+def linears(x: jax.Array, ws: Sequence[jax.Array | WeightKind], outputs: Sequence[int]) -> list[jax.Array]:
+    """Computes `linear` of x and each of some weights, [*out, I], with as many outputs along the first axis as said.
+
+    Of `joined` weights it is one product, which is cut: one kernel instead of several, where launching them is what a
+    product of few rows takes.
+    """
+    if ws[0].shape[0] == outputs[0]:
+        return [linear(x, w) for w in ws]
+    ends = [sum(outputs[: i + 1]) for i in range(len(outputs) - 1)]
+    return jnp.split(linear(x, ws[0]), ends, axis=x.ndim - 1)
+
+
+def joined(ws: Sequence[jax.Array]) -> list[jax.Array]:
+    """Returns weights, [*out, I], one behind another along their first axis in place of the first, and what is empty in
+    place of the others."""
+    return [jnp.concatenate(ws), *[w[:0] for w in ws[1:]]]
 
 
 def lookup(ids_BT: jax.Array, table_VD: jax.Array | WeightKind, dtype: str | jnp.dtype) -> jax.Array:

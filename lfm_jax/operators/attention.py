@@ -16,7 +16,7 @@ from flax import nnx
 from lfm_jax import state as state_lib
 from lfm_jax.config import ModelConfig
 from lfm_jax.kernels.int8_slots import Int8Slots, rounded_like
-from lfm_jax.kernels.linear import linear
+from lfm_jax.kernels.linear import linear, linears
 from lfm_jax.kernels.sharded import attention, decode_attention
 from lfm_jax.layers import HEADS_IN, OUT_HEADS, OUT_IN, RMSNorm, normal_param, rotary
 from lfm_jax.state import LayerState
@@ -104,6 +104,9 @@ class RollingKV(KV):
 class Attention(nnx.Module):
     """GQA, causal or over whole documents: project, norm per head, rotate, attend, gate per head, project."""
 
+    together = ("q_proj", "k_proj", "v_proj")
+    """Weights that meet the same input through `linears`."""
+
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         self.q_proj = normal_param(
@@ -121,6 +124,7 @@ class Attention(nnx.Module):
         self.gated = config.attention_gate
         if config.attention_gate:
             self.gate = normal_param(rngs, (N, D), ("heads", "width"), config, decay=True, matrix=OUT_IN, fan_in=D)
+        self.outputs = (N, K, K)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = RMSNorm(H, config)
@@ -138,9 +142,8 @@ class Attention(nnx.Module):
         state: KV | None,
     ) -> tuple[jax.Array, KV | None]:
         """One call for full pass, chunk and single token. Rows are aligned (`state.align`)."""
-        q_BTNH = linear(x_BTD, self.q_proj[...])
-        k_BTKH = linear(x_BTD, self.k_proj[...])
-        v_BTKH = linear(x_BTD, self.v_proj[...])
+        weights = self.q_proj[...], self.k_proj[...], self.v_proj[...]
+        q_BTNH, k_BTKH, v_BTKH = linears(x_BTD, weights, self.outputs)
         if self.qk_norm:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         q_BTNH = rotary(q_BTNH, positions_BT, self.theta, self.fraction)

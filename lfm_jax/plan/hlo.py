@@ -92,24 +92,25 @@ class Module:
 
         Of a conditional all branches count, which is the upper bound.
         """
-        return list(self._walk(self.entry, 1.0))
+        return list(self.walk(self.entry, 1.0))
 
-    def _walk(self, name: str, times: float) -> Iterator[tuple[Computation, Instruction, float]]:
+    def walk(self, name: str, times: float) -> Iterator[tuple[Computation, Instruction, float]]:
+        """Every instruction that a computation runs, outside fusions, when it runs so many times (see `executed`)."""
         computation = self.computations[name]
         for instruction in computation.values():
             opcode = instruction.opcode
             if opcode == "while":
                 count = self._trip_count(computation, instruction)
-                yield from self._walk(_required(instruction, "body"), times * count)
+                yield from self.walk(_required(instruction, "body"), times * count)
             elif opcode in ("call", "call-start"):  # The latter on another core of the chip (TPU7x: sparsecore).
-                yield from self._walk(_required(instruction, "to_apply"), times)
+                yield from self.walk(_required(instruction, "to_apply"), times)
             elif opcode == "conditional":
                 listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.text)
                 branches = _NAME.findall(listed[1]) if listed else [
                     _required(instruction, "true_computation"), _required(instruction, "false_computation")
                 ]
                 for branch in branches:
-                    yield from self._walk(branch, times)
+                    yield from self.walk(branch, times)
             else:
                 yield computation, instruction, times
 

@@ -1,11 +1,7 @@
-"""Group-relative policy optimisation: prompts, the model's own answers to them, and rewards.
-
-Dimensions: B answers of an optimizer step, one a row; T time.
-"""
+"""Group-relative policy optimisation: prompts, the model's own answers to them, and rewards."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -14,24 +10,19 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lfm_jax.config import ModelConfig
-from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.data.chats import OPENERS
 from lfm_jax.data.prompts import Prompt, read_prompts
 from lfm_jax.data.sources import find_files
-from lfm_jax.kernels.logprobs import token_logprobs
-from lfm_jax.model import LFM
-from lfm_jax.post.policy_gradient import LogProbs, Normalisation, policy_gradient_loss, policy_gradient_weight
+from lfm_jax.post.answers import PolicyGradient
 from lfm_jax.post.rewards import REWARDS, Rewards
 from lfm_jax.post.rollouts import Example, Rollouts
 from lfm_jax.post.tuning import Tuning
 from lfm_jax.problems import raise_problems
 from lfm_jax.text.chat import DEFAULT_TEMPLATE, encode_chat
 from lfm_jax.text.templates import compiled_template
-from lfm_jax.train.objective import BatchArray, DeviceBatch, Terms
 from lfm_jax.train.step import BASE
 
 if TYPE_CHECKING:
@@ -39,68 +30,6 @@ if TYPE_CHECKING:
 
 OURS = ("file", "line", "reply")
 """Keys that rewards get beside those of a prompt: where it stands, and all that the model wrote."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicyGradient:
-    """GRPO's clipped objective (`policy_gradient_loss`) over answers, one a row, padding at the right end.
-
-    `mismatch/mean` and `mismatch/max` are of |log(policy / behaviour)|. In the first step on a rollout that is how far
-    engine and trainer are apart; in later ones it has the change of the policy in it.
-    """
-
-    temperature: float = 1.0
-    epsilon_low: float = 0.2
-    epsilon_high: float = 0.2
-    normalisation: Normalisation = "token"
-    max_tokens: int | None = None
-    """Most tokens of an answer; for `constant` only."""
-    beta: float = 0.0
-    loss_chunk: int = 512
-
-    @property
-    def others(self) -> tuple[str, ...]:
-        return (BASE,) if self.beta else ()
-
-    @property
-    def arrays(self) -> dict[str, BatchArray]:
-        """Those of packed rows, with targets in the answer alone; the log-probability that each target was sampled
-        with, float32 [B, T]; and advantages, float32 [B]."""
-        rows = {name: BatchArray() for name in ("tokens", "targets", "segment_ids")}
-        return rows | {"behaviour": BatchArray(dtype="float32"), "advantages": BatchArray(("batch",), "float32")}
-
-    def tokens(self, T: int) -> int:
-        return T
-
-    def weight(self, batch: DeviceBatch) -> jax.Array:
-        return policy_gradient_weight(batch["targets"] != LOSS_IGNORE, normalisation=self.normalisation)
-
-    def real_tokens(self, batch: DeviceBatch) -> jax.Array | int:
-        return jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32)
-
-    def __call__(self, model: LFM, batch: DeviceBatch, others: Mapping[str, LFM] | None = None) -> Terms:
-        model.config.need_causal("policy gradients")
-        hidden_BTD, aux = model.hidden(batch["tokens"], None, batch["segment_ids"])
-        policy_BT = self._logprobs(model, hidden_BTD, batch)
-        reference_BT = None
-        if self.beta:
-            assert others is not None  # An objective with `others` gets them.
-            hidden_BTD, _ = others[BASE].hidden(batch["tokens"], None, batch["segment_ids"])
-            reference_BT = self._logprobs(others[BASE], hidden_BTD, batch)
-        found = policy_gradient_loss(
-            LogProbs(policy_BT, batch["behaviour"], reference_BT), batch["advantages"],
-            batch["targets"] != LOSS_IGNORE, epsilon_low=self.epsilon_low, epsilon_high=self.epsilon_high,
-            normalisation=self.normalisation, max_tokens=self.max_tokens, beta=self.beta,
-        )
-        sums = dict(found.sums)
-        sums["mismatch/mean"] = sums.pop("mismatch")
-        return Terms(found.total, sums, aux, {"mismatch/max": found.largest_log_ratio})
-
-    def _logprobs(self, model: LFM, hidden_BTD: jax.Array, batch: DeviceBatch) -> jax.Array:
-        with jax.named_scope("loss"):
-            return token_logprobs(
-                hidden_BTD, model.head_VD, batch["targets"], chunk=self.loss_chunk, temperature=self.temperature
-            )
 
 
 def grpo_objective(config: TuneConfig) -> PolicyGradient:

@@ -17,12 +17,13 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
-from lfm_jax.data.batch import FILL, Batch
+from lfm_jax.data.batch import Batch
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.engine import Engine
 from lfm_jax.engine.request import Continuation, Request
 from lfm_jax.files import write_whole
 from lfm_jax.model import abstract_model
+from lfm_jax.post.answers import Answer, rows_of
 from lfm_jax.post.policy_gradient import group_advantages
 from lfm_jax.post.rewards import Rewarded, Rewards
 from lfm_jax.stacking import unstack_layers
@@ -44,20 +45,6 @@ class Example(NamedTuple):
     ids: list[int]
     judged: Mapping[str, Any]
     """What rewards see of it."""
-
-
-class Answer(NamedTuple):
-    """An answer, ready to be learnt from; lists and numbers, fit for JSON."""
-
-    ids: list[int]
-    """Those of the prompt and its own."""
-    prompt: int
-    """How many are the prompt's."""
-    logprobs: list[float]
-    """That its tokens were sampled with."""
-    advantage: float
-    learnt: bool
-    """False where it was cut off and shall not count."""
 
 
 class Rollouts:
@@ -235,21 +222,6 @@ class Samples:
         self._begun = True
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"rollout": rollout, **x}, ensure_ascii=False) + "\n" for x in records)
-
-
-def rows_of(answers: Sequence[Answer], T: int) -> Batch:
-    """The arrays of `grpo.PolicyGradient`: one answer a row, with its prompt; padding at the right end."""
-    B = len(answers)
-    batch = {name: np.full((B, T), FILL.get(name, 0), np.int32) for name in ("tokens", "targets", "segment_ids")}
-    behaviour_BT = np.zeros((B, T), np.float32)
-    for b, answer in enumerate(answers):
-        end = len(answer.ids) - 1
-        batch["tokens"][b, :end], batch["segment_ids"][b, :end] = answer.ids[:-1], 1
-        if answer.learnt:
-            batch["targets"][b, answer.prompt - 1 : end] = answer.ids[answer.prompt :]
-            behaviour_BT[b, answer.prompt - 1 : end] = answer.logprobs
-    advantages_B = np.array([answer.advantage for answer in answers], np.float32)
-    return batch | {"behaviour": behaviour_BT, "advantages": advantages_B}
 
 
 def _pairs(examples: Sequence[Example], groups: Sequence[Sequence[Continuation]]) -> list[tuple[Example, Continuation]]:

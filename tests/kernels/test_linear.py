@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lfm_jax.kernels.linear import FEW_ROWS, linear
+from lfm_jax.kernels.linear import FEW_ROWS, joined, linear, linears
 
 SHAPES = {  # x, w, inputs
     "matrix": ((3, 5, 8), (12, 8), 1),
@@ -29,6 +29,15 @@ def test_equals_float64_forward_and_gradient(shape, impl):
     g2 = g.reshape(-1, int(np.prod(w_shape[:-inputs])))
     np.testing.assert_allclose(dx, (g2 @ w64.reshape(-1, n_in)).reshape(x_shape), atol=1e-5)
     np.testing.assert_allclose(dw, (g2.T @ x64.reshape(-1, n_in)).reshape(w_shape), atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, FEW_ROWS + 1])
+def test_products_of_joined_weights_are_those_of_each(rows):
+    keys = jax.random.split(jax.random.key(0), 4)
+    ws = [jax.random.normal(key, (n, 4, 8)) for key, n in zip(keys, (3, 2, 1), strict=False)]
+    x = jax.random.normal(keys[3], (rows, 1, 8))
+    for y, w in zip(linears(x, joined(ws), (3, 2, 1)), ws, strict=True):
+        np.testing.assert_allclose(y, linear(x, w), atol=1e-5)
 
 
 @pytest.mark.parametrize("impl", ["dot", "left"])

@@ -12,8 +12,8 @@ from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.engine import Engine
 from lfm_jax.engine.request import Request
 from lfm_jax.kernels.logprobs import token_logprobs
-from lfm_jax.post.grpo import PolicyGradient
-from lfm_jax.post.rollouts import Answer, Samples, rows_of
+from lfm_jax.post.answers import Answer, PolicyGradient, rows_of
+from lfm_jax.post.rollouts import Samples
 from lfm_jax.sampling import Sampling
 from lfm_jax.testing import tiny_model
 
