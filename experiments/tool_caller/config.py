@@ -81,6 +81,9 @@ class Life:
     """Turns that our server answers."""
     slots: int = 16
     """Texts that are generated side by side."""
+    measured: tuple[str, ...] = ("pretrain", "long", "sft", "prefer", "prefer-Q8_0", "prefer-Q4_0", "narrow")
+    """Stations that are measured; `prefer` and `narrow` must be among them, since engines are compared on their
+    turns."""
     repeats: int = 3
     """Measurements of memory and speed, each in a process of its own."""
 
@@ -94,6 +97,8 @@ class Life:
             problems.append(f"long_context is {self.long_context}; it must be at least context, {self.context}")
         if not self.widths or any(width < 32 or width % 32 for width in self.widths):
             problems.append(f"widths is {self.widths}; name multiples of 32: blocks of GGUF files have 32 numbers")
+        if not {"prefer", "narrow"} <= set(self.measured):
+            problems.append(f"measured is {self.measured}; it must have prefer and narrow")
         raise_problems("Life is not valid", problems)
 
     @property

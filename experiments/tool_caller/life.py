@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +41,8 @@ from tool_caller.speed import Case, speed
 
 FREE = ("out", "page", "llama_cpp", "books", "dialogues", "schemas", "repeats", "minutes")
 """Settings that may change while a life goes on."""
-BEGAN = "0"
+BEGAN = "0 0"
+MEASURED = "measured-"
 
 
 class Stopped(Exception):
@@ -95,8 +97,7 @@ def live(life: Life, command: str) -> None:
         say(f"{number} of {len(steps)}: {step.name}", who="tool_caller")
         with _Clock(path.with_suffix(".seconds")) as clock:
             found = step.do()
-        write_whole(path, json.dumps({"seconds": clock.total(), "interrupted": clock.before, "found": found},
-                                     indent=1) + "\n")
+        write_whole(path, json.dumps({**clock.record(), "found": found}, indent=1) + "\n")
         jax.clear_caches()  # The next one has other shapes.
     where = pages.write(life, command, conditions("lfm_jax", "jax", "flax", "optax", "lm_eval", "transformers"))
     say(f"the page: {where}", who="tool_caller")
@@ -118,25 +119,35 @@ def _check(life: Life) -> None:
 
 
 class _Clock:
-    """The seconds of a step over all its attempts; a kill -9 loses those of its own."""
+    """Seconds, and seconds of processors, of a step over all its attempts; a kill -9 loses those of its own."""
 
     def __init__(self, path: Path):
         self._path = path
-        rows = path.read_text().split() if path.exists() else []
-        self._spent, self.before = sum(map(float, rows)), rows.count(BEGAN)
+        rows = path.read_text().splitlines() if path.exists() else []
+        self.before = rows.count(BEGAN)
+        """Earlier attempts."""
+        self._spent = [sum(map(float, column)) for column in zip(*(row.split() for row in rows), strict=True)] or [0, 0]
 
     def __enter__(self) -> _Clock:
-        self._began = time.monotonic()
-        with self._path.open("a") as file:
-            file.write(f"{BEGAN}\n")  # An attempt, also where it is killed.
+        self._began = _now()
+        self._add(BEGAN)  # Also where it is killed.
         return self
 
-    def total(self) -> float:
-        return self._spent + time.monotonic() - self._began
+    def record(self) -> dict[str, float]:
+        seconds, processor = (spent + now - began
+                              for spent, now, began in zip(self._spent, _now(), self._began, strict=True))
+        return {"seconds": seconds, "processor_seconds": processor, "interrupted": self.before}
 
     def __exit__(self, *_: object) -> None:
+        self._add(" ".join(str(now - began) for now, began in zip(_now(), self._began, strict=True)))
+
+    def _add(self, row: str) -> None:
         with self._path.open("a") as file:
-            file.write(f"{time.monotonic() - self._began}\n")
+            file.write(f"{row}\n")
+
+
+def _now() -> tuple[float, float]:
+    return time.monotonic(), sum(os.times()[:4])
 
 
 class Stations:
@@ -154,18 +165,18 @@ class Stations:
         B = max(1, life.batch_tokens // life.long_context)
         chats = str(life.data / "chats" / "chats.jsonl")
         rows = ["--data.seq-len", str(life.long_context), "--data.batch-size", str(B)]
-        tuned = dict(chats=[*rows, "--data.sources", chats],
+        learnt = dict(chats=[*rows, "--data.sources", chats],
                      pairs=[*rows, "--data.sources", str(life.home / "pairs" / "pairs.jsonl")])
-        return [
+        steps = [
             Step("prepare", lambda: prepare.prepare(life), shared=True),
             Step("size", lambda: size.choose(life), shared=True),
             Step("pretrain", self.pretrain), self._measured("pretrain", tuned=False),
             Step("long", self.long), self._measured("long", ("pretrain",), tuned=False),
-            Step("sft", lambda: self._tuned("sft", "long", tuned["chats"])), self._measured("sft", ("long",)),
+            Step("sft", lambda: self._tuned("sft", "long", learnt["chats"])), self._measured("sft", ("long",)),
             Step("pairs", lambda: pairs.make_pairs(life, runs["sft"], life.home / "pairs")),
-            Step("prefer", lambda: self._tuned("prefer", "sft", tuned["pairs"])), self._measured("prefer", ("sft",)),
+            Step("prefer", lambda: self._tuned("prefer", "sft", learnt["pairs"])), self._measured("prefer", ("sft",)),
             Step("narrow", lambda: self._tuned("narrow", "prefer", [
-                *tuned["chats"], "--distill.teacher", str(runs["prefer"])])),
+                *learnt["chats"], "--distill.teacher", str(runs["prefer"])])),
             Step("files", self.export),
             self._measured("prefer-Q8_0", ("prefer",)), self._measured("prefer-Q4_0", ("prefer",)),
             self._measured("narrow", ("prefer", "prefer-Q4_0")),
@@ -174,6 +185,8 @@ class Stations:
                 life, files["narrow-Q4_0"], self._at("narrow"), life.home / "served")),
             Step("speed", self.speed),
         ]
+        return [step for step in steps if step.name.removeprefix(MEASURED) == step.name
+                or step.name.removeprefix(MEASURED) in life.measured]
 
     # ------------------------------------------------------------ training
 
@@ -244,10 +257,10 @@ class Stations:
             gave = {other: measure.gave(self._at(other), self._at(name),
                                         (measure.TEXT, measure.PLAIN, measure.CONSTRAINED)
                                         if (self._at(other) / measure.CONSTRAINED).exists() else (measure.TEXT,))
-                    for other in before}
+                    for other in before if other in self.life.measured}
             return {"scores": scores, "gave": gave}
 
-        return Step(f"measured-{name}", do)
+        return Step(f"{MEASURED}{name}", do)
 
     def export(self) -> dict[str, Any]:
         """`lfm export` and `lfm convert` of the two last runs; returns sizes in bytes."""

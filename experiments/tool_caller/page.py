@@ -83,11 +83,12 @@ READ = """
 
 def _how(results: Mapping[str, Any], seeds: Sequence[Steps]) -> str:
     life, data = results["life"], seeds[0]["prepare"]["found"]
-    minutes = sum(record["seconds"] for record in seeds[0].values()) / 60
+    minutes, work = (sum(record[key] for record in seeds[0].values()) / 60 for key in ("seconds", "processor_seconds"))
     return "\n".join([
         "## How it was run", "", "<!-- not run: hours -->", "```console", f"$ {results['command']}", "```", "",
         f"- Machine and versions: {results['conditions']}",
-        f"- Seeds: {', '.join(results['seeds'])}; the first took {minutes:.0f} minutes in all",
+        f"- Seeds: {', '.join(results['seeds'])}; the first took {minutes:.1f} minutes in all, and {work:.1f} of "
+        "processors",
         f"- Text: {data['train_bytes'] / 1e6:.1f} MB to train on, of it {data['training_dialogues']:,} dialogues; held "
         f"out: {', '.join(data['heldout_books'])}, of which {data['passages']} passages are measured",
         f"- Tokenizer: {life['vocab_size']:,} ids, {data['bytes_per_token']:.2f} bytes of held-out text a token",
@@ -143,13 +144,14 @@ def _cost(seeds: Sequence[Steps]) -> str:
     for name, steps in WORK.items():
         minutes = [sum(seed[step]["seconds"] for step in steps) / 60 for seed in seeds]
         found = seeds[0][name]["found"]
+        work = [sum(seed[step]["processor_seconds"] for step in steps) / 60 for seed in seeds]
         rows.append([f"`{name}`", f"{found['steps']:,}", f"{found['tokens']:,}", f"{_mean(minutes):.1f}",
-                     f"{found['loss'][0]:.3f} to {found['loss'][1]:.3f}"])
+                     f"{_mean(work):.1f}", f"{found['loss'][0]:.3f} to {found['loss'][1]:.3f}"])
     pairs = seeds[0]["pairs"]["found"]
     measured = [sum(record["seconds"] for step, record in seed.items() if step.startswith("measured")) / 60
                 for seed in seeds]
     return "\n\n".join([
-        "## What each station cost", _table(["station", "steps", "tokens", "minutes", "loss"], rows),
+        "## What each station cost", _table(["station", "steps", "tokens", "minutes", "of processors", "loss"], rows),
         f"Preferences: {pairs['answers']:,} answers to {pairs['turns']:,} turns were sampled, of which "
         f"{pairs['right'] / pairs['answers']:.1%} were right; {pairs['pairs']:,} pairs, in "
         f"{pairs['chosen is sampled']:,} of which the chosen answer is the model's own. Measuring took "

@@ -19,6 +19,7 @@ from lfm_jax.files import say, write_whole
 from lfm_jax.post.rewards import tool_call
 from lfm_jax.text.tools import parse_tool_calls
 from tool_caller.config import Life
+from tool_caller.prepare import SPECIAL
 
 MOST = 128
 """Tokens of an answer."""
@@ -58,7 +59,8 @@ def make_pairs(life: Life, model: Path, out: Path) -> dict[str, Any]:
             if time.monotonic() > ends or (life.steps and pairs):
                 break
     if not pairs:
-        raise ValueError(f"every answer to {asked} turns was right: there is nothing to prefer; raise minutes.pairs")
+        raise ValueError(f"answers to {asked} turns gave no pair of a right and a wrong one; raise minutes.pairs or "
+                         "samples")
     write_whole(out / "pairs.jsonl", "".join(json.dumps(pair["line"], ensure_ascii=False) + "\n" for pair in pairs))
     return {"turns": asked, "answers": asked * life.samples, "right": right, "pairs": len(pairs),
             **{name: sum(pair["of"] == name for pair in pairs) for name in OWN}}
@@ -76,9 +78,10 @@ def _pair(doc: dict[str, Any], judged: list[tuple[str, float]]) -> Iterator[dict
 
 
 def _message(doc: dict[str, Any], text: str) -> dict[str, Any] | None:
-    """An answer as a message; None where there is nothing in it."""
+    """An answer as a message, without marks that no chat may hold; None where nothing is in it."""
     content, calls = parse_tool_calls(text, doc["tools"])
-    if not calls and not content.strip():
+    content = SPECIAL.sub("", content)
+    if not (calls or content.strip()) or SPECIAL.search(str(calls)):
         return None
     made = _calls([{"name": call.name, "arguments": call.arguments} for call in calls])
     return {"role": "assistant", **({"content": content} if content.strip() else {}),

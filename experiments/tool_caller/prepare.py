@@ -46,7 +46,8 @@ doc_to_text: ""
 doc_to_target: "{{text}}"
 metric_list: [{metric: bits_per_byte}]
 """
-_SPECIAL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+SPECIAL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+"""Names of special tokens, which stand in no text that is learnt from."""
 
 
 def prepare(life: Life) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def plain_text(chat: dict[str, Any]) -> str:
             message["tool_calls"] = [call | {"arguments": json.loads(call["arguments"])} for call in calls]
     text = render_chat(DEFAULT_TEMPLATE, with_calls(DEFAULT_TEMPLATE, messages), tools=chat["tools"],
                        add_generation_prompt=False, bos_token="")
-    return _SPECIAL.sub("", text)
+    return SPECIAL.sub("", text)
 
 
 def _schemas(life: Life) -> dict[str, Any]:
