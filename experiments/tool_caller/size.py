@@ -28,6 +28,8 @@ FFN_RATIO = 2.5
 """Both of the study, whose models the law was fitted to."""
 WARM, TIMED = 2, 5
 """Steps."""
+TRIES = 3
+"""Widths that are timed, at most, until the one that was timed is the one that is chosen."""
 
 
 def choose(life: Life) -> dict[str, Any]:
@@ -36,14 +38,19 @@ def choose(life: Life) -> dict[str, Any]:
     A width has as many tokens as its pre-training can see: rate times minutes over the FLOPs of one.
     """
     law = fit(arms_of(read_results(STUDY)), resamples=0).law
-    rate = 1e9 * (life.rate or timed_rate(life, life.widths[len(life.widths) // 2]))
-    C = rate * 60 * life.minutes.pretrain
-    rows = []
-    for width in life.widths:
-        config = model_of(life, width)
-        N, D = config.num_params(), int(C / (3 * config.flops_per_token(life.context)))
-        rows.append({"width": width, "parameters": N, "tokens": D, "expected_loss": float(law(N, D))})
-    best = min(rows, key=lambda row: row["expected_loss"])
+    width = life.widths[len(life.widths) // 2]
+    for _ in range(TRIES):
+        rate = 1e9 * (life.rate or timed_rate(life, width))
+        C = rate * 60 * life.minutes.pretrain
+        rows = []
+        for each in life.widths:
+            config = model_of(life, each)
+            N, D = config.num_params(), int(C / (3 * config.flops_per_token(life.context)))
+            rows.append({"width": each, "parameters": N, "tokens": D, "expected_loss": float(law(N, D))})
+        best = min(rows, key=lambda row: row["expected_loss"])
+        if life.rate or best["width"] == width:
+            break
+        width = best["width"]  # Its own rate is another one.
     return {"width": best["width"], "parameters": best["parameters"], "tokens": best["tokens"], "rate": rate,
             "flops": C, "law": {name: getattr(law, name) for name in ("E", "A", "alpha", "B", "beta")}, "widths": rows,
             "pattern": life.pattern}
