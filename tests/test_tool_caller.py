@@ -65,4 +65,4 @@ def check(steps):
         assert "unexplained" not in row["exceptions"]
     assert rows["narrow", "lfm_jax"]["equal"] == rows["narrow", "lfm_jax"]["turns"]
     assert found["served"]["equal"] == found["served"]["turns"]
-    assert [row["engine"] for row in found["speed"]] == ["lfm_jax", "lfm_jax"]
+    assert [row["engine"] for row in found["speed"]] == ["lfm_jax"]

@@ -8,6 +8,10 @@ from pathlib import Path
 from lfm_jax.problems import raise_problems
 
 HERE = Path(__file__).parent
+STATIONS = ("pretrain", "long", "sft", "prefer", "prefer-Q8_0", "prefer-Q4_0", "narrow")
+"""What can be measured, in order."""
+BLOCKS = {"prefer": "prefer-Q8_0", "narrow": "narrow-Q4_0"}
+"""The file in blocks that other engines run, by the station that it is made of."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,9 +85,12 @@ class Life:
     """Turns that our server answers."""
     slots: int = 16
     """Texts that are generated side by side."""
-    measured: tuple[str, ...] = ("pretrain", "long", "sft", "prefer", "prefer-Q8_0", "prefer-Q4_0", "narrow")
-    """Stations that are measured; `prefer` and `narrow` must be among them, since engines are compared on their
-    turns."""
+    measured: tuple[str, ...] = STATIONS
+    """Stations that are measured; those of `equal`, and `narrow`, must be among them."""
+    equal: tuple[str, ...] = tuple(BLOCKS)
+    """Stations whose weights all engines answer with."""
+    forms: tuple[str, ...] = ("float32", "w8a8")
+    """Forms of weights in which memory and speed are measured here."""
     repeats: int = 3
     """Measurements of memory and speed, each in a process of its own."""
 
@@ -97,8 +104,11 @@ class Life:
             problems.append(f"long_context is {self.long_context}; it must be at least context, {self.context}")
         if not self.widths or any(width < 32 or width % 32 for width in self.widths):
             problems.append(f"widths is {self.widths}; name multiples of 32: blocks of GGUF files have 32 numbers")
-        if not {"prefer", "narrow"} <= set(self.measured):
-            problems.append(f"measured is {self.measured}; it must have prefer and narrow")
+        for name, known in (("measured", STATIONS), ("equal", tuple(BLOCKS))):
+            if unknown := sorted({*getattr(self, name)} - {*known}):
+                problems.append(f"{name} has {', '.join(unknown)}; choose among {', '.join(known)}")
+        if not {*self.equal, "narrow"} <= set(self.measured):
+            problems.append(f"measured is {self.measured}; it must have narrow and all of equal, {self.equal}")
         raise_problems("Life is not valid", problems)
 
     @property

@@ -36,7 +36,7 @@ from lfm_jax.train.launch import FAILED, STOPPED
 from lfm_jax.train.metrics import read_metrics
 from tool_caller import engines, measure, pairs, prepare, size, toy
 from tool_caller import page as pages
-from tool_caller.config import HERE, Life
+from tool_caller.config import BLOCKS, HERE, Life
 from tool_caller.speed import Case, speed
 
 FREE = ("out", "page", "llama_cpp", "books", "dialogues", "schemas", "repeats", "minutes")
@@ -279,14 +279,14 @@ class Stations:
 
     def engines(self) -> list[dict[str, Any]]:
         rows = []
-        for name, blocks in (("prefer", "prefer-Q8_0"), ("narrow", "narrow-Q4_0")):
+        for name in self.life.equal:
             weights = engines.Weights(name, self.runs[name], self._at(name), self.hugging_face[name],
-                                      self.files[f"{name}-F32"], self.files[blocks], exact=name == "narrow")
+                                      self.files[f"{name}-F32"], self.files[BLOCKS[name]], exact=name == "narrow")
             rows += engines.same_calls(self.life, weights, self.life.home / "engines")
         return rows
 
     def speed(self) -> list[dict[str, Any]]:
         files = self.files
-        cases = [Case("lfm_jax", files["narrow-F32"], "float32"), Case("lfm_jax", files["prefer-Q8_0"], "w8a8")]
+        cases = [Case("lfm_jax", files["prefer-Q8_0"], how) for how in self.life.forms]
         cases += [Case("llama.cpp", files[name], "mapped") for name in ("narrow-F32", "prefer-Q8_0", "narrow-Q4_0")]
         return speed(self.life, cases, self.life.home / "speed.jsonl")
