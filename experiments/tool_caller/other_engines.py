@@ -9,6 +9,7 @@ its own. Ends with status 3 where the engine is not installed.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -24,7 +25,7 @@ def of_transformers(path: str, stop: list[int], most: int, length: int) -> Answe
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
     def answer(text: str) -> tuple[list[int], list[int]]:
         prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -37,8 +38,7 @@ def of_transformers(path: str, stop: list[int], most: int, length: int) -> Answe
 
 
 def of_llama_cpp(path: str, stop: list[int], most: int, length: int) -> Answer:
-    import llama_cpp
-
+    llama_cpp = importlib.import_module("llama_cpp")
     silent = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(silent, None)
     model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
@@ -70,9 +70,8 @@ def of_llama_cpp(path: str, stop: list[int], most: int, length: int) -> Answer:
         count = llama_cpp.llama_tokenize(vocab, data, len(data), room, len(room), False, True)
         prompt = list(room[:count])
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        for start in range(0, len(prompt), 512):
-            token = decode(prompt[start : start + 512], start)
-        made = [token]
+        likeliest = [decode(prompt[start : start + 512], start) for start in range(0, len(prompt), 512)]
+        made = likeliest[-1:]
         while made[-1] not in stop and len(made) < most:
             made.append(decode(made[-1:], len(prompt) + len(made) - 1))
         return prompt, made

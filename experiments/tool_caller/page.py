@@ -107,7 +107,7 @@ def _size(seeds: Sequence[Steps]) -> str:
         "## How large",
         f"The law of [intelligence_density](../ablations/intelligence_density/report/README.md), L = {law['E']:.2f} + "
         f"{law['A']:.0f} / N^{law['alpha']:.2f} + {law['B']:.0f} / D^{law['beta']:.2f}, chooses the width whose loss "
-        f"is lowest for the {found['flops']:.2e} FLOPs that pre-training has, at {found['rate'] / 1e9:.0f} GFLOP/s. "
+        f"is lowest for the {found['flops']:.2e} FLOPs that pre-training has, at {found['gflops']:.0f} GFLOP/s. "
         f"The layers are `{found['pattern']}`. The law was fitted to runs of 4e11 to 3.2e12 FLOPs and a vocabulary of "
         "512, so that this is far outside; its losses are no forecast of the bits per byte below.",
         _table(["width", "parameters", "tokens", "tokens a parameter", "loss by the law"], rows),

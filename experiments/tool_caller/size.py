@@ -5,6 +5,7 @@ Dimensions: N parameters, D training tokens, C training FLOPs, B rows, T time.
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from lfm_jax.ablate.pattern import parse_pattern
 from lfm_jax.ablate.report import arms_of
 from lfm_jax.ablate.results import RESULTS, read_results
-from lfm_jax.ablate.scaling import fit
+from lfm_jax.ablate.scaling import Law, fit
 from lfm_jax.config import ModelConfig
 from lfm_jax.pretrain.config import TrainConfig
 from lfm_jax.recipe import load_recipe, model_flags
@@ -29,31 +30,40 @@ FFN_RATIO = 2.5
 WARM, TIMED = 2, 5
 """Steps."""
 TRIES = 3
-"""Widths that are timed, at most, until the one that was timed is the one that is chosen."""
+"""Chosen widths that are timed, at most, until the one that was timed is chosen again."""
 
 
 def choose(life: Life) -> dict[str, Any]:
-    """The width with the lowest loss that the law expects, and what it expects of all; plain data.
-
-    A width has as many tokens as its pre-training can see: rate times minutes over the FLOPs of one.
-    """
+    """The width with the lowest loss that the law expects, and what it expects of all; plain data."""
     law = fit(arms_of(read_results(STUDY)), resamples=0).law
-    width = life.widths[len(life.widths) // 2]
-    for _ in range(TRIES):
-        rate = 1e9 * (life.rate or timed_rate(life, width))
-        C = rate * 60 * life.minutes.pretrain
-        rows = []
-        for each in life.widths:
-            config = model_of(life, each)
-            N, D = config.num_params(), int(C / (3 * config.flops_per_token(life.context)))
-            rows.append({"width": each, "parameters": N, "tokens": D, "expected_loss": float(law(N, D))})
-        best = min(rows, key=lambda row: row["expected_loss"])
-        if life.rate or best["width"] == width:
+    rate = life.rate or timed_rate(life, life.widths[len(life.widths) // 2])
+    rows, best = _expected(life, law, rate)
+    for _ in range(0 if life.rate else TRIES):  # The chosen width has a rate of its own.
+        width = int(best["width"])
+        rate = timed_rate(life, width)
+        rows, best = _expected(life, law, rate)
+        if best["width"] == width:
             break
-        width = best["width"]  # Its own rate is another one.
-    return {"width": best["width"], "parameters": best["parameters"], "tokens": best["tokens"], "rate": rate,
-            "flops": C, "law": {name: getattr(law, name) for name in ("E", "A", "alpha", "B", "beta")}, "widths": rows,
-            "pattern": life.pattern}
+    return {**best, "gflops": rate, "flops": _budget(life, rate), "widths": rows, "pattern": life.pattern,
+            "law": dataclasses.asdict(law)}
+
+
+def _expected(life: Life, law: Law, rate: float) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What the law expects of each width, and the best one.
+
+    A width has as many tokens as its pre-training can see: the FLOPs of all its minutes over those of one.
+    """
+    rows = []
+    for width in life.widths:
+        config = model_of(life, width)
+        N, D = config.num_params(), int(_budget(life, rate) / (3 * config.flops_per_token(life.context)))
+        rows.append({"width": width, "parameters": N, "tokens": D, "expected_loss": float(law(N, D))})
+    return rows, min(rows, key=lambda row: row["expected_loss"])
+
+
+def _budget(life: Life, rate: float) -> float:
+    """C of pre-training."""
+    return 1e9 * rate * 60 * life.minutes.pretrain
 
 
 def model_of(life: Life, width: int) -> ModelConfig:
