@@ -163,20 +163,20 @@ class Stations:
     def steps(self) -> list[Step]:
         life, runs, files = self.life, self.runs, self.files
         B = max(1, life.batch_tokens // life.long_context)
-        chats = str(life.data / "chats" / "chats.jsonl")
-        rows = ["--data.seq-len", str(life.long_context), "--data.batch-size", str(B)]
-        learnt = dict(chats=[*rows, "--data.sources", chats],
-                     pairs=[*rows, "--data.sources", str(life.home / "pairs" / "pairs.jsonl")])
+        chats = ["--data.sources", str(life.data / "chats" / "chats.jsonl"), *_shape(life.long_context, B)]
+        # Both answers of a pair stand in one row, each behind the prompt.
+        preferences = ["--data.sources", str(life.home / "pairs" / "pairs.jsonl"),
+                       *_shape(2 * life.long_context, max(1, B // 2))]
         steps = [
             Step("prepare", lambda: prepare.prepare(life), shared=True),
             Step("size", lambda: size.choose(life), shared=True),
             Step("pretrain", self.pretrain), self._measured("pretrain", tuned=False),
             Step("long", self.long), self._measured("long", ("pretrain",), tuned=False),
-            Step("sft", lambda: self._tuned("sft", "long", learnt["chats"])), self._measured("sft", ("long",)),
+            Step("sft", lambda: self._tuned("sft", "long", chats)), self._measured("sft", ("long",)),
             Step("pairs", lambda: pairs.make_pairs(life, runs["sft"], life.home / "pairs")),
-            Step("prefer", lambda: self._tuned("prefer", "sft", learnt["pairs"])), self._measured("prefer", ("sft",)),
+            Step("prefer", lambda: self._tuned("prefer", "sft", preferences)), self._measured("prefer", ("sft",)),
             Step("narrow", lambda: self._tuned("narrow", "prefer", [
-                *learnt["chats"], "--distill.teacher", str(runs["prefer"])])),
+                *chats, "--distill.teacher", str(runs["prefer"])])),
             Step("files", self.export),
             self._measured("prefer-Q8_0", ("prefer",)), self._measured("prefer-Q4_0", ("prefer",)),
             self._measured("narrow", ("prefer", "prefer-Q4_0")),
@@ -212,7 +212,7 @@ class Stations:
         data = prepare.texts(self.life, T=T, B=B)
         return load_recipe(TrainConfig, HERE / f"{name}.yaml", [
             *flags, *self._common(name), "--data.sources", *data.sources, "--data.heldout", *data.heldout,
-            "--data.seq-len", str(T), "--data.batch-size", str(B), "--data.seed", str(self.life.seed)])
+            *_shape(T, B), "--data.seed", str(self.life.seed)])
 
     def _tuned(self, name: str, before: str, flags: list[str]) -> dict[str, Any]:
         whole = ["--data.heldout-fraction", "0"] if self.life.steps else []  # There may be a handful only.
@@ -290,3 +290,8 @@ class Stations:
         cases = [Case("lfm_jax", files["prefer-Q8_0"], how) for how in self.life.forms]
         cases += [Case("llama.cpp", files[name], "mapped") for name in ("narrow-F32", "prefer-Q8_0", "narrow-Q4_0")]
         return speed(self.life, cases, self.life.home / "speed.jsonl")
+
+
+def _shape(T: int, B: int) -> list[str]:
+    """The shape of a batch as flags."""
+    return ["--data.seq-len", str(T), "--data.batch-size", str(B)]
