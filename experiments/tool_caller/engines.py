@@ -200,7 +200,7 @@ def served(life: Life, blocks: Path, measured: Path, scratch: Path) -> dict[str,
     equal = 0
     with serving.serving(blocks, scratch) as server:
         for each in questions:
-            body = {"model": "model", "messages": [_as_sent(message) for message in each.doc["messages"]],
+            body = {"model": blocks.stem, "messages": [_as_sent(message) for message in each.doc["messages"]],
                     "tools": [{"type": "function", "function": tool} for tool in each.doc["tools"]],
                     "temperature": 0, "repetition_penalty": 1, "max_tokens": MAX_GEN_TOKS}
             message = server.post("/v1/chat/completions", body)["choices"][0]["message"]
