@@ -24,7 +24,7 @@ def of_transformers(path: str, stop: list[int], most: int, length: int) -> Answe
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
     def answer(text: str) -> tuple[list[int], list[int]]:
