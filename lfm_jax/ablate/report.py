@@ -61,7 +61,7 @@ def write_report(results: Path, out: Path) -> Path:
     found = read_results(Path(results))
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    arms = _arms(found)
+    arms = arms_of(found)
     law = scaling.fit(arms, scaling.RESAMPLES) if found.study.get("fit") and scaling.refusal(arms) is None else None
     groups = scaling.budgets(arms) if found.study.get("fit") else []
     reading = out / READING
@@ -86,7 +86,7 @@ def write_report(results: Path, out: Path) -> Path:
 # ---------------------------------------------------------------------------------------------------------- records
 
 
-def _arms(results: Results) -> list[scaling.Arm]:
+def arms_of(results: Results) -> list[scaling.Arm]:
     """Sizes and tokens on task text, for the law."""
     scores = results.scores("text")
     return [

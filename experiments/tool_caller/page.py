@@ -1,0 +1,309 @@
+"""The page: what each station gave and cost, from raw results alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lfm_jax.ablate.stats import summarize
+from lfm_jax.files import write_whole
+from lfm_jax.recipe import to_plain
+from tool_caller.config import Life
+
+PAGE, RESULTS, READING = "README.md", "results.json", "reading.md"
+Z = 1.96
+STATIONS = {
+    "pretrain": "pre-trained on books and dialogues as plain text",
+    "long": "the same in rows of the long context",
+    "sft": "fine-tuned on chats with calls",
+    "prefer": "preferences among its own answers, by the verifier (DPO)",
+    "prefer-Q8_0": "`prefer` as a GGUF file in Q8_0",
+    "prefer-Q4_0": "`prefer` as a GGUF file in Q4_0, rounded after training",
+    "narrow": "trained through Q4_0; its file holds the same numbers",
+}
+"""Those that are measured, in order."""
+WORK = {"pretrain": ("size", "pretrain"), "long": ("long",), "sft": ("sft",), "prefer": ("pairs", "prefer"),
+        "narrow": ("narrow",)}
+"""The steps that made a station."""
+SHOWN = {
+    "bits per byte": ("text", "bits_per_byte"),
+    "exact, seen": ("plain", "seen.exact"), "exact, unseen": ("plain", "unseen.exact"),
+    "valid, seen": ("plain", "seen.valid"), "valid, unseen": ("plain", "unseen.valid"),
+    "refrained, seen": ("plain", "seen.refrained"), "refrained, unseen": ("plain", "unseen.refrained"),
+    "JSON": ("plain", "json.schema_compliance"),
+}
+HELD = {name: ("constrained", key) for name, (form, key) in SHOWN.items() if form == "plain"}
+"""The same with answers that follow a grammar."""
+Steps = Mapping[str, Any]
+
+
+def write(life: Life, command: str, conditions: str) -> Path:
+    """Gathers the records of all finished seeds into `results.json`, and writes the page and its figures beside it."""
+    seeds = {}
+    for home in sorted(life.out.glob("seed-*")):
+        done = {path.stem: json.loads(path.read_text(encoding="utf-8"))
+                for folder in (life.data, home) for path in sorted((folder / "done").glob("*.json"))}
+        if "speed" in done:  # The last step.
+            seeds[home.name.removeprefix("seed-")] = done
+    life.page.mkdir(parents=True, exist_ok=True)
+    results = {"command": command, "conditions": conditions, "life": to_plain(life), "seeds": seeds}
+    write_whole(life.page / RESULTS, json.dumps(results, indent=1, default=str) + "\n")
+    return write_page(life.page)
+
+
+def write_page(folder: Path) -> Path:
+    """Writes the page of the results in a folder, and of its `reading.md`, which goes onto it as it is."""
+    results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    seeds: list[Steps] = [*results["seeds"].values()]
+    reading = folder / READING
+    sections = [
+        "# The life of a model that calls tools",
+        reading.read_text(encoding="utf-8").strip() if reading.exists() else "",
+        _how(results, seeds), _size(seeds), _scores(seeds), _gave(seeds), _cost(seeds), _files(seeds), _equal(seeds),
+        _figures(seeds, folder), READ.strip(),
+    ]
+    write_whole(folder / PAGE, "\n\n".join(section for section in sections if section) + "\n")
+    return folder / PAGE
+
+
+READ = """
+## How to read this
+
+- Of one seed, an interval in brackets is 1.96 standard errors to either side, over held-out passages or chats (turns
+  of a chat belong together); of several seeds it is Student's t interval of their mean. Of what a station gave, it is
+  the percentile interval of a bootstrap that draws chats, or passages, for both models together.
+- `exact` and `valid` are shares of the turns in which the dialogue calls; `refrained` is a share of the others. A
+  service is seen if a training dialogue has it, by name and parameters.
+- Models before `sft` have not seen a chat. They are asked fewer turns, and what they score there is no difference.
+"""
+
+
+def _how(results: Mapping[str, Any], seeds: Sequence[Steps]) -> str:
+    life, data = results["life"], seeds[0]["prepare"]["found"]
+    minutes, work = (sum(record[key] for record in seeds[0].values()) / 60 for key in ("seconds", "processor_seconds"))
+    return "\n".join([
+        "## How it was run", "", "<!-- not run: hours -->", "```console", f"$ {results['command']}", "```", "",
+        f"- Machine and versions: {results['conditions']}",
+        f"- Seeds: {', '.join(results['seeds'])}; the first took {minutes:.1f} minutes in all, and {work:.1f} of "
+        "processors",
+        f"- Text: {data['train_bytes'] / 1e6:.1f} MB to train on, of it {data['training_dialogues']:,} dialogues; held "
+        f"out: {', '.join(data['heldout_books'])}, of which {data['passages']} passages are measured",
+        f"- Tokenizer: {life['vocab_size']:,} ids, {data['bytes_per_token']:.2f} bytes of held-out text a token",
+        f"- Calls: the first {life['documents']} turns of dialogues with seen services, and of others with unseen "
+        f"ones; {data['schemas']} JSON schemas, drawn among {data['short_schemas']:,} short ones",
+    ])
+
+
+def _size(seeds: Sequence[Steps]) -> str:
+    found = seeds[0]["size"]["found"]
+    rows = [[f"**{row['width']}**" if row["width"] == found["width"] else str(row["width"]), f"{row['parameters']:,}",
+             f"{row['tokens']:,}", f"{row['tokens'] / row['parameters']:.2f}", f"{row['expected_loss']:.3f}"]
+            for row in found["widths"]]
+    law = found["law"]
+    return "\n\n".join([
+        "## How large",
+        f"The law of [intelligence_density](../ablations/intelligence_density/report/README.md), L = {law['E']:.2f} + "
+        f"{law['A']:.0f} / N^{law['alpha']:.2f} + {law['B']:.0f} / D^{law['beta']:.2f}, chooses the width whose loss "
+        f"is lowest for the {found['flops']:.2e} FLOPs that pre-training has, at {found['gflops']:.0f} GFLOP/s. "
+        f"The layers are `{found['pattern']}`. The law was fitted to runs of 4e11 to 3.2e12 FLOPs and a vocabulary of "
+        "512, so that this is far outside; its losses are no forecast of the bits per byte below.",
+        _table(["width", "parameters", "tokens", "tokens a parameter", "loss by the law"], rows),
+    ])
+
+
+def _scores(seeds: Sequence[Steps]) -> str:
+    def table(shown: Mapping[str, tuple[str, str]]) -> str:
+        rows = [[f"`{name}`", *(_cell([_score(steps, name, *where) for steps in seeds]) for where in shown.values())]
+                for name in STATIONS]
+        return _table(["station", *shown], [row for row in rows if any(row[1:])])
+
+    what = "\n".join(f"- `{name}`: {text}" for name, text in STATIONS.items())
+    return "\n\n".join(["## What each station is worth", what, table(SHOWN),
+                        "With answers that follow a grammar of the chat's tools, or the schema:", table(HELD)])
+
+
+def _gave(seeds: Sequence[Steps]) -> str:
+    rows, shown = [], [*SHOWN.items(), *((f"{label}, by grammar", where) for label, where in HELD.items())]
+    for name in STATIONS:
+        for before in seeds[0].get(f"measured-{name}", {"found": {"gave": {}}})["found"]["gave"]:
+            for label, (form, key) in shown:
+                metric = key if form == "text" else f"{form}.{key}"
+                cells = [_difference(steps[f"measured-{name}"]["found"]["gave"][before].get(metric)) for steps in seeds]
+                if any(cells):
+                    rows.append([f"`{before}` to `{name}`", label, *cells])
+    head = ["", "score", *(f"seed {i}" if len(seeds) > 1 else "difference" for i in range(len(seeds)))]
+    return "\n\n".join(["## What each station gave", "An interval that holds 0 shows no difference.",
+                        _table(head, rows, text_columns=2)])
+
+
+def _cost(seeds: Sequence[Steps]) -> str:
+    rows = []
+    for name, steps in WORK.items():
+        minutes = [sum(seed[step]["seconds"] for step in steps) / 60 for seed in seeds]
+        found = seeds[0][name]["found"]
+        work = [sum(seed[step]["processor_seconds"] for step in steps) / 60 for seed in seeds]
+        rows.append([f"`{name}`", f"{found['steps']:,}", f"{found['tokens']:,}", f"{_mean(minutes):.1f}",
+                     f"{_mean(work):.1f}", f"{found['loss'][0]:.3f} to {found['loss'][1]:.3f}"])
+    pairs = seeds[0]["pairs"]["found"]
+    measured = [sum(record["seconds"] for step, record in seed.items() if step.startswith("measured")) / 60
+                for seed in seeds]
+    return "\n\n".join([
+        "## What each station cost", _table(["station", "steps", "tokens", "minutes", "of processors", "loss"], rows),
+        f"Preferences: {pairs['answers']:,} answers to {pairs['turns']:,} turns were sampled, of which "
+        f"{pairs['right'] / pairs['answers']:.1%} were right; {pairs['pairs']:,} pairs, in "
+        f"{pairs['chosen is sampled']:,} of which the chosen answer is the model's own. Measuring took "
+        f"{_mean(measured):.1f} minutes.",
+    ])
+
+
+def _files(seeds: Sequence[Steps]) -> str:
+    sizes, rows = seeds[0]["files"]["found"], []
+    for row in seeds[0]["speed"]["found"]:
+        rows.append([row["engine"], f"`{row['file']}`", row["how"], f"{sizes[row['file']] / 1e6:.2f}",
+                     *(f"{row[name][0]:,.0f} [{row[name][1]:,.0f}, {row[name][2]:,.0f}]"
+                       for name in ("peak", "own", "prefill", "decode"))])
+    return "\n\n".join([
+        "## Size, memory, speed",
+        "All stations have one shape, so that these depend on the form of the weights alone. A prompt of 1,024 tokens "
+        "and 100 new ones, each measurement in a process of its own; medians, with the smallest and largest. `peak` is "
+        "the largest resident set and `own` what belongs to the process alone, in MB.",
+        _table(["engine", "file", "weights", "MB", "peak", "own", "prefill, tokens/s", "decode, tokens/s"], rows,
+               text_columns=3),
+    ])
+
+
+def _equal(seeds: Sequence[Steps]) -> str:
+    rows = []
+    for steps in seeds:
+        for row in steps["engines"]["found"]:
+            named = "; ".join(f"{count} {name}" for name, count in row["exceptions"].items()) or "none"
+            rows.append([f"`{row['weights']}`", row["engine"], f"`{row['file']}`", str(row["turns"]), str(row["equal"]),
+                         str(row["equal_texts"]), named])
+    found = seeds[0]["served"]["found"]
+    return "\n\n".join([
+        "## The same dialogues through every engine",
+        "Beside our engine on the run, greedy: turns, those with equal calls, those with equal answers to the letter, "
+        "and why calls differ.",
+        _table(["weights of", "engine", "file", "turns", "equal calls", "equal answers", "exceptions"], rows,
+               text_columns=3),
+        "`lfm serve` on the file of `narrow` in Q4_0, over HTTP and with the grammar of tools that it has: "
+        f"{found['equal']} of {found['turns']} turns with the calls of `lfm eval --constrained`.",
+    ])
+
+
+# ---------------------------------------------------------------------------------------------------------- figures
+
+
+def _figures(seeds: Sequence[Steps], folder: Path) -> str:
+    from matplotlib import rc_context
+
+    with rc_context({"font.size": 8, "axes.titlesize": 9}):
+        drawn = [("Calls by station", _draw_calls(seeds, folder)),
+                 ("Bits per byte by station", _draw_bits(seeds, folder)),
+                 ("Loss by step of each run", _draw_losses(seeds, folder))]
+    return "\n\n".join(["## Figures", *(f"![{text}]({name})" for text, name in drawn)])
+
+
+def _draw_calls(seeds: Sequence[Steps], folder: Path) -> str:
+    def draw(axes: Any) -> None:
+        for form, marker in (("plain", "o"), ("constrained", "s")):
+            for kind, color in (("seen", "C0"), ("unseen", "C1")):
+                _points(axes, seeds, form, f"{kind}.exact", f"{kind}, {form}", color=color, marker=marker,
+                        linestyle="-" if form == "plain" else ":")
+        axes.set_ylabel("share of turns with exact calls")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+
+    return _save(folder, "calls.png", draw)
+
+
+def _draw_bits(seeds: Sequence[Steps], folder: Path) -> str:
+    def draw(axes: Any) -> None:
+        _points(axes, seeds, "text", "bits_per_byte", "held-out books", color="C2", marker="o", linestyle="-")
+        axes.set_ylabel("bits per byte")
+
+    return _save(folder, "bits.png", draw)
+
+
+def _draw_losses(seeds: Sequence[Steps], folder: Path) -> str:
+    def draw(axes: Any) -> None:
+        for name in WORK:
+            curve = seeds[0][name]["found"]["curve"]
+            share = [i / max(1, len(curve) - 1) for i in range(len(curve))]
+            axes.plot(share, curve, label=name)
+        axes.set_xlabel("share of the run")
+        axes.set_ylabel("loss")
+        axes.legend()
+
+    return _save(folder, "losses.png", draw)
+
+
+def _points(axes: Any, seeds: Sequence[Steps], form: str, key: str, label: str, **style: Any) -> None:
+    at, means, errors = [], [], []
+    for i, name in enumerate(STATIONS):
+        found = _summary([_score(steps, name, form, key) for steps in seeds])
+        if found is not None:
+            mean, low, high = found
+            at.append(i)
+            means.append(mean)
+            errors.append([mean - low, high - mean] if low is not None and high is not None else [0, 0])
+    if at:
+        axes.errorbar(at, means, list(zip(*errors, strict=True)), label=label, capsize=2, markersize=4, **style)
+        axes.set_xticks(range(len(STATIONS)), STATIONS, rotation=20)
+
+
+def _save(folder: Path, name: str, draw: Callable[[Any], None]) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure((6.4, 3.4), layout="constrained")
+    draw(figure.subplots())
+    figure.savefig(folder / name, dpi=130, metadata={"Software": None})
+    return name
+
+
+# ------------------------------------------------------------------------------------------------------------- cells
+
+
+def _score(steps: Steps, station: str, form: str, key: str) -> list[Any] | None:
+    record = steps.get(f"measured-{station}")
+    return None if record is None else record["found"]["scores"].get(form, {}).get(key)
+
+
+def _summary(scores: Iterable[list[Any] | None]) -> tuple[float, float | None, float | None] | None:
+    """Mean and interval: over seeds where there are several, else over documents."""
+    there = [score for score in scores if score is not None]
+    if not there:
+        return None
+    if len(there) > 1:
+        found = summarize([value for value, _, _ in there])
+        return found.mean, found.low, found.high
+    value, error, _ = there[0]
+    return (value, None, None) if error is None or math.isnan(error) else (value, value - Z * error, value + Z * error)
+
+
+def _cell(scores: Iterable[list[Any] | None]) -> str:
+    found = _summary(scores)
+    if found is None:
+        return ""
+    mean, low, high = found
+    return f"{mean:.3f}" if low is None or high is None else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _difference(found: list[Any] | None) -> str:
+    if found is None:
+        return ""
+    difference, low, high = found
+    return f"{difference:+.3f}" if low is None or high is None else f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
+    """A table whose first columns are text and the others numbers, at the right."""
+    rule = ["---" if i < text_columns else "---:" for i in range(len(head))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))

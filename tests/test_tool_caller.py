@@ -1,0 +1,68 @@
+"""`experiments/tool_caller/run.py --smoke`: the whole life on toy data, killed on its way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ENGINES = ("lfm_jax", "transformers")
+
+
+def test_a_life_that_is_killed_goes_on_and_ends_with_a_page(tmp_path):
+    out, page = tmp_path / "out", tmp_path / "page"
+    command = [sys.executable, str(ROOT / "experiments" / "tool_caller" / "run.py"), "--smoke", "--out", str(out),
+               "--page", str(page)]
+    done = out / "seed-0" / "done"
+    with (tmp_path / "said").open("wb") as said:
+        killed = subprocess.Popen(command, stderr=said)
+        until = time.monotonic() + 600
+        while not (done / "measured-pretrain.json").exists():
+            assert killed.poll() is None, (tmp_path / "said").read_text()[-3000:]
+            assert time.monotonic() < until, (tmp_path / "said").read_text()[-3000:]
+            time.sleep(0.05)
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.wait()
+    before = {path: path.stat().st_mtime_ns for path in [*done.glob("*.json"), *(out / "data" / "done").glob("*.json")]}
+
+    ended = subprocess.run(command, capture_output=True, text=True)
+
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert {path.name for path in before} >= {"prepare.json", "size.json", "pretrain.json", "measured-pretrain.json"}
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    results = json.loads((page / "results.json").read_text())
+    check(results["seeds"]["0"])
+    text = (page / "README.md").read_text()
+    for part in ("`measured", "None", "nan"):
+        assert part not in text
+    for name in ("pretrain", "prefer", "narrow"):
+        assert f"| `{name}` |" in text
+    for picture in ("calls.png", "bits.png", "losses.png"):
+        assert (page / picture).stat().st_size > 1000
+
+
+def check(steps):
+    """Every station was measured, and engines with the same weights agree."""
+    found = {name: record["found"] for name, record in steps.items()}
+    for name, at in found.items():
+        if name.startswith("measured-"):
+            assert 0 < at["scores"]["text"]["bits_per_byte"][0] < 20
+            assert 0 <= at["scores"]["plain"]["seen.called"][0] <= 1
+    # A grammar holds what even an untaught model writes.
+    assert found["measured-narrow"]["scores"]["constrained"]["json.schema_compliance"][0] == 1
+    assert found["measured-narrow"]["gave"]["prefer"]["bits_per_byte"][1] is not None
+    assert found["prepare"]["heldout_books"]
+    assert found["pairs"]["pairs"] > 0
+    sizes = found["files"]
+    assert sizes["narrow-Q4_0.gguf"] < sizes["prefer-Q8_0.gguf"] < sizes["prefer-F32.gguf"]
+    rows = {(row["weights"], row["engine"]): row for row in found["engines"]}
+    assert {engine for _, engine in rows} == set(ENGINES)
+    for row in rows.values():
+        assert row["equal"] + sum(row["exceptions"].values()) == row["turns"]
+        assert "unexplained" not in row["exceptions"]
+    assert rows["narrow", "lfm_jax"]["equal"] == rows["narrow", "lfm_jax"]["turns"]
+    assert found["served"]["equal"] == found["served"]["turns"]
+    assert [row["engine"] for row in found["speed"]] == ["lfm_jax"]
