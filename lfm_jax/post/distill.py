@@ -53,8 +53,8 @@ class DistillConfig:
     """A model with the student's tokenizer: a Hugging Face directory, the directory of a run, a GGUF file, or a Hub id
     (OWNER/NAME or OWNER/NAME@REVISION). With `model.quantize` it may be init_from itself."""
     match: Match = "tokens"
-    """tokens: the teacher's distribution of the next token; layers: the outputs of those of its layers whose operator is
-    another one, each by itself (`layer_outputs.py`). Then top_k, temperature and cross_entropy say nothing, and the
+    """tokens: the teacher's distribution of the next token; layers: the outputs of those of its layers whose operator
+    is another one, each by itself (`layer_outputs.py`). Then top_k, temperature and cross_entropy say nothing, and the
     teacher works in every step."""
     top_k: int = 32
     """Tokens of the teacher's distribution at each place that the student sees."""

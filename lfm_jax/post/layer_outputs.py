@@ -68,7 +68,7 @@ class LayerOutputs:
                     share_BT = missing_BT / jnp.maximum(work_BT, jnp.finfo(jnp.float32).tiny)
                     found[f"layer_{i}"] = jnp.sum(jnp.where(batch["targets"] != LOSS_IGNORE, share_BT, 0.0))
                 x_BTD = next_BTD
-        total = sum(found.values()) / len(found)
+        total = jnp.mean(jnp.stack(list(found.values())))
         return Terms(total, {"loss": total} | found, Aux({}, {}))
 
 
