@@ -68,7 +68,8 @@ def study(root, name="whole", **changes):
     fields = dict(
         name=name, question="How many?", out=str(root), model=str(root / "model"), books=str(root / "books"),
         heldout_books=("held*",), wikitext=str(root / "wiki.txt"), attention=(2, 1, 0), places=("chosen",),
-        seq_len=48, batch_size=2, layers=Stage(rows=8, peak_lr=1e-2), tokens=Stage(rows=8, peak_lr=1e-3), start_rows=4, importance_rows=2,
+        start_rows=4, importance_rows=2, seq_len=48, batch_size=2,
+        layers=Stage(rows=8, peak_lr=1e-2), tokens=Stage(rows=8, peak_lr=1e-3),
         top_k=8, text_documents=4, recall_documents=2, lengths=(1024,), cost_contexts=(), checkpoint_every=2,
     )
     return HybridStudy(**fields | changes)

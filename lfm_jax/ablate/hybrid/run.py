@@ -45,6 +45,7 @@ from lfm_jax.post.distill import DistillConfig
 from lfm_jax.post.hybridise import convolutions, hybrid_config, hybridised, importance, started
 from lfm_jax.post.run import tune
 from lfm_jax.problems import raise_problems
+from lfm_jax.text.tokenizer import inference_tokenizer
 from lfm_jax.train.checkpoint import has_checkpoint
 from lfm_jax.train.metrics import read_metrics
 from lfm_jax.train.optimizer import OptimizerConfig
@@ -107,7 +108,7 @@ class _Stages:
 
     def run(self) -> Path:
         self.begin()
-        for what in (self.data, self.models, self.layers, self.weigh):
+        for what in (self.original, self.data, self.start, self.layers, self.weigh):
             what()
         say(f"arms: {describe(self.arms)}; " + ", ".join(
             f"{name} {si(flops, 'FLOP')}" for name, flops in counted(self.study, self.config).items()))
@@ -130,7 +131,17 @@ class _Stages:
 
     # ------------------------------------------------------------------------------------------------- once for all
 
+    def original(self) -> None:
+        """The original in our form."""
+        if has_checkpoint(self.out / ORIGINAL):
+            return
+        model, tokenizer = load(self.study.model)
+        if tokenizer is None:
+            raise ValueError(f"model {self.study.model} has no tokenizer; give one that has")
+        self.write(_as(model, model.config.replace(dtype=self.study.dtype)), self.out / ORIGINAL, self.study.model)
+
     def data(self) -> None:
+        """Passages to learn from, and those that runs measure themselves on."""
         study, data = self.study, self.out / "data"
         sizes = {"layers": study.layers.rows, "tokens": study.tokens.rows, "heldout": HELDOUT_ROWS}
         if all((data / f"{name}.jsonl").exists() for name in sizes):
@@ -141,19 +152,14 @@ class _Stages:
             found = passages.drawn(texts, self.tokenizer, study.seq_len, f"{study.seed} {name}")
             passages.write_passages(data / f"{name}.jsonl", found, number)
 
-    def models(self) -> None:
-        """The original in our form, and the start of stage 1."""
-        if not has_checkpoint(self.out / ORIGINAL):
-            model, tokenizer = load(self.study.model)
-            if tokenizer is None:
-                raise ValueError(f"model {self.study.model} has no tokenizer; give one that has")
-            config = model.config.replace(dtype=self.study.dtype)
-            self.write(_as(model, config), self.out / ORIGINAL, self.study.model)
-        if not has_checkpoint(self.out / "start"):
-            found = passages.drawn(self.books.train, self.tokenizer, self.study.seq_len, f"{self.study.seed} start")
-            original = self.model(ORIGINAL)
-            operators = started(original, passages.rows(found, self.study.start_rows), self.study.taps)
-            self.write(hybridised(original, operators, self.study.taps), self.out / "start", str(self.out / ORIGINAL))
+    def start(self) -> None:
+        """What stage 1 begins with."""
+        if has_checkpoint(self.out / "start"):
+            return
+        found = passages.drawn(self.books.train, self.tokenizer, self.study.seq_len, f"{self.study.seed} start")
+        original = self.model(ORIGINAL)
+        operators = started(original, passages.rows(found, self.study.start_rows), self.study.taps)
+        self.write(hybridised(original, operators, self.study.taps), self.out / "start", str(self.out / ORIGINAL))
 
     def layers(self) -> None:
         """Stage 1, of all attention layers at once."""
@@ -282,11 +288,7 @@ class _Stages:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        place = self.out / ORIGINAL
-        tokenizer = load(place if has_checkpoint(place) else self.study.model)[1]
-        if tokenizer is None:
-            raise ValueError(f"model {self.study.model} has no tokenizer; give one that has")
-        return tokenizer
+        return inference_tokenizer(self.out / ORIGINAL)
 
     @cached_property
     def books(self) -> passages.Books:
