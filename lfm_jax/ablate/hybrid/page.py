@@ -249,13 +249,14 @@ def _save(figure: Any, out: Path, name: str, shows: str) -> tuple[str, str]:
 def _against_k(found: Found, axes: Any, value: Callable[[dict[str, Any]], Value]) -> None:
     """One line a place, through the arms that there is no choice in; other seeds as points."""
     first = [arm for arm in found.arms if arm["seed"] == found.study["seed"]]
-    for place, color in (("even", "C0"), ("chosen", "C1")):
+    there = {arm["place"] for arm in first}
+    for i, place in enumerate([place for place in ("even", "chosen") if place in there] or ["all"]):
+        color = f"C{i}"
         line = sorted((arm for arm in first if arm["place"] in (place, "all")), key=lambda arm: arm["k"])
-        if any(arm["place"] == place for arm in line):
-            points = [value(arm) for arm in line]
-            low, high = [p.mean - p.low for p in points], [p.high - p.mean for p in points]
-            axes.errorbar([arm["k"] for arm in line], [p.mean for p in points], yerr=[low, high], color=color,
-                          marker="o", markersize=4, capsize=2, linewidth=1.2, label=place)
+        points = [value(arm) for arm in line]
+        low, high = [p.mean - p.low for p in points], [p.high - p.mean for p in points]
+        axes.errorbar([arm["k"] for arm in line], [p.mean for p in points], yerr=[low, high], color=color, marker="o",
+                      markersize=4, capsize=2, linewidth=1.2, label=place)
         more = [arm for arm in found.arms if arm not in first and arm["place"] == place]
         axes.plot([arm["k"] for arm in more], [value(arm).mean for arm in more], "x", color=color, markersize=5)
     axes.set_xlabel("attention layers")
