@@ -356,21 +356,26 @@ class LFM(nnx.Module):
         Returns:
           (normed hidden states [B, T, D], reports of the layers).
         """
+        x_BTD, positions_BT, segment_ids_BT = self.inputs(tokens_BT, positions_BT, segment_ids_BT)
+        kinds = self.config.layer_types
+        counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)} | {"feed_forward": len(kinds)}
+        zeros_BT = jnp.zeros_like(tokens_BT, jnp.float32)
+        x_BTD, aux = self._run_layers(x_BTD, dict.fromkeys(counts, zeros_BT), positions_BT, segment_ids_BT, None)
+        assert aux is not None  # Squares went in.
+        real_BT = True if segment_ids_BT is None else segment_ids_BT != 0
+        squares = {kind: jnp.sum(jnp.where(real_BT, aux.squares[kind], 0.0)) / n for kind, n in counts.items()}
+        return self.norm(x_BTD), Aux(squares, aux.reports)
+
+    def inputs(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array | None, segment_ids_BT: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Makes what the layers of a training step get: (embedded tokens [B, T, D], positions, segment ids)."""
         self._check(tokens_BT, positions_BT, segment_ids_BT, None, None, "right")
         first_B = jnp.zeros((tokens_BT.shape[0],), jnp.int32)
         tokens_BT, positions_BT, segment_ids_BT, _, _ = _aligned(
             tokens_BT, positions_BT, segment_ids_BT, first_B, "right", unread=not self.config.causal
         )
-        kinds = self.config.layer_types
-        counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)} | {"feed_forward": len(kinds)}
-        zeros_BT = jnp.zeros_like(tokens_BT, jnp.float32)
-        x_BTD, aux = self._run_layers(
-            self._embed(tokens_BT), dict.fromkeys(counts, zeros_BT), positions_BT, segment_ids_BT, None
-        )
-        assert aux is not None  # Squares went in.
-        real_BT = True if segment_ids_BT is None else segment_ids_BT != 0
-        squares = {kind: jnp.sum(jnp.where(real_BT, aux.squares[kind], 0.0)) / n for kind, n in counts.items()}
-        return self.norm(x_BTD), Aux(squares, aux.reports)
+        return self._embed(tokens_BT), positions_BT, segment_ids_BT
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Returns rows of the table, in `config.dtype`."""

@@ -23,20 +23,21 @@ from lfm_jax.kernels.topk_logprobs import TopTokens, top_tokens
 from lfm_jax.loading import model_config
 from lfm_jax.model import LFM
 from lfm_jax.post.distillation import distillation_loss
+from lfm_jax.post.layer_outputs import TEACHER, LayerOutputs, layer_problems
 from lfm_jax.post.stored import Field, Frozen, is_complete
 from lfm_jax.post.tuning import SIDES, CorpusTuning
 from lfm_jax.pretrain.objective import NextToken
 from lfm_jax.problems import raise_problems
 from lfm_jax.text.tokenizer import TOKENIZER_FILE, load_tokenizer
-from lfm_jax.train.objective import BatchArray, DeviceBatch, Terms
+from lfm_jax.train.objective import BatchArray, DeviceBatch, Objective, Terms
 from lfm_jax.train.step import Training
 
 if TYPE_CHECKING:
     from lfm_jax.post.config import TuneConfig
 
-TEACHER = "teacher"
 IDS, LOGPROBS = "teacher_ids", "teacher_logprobs"
 Learnt = Literal["assistant", "all"]
+Match = Literal["tokens", "layers"]
 StoredType = Literal["float16", "float32"]
 
 
@@ -51,6 +52,10 @@ class DistillConfig:
     teacher: str = ""
     """A model with the student's tokenizer: a Hugging Face directory, the directory of a run, a GGUF file, or a Hub id
     (OWNER/NAME or OWNER/NAME@REVISION). With `model.quantize` it may be init_from itself."""
+    match: Match = "tokens"
+    """tokens: the teacher's distribution of the next token; layers: the outputs of those of its layers whose operator
+    is another one, each by itself (`layer_outputs.py`). Then top_k, temperature and cross_entropy say nothing, and the
+    teacher works in every step."""
     top_k: int = 32
     """Tokens of the teacher's distribution at each place that the student sees."""
     temperature: float = 1.0
@@ -67,7 +72,7 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         problems = [f"{name} is {getattr(self, name)!r}; choose one of {', '.join(get_args(kind))}"
-                    for name, kind in (("learn", Learnt), ("stored_type", StoredType))
+                    for name, kind in (("match", Match), ("learn", Learnt), ("stored_type", StoredType))
                     if getattr(self, name) not in get_args(kind)]
         if type(self.top_k) is not int or self.top_k < 1:
             problems.append(f"top_k is {self.top_k!r}; it must be a whole number of at least 1")
@@ -75,6 +80,10 @@ class DistillConfig:
             problems.append(f"temperature is {self.temperature}; it must be above 0")
         if not self.cross_entropy >= 0:
             problems.append(f"cross_entropy is {self.cross_entropy}; it must not be negative")
+        if self.match == "layers":
+            problems += [f"{name} is of match: tokens, and match is layers; leave it out"
+                         for name in ("top_k", "temperature", "cross_entropy", "stored")
+                         if getattr(self, name) != getattr(type(self), name)]
         if self.stored == "":
             problems.append("stored is empty; name a directory, or leave it out")
         raise_problems("DistillConfig is not valid", problems)
@@ -128,7 +137,11 @@ class Distillation:
         return top_tokens(hidden_BTD, teacher.head_VD, self.distill.top_k, chunk=self.loss_chunk)
 
 
-def distill_objective(config: TuneConfig) -> Distillation:
+def distill_objective(config: TuneConfig) -> Objective:
+    return LayerOutputs() if config.distill.match == "layers" else _of_tokens(config)
+
+
+def _of_tokens(config: TuneConfig) -> Distillation:
     return Distillation(distill=config.distill, loss_chunk=config.loss_chunk)
 
 
@@ -165,6 +178,8 @@ def distill_problems(config: TuneConfig) -> list[str]:
                         "its distributions are over other tokens: choose a teacher with the student's tokenizer")
     if not teacher.causal:
         problems.append(f"distill.teacher {name} is an encoder; name a causal model")
+    if config.distill.match == "layers":
+        problems += layer_problems(teacher, model)
     if config.distill.top_k > model.vocab_size:
         problems.append(f"distill.top_k {config.distill.top_k} exceeds the {model.vocab_size} tokens there are")
     if config.seq_len > teacher.max_position:
@@ -200,7 +215,7 @@ class Distill(CorpusTuning):
         config, distill = self._config, self._config.distill
         if distill.stored is None:
             return
-        objective = distill_objective(config)
+        objective = _of_tokens(config)
 
         def teacher() -> Frozen:
             training = Training(model=teacher_config(distill.teacher), objective=NextToken(),
@@ -235,8 +250,10 @@ class Distill(CorpusTuning):
                              "with the student's tokenizer")
 
     def measured(self, sums: Mapping[str, float], weight: float, *, all_batches: bool) -> tuple[dict[str, float], str]:
-        """Held-out means over learnt tokens, in nats."""
+        """Held-out means over learnt tokens, in nats; of layers, shares."""
         means = {f"heldout_{name}": x / weight for name, x in sums.items()}
+        if self._config.distill.match == "layers":
+            return means, f"held out, {means['heldout_loss']:.4f} of the layers' work is left undone"
         divergence = means["heldout_kl_mass"] + means["heldout_kl_top"]
         return means, (f"held-out loss {means['heldout_loss']:.4f}, divergence from the teacher {divergence:.4f}, "
                        f"cross-entropy {means['heldout_cross_entropy']:.4f} nats/learnt token")

@@ -13,7 +13,8 @@ from lfm_jax.ablate.tasks.text import Text
 from lfm_jax.config import ModelConfig
 from lfm_jax.recipe import load_recipe
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "ablations").glob("*.yaml"))
+FILES = (Path(__file__).parents[2] / "configs" / "ablations").glob("*.yaml")
+CONFIGS = sorted(path for path in FILES if path.stem != "hybridise")  # It has a script of its own.
 
 
 def grids(*plain):

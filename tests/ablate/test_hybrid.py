@@ -1,0 +1,214 @@
+"""The study of fewer attention layers: its arms, its numbers, and all of it on a tiny model."""
+
+import dataclasses
+import json
+import random
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import lfm_jax as lfm
+from lfm_jax.ablate.hybrid import measure, passages
+from lfm_jax.ablate.hybrid import run as runs
+from lfm_jax.ablate.hybrid.page import bootstrap
+from lfm_jax.ablate.hybrid.run import run_study
+from lfm_jax.ablate.hybrid.study import ORIGINAL, HybridStudy, Stage, arms, counted
+from lfm_jax.init_from import write_model
+from lfm_jax.post.distill import Distill
+from lfm_jax.recipe import load_recipe
+from lfm_jax.testing import tiny_model, tiny_tokenizer
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "ablations"
+
+
+class Broken(Exception):
+    """Something is broken off."""
+
+
+def broken(*args):
+    raise Broken
+
+
+class Breaking:
+    """The batches of a corpus, up to one with which the run is broken off."""
+
+    def __init__(self, batches, last):
+        self.batches, self.left = batches, last
+        self.get_state, self.set_state = batches.get_state, batches.set_state
+
+    def __next__(self):
+        self.left -= 1
+        return next(self.batches) if self.left else broken()
+
+
+def prose(seed, lines):
+    """Lines of made-up words."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(3, 9))) for _ in range(900)]
+    return "".join(" ".join(draw.choices(words, k=9)) + "\n" for _ in range(lines))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hybrid")
+    (root / "books").mkdir()
+    for i, name in enumerate(("one", "two", "held")):
+        (root / "books" / f"{name}.txt").write_text(prose(i, 120))
+    (root / "wiki.txt").write_text("".join(f" = Part {i} = \n\n{prose(9 + i, 40)}" for i in range(4)))
+    tokenizer = tiny_tokenizer(prose(0, 120), vocab_size=400)
+    fields = dict(layer_types=("full_attention",) * 2, qk_norm=False, vocab_size=tokenizer.get_vocab_size())
+    lfm.save_hf(tiny_model(vocab_size=fields["vocab_size"]), root / "hf", tokenizer)
+    write_model(tiny_model(**fields), root / "model", str(root / "hf"))
+    return root
+
+
+def study(root, name="whole", **changes):
+    fields = dict(
+        name=name, question="How many?", out=str(root), model=str(root / "model"), books=str(root / "books"),
+        heldout_books=("held*",), wikitext=str(root / "wiki.txt"), attention=(2, 1, 0), places=("chosen",),
+        start_rows=4, importance_rows=2, seq_len=48, batch_size=2,
+        layers=Stage(rows=8, peak_lr=1e-2), tokens=Stage(rows=8, peak_lr=1e-3),
+        top_k=8, text_documents=4, recall_documents=2, lengths=(1024,), cost_contexts=(), checkpoint_every=2,
+    )
+    return HybridStudy(**fields | changes)
+
+
+@pytest.fixture(scope="module")
+def whole(root):
+    page = run_study(study(root))
+    return page, [json.loads(line) for line in (root / "whole" / "results.jsonl").read_text().splitlines()]
+
+
+def test_all_of_the_study_on_a_tiny_model(root, whole):
+    page, records = whole
+    found = {record["arm"]: record for record in records if record["kind"] == "arm"}
+    assert list(found) == [ORIGINAL, "k1-chosen", "k0"]
+    weighed = next(record["kl"] for record in records if record["kind"] == "importance")
+    assert found["k1-chosen"]["attention_at"] == [int(max(weighed, key=weighed.get))]
+    assert [len(arm["curve"]) for arm in list(found.values())[1:]] == [4, 4]
+    assert not (root / "whole" / "arms" / "k0" / "run").exists(), "weights go once they are measured"
+    text = page.read_text()
+    assert all(f"| {name} |" in text for name in found)
+    assert {file.name for file in page.parent.iterdir()} == {"README.md", "text.png", "recall.png", "layers.png"}
+    assert str(root) not in text + (root / "whole" / "results.jsonl").read_text()
+
+
+def test_the_original_is_measured_as_it_is_to_the_bit(root, whole):
+    model, tokenizer = lfm.load(root / "model")
+    asked = study(root)
+    original = next(record for record in whole[1] if record.get("arm") == ORIGINAL)
+    assert measure.measure_text(asked, model, measure.text_documents(asked, tokenizer)) == original["text"]
+    assert "heldout_loss" not in original
+
+
+def test_a_study_that_breaks_off_ends_with_the_same_numbers(root, whole, monkeypatch):
+    """In the middle of a run, and between two measurements; what is done is not done again."""
+    (root / "broken").mkdir()
+    for name in ("study.yaml", "data", "original", "start", "layers", "layers.json", "importance.json"):
+        copy = shutil.copytree if (root / "whole" / name).is_dir() else shutil.copy
+        copy(root / "whole" / name, root / "broken" / name)
+    asked = study(root, "broken", attention=(0,))
+    train_data, measured = Distill.train_data, measure.measure_recall
+    with pytest.raises(ValueError, match=r"holds another study(.|\n)*name: 'whole' there, 'broken' here"):
+        run_study(asked)
+    (root / "broken" / "study.yaml").unlink()
+    monkeypatch.setattr(Distill, "train_data", lambda self, rows: Breaking(train_data(self, rows), 4))
+    with pytest.raises(Broken):
+        run_study(asked)
+    monkeypatch.setattr(Distill, "train_data", train_data)
+
+    monkeypatch.setattr(measure, "measure_recall", broken)
+    with pytest.raises(Broken):
+        run_study(asked)
+    monkeypatch.setattr(measure, "measure_recall", measured)
+    for name in ("importance", "started"):
+        monkeypatch.setattr(runs, name, broken)
+    monkeypatch.setattr(measure, "measure_text", broken)
+    run_study(asked)
+    ours, theirs = ([record for record in map(json.loads, (root / name / "results.jsonl").read_text().splitlines())
+                     if record.get("arm") in (ORIGINAL, "k0")] for name in ("broken", "whole"))
+    assert ours == theirs
+
+
+def test_arms_and_their_seeds(root):
+    asked = study(root, attention=(6, 3, 2, 0), places=("even", "chosen"), repeated=("k2-chosen",), seeds=2)
+    weights = {i: float(i == 4) + 0.1 * i for i in range(6)}
+    found = arms(asked, 6, weights)
+    assert [(arm.directory, arm.attention_at) for arm in found] == [
+        ("original", (0, 1, 2, 3, 4, 5)), ("k3-even", (1, 3, 5)), ("k3-chosen", (3, 4, 5)), ("k2-even", (1, 4)),
+        ("k2-chosen", (4, 5)), ("k0", ()), ("k2-chosen-seed1", (4, 5)),
+    ]
+    with pytest.raises(ValueError, match=r"has 7, and the model has 6"):
+        arms(study(root, attention=(7,)), 6, weights)
+    with pytest.raises(ValueError, match=r"k9; the arms are k2-chosen, k1-chosen, k0"):
+        arms(study(root, repeated=("k9",)), 3, weights)
+    with pytest.raises(ValueError, match=r"taps is 0(.|\n)*books is empty(.|\n)*layers.rows 8 is not a multiple of"):
+        study(root, taps=0, books="", batch_size=3)
+
+
+def test_an_answer_is_right_if_greedy_decoding_writes_it(root):
+    model, tokenizer = lfm.load(root / "model")
+    prompt = tokenizer.encode(prose(3, 2)).ids[:20]
+    graphdef, params = nnx.split(model, nnx.Param)
+    logits_of = jax.jit(lambda tokens: nnx.merge(graphdef, params)(tokens)[0])
+
+    def logits(tokens):
+        return np.asarray(logits_of(np.array([tokens + [0] * (32 - len(tokens))], np.int32))[0, len(tokens) - 1])
+
+    tokens = list(prompt)
+    for _ in range(3):
+        tokens.append(int(np.argmax(logits(tokens))))
+    score = measure.Scorer(model, (32,))
+    (logprobs, hit), (_, miss) = score([tokens, [*tokens[:-1], (tokens[-1] + 1) % 400]])
+    assert hit[-3:].all()
+    assert list(miss[-3:]) == [True, True, False]
+    wanted = logits(tokens[:-1])
+    assert logprobs[-1] == pytest.approx(float(wanted[tokens[-1]] - np.logaddexp.reduce(wanted)), abs=1e-4)
+
+
+def test_passages_are_whole_rows_of_books_and_nothing_is_held_out_twice(root, tmp_path):
+    tokenizer = lfm.load(root / "model")[1]
+    books = passages.Books(root / "books", ("held*",))
+    assert len(books.train) == 2
+    found = passages.drawn(books.train, tokenizer, 48, "1 x")
+    text, ids = next(found)
+    assert len(ids) == 49
+    assert any(text in book for book in books.train)
+    assert tokenizer.encode(text, add_special_tokens=False).ids == ids
+    assert next(passages.drawn(books.train, tokenizer, 48, "1 x"))[0] == text
+    passages.write_passages(tmp_path / "x.jsonl", found, 30)
+    assert len(set((tmp_path / "x.jsonl").read_text().splitlines())) == 30
+    with pytest.raises(ValueError, match=r"no file in .* is named so"):
+        passages.Books(root / "books", ("nobody*",))
+    with pytest.raises(ValueError, match="3 of them held out"):
+        passages.Books(root / "books", ("*",))
+    with pytest.raises(ValueError, match="none has 99999 tokens"):
+        next(passages.drawn(["short\n"], tokenizer, 99998, "1"))
+    with pytest.raises(ValueError, match="has no article"):
+        passages.articles(root / "books" / "one.txt")
+
+
+def test_an_interval_is_that_of_documents_drawn_again():
+    values = np.random.default_rng(0).normal(size=400)
+    found = bootstrap(lambda i: values[i].mean(1), 400)
+    half = 1.96 * values.std() / 20
+    assert found.mean == pytest.approx(values.mean())
+    assert (found.mean - found.low, found.high - found.mean) == (pytest.approx(half, rel=0.1),) * 2
+
+
+@pytest.mark.parametrize("sizes", [(), ("hybridise-gpu",)])
+def test_the_shipped_study_is_valid_and_its_cost_is_counted(sizes):
+    files = [CONFIGS / "hybridise.yaml", *(CONFIGS / "sizes" / f"{name}.yaml" for name in sizes)]
+    asked = load_recipe(HybridStudy, files)
+    smol = lfm.ModelConfig(
+        layer_types=("full_attention",) * 30, vocab_size=49152, hidden_size=576, ffn_size=1536, num_heads=9,
+        num_kv_heads=3, qk_norm=False, max_position=8192)
+    found = counted(asked, smol)
+    assert len(arms(asked, 30, dict.fromkeys(range(30), 0.0))) == 14
+    one = counted(dataclasses.replace(asked, attention=(0,), repeated=()), smol)
+    assert one["layers"] == found["layers"]
+    assert 12 < found["tokens"] / one["tokens"] < 15
