@@ -28,7 +28,7 @@ from lfm_jax.text.tools import END, START
 
 Dialogue = dict[str, Any]
 
-MARKS = {"<issue_start>": START, "<issue_closed>": END}
+MARKS = {"<filename>": START, "<repo_name>": END}
 """LFM2's names of tokens, by SmolLM2's."""
 BOS = "{{- bos_token -}}\n"
 """What our template begins with; SmolLM2's chats have none before their first turn."""

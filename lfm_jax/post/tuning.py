@@ -15,6 +15,8 @@ from tokenizers import Tokenizer
 from lfm_jax import init_from
 from lfm_jax.convert import sidecars
 from lfm_jax.data.corpora.packed import Beside, PackedCorpus
+from lfm_jax.files import say
+from lfm_jax.post.alike import alike
 from lfm_jax.post.stored import Field, Speaker, stored
 from lfm_jax.text.codec import check_tokenizer
 from lfm_jax.text.tokenizer import TOKENIZER_FILE, load_tokenizer
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 SIDES = ("train", "heldout")
 """Directories of what is kept of the rows that are learnt from, and of those that are held out."""
+LOOKED_AT = 256
+"""Rows in which marks are looked for."""
 
 
 class Tuning(abc.ABC):
@@ -132,6 +136,21 @@ class CorpusTuning(Tuning):
                    resuming=resuming).beside
             for side, rows in sides
         ]
+
+    def weights(self) -> Any:
+        weights = super().weights()
+        if self._config.lora.rank:
+            self._report_alike(weights["embed" if self._config.model.tie_embedding else "head"])
+        return weights
+
+    def _report_alike(self, table_VD: Any) -> None:
+        """Reports marks of chats that an adapter cannot learn to write, as far as the first rows show."""
+        rows = self._corpus.train_rows
+        learnt = {int(id) for i in range(min(len(rows), LOOKED_AT)) for id in np.unique(rows[i]["targets"])}
+        for token, others in alike(np.asarray(table_VD), learnt, self.tokenizer):
+            say(f"the model cannot tell {token} from {' '.join(others)}: their rows of the output matrix are the same, "
+                "as of tokens that it was never trained on, and an adapter leaves them so. Use marks that it knows, or "
+                "train all weights")
 
     def train_data(self, rows: np.ndarray | None) -> Data:
         return self._corpus.train_batches(rows, self._beside[0])
