@@ -159,7 +159,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set(xscale="log", xlabel="|log-probability by the sampler - by the trainer|, nats (0 at the left end)",
              ylabel="% of sampled tokens")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper right")
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(str(path))
 

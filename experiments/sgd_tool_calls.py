@@ -10,7 +10,7 @@ Dialogues that offer two tools of one name are left out: a call would not say wh
 
 --model is a GGUF file of SmolLM2, whose template knows no tools. OUT/base.gguf is the same model with LFM2's form of
 tools and calls: our default template, and LFM2's two marks as names of two special tokens that SmolLM2's chats have no
-use for. It needs `lfm_jax[gguf]`.
+use for, but its pretraining had: most of the others have one and the same embedding. It needs `lfm_jax[gguf]`.
 """
 
 from __future__ import annotations

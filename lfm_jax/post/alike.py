@@ -13,7 +13,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 COSINE = 0.995
-"""Rows at a smaller angle are taken for the same: 8 bits a weight bring equal rows to about 0.998."""
+"""Rows at a smaller angle are the same. Of SmolLM2-135M in 8 bits, tokens that were never trained are at 1.0000 with
+each other, and `<|im_start|>`, which was, is at 0.993 with them."""
 
 
 def alike(table_VD: np.ndarray, learnt: Collection[int], tokenizer: Tokenizer) -> list[tuple[str, list[str]]]:
