@@ -2,13 +2,13 @@
 
 An attention layer reads values from its input by one matrix and writes its output by another; between them each head
 takes a mean of its values with weights that depend on the text. A double-gated convolution (`operators/short_conv.py`)
-has the same two matrices, and between them taps, the same for every token. So it starts as
+has the same two matrices, and between them taps, the same for every token. So it starts as:
 
-    last stream of in_proj   values, for each query head those of its key/value head
-    out_proj                 the attention's
-    gates                    1: matrices of zeros, biases of ones
-    conv, its bias           for each channel the W taps and the constant that come nearest, by least squares over some
-                             text, to what attention makes of the values before out_proj
+- last stream of in_proj: values, for each query head those of its key/value head.
+- out_proj: the attention's.
+- gates: 1, by matrices of zeros and biases of ones.
+- conv and its bias: for each channel the W taps and the constant that come nearest, by least squares over some text, to
+  what attention makes of the values before out_proj.
 
 Weights are transferred where they can be and the rest is fitted layer by layer, as in MOHAWK (arXiv 2408.10189) and
 RADLADS (arXiv 2505.03005), of which the attention's counterparts are recurrences.

@@ -186,8 +186,8 @@ def test_what_was_answered_before_is_not_asked_again(loaded, tmp_path, monkeypat
     assert second[1][1] != second[1][3]  # Asked for twice, drawn twice.
     with keep_answers(tmp_path / "answers.jsonl", of) as answers:
         model = EvalModel(*loaded, **OPTIONS, answers=answers)
-        monkeypatch.setattr(model._scorer, "_dispatch",
-                            lambda groups, _: pytest.fail("asked again") if groups else iter(()))
+        monkeypatch.setattr(model._scorer, "_on_copy",
+                            lambda _, batches: pytest.fail("asked again") if batches else iter(()))
         assert (model.loglikelihood(pairs), model.generate_until(texts)) == second
 
 
