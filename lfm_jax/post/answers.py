@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lfm_jax.data.batch import FILL, LOSS_IGNORE, Batch
 from lfm_jax.kernels.logprobs import token_logprobs
 from lfm_jax.model import LFM
 from lfm_jax.post.policy_gradient import LogProbs, Normalisation, policy_gradient_loss, policy_gradient_weight
-from lfm_jax.train.objective import BatchArray, DeviceBatch, Terms
+from lfm_jax.train.objective import BatchArray, DeviceBatch, OverTargets, Terms
 from lfm_jax.train.step import BASE
 
 
@@ -51,7 +50,7 @@ def rows_of(answers: Sequence[Answer], T: int) -> Batch:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicyGradient:
+class PolicyGradient(OverTargets):
     """GRPO's clipped objective (`policy_gradient_loss`) over answers, one a row, padding at the right end.
 
     `mismatch/mean` and `mismatch/max` are of |log(policy / behaviour)|. In the first step on a rollout that is how far
@@ -78,14 +77,8 @@ class PolicyGradient:
         rows = {name: BatchArray() for name in ("tokens", "targets", "segment_ids")}
         return rows | {"behaviour": BatchArray(dtype="float32"), "advantages": BatchArray(("batch",), "float32")}
 
-    def tokens(self, T: int) -> int:
-        return T
-
     def weight(self, batch: DeviceBatch) -> jax.Array:
         return policy_gradient_weight(batch["targets"] != LOSS_IGNORE, normalisation=self.normalisation)
-
-    def real_tokens(self, batch: DeviceBatch) -> jax.Array | int:
-        return jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32)
 
     def __call__(self, model: LFM, batch: DeviceBatch, others: Mapping[str, LFM] | None = None) -> Terms:
         model.config.need_causal("policy gradients")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from lfm_jax import init_from
@@ -29,7 +28,7 @@ from lfm_jax.post.tuning import SIDES, CorpusTuning
 from lfm_jax.pretrain.objective import NextToken
 from lfm_jax.problems import raise_problems
 from lfm_jax.text.tokenizer import TOKENIZER_FILE, load_tokenizer
-from lfm_jax.train.objective import BatchArray, DeviceBatch, Objective, Terms
+from lfm_jax.train.objective import BatchArray, DeviceBatch, Objective, OverTargets, Terms
 from lfm_jax.train.step import Training
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ class DistillConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Distillation:
+class Distillation(OverTargets):
     """Mean over learnt targets of `distillation.distillation_loss`."""
 
     distill: DistillConfig
@@ -100,7 +99,7 @@ class Distillation:
     @property
     def arrays(self) -> dict[str, BatchArray]:
         """int32 [B, T] each; of a stored teacher also its tokens, [B, T, K]."""
-        arrays = {name: BatchArray() for name in ("tokens", "targets", "segment_ids", "positions")}
+        arrays = super().arrays
         if self.distill.stored is not None:
             axes = ("batch", "time", self.distill.top_k)
             arrays |= {IDS: BatchArray(axes), LOGPROBS: BatchArray(axes, "float32")}
@@ -109,15 +108,6 @@ class Distillation:
     @property
     def others(self) -> tuple[str, ...]:
         return (TEACHER,) if self.distill.stored is None else ()
-
-    def tokens(self, T: int) -> int:
-        return T
-
-    def weight(self, batch: DeviceBatch) -> jax.Array:
-        return jnp.sum(batch["targets"] != LOSS_IGNORE, dtype=jnp.float32)
-
-    def real_tokens(self, batch: DeviceBatch) -> jax.Array | int:
-        return jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32)
 
     def __call__(self, model: LFM, batch: DeviceBatch, others: Mapping[str, LFM] | None = None) -> Terms:
         model.config.need_causal("distillation")

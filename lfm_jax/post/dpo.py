@@ -22,7 +22,7 @@ from lfm_jax.post.preferences import Answers, PreferenceKind, preference_loss
 from lfm_jax.post.stored import Field, Frozen
 from lfm_jax.post.tuning import CorpusTuning
 from lfm_jax.problems import raise_problems
-from lfm_jax.train.objective import BatchArray, DeviceBatch, Terms
+from lfm_jax.train.objective import BatchArray, DeviceBatch, OverTargets, Terms
 
 if TYPE_CHECKING:
     from lfm_jax.post.config import TuneConfig
@@ -63,7 +63,7 @@ class DPOConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Preference:
+class Preference(OverTargets):
     """Mean over pairs of the loss of `preferences.preference_loss`; how pairs stand in rows says `corpora/pairs.py`."""
 
     dpo: DPOConfig
@@ -74,21 +74,15 @@ class Preference:
     def arrays(self) -> dict[str, BatchArray]:
         """int32 [B, T] each; with `reference: once` also its log-probabilities of targets, float32 [B, T]."""
         once = {REFERENCE: BatchArray(dtype="float32")} if self.dpo.reference == "once" else {}
-        return {name: BatchArray() for name in ("tokens", "targets", "segment_ids", "positions")} | once
+        return super().arrays | once
 
     @property
     def others(self) -> tuple[str, ...]:
         return () if self.dpo.reference == "once" else (REFERENCE,)
 
-    def tokens(self, T: int) -> int:
-        return T
-
     def weight(self, batch: DeviceBatch) -> jax.Array:
         """Pairs."""
         return jnp.sum(_pairs(batch), dtype=jnp.float32)
-
-    def real_tokens(self, batch: DeviceBatch) -> jax.Array | int:
-        return jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32)
 
     def __call__(self, model: LFM, batch: DeviceBatch, others: Mapping[str, LFM] | None = None) -> Terms:
         model.config.need_causal("preference optimisation")

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from lfm_jax.config import ModelConfig
 from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.model import LFM, Aux
-from lfm_jax.train.objective import BatchArray, DeviceBatch, Terms
+from lfm_jax.train.objective import DeviceBatch, OverTargets, Terms
 
 TEACHER = "teacher"
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerOutputs:
+class LayerOutputs(OverTargets):
     """Mean over learnt targets, and over the layers whose operator is another than the teacher's, of
 
         |student's layer(x) - teacher's layer(x)|^2 / |teacher's layer(x) - x|^2
@@ -37,22 +37,8 @@ class LayerOutputs:
         return 1  # No logits are made.
 
     @property
-    def arrays(self) -> dict[str, BatchArray]:
-        """int32 [B, T] each."""
-        return {name: BatchArray() for name in ("tokens", "targets", "segment_ids", "positions")}
-
-    @property
     def others(self) -> tuple[str, ...]:
         return (TEACHER,)
-
-    def tokens(self, T: int) -> int:
-        return T
-
-    def weight(self, batch: DeviceBatch) -> jax.Array:
-        return jnp.sum(batch["targets"] != LOSS_IGNORE, dtype=jnp.float32)
-
-    def real_tokens(self, batch: DeviceBatch) -> jax.Array | int:
-        return jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32)
 
     def __call__(self, model: LFM, batch: DeviceBatch, others: Mapping[str, LFM]) -> Terms:
         teacher = others[TEACHER]

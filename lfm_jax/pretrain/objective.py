@@ -6,19 +6,17 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from lfm_jax.config import ModelConfig
-from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.model import LFM
 from lfm_jax.train.loss import cross_entropy
-from lfm_jax.train.objective import BatchArray, DeviceBatch, Terms
+from lfm_jax.train.objective import DeviceBatch, OverTargets, Terms
 from lfm_jax.train.step import Training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NextToken:
+class NextToken(OverTargets):
     """Mean negative log-likelihood, in nats, of the targets that are not LOSS_IGNORE.
 
     Padding stands at the right end of a row. `segment_ids` may be None: one document a row, no padding.
@@ -28,21 +26,6 @@ class NextToken:
     """Tokens whose logits are in memory at one time."""
     z_loss: float = 0.0
     """Weight of the penalty on the softmax's normaliser (`loss.cross_entropy`)."""
-
-    @property
-    def arrays(self) -> dict[str, BatchArray]:
-        """int32 [B, T] each."""
-        return {name: BatchArray() for name in ("tokens", "targets", "segment_ids", "positions")}
-
-    def tokens(self, T: int) -> int:
-        return T
-
-    def weight(self, batch: DeviceBatch) -> jax.Array:
-        return jnp.sum(batch["targets"] != LOSS_IGNORE, dtype=jnp.float32)
-
-    def real_tokens(self, batch: DeviceBatch) -> jax.Array | int:
-        ids = batch["segment_ids"]
-        return batch["tokens"].size if ids is None else jnp.sum(ids != 0, dtype=jnp.float32)
 
     def __call__(self, model: LFM, batch: DeviceBatch) -> Terms:
         model.config.need_causal("next-token prediction")

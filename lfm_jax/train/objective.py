@@ -14,7 +14,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
+from lfm_jax.data.batch import LOSS_IGNORE
 from lfm_jax.model import LFM, Aux
 
 DeviceBatch = Mapping[str, Any]
@@ -89,6 +91,26 @@ class Objective(Protocol):
         """The sums over the rows of a batch. Its arguments are the model and the batch, and with `others` those; no
         more."""
         ...
+
+
+class OverTargets:
+    """What objectives over packed rows and their targets have in common."""
+
+    @property
+    def arrays(self) -> dict[str, BatchArray]:
+        """int32 [B, T] each."""
+        return {name: BatchArray() for name in ("tokens", "targets", "segment_ids", "positions")}
+
+    def tokens(self, T: int) -> int:
+        return T
+
+    def weight(self, batch: DeviceBatch) -> jax.Array:
+        """Targets."""
+        return jnp.sum(batch["targets"] != LOSS_IGNORE, dtype=jnp.float32)
+
+    def real_tokens(self, batch: DeviceBatch) -> jax.Array | int:
+        ids_BT = batch["segment_ids"]
+        return batch["tokens"].size if ids_BT is None else jnp.sum(ids_BT != 0, dtype=jnp.float32)
 
 
 def others_of(objective: Objective) -> tuple[str, ...]:
