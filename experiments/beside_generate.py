@@ -27,7 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stamps import stamp
+from records import Records, Row, stamp
 
 Prompts = Sequence[list[int]]
 SIDES = ("lfm_jax", "transformers")
@@ -45,7 +45,8 @@ class Chat(NamedTuple):
 def main(argv: list[str]) -> int:
     args = parser(__doc__, "runs/beside_generate.jsonl", rollouts=5).parse_args(argv)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])  # XLA has a thread for each.
-    of, done, add = records(args, ("prompts", "generations", "max_new_tokens", "seq_len", "slots", "threads"))
+    of, records = opened(args, ("prompts", "generations", "max_new_tokens", "seq_len", "slots", "threads"))
+    done = records.rows
     for dtype in args.dtypes:
         left = [i for i in range(1, args.rollouts + 1) for side in SIDES if not find(done, dtype, side, i)]
         if not left:
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> int:
                     row = {"dtype": dtype, "side": side, "rollout": i, "seconds": time.perf_counter() - began,
                            "answers": len(lengths), "tokens": sum(lengths), "cut": cut}
                     if i:
-                        add(row)
+                        records.add({"of": of, **row})
                     print(json.dumps(row), file=sys.stderr, flush=True)
     print(table([row for row in done if row["dtype"] in args.dtypes and row["rollout"] <= args.rollouts]))
     print(f"\n{settings_of(of)}")
@@ -83,23 +84,12 @@ def parser(about: str | None, where: str, *, rollouts: int) -> argparse.Argument
     return flags
 
 
-def records(
-    args: argparse.Namespace, names: Sequence[str]
-) -> tuple[dict[str, Any], list[dict[str, Any]], Callable[[dict[str, Any]], None]]:
-    """The settings; the records that have them; and what adds one."""
+def opened(args: argparse.Namespace, names: Sequence[str]) -> tuple[Row, Records]:
+    """The settings, and the records that have them."""
     of = {name: getattr(args, name) for name in names}
     of |= {"versions": {name: version(name) for name in PACKAGES}, "model": stamp(args.model),
            "chats": stamp(args.chats)}
-    args.records.parent.mkdir(parents=True, exist_ok=True)
-    lines = args.records.read_text().splitlines() if args.records.exists() else []
-    done = [row for row in map(json.loads, lines) if row["of"] == of]
-
-    def add(row: dict[str, Any]) -> None:
-        done.append({"of": of, **row})
-        with args.records.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(done[-1]) + "\n")
-
-    return of, done, add
+    return of, Records(args.records, lambda row: row["of"] == of)
 
 
 def settings_of(of: dict[str, Any]) -> str:

@@ -14,7 +14,6 @@ task is a line of the records; started again with the same settings and files it
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -22,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stamps import stamp
+from records import Records, stamp
 
 Model = Callable[[], Any]
 TASKS = ("arc_challenge:250", "arc_challenge:60:25", "piqa:150", "lambada_openai:150", "wikitext:2", "gsm8k:8")
@@ -38,12 +37,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--records", type=Path, default=Path("runs/beside_hf.jsonl"))
     args = parser.parse_args(argv)
-    args.records.parent.mkdir(parents=True, exist_ok=True)
     settings = {"threads": args.threads, "batch_size": args.batch_size, "max_length": args.max_length,
                 "model": stamp(args.model)}
     of = {spec: settings | {"data": stamp(args.data / spec.partition(":")[0])} for spec in args.tasks}
-    done = [json.loads(line) for line in args.records.read_text().splitlines()] if args.records.exists() else []
-    done = [row for row in done if row["of"] == of.get(row["spec"])]
+    records = Records(args.records, lambda row: row["of"] == of.get(row["spec"]))
     import torch
 
     torch.set_num_threads(args.threads)
@@ -52,7 +49,7 @@ def main(argv: list[str]) -> int:
     made: dict[str, Any] = {}
     for spec in args.tasks:
         for name, make in model.items():
-            if any((row["backend"], row["spec"]) == (name, spec) for row in done):
+            if any((row["backend"], row["spec"]) == (name, spec) for row in records.rows):
                 continue
             if name not in made:
                 made[name] = make()
@@ -60,13 +57,10 @@ def main(argv: list[str]) -> int:
             passes = [timed(made[name], spec, args.data) for _ in range(2 if name == "lfm_jax" else 1)]
             seconds = [each[0] for each in passes]
             _, found, scores = passes[-1]
-            row = {"of": of[spec], "backend": name, "spec": spec, "seconds": seconds, "scores": found,
-                   "answers": scores}
-            done.append(row)
-            with args.records.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            records.add({"of": of[spec], "backend": name, "spec": spec, "seconds": seconds, "scores": found,
+                         "answers": scores})
             print(f"{spec} {name}: {seconds} s, {found}", file=sys.stderr, flush=True)
-    print(table(done, args.tasks))
+    print(table(records.rows, args.tasks))
     return 0
 
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from stamps import stamp
+from records import Records, Row, stamp
 
 Step = Callable[[int], float]
 """Takes a step on the batch of a number and returns its loss."""
@@ -52,17 +52,14 @@ def main(argv: list[str]) -> int:
     if args.side:
         serve(args)
         return 0
-    args.records.parent.mkdir(parents=True, exist_ok=True)
     of = {name: getattr(args, name) for name in ("rows", "seq_len", "rank", "steps", "threads")}
     of |= {"model": stamp(args.model), "chats": stamp(args.chats), "malloc": os.environ.get("GLIBC_TUNABLES", ""),
            "versions": {name: version(name) for names in SIDES.values() for name in names if name != "lfm_jax"}}
-    lines = args.records.read_text().splitlines() if args.records.exists() else []
-    done = [row for row in map(json.loads, lines) if row["of"] == of]
+    records = Records(args.records, lambda row: row["of"] == of)
+    done = records.rows
 
-    def add(row: dict[str, Any]) -> None:
-        done.append({"of": of, **row})
-        with args.records.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(done[-1]) + "\n")
+    def add(row: Row) -> None:
+        records.add({"of": of, **row})
         print(json.dumps(row), file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as folder:

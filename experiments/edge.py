@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from stamps import stamp
+from records import Records, stamp
 
 PROMPT, NEW = 1024, 100
 MAPPED = ("mapped", "read", "mapped, as in the file")
@@ -89,26 +89,21 @@ def main(argv: list[str]) -> int:
     cases: list[tuple[str, ...]] = [("llama.cpp", type, how) for type in args.types for how in MAPPED]
     if "Q8_0" in files:
         cases += [("lfm_jax", "Q8_0", how) for how in OURS]
-    records = args.directory / "records.jsonl"
     of = {case: {"file": stamp(files[case[1]]), "threads": os.cpu_count(),
                  "python": args.llama_cpp if case[0] == "llama.cpp" else sys.executable} for case in cases}
-    done = [json.loads(line) for line in records.read_text().splitlines()] if records.exists() else []
-    done = [row for row in done if row.get("of") == of.get(tuple(row["case"]), {})]
+    records = Records(args.directory / "records.jsonl", lambda row: row.get("of") == of.get(tuple(row["case"]), {}))
     for repeat in range(args.repeats):
         for case in cases:
-            if any((row["repeat"], tuple(row["case"])) == (repeat, case) for row in done):
+            if any((row["repeat"], tuple(row["case"])) == (repeat, case) for row in records.rows):
                 continue
             engine, type, how = case
             command = [args.llama_cpp, "-c", LLAMA, str(files[type]), how, *map(str, (PROMPT, NEW, os.cpu_count()))]
             if engine == "lfm_jax":
                 command = [sys.executable, __file__, "ours", str(files[type]), how]
             found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
-            row = {"of": of[case], "repeat": repeat, "case": case, **json.loads(found)}
-            done.append(row)
-            with records.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            records.add({"of": of[case], "repeat": repeat, "case": case, **json.loads(found)})
             print(f"{repeat} {' '.join(case)}: {found}", file=sys.stderr, flush=True)
-    print(table(done, cases, files))
+    print(table(records.rows, cases, files))
     return 0
 
 

@@ -24,9 +24,9 @@ from beside_generate import (
     engine,
     find,
     generated,
+    opened,
     parser,
     read,
-    records,
     sampled,
     settings_of,
     torch_model,
@@ -43,14 +43,15 @@ def main(argv: list[str]) -> int:
     flags = parser(__doc__, "runs/mismatch.jsonl", rollouts=1)
     flags.add_argument("--figure", type=Path, default=Path("runs/mismatch.png"))
     args = flags.parse_args(argv)
-    of, done, add = records(args, ("prompts", "generations", "max_new_tokens", "seq_len", "slots", "threads"))
+    of, records = opened(args, ("prompts", "generations", "max_new_tokens", "seq_len", "slots", "threads"))
     for side, measure in zip(SIDES, (ours, theirs), strict=True):
         for dtype in args.dtypes:
-            if not find(done, dtype, side, 0):
+            if not find(records.rows, dtype, side, 0):
                 found = measure(args, read(args, args.prompts), dtype)
                 print(f"{side}, {dtype}: {len(found):,} tokens", file=sys.stderr, flush=True)
-                add({"dtype": dtype, "side": side, "rollout": 0, "differences": [float(f"{x:.4g}") for x in found]})
-    rows = [row for row in done if row["dtype"] in args.dtypes]
+                records.add({"of": of, "dtype": dtype, "side": side, "rollout": 0,
+                             "differences": [float(f"{x:.4g}") for x in found]})
+    rows = [row for row in records.rows if row["dtype"] in args.dtypes]
     print(table(rows))
     draw(rows, args.figure)
     print(f"\n{args.figure}\n{settings_of(of)}")

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import re
 import subprocess
@@ -32,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from stamps import stamp
+from records import Records, stamp
 
 import lfm_jax as lfm
 from lfm_jax.ablate.stats import paired_difference, summarize
@@ -75,10 +74,10 @@ def main(argv: list[str]) -> int:
     settings = {"model": args.model, "tokens": args.tokens, "files": stamp(args.model) + stamp(args.text)}
     of = {name: settings | {"type": name, "of_type": stamp(name) if Path(name).is_dir() else args.llama_cpp
                             if name.endswith(" by llama.cpp") else None} for name in names}
-    args.records.parent.mkdir(parents=True, exist_ok=True)
-    done = read(args.records, of)
+    records = Records(args.records, lambda row: of.get(row["type"], {"type": None}).items() <= row.items())
+    done = {(row["type"], row["document"]): row for row in records.rows}
     score = scorer(model, documents)
-    with tempfile.TemporaryDirectory() as scratch, open(args.records, "a", encoding="utf-8") as records:
+    with tempfile.TemporaryDirectory() as scratch:
         for name in names:
             missing = [i for i in range(len(documents)) if (name, i) not in done]
             if not missing:
@@ -87,10 +86,8 @@ def main(argv: list[str]) -> int:
             params, size = variant(name, model, tokenizer, Path(scratch), args.llama_cpp)
             print(f"{name}: {size / 1e6:.1f} MB, made in {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
             for i in missing:
-                found = score(name, params, i) | {"bytes": size}
-                done[name, i] = found
-                records.write(json.dumps(of[name] | {"document": i, **found}) + "\n")
-                records.flush()
+                done[name, i] = of[name] | {"document": i, "bytes": size, **score(name, params, i)}
+                records.add(done[name, i])
             print(f"{name}: {len(missing)} texts in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     print(table(done, names, len(documents)))
     return 0
@@ -171,18 +168,6 @@ def variant(name: str, model: LFM, tokenizer: Any, scratch: Path, llama_cpp: str
 
 def _bits(x: jax.Array) -> int:
     return 4 if x.dtype == jnp.int4 else 8 * x.dtype.itemsize
-
-
-def read(records: Path, of: dict[str, dict[str, Any]]) -> dict[tuple[str, int], Score]:
-    """What was measured before with the settings of each type."""
-    found = {}
-    if records.exists():
-        for line in records.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            settings = of.get(entry["type"])
-            if settings is not None and all(entry.get(name) == value for name, value in settings.items()):
-                found[entry["type"], entry["document"]] = entry
-    return found
 
 
 def table(done: dict[tuple[str, int], Score], names: list[str], documents: int) -> str:

@@ -27,7 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stamps import stamp
+from records import Records, stamp
 
 LONGEST = 64
 """Characters of a value, so that even a bad model ends its answer; those of the test have 55 at most."""
@@ -125,9 +125,8 @@ def measure(args: argparse.Namespace, intents: Sequence[Intent]) -> None:
     of = {"model": [args.measure, stamp(args.measure)], "adapter": args.adapter and stamp(args.adapter),
           "snips": stamp(args.snips), "limit": args.limit, "dtype": args.dtype,
           "versions": {name: version(name) for name in ("jax", "llguidance")}}
-    records = args.out / "measured.jsonl"
-    lines = records.read_text(encoding="utf-8").splitlines() if records.exists() else []
-    done = {row["intent"]: row for row in map(json.loads, lines) if row["of"] == of}
+    records = Records(args.out / "measured.jsonl", lambda row: row["of"] == of)
+    done = {row["intent"]: row for row in records.rows}
     loaded = None
     for intent in intents:
         if intent.name in done:
@@ -142,8 +141,7 @@ def measure(args: argparse.Namespace, intents: Sequence[Intent]) -> None:
         row = {"of": of, "intent": intent.name, "seconds": time.monotonic() - began, "answers": answers,
                "slots": [slots for _, slots in some]}
         done[intent.name] = row
-        with records.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        records.add(row)
         print(f"{intent.name}: {row['seconds']:.0f} s", file=sys.stderr, flush=True)
     print(table([done[intent.name] for intent in intents]))
     print(f"\n{json.dumps({key: x for key, x in of.items() if key in ('limit', 'dtype', 'versions')})}")

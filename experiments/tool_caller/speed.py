@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import edge
+from records import Records, Row
 
 from lfm_jax.files import say
 from tool_caller.config import Life
@@ -33,28 +34,26 @@ class Case(NamedTuple):
         return [python, "-c", edge.LLAMA, str(self.path), self.how, *sizes]
 
 
-def speed(life: Life, cases: list[Case], records: Path) -> list[dict[str, Any]]:
-    """Medians by case, with the smallest and largest; each measurement is a line of `records` as soon as it is
-    there."""
-    records.parent.mkdir(parents=True, exist_ok=True)
+def speed(life: Life, cases: list[Case], path: Path) -> list[dict[str, Any]]:
+    """Medians by case, with the smallest and largest; each measurement is a line of `path` as soon as it is there."""
+    records = Records(path)
     cases = [case for case in cases if case.engine == "lfm_jax" or life.llama_cpp]
-    lines = records.read_text(encoding="utf-8").split("\n")[:-1] if records.exists() else []  # The last may be cut.
-    done = [json.loads(line) for line in lines]
-    records.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     for repeat in range(life.repeats):
         for case in cases:
             key = [repeat, case.engine, case.path.name, case.how]
-            if any(row["key"] == key for row in done):
+            if any(row["key"] == key for row in records.rows):
                 continue
             said = subprocess.run(case.command(life.llama_cpp), stdout=subprocess.PIPE, text=True, check=True).stdout
             row = {"key": key, **json.loads(said.splitlines()[-1])}
-            done.append(row)
-            with records.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            records.add(row)
             say(f"{' '.join(map(str, key))}: {row['decode']:.0f} tokens/s", who="tool_caller")
-    return [{"engine": case.engine, "file": case.path.name, "how": case.how,
-             **{name: _spread([row[key] for row in done if row["key"][1:] == [case.engine, case.path.name, case.how]])
-                for key, name in COLUMNS.items()}} for case in cases]
+    return [{"engine": case.engine, "file": case.path.name, "how": case.how, **_spreads(case, records.rows)}
+            for case in cases]
+
+
+def _spreads(case: Case, rows: list[Row]) -> dict[str, list[float]]:
+    of_case = [row for row in rows if row["key"][1:] == [case.engine, case.path.name, case.how]]
+    return {name: _spread([row[key] for row in of_case]) for key, name in COLUMNS.items()}
 
 
 def _spread(values: list[float]) -> list[float]:
