@@ -86,3 +86,21 @@ def wait_for_step(process, run_dir, step):
 def children(process):
     """Process ids of the processes that a launcher started, the first process of the run first."""
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+class Broken(Exception):
+    """A run that is broken off."""
+
+
+class Breaking:
+    """The batches of a corpus, up to one with which the run is broken off, in this process."""
+
+    def __init__(self, batches, last):
+        self.batches, self.left = batches, last
+        self.get_state, self.set_state = batches.get_state, batches.set_state
+
+    def __next__(self):
+        self.left -= 1
+        if not self.left:
+            raise Broken
+        return next(self.batches)

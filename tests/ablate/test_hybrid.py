@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_runs import Breaking, Broken
 
 import lfm_jax as lfm
 from lfm_jax.ablate.hybrid import measure, passages
@@ -25,24 +26,8 @@ from lfm_jax.testing import tiny_model, tiny_tokenizer
 CONFIGS = Path(__file__).parents[2] / "configs" / "ablations"
 
 
-class Broken(Exception):
-    """Something is broken off."""
-
-
 def broken(*args):
     raise Broken
-
-
-class Breaking:
-    """The batches of a corpus, up to one with which the run is broken off."""
-
-    def __init__(self, batches, last):
-        self.batches, self.left = batches, last
-        self.get_state, self.set_state = batches.get_state, batches.set_state
-
-    def __next__(self):
-        self.left -= 1
-        return next(self.batches) if self.left else broken()
 
 
 def prose(seed, lines):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from chats import TURNS, write
 from flax import nnx
-from tiny_runs import losses
-from tuning import Breaking, Broken, base, load, pairs, recipe
+from tiny_runs import Breaking, Broken, losses
+from tuning import base, load, pairs, recipe
 
 import lfm_jax as lfm
 from lfm_jax.data.batch import batches_of

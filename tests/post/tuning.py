@@ -72,24 +72,6 @@ def pairs():
             for i, thing in enumerate(THINGS)]
 
 
-class Broken(Exception):
-    """A run that is broken off."""
-
-
-class Breaking:
-    """The batches of a corpus, up to one with which the run is broken off, in this process."""
-
-    def __init__(self, batches, last):
-        self.batches, self.left = batches, last
-        self.get_state, self.set_state = batches.get_state, batches.set_state
-
-    def __next__(self):
-        self.left -= 1
-        if not self.left:
-            raise Broken
-        return next(self.batches)
-
-
 class Dying:
     """The batches of a corpus, up to one with which the process is killed."""
 
