@@ -67,7 +67,7 @@ def evaluate(
       system_message: put before each prompt.
       predict_only: keep answers, and score nothing.
       max_length: the most tokens that the model reads; its own limit if left out.
-      batch_tokens: tokens of one dispatch of scores; 2,048 on a CPU, else 16,384, if left out.
+      batch_tokens: tokens of one dispatch of scores; 512 on a CPU, else 16,384, if left out.
       slots: texts that are generated at a time; with --url, requests.
       seed: of sampled texts.
       dtype: dtype of parameters and computation; the stored one if left out.
