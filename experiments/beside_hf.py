@@ -1,7 +1,7 @@
 """Compares `lfm eval` with lm-eval's own `hf` backend: the same scores, and the time that each takes, in one process.
 
-    python experiments/beside_hf.py MODEL DATA [--tasks arc_challenge:250 arc_challenge:60:25 gsm8k:8 ...] [--threads 2]
-        [--batch-size 8] [--records runs/beside_hf.jsonl]
+    python experiments/beside_hf.py MODEL DATA [--tasks arc_challenge:250 arc_challenge:60:25 gsm8k:24 ...]
+        [--threads 2] [--batch-size 8] [--records runs/beside_hf.jsonl]
 
 MODEL is a GGUF file or a directory that both take; DATA is that of `lfm eval --data` (`experiments/eval_files.py`).
 Each task has the number of its documents behind a colon, the first ones, and perhaps the number of examples behind
@@ -24,7 +24,8 @@ from typing import Any
 from records import Records, stamp
 
 Model = Callable[[], Any]
-TASKS = ("arc_challenge:250", "arc_challenge:60:25", "piqa:150", "lambada_openai:150", "wikitext:2", "gsm8k:8")
+TASKS = ("arc_challenge:250", "arc_challenge:250:5", "arc_challenge:60:25", "piqa:150", "lambada_openai:150",
+         "wikitext:2", "gsm8k:24")
 
 
 def main(argv: list[str]) -> int:
