@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from verified_pairs import make_pairs
 
 from lfm_jax import compile_cache
 from lfm_jax.bench.timing import conditions
@@ -34,7 +35,7 @@ from lfm_jax.pretrain.run import train
 from lfm_jax.recipe import load_recipe, model_flags, to_plain
 from lfm_jax.train.launch import FAILED, STOPPED
 from lfm_jax.train.metrics import read_metrics
-from tool_caller import engines, measure, pairs, prepare, size, toy
+from tool_caller import engines, measure, prepare, size, toy
 from tool_caller import page as pages
 from tool_caller.config import BLOCKS, HERE, Life
 from tool_caller.speed import Case, speed
@@ -173,7 +174,9 @@ class Stations:
             Step("pretrain", self.pretrain), self._measured("pretrain", tuned=False),
             Step("long", self.long), self._measured("long", ("pretrain",), tuned=False),
             Step("sft", lambda: self._tuned("sft", "long", chats)), self._measured("sft", ("long",)),
-            Step("pairs", lambda: pairs.make_pairs(life, runs["sft"], life.home / "pairs")),
+            Step("pairs", lambda: make_pairs(
+                str(runs["sft"]), life.data / "asked.jsonl", life.home / "pairs", samples=life.samples,
+                minutes=life.minutes.pairs, slots=life.slots, seed=life.seed, most=1 if life.steps else None)),
             Step("prefer", lambda: self._tuned("prefer", "sft", preferences)), self._measured("prefer", ("sft",)),
             Step("narrow", lambda: self._tuned("narrow", "prefer", [
                 *chats, "--distill.teacher", str(runs["prefer"])])),
