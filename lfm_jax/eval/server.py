@@ -37,6 +37,10 @@ PASSING = (429, 500, 502, 503, 504)
 """Statuses with which the same request is sent again."""
 
 
+class RefusedError(ValueError):
+    """A server does not do what a request asks for."""
+
+
 class Server:
     """One model of a server.
 
@@ -135,8 +139,8 @@ class Server:
     @staticmethod
     def _read(response: httpx.Response) -> Any:
         if response.is_error:
-            raise ValueError(f"{response.url} refuses a request with status {response.status_code}: "
-                             f"{response.text[:500]}")
+            raise RefusedError(f"{response.url} refuses a request with status {response.status_code}: "
+                               f"{response.text[:500]}")
         try:
             return response.json()
         except ValueError:
@@ -226,7 +230,7 @@ class TokenServer(EncodedLM):
         try:
             choice = self._server.ask("completions", {
                 "prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0})
-        except ValueError as error:
+        except RefusedError as error:
             raise ValueError(f"{error}\n{needed}") from None
         told = choice.get("logprobs") or {}
         logprobs, best = told.get("token_logprobs") or [], told.get("top_logprobs") or []

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 
+import httpx
 import pytest
 import uvicorn
 from running import run
@@ -222,6 +223,18 @@ def other():
         threading.Thread(target=served.serve_forever).start()
         yield f"http://127.0.0.1:{served.server_port}/v1"
         served.shutdown()
+
+
+def test_a_server_that_is_gone_is_not_said_to_have_no_scores(other, directory, monkeypatch):
+    def gone(request):
+        raise httpx.ConnectError("refused")
+
+    server = servers.Server(other, "a")
+    server._client = httpx.Client(transport=httpx.MockTransport(gone))
+    monkeypatch.setattr(servers.time, "sleep", lambda seconds: None)
+    lm = servers.TokenServer(server, directory, max_length=64)
+    with pytest.raises(ValueError, match=r"the same command goes on from there$"):
+        list(lm._score([([1], [2])]))
 
 
 def test_what_a_server_cannot_do(other, measure, directory, tmp_path, capsys):
