@@ -216,9 +216,11 @@ class TokenServer(EncodedLM):
         self._server = server
 
     def _score(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> Iterator[tuple[int, tuple[float, bool]]]:
-        longest = max((len(continuation) for _, continuation in pairs), default=0)
-        if longest > self.max_length:
+        lengths = [len(continuation) for _, continuation in pairs]
+        if (longest := max(lengths, default=0)) > self.max_length:
             raise ValueError(f"cannot score a continuation of {longest} tokens; the model reads {self.max_length}")
+        if 0 in lengths:
+            raise ValueError(f"cannot score: pair {lengths.index(0)} has no continuation")
         return self._server.ask_all(pairs, self._scored)
 
     def _scored(self, pair: tuple[Tokens, Tokens]) -> tuple[float, bool]:

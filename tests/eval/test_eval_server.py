@@ -172,6 +172,12 @@ def test_a_continuation_that_is_too_long_is_refused(directory):
         lm._score([([1, 2], list(range(5, 16)))])
 
 
+def test_an_empty_continuation_is_refused(directory):
+    lm = servers.TokenServer(Scripted(), directory, max_length=10)
+    with pytest.raises(ValueError, match="pair 1 has no continuation"):
+        lm._score([([1], [2]), ([1], [])])
+
+
 def test_answers_under_way_beside_a_failure_are_kept():
     failed, begun, found = threading.Event(), [], []
 
