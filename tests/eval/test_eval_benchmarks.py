@@ -111,7 +111,7 @@ def test_json_schemas(evaluate, tmp_path):
 
     def say(prompt):
         kind = next(name for name, schema in SCHEMAS.items() if json.dumps(schema) in prompt)
-        return {"a_valid": '```json\n{"fox": 1}\n```', "b_wrong": '"1.2.3.999"', "c_refused": "{}"}.get(kind, "yes")
+        return {"a_valid": '```json\n{"fox": 1}\n```', "b_wrong": '"1.2.3.999"', "c_refused": "{}"}.get(kind, "NaN")
 
     data = ("--data", tmp_path / "data")
     results, _, _ = evaluate("json_schema", say, *data)
