@@ -188,7 +188,8 @@ def test_documents_that_are_none(directory, tmp_path, capsys, monkeypatch, packa
     monkeypatch.setenv("PYTHONPATH", str(packages))
     path = tmp_path / "ifbench" / "test.jsonl"
     path.parent.mkdir()
-    path.write_text(lines([PROMPTS[0], {"prompt": "Say fox."}]))
+    parted = json.dumps({**PROMPTS[0], "prompt": "Say\u2028fox\x85and dog."}, ensure_ascii=False)  # One line in JSON.
+    path.write_text(parted + "\n" + lines([{"prompt": "Say fox."}]))
     args = ("eval", directory, "--output", tmp_path / "out", "--data", tmp_path)
     assert run(*args, "--tasks", "ifbench", "--checkers", sys.executable) == 2
     assert f"{path}, line 2, is no document of IFBench" in capsys.readouterr().err
