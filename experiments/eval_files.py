@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
 
 
 def lines(path: Path) -> Iterator[Row]:
-    return map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return map(json.loads, path.read_bytes().splitlines())
 
 
 def arc(path: Path) -> Iterator[Row]:

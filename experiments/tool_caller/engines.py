@@ -72,7 +72,7 @@ def asked(life: Life, measured: Path, form: str = PLAIN) -> dict[str, Asked]:
     """The first turns of both kinds, with the answers of our engine, free or held to a grammar."""
     found = {}
     for kind in ("seen", "unseen"):
-        lines = (measured / form / f"samples_tool_calls_{kind}.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (measured / form / f"samples_tool_calls_{kind}.jsonl").read_bytes().splitlines()
         rows = sorted((json.loads(line) for line in lines), key=lambda row: row["doc_id"])
         for row in rows[: life.equal_documents]:
             prompt = row["arguments"]["gen_args_0"]["arg_0"]

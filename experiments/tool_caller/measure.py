@@ -51,7 +51,7 @@ def measure(life: Life, model: Path, out: Path, *, tuned: bool) -> dict[str, Any
 def _bits(directory: Path) -> dict[str, Any]:
     """Bits per byte of all passages; the standard error is that of a ratio over passages."""
     rows = [json.loads(line)["bits_per_byte"]
-            for line in (directory / "samples_heldout.jsonl").read_text(encoding="utf-8").splitlines()]
+            for line in (directory / "samples_heldout.jsonl").read_bytes().splitlines()]
     parts = [[-nats / math.log(2), size] for nats, size in rows]
     error = share_error(parts)
     return {"bits_per_byte": [sum(bits for bits, _ in parts) / sum(size for _, size in parts),

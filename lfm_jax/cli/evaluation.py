@@ -84,6 +84,10 @@ def evaluate(
         raise ValueError("tasks is empty; name at least one, as --tasks arc_easy,piqa")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise ValueError(f"num_fewshot is {num_fewshot}; it must be at least 0")
+    if slots < 1:
+        raise ValueError(f"slots is {slots}; it must be at least 1")
     from lfm_jax.eval import need_lm_eval
 
     try:

@@ -1,8 +1,8 @@
 """Scores continuations of contexts: their log-probability, and whether greedy decoding would write them.
 
 A context goes through the model once, in chunks, and each of its continuations goes on from its state, as requests do
-in the engine. The shapes of dispatches follow from what is scored and not from its neighbours, so that few programs are
-compiled and a pair has the same score in any company.
+in the engine. The shapes of dispatches follow from a context with all that continues it and not from other contexts, so
+that few programs are compiled and a score depends on no other context.
 
 Dimensions: B rows, G contexts of a batch, R continuations side by side, T tokens, C tokens of a chunk, D width,
 X = targets of a row.

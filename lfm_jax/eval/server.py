@@ -37,6 +37,10 @@ PASSING = (429, 500, 502, 503, 504)
 """Statuses with which the same request is sent again."""
 
 
+class RefusedError(ValueError):
+    """A server does not do what a request asks for."""
+
+
 class Server:
     """One model of a server.
 
@@ -135,8 +139,8 @@ class Server:
     @staticmethod
     def _read(response: httpx.Response) -> Any:
         if response.is_error:
-            raise ValueError(f"{response.url} refuses a request with status {response.status_code}: "
-                             f"{response.text[:500]}")
+            raise RefusedError(f"{response.url} refuses a request with status {response.status_code}: "
+                               f"{response.text[:500]}")
         try:
             return response.json()
         except ValueError:
@@ -212,9 +216,11 @@ class TokenServer(EncodedLM):
         self._server = server
 
     def _score(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> Iterator[tuple[int, tuple[float, bool]]]:
-        longest = max((len(continuation) for _, continuation in pairs), default=0)
-        if longest > self.max_length:
+        lengths = [len(continuation) for _, continuation in pairs]
+        if (longest := max(lengths, default=0)) > self.max_length:
             raise ValueError(f"cannot score a continuation of {longest} tokens; the model reads {self.max_length}")
+        if 0 in lengths:
+            raise ValueError(f"cannot score: pair {lengths.index(0)} has no continuation")
         return self._server.ask_all(pairs, self._scored)
 
     def _scored(self, pair: tuple[Tokens, Tokens]) -> tuple[float, bool]:
@@ -226,7 +232,7 @@ class TokenServer(EncodedLM):
         try:
             choice = self._server.ask("completions", {
                 "prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0})
-        except ValueError as error:
+        except RefusedError as error:
             raise ValueError(f"{error}\n{needed}") from None
         told = choice.get("logprobs") or {}
         logprobs, best = told.get("token_logprobs") or [], told.get("top_logprobs") or []

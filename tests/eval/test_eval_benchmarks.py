@@ -111,7 +111,7 @@ def test_json_schemas(evaluate, tmp_path):
 
     def say(prompt):
         kind = next(name for name, schema in SCHEMAS.items() if json.dumps(schema) in prompt)
-        return {"a_valid": '```json\n{"fox": 1}\n```', "b_wrong": '"1.2.3.999"', "c_refused": "{}"}.get(kind, "yes")
+        return {"a_valid": '```json\n{"fox": 1}\n```', "b_wrong": '"1.2.3.999"', "c_refused": "{}"}.get(kind, "NaN")
 
     data = ("--data", tmp_path / "data")
     results, _, _ = evaluate("json_schema", say, *data)
@@ -188,7 +188,8 @@ def test_documents_that_are_none(directory, tmp_path, capsys, monkeypatch, packa
     monkeypatch.setenv("PYTHONPATH", str(packages))
     path = tmp_path / "ifbench" / "test.jsonl"
     path.parent.mkdir()
-    path.write_text(lines([PROMPTS[0], {"prompt": "Say fox."}]))
+    parted = json.dumps({**PROMPTS[0], "prompt": "Say\u2028fox\x85and dog."}, ensure_ascii=False)  # One line in JSON.
+    path.write_text(parted + "\n" + lines([{"prompt": "Say fox."}]))
     args = ("eval", directory, "--output", tmp_path / "out", "--data", tmp_path)
     assert run(*args, "--tasks", "ifbench", "--checkers", sys.executable) == 2
     assert f"{path}, line 2, is no document of IFBench" in capsys.readouterr().err

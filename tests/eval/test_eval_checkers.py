@@ -1,12 +1,16 @@
 """The environments of checkers, the process in them, and the real packages."""
 
+import json
+import os
+import signal
+import subprocess
 import sys
 import zipfile
 
 import pytest
 from fake_checkers import fake_packages
 
-from lfm_jax.eval.benchmarks import checkers
+from lfm_jax.eval.benchmarks import checkers, validation
 from lfm_jax.eval.benchmarks.checkers import Checkers, environment
 
 
@@ -55,6 +59,23 @@ def test_a_process_that_ends(tmp_path, monkeypatch):
     for _ in range(2):
         with pytest.raises(ValueError, match=r"the checkers of ifbench ended with status 3 at a reply"):
             judge.judge({**request, "instruction_id_list": ["die"]})
+
+
+@pytest.mark.parametrize(("command", "request_"), [
+    ([validation._PROCESS], ["a" * 60 + "b", {"pattern": "^(a|a)*$"}]),
+    ([checkers._PROCESS, "ifbench", "judge"],
+     {"prompt": "", "instruction_id_list": ["say"], "kwargs": [{}], "reply": "for ever"}),
+], ids=["a pattern", "a checker"])
+def test_a_process_ends_by_itself_where_nobody_is_left_to_kill_it(command, request_, tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(fake_packages(tmp_path))}
+    with subprocess.Popen([sys.executable, "-P", *command, "1"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                          env=env) as process:
+        try:
+            process.stdin.write(json.dumps(request_).encode() + b"\n")
+            process.stdin.flush()
+            assert process.wait(30) == -signal.SIGALRM
+        finally:
+            process.kill()
 
 
 @pytest.mark.long

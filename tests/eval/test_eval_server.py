@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 
+import httpx
 import pytest
 import uvicorn
 from running import run
@@ -171,6 +172,12 @@ def test_a_continuation_that_is_too_long_is_refused(directory):
         lm._score([([1, 2], list(range(5, 16)))])
 
 
+def test_an_empty_continuation_is_refused(directory):
+    lm = servers.TokenServer(Scripted(), directory, max_length=10)
+    with pytest.raises(ValueError, match="pair 1 has no continuation"):
+        lm._score([([1], [2]), ([1], [])])
+
+
 def test_answers_under_way_beside_a_failure_are_kept():
     failed, begun, found = threading.Event(), [], []
 
@@ -222,6 +229,18 @@ def other():
         threading.Thread(target=served.serve_forever).start()
         yield f"http://127.0.0.1:{served.server_port}/v1"
         served.shutdown()
+
+
+def test_a_server_that_is_gone_is_not_said_to_have_no_scores(other, directory, monkeypatch):
+    def gone(request):
+        raise httpx.ConnectError("refused")
+
+    server = servers.Server(other, "a")
+    server._client = httpx.Client(transport=httpx.MockTransport(gone))
+    monkeypatch.setattr(servers.time, "sleep", lambda seconds: None)
+    lm = servers.TokenServer(server, directory, max_length=64)
+    with pytest.raises(ValueError, match=r"the same command goes on from there$"):
+        list(lm._score([([1], [2])]))
 
 
 def test_what_a_server_cannot_do(other, measure, directory, tmp_path, capsys):

@@ -281,6 +281,8 @@ def test_a_task_that_needs_another_package_says_so(tmp_path):
 
 @pytest.mark.parametrize(("args", "message"), [
     (["--tasks", ","], "tasks is empty"), (["--tasks", "x", "--limit", "0"], "limit is 0"),
+    (["--tasks", "x", "--num-fewshot", "-1"], "num_fewshot is -1; it must be at least 0"),
+    (["--tasks", "x", "--slots", "0"], "slots is 0; it must be at least 1"),
     (["--tasks", "x", "--shard", "2/2"], "shard is '2/2'"),
     (["--tasks", "toy_choice", "--data", "nowhere"], "data nowhere is not a directory"),
     (["--tasks", "needle_1024", "--max-length", "1024", "--constrained"], "long contexts cannot be constrained"),

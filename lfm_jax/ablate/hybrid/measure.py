@@ -123,7 +123,7 @@ def measure_tasks(study: HybridStudy, model: LFM, tokenizer: Tokenizer, out: Pat
              limit=study.tasks_documents)
     found = {}
     for task in study.tasks:
-        lines = [json.loads(line) for line in (out / f"samples_{task}.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (out / f"samples_{task}.jsonl").read_bytes().splitlines()]
         lines.sort(key=lambda row: row["doc_id"])
         found[task] = [float(row["acc_norm"] if "acc_norm" in row else row["acc"]) for row in lines]
     return found

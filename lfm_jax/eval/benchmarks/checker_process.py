@@ -1,7 +1,9 @@
 """Runs in the Python of a benchmark's checkers, with the standard library alone: nothing of lfm_jax is there.
 
     python checker_process.py BENCHMARK documents [CATEGORY]   writes the benchmark's documents, a JSON line each
-    python checker_process.py BENCHMARK judge                  writes {"version"}, then a verdict on each reply it reads
+    python checker_process.py BENCHMARK judge SECONDS          writes {"version"}, then a verdict on each reply it reads
+
+It ends where a verdict takes more than SECONDS: whoever asked for it has killed it before, or is dead.
 
 The packages want to fetch data and to import the clients of every API as soon as they are imported: those modules are
 replaced by empty ones.
@@ -11,6 +13,7 @@ import importlib.util
 import json
 import os
 import random
+import signal
 import sys
 import types
 from collections import defaultdict
@@ -166,10 +169,12 @@ def main():
         for document in DOCUMENTS[benchmark](*rest):
             write(document)
         return
-    judge = JUDGES[benchmark]()
+    judge, most = JUDGES[benchmark](), int(rest[0])
     write({"version": version(benchmark)})
     for line in sys.stdin.buffer:
+        signal.alarm(most)
         write(judge(json.loads(line)))
+        signal.alarm(0)
 
 
 if __name__ == "__main__":

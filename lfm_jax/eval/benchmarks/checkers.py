@@ -52,7 +52,7 @@ class Checkers:
         self._benchmark, self._is_made = benchmark, place is None
         self._python = environment(benchmark) / "bin" / "python" if place is None else _python(place)
         try:
-            self._worker = Worker(self._command("judge"))
+            self._worker = Worker(self._command("judge", str(round(2 * SECONDS))))
         except EndedError as error:
             raise self._no_start(error.said) from None
         self.version: str = self._worker.ready["version"]

@@ -57,7 +57,7 @@ class IFBench(ChatTask):
 
 def _read(path: Path) -> list[Document]:
     documents = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
             right = all(isinstance(row[name], kind) for name, kind in COLUMNS.items())

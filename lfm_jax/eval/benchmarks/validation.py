@@ -54,7 +54,7 @@ def is_valid(value: Any, schema: Any) -> bool:
 @functools.cache
 def _worker() -> Worker:
     # -P: the modules beside the process do not hide others of their names.
-    return Worker([sys.executable, "-P", str(_PROCESS)])
+    return Worker([sys.executable, "-P", str(_PROCESS), str(round(2 * SECONDS))])
 
 
 def check_schema(schema: Any) -> str | None:
