@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -16,12 +17,14 @@ import lfm_jax as lfm
 from lfm_jax.ablate.hybrid import measure, passages
 from lfm_jax.ablate.hybrid import run as runs
 from lfm_jax.ablate.hybrid.page import bootstrap
-from lfm_jax.ablate.hybrid.run import run_study
+from lfm_jax.ablate.hybrid.run import StoppedError, run_study
 from lfm_jax.ablate.hybrid.study import ORIGINAL, HybridStudy, Stage, arms, counted
 from lfm_jax.init_from import write_model
 from lfm_jax.post.distill import Distill
 from lfm_jax.recipe import load_recipe
 from lfm_jax.testing import tiny_model, tiny_tokenizer
+from lfm_jax.train.processes import StopRequest
+from lfm_jax.train.runner import RunResult
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "ablations"
 
@@ -117,6 +120,28 @@ def test_a_study_that_breaks_off_ends_with_the_same_numbers(root, whole, monkeyp
     ours, theirs = ([record for record in map(json.loads, (root / name / "results.jsonl").read_text().splitlines())
                      if record.get("arm") in (ORIGINAL, "k0")] for name in ("broken", "whole"))
     assert ours == theirs
+
+
+def test_time_that_is_over_while_a_run_ends_is_not_forgotten(root, whole, monkeypatch):
+    (root / "slice").mkdir()
+    for name in ("data", "original", "start"):
+        shutil.copytree(root / "whole" / name, root / "slice" / name)
+
+    reached = []
+
+    def ended(config):
+        """A run whose last step is made when it is asked to stop."""
+        reached.append(config)
+        with StopRequest() as stop:
+            while not stop.due():
+                time.sleep(0.01)
+        return RunResult(Path(config.run_dir), config.steps, config.steps, {})
+
+    monkeypatch.setattr(runs, "tune", ended)
+    with pytest.raises(StoppedError):
+        run_study(study(root, "slice", minutes=0.05))
+    assert reached
+    assert not (root / "slice" / "layers.json").exists()
 
 
 def test_arms_and_their_seeds(root):
