@@ -16,7 +16,7 @@ from tiny_runs import Breaking, Broken
 import lfm_jax as lfm
 from lfm_jax.ablate.hybrid import measure, passages
 from lfm_jax.ablate.hybrid import run as runs
-from lfm_jax.ablate.hybrid.page import bootstrap
+from lfm_jax.ablate.hybrid.page import bootstrap, share
 from lfm_jax.ablate.hybrid.run import StoppedError, run_study
 from lfm_jax.ablate.hybrid.study import ORIGINAL, HybridStudy, Stage, arms, counted
 from lfm_jax.init_from import write_model
@@ -208,6 +208,12 @@ def test_an_interval_is_that_of_documents_drawn_again():
     half = 1.96 * values.std() / 20
     assert found.mean == pytest.approx(values.mean())
     assert (found.mean - found.low, found.high - found.mean) == (pytest.approx(half, rel=0.1),) * 2
+
+
+def test_a_share_has_an_interval_also_where_none_or_all_are_right():
+    assert share([False] * 11).form(".2f") == "0.00 [0.00, 0.26]"
+    assert share([True] * 11).form(".2f") == "1.00 [0.74, 1.00]"
+    assert share([1.0, 0.0] * 50).form(".3f") == "0.500 [0.404, 0.596]"
 
 
 @pytest.mark.parametrize("sizes", [(), ("hybridise-gpu",)])
