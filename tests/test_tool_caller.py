@@ -8,8 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
 import pytest
 from tool_caller import life as lives
@@ -18,6 +17,7 @@ from tool_caller.config import HERE, Life
 
 from lfm_jax.recipe import load_recipe
 
+ROOT = Path(__file__).parents[1]
 ENGINES = ("lfm_jax", "transformers")
 
 
