@@ -19,6 +19,7 @@ from lfm_jax.ablate.hybrid import run as runs
 from lfm_jax.ablate.hybrid.page import bootstrap, share
 from lfm_jax.ablate.hybrid.run import StoppedError, run_study
 from lfm_jax.ablate.hybrid.study import ORIGINAL, HybridStudy, Stage, arms, counted
+from lfm_jax.eval.long_context import documents
 from lfm_jax.init_from import write_model
 from lfm_jax.post.distill import Distill
 from lfm_jax.recipe import load_recipe
@@ -178,6 +179,19 @@ def test_an_answer_is_right_if_greedy_decoding_writes_it(root):
     assert list(miss[-3:]) == [True, True, False]
     wanted = logits(tokens[:-1])
     assert logprobs[-1] == pytest.approx(float(wanted[tokens[-1]] - np.logaddexp.reduce(wanted)), abs=1e-4)
+
+
+def test_needles_of_paragraphs_fill_the_length_and_stand_where_they_should(root, tmp_path):
+    (tmp_path / "paragraphs.txt").write_text("".join(prose(i, 12).replace("\n", " ") + "\n \n" for i in range(150)))
+    count = len(prose(0, 1).split())
+
+    def tokens(text):
+        return 2 * len(text.split())
+
+    for i, doc in enumerate(documents("needle", 512, 11, measure.haystack(tmp_path / "paragraphs.txt"), tokens)):
+        assert 512 - 32 - 4 * count < tokens(doc.prompt) <= 512 - 32
+        before, _, after = doc.prompt.partition("The secret number of")
+        assert tokens(before) / (tokens(before) + tokens(after)) == pytest.approx(i / 10, abs=0.2)
 
 
 def test_passages_are_whole_rows_of_books_and_nothing_is_held_out_twice(root, tmp_path):
