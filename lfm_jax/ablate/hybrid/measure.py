@@ -34,7 +34,7 @@ KINDS = {"needle": "needle", "recall": "needle_keys"}
 BATCH_TOKENS = 2048
 """Of one call of the model."""
 LINE = 60
-"""Characters of a line of what needles are hidden in: a dozen tokens, so that they stand at the depths that are meant."""
+"""Characters of a line of what needles are hidden in: a dozen tokens, so that they stand at the depths they should."""
 
 
 class Scorer:
