@@ -8,7 +8,16 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+
+import pytest
+from tool_caller import life as lives
+from tool_caller import page as pages
+from tool_caller.config import HERE, Life
+
+from lfm_jax.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
 ENGINES = ("lfm_jax", "transformers")
 
 
@@ -36,6 +45,8 @@ def test_a_life_that_is_killed_goes_on_and_ends_with_a_page(tmp_path):
     results = json.loads((page / "results.json").read_text())
     check(results["seeds"]["0"])
     text = (page / "README.md").read_text()
+    assert str(tmp_path) not in text + (page / "results.json").read_text()
+    assert "run.py --smoke --out OUT --page PAGE" in text
     for part in ("`measured", "None", "nan"):
         assert part not in text
     for name in ("pretrain", "prefer", "narrow"):
@@ -66,3 +77,24 @@ def check(steps):
     assert rows["narrow", "lfm_jax"]["equal"] == rows["narrow", "lfm_jax"]["turns"]
     assert found["served"]["equal"] == found["served"]["turns"]
     assert [row["engine"] for row in found["speed"]] == ["lfm_jax"]
+
+
+def test_a_page_names_no_paths():
+    given = ["--books", "/home/me/books", "--llama_cpp=/opt/python", "--seed", "1"]
+    assert lives.shown(given) == ["--books", "BOOKS", "--llama-cpp=LLAMA_CPP", "--seed", "1"]
+
+
+def test_seeds_of_one_life_have_its_settings(tmp_path):
+    def life(*flags):
+        return load_recipe(Life, [HERE / "life.yaml"], ["--out", str(tmp_path), *flags])
+
+    lives._check(life())
+    lives._check(life("--seed", "1", "--minutes.pairs", "9"))
+    with pytest.raises(ValueError, match=r"begun with other settings: vocab_size 4096, not 512"):
+        lives._check(life("--seed", "1", "--vocab-size", "512"))
+
+
+def test_scores_of_none_or_all_claim_no_interval():
+    assert pages._cell([[0.5, 0.1, 40]]) == "0.500 [0.304, 0.696]"
+    assert pages._cell([[0.0, 0.0, 40]]) == "0.000"
+    assert pages._cell([[1.0, 0.0, 40]]) == "1.000"

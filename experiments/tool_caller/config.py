@@ -10,6 +10,8 @@ from lfm_jax.problems import raise_problems
 HERE = Path(__file__).parent
 STATIONS = ("pretrain", "long", "sft", "prefer", "prefer-Q8_0", "prefer-Q4_0", "narrow")
 """What can be measured, in order."""
+PLACES = ("out", "page", "llama_cpp", "books", "dialogues", "schemas")
+"""Settings that are paths of a machine."""
 BLOCKS = {"prefer": "prefer-Q8_0", "narrow": "narrow-Q4_0"}
 """The file in blocks that other engines run, by the station that it is made of."""
 

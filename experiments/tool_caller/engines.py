@@ -36,6 +36,7 @@ OPTIONS = {"until": [], "do_sample": False, "max_gen_toks": MAX_GEN_TOKS, "skip_
 OTHER_PROMPT = "the prompt has other ids"
 TIE = f"a near tie: less than {NEAR_TIE} nats between the two tokens"
 ACTIVATIONS = f"llama.cpp rounds activations to 8 bits: less than {ROUNDED:g} nat between the two tokens"
+WEIGHTS = f"the weights are rounded, and activations by llama.cpp: less than {ROUNDED:g} nat between the two tokens"
 UNEXPLAINED = "unexplained"
 
 
@@ -85,19 +86,19 @@ def same_calls(life: Life, weights: Weights, out: Path) -> list[dict[str, Any]]:
     out.mkdir(parents=True, exist_ok=True)
     questions = asked(life, weights.measured)
     rows = [_ours(life, weights, questions, out)]
-    cases = [("transformers", sys.executable, weights.hugging_face, True)]
+    cases: list[tuple[str, str, Path, str | None]] = [("transformers", sys.executable, weights.hugging_face, None)]
     if life.llama_cpp:
-        cases += [("llama.cpp", life.llama_cpp, weights.whole, True),
-                  ("llama.cpp", life.llama_cpp, weights.blocks, False)]
+        cases += [("llama.cpp", life.llama_cpp, weights.whole, None),
+                  ("llama.cpp", life.llama_cpp, weights.blocks, ACTIVATIONS if weights.exact else WEIGHTS)]
     judge = _Judge(weights.model)
-    for engine, python, path, same_numbers in cases:
+    for engine, python, path, rounding in cases:
         say(f"{engine} answers from {path.name}", who="tool_caller")
         answers = _others(engine, python, path, questions, judge, out)
         if answers is None:
             say(f"{engine} is not installed for {python}: left out", who="tool_caller")
             continue
         rows.append({"weights": weights.name, "engine": engine, "file": path.name,
-                     **judge.compare(questions, answers, same_numbers=same_numbers)})
+                     **judge.compare(questions, answers, rounding)})
     return rows
 
 
@@ -130,12 +131,13 @@ class _Judge:
         return encoded(self.tokenizer, text, add_special_tokens=False).ids
 
     def compare(
-        self, questions: Mapping[str, Asked], answers: Mapping[str, dict[str, Any]], *, same_numbers: bool
+        self, questions: Mapping[str, Asked], answers: Mapping[str, dict[str, Any]], rounding: str | None
     ) -> dict[str, Any]:
         """Turns, equal calls and texts, and exceptions by name.
 
         Args:
-          same_numbers: both compute with the same float32 weights, so that nothing but a tie is an excuse.
+          rounding: what the other engine rounds. None: both compute with the same float32 weights, so that nothing but
+            a tie is an excuse.
         """
         equal = texts = 0
         named: Counter[str] = Counter()
@@ -148,10 +150,10 @@ class _Judge:
             elif prompt != self.ids(each.prompt):
                 named[OTHER_PROMPT] += 1
             else:
-                named[self._why(prompt, ids, same_numbers=same_numbers)] += 1
+                named[self._why(prompt, ids, rounding)] += 1
         return {"turns": len(questions), "equal": equal, "equal_texts": texts, "exceptions": dict(named)}
 
-    def _why(self, prompt: Sequence[int], theirs: Sequence[int], *, same_numbers: bool) -> str:
+    def _why(self, prompt: Sequence[int], theirs: Sequence[int], rounding: str | None) -> str:
         (ours,) = generate_tokens(self.model, [prompt], max_new_tokens=MAX_GEN_TOKS, stop_ids=self.stop_ids)
         at = next((i for i, pair in enumerate(zip(ours.tokens, theirs, strict=False)) if pair[0] != pair[1]), None)
         if at is None:
@@ -161,7 +163,7 @@ class _Judge:
         margin = float(logits_V[ours.tokens[at]] - logits_V[theirs[at]])
         if margin < NEAR_TIE:
             return TIE
-        return ACTIVATIONS if margin < ROUNDED and not same_numbers else UNEXPLAINED
+        return rounding if rounding and margin < ROUNDED else UNEXPLAINED
 
 
 def _others(

@@ -13,10 +13,11 @@ Ctrl-C, kill -9: the same command continues. What is finished is a file of OUT/s
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,11 +38,11 @@ from lfm_jax.train.launch import FAILED, STOPPED
 from lfm_jax.train.metrics import read_metrics
 from tool_caller import engines, measure, prepare, size, toy
 from tool_caller import page as pages
-from tool_caller.config import BLOCKS, HERE, Life
+from tool_caller.config import BLOCKS, HERE, PLACES, Life
 from tool_caller.speed import Case, speed
 
-FREE = ("out", "page", "llama_cpp", "books", "dialogues", "schemas", "repeats", "minutes")
-"""Settings that may change while a life goes on."""
+FREE = (*PLACES, "repeats", "minutes", "seed")
+"""Settings that may change while a life goes on; those of one life are those of all its seeds."""
 BEGAN = "0 0"
 MEASURED = "measured-"
 
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> int:
         toy.write(raw)
         life = dataclasses.replace(life, books=raw / "books", dialogues=raw / "sgd", schemas=raw / "schemas")
     compile_cache.enable()
-    command = "python experiments/tool_caller/run.py " + " ".join(argv)
+    command = "python experiments/tool_caller/run.py " + " ".join(shown(argv))
     try:
         live(life, command)
     except (Stopped, KeyboardInterrupt):
@@ -79,6 +80,18 @@ def main(argv: list[str]) -> int:
         say(f"error: {error}", who="tool_caller")
         return FAILED
     return 0
+
+
+def shown(argv: Sequence[str]) -> list[str]:
+    """Flags as a page tells them: names in the place of paths of this machine."""
+    names = {f"--{name.replace('_', '-')}": name.upper() for name in PLACES}
+    found: list[str] = []
+    for before, flag in itertools.pairwise(["", *argv]):
+        name, given, _ = flag.replace("_", "-").partition("=")
+        if given and name in names:
+            flag = f"{name}={names[name]}"
+        found.append(names.get(before.replace("_", "-"), flag))
+    return found
 
 
 def live(life: Life, command: str) -> None:
@@ -105,8 +118,8 @@ def live(life: Life, command: str) -> None:
 
 
 def _check(life: Life) -> None:
-    """Keeps the settings of a new life, and refuses others in its directory."""
-    path = life.home / "life.json"
+    """Keeps the settings of a new life, and refuses others in its directory: seeds share data, and a page."""
+    path = life.out / "life.json"
     plain = {key: value for key, value in to_plain(life).items() if key not in FREE}
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +128,7 @@ def _check(life: Life) -> None:
     there = json.loads(path.read_text(encoding="utf-8"))
     changed = [key for key in plain if there.get(key) != plain[key]]
     if changed:
-        raise ValueError(f"{life.home} was begun with other settings: " + ", ".join(
+        raise ValueError(f"{life.out} was begun with other settings: " + ", ".join(
             f"{key} {there.get(key)}, not {plain[key]}" for key in changed) + "; restore them, or name another --out")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from lfm_jax.ablate.stats import summarize
 from lfm_jax.files import write_whole
 from lfm_jax.recipe import to_plain
-from tool_caller.config import Life
+from tool_caller.config import PLACES, Life
 
 PAGE, RESULTS, READING = "README.md", "results.json", "reading.md"
 Z = 1.96
@@ -49,7 +49,8 @@ def write(life: Life, command: str, conditions: str) -> Path:
         if "speed" in done:  # The last step.
             seeds[home.name.removeprefix("seed-")] = done
     life.page.mkdir(parents=True, exist_ok=True)
-    results = {"command": command, "conditions": conditions, "life": to_plain(life), "seeds": seeds}
+    settings = {name: value for name, value in to_plain(life).items() if name not in PLACES}
+    results = {"command": command, "conditions": conditions, "life": settings, "seeds": seeds}
     write_whole(life.page / RESULTS, json.dumps(results, indent=1, default=str) + "\n")
     return write_page(life.page)
 
@@ -73,8 +74,10 @@ READ = """
 ## How to read this
 
 - Of one seed, an interval in brackets is 1.96 standard errors to either side, over held-out passages or chats (turns
-  of a chat belong together); of several seeds it is Student's t interval of their mean. Of what a station gave, it is
-  the percentile interval of a bootstrap that draws chats, or passages, for both models together.
+  of a chat belong together); of several seeds it is Student's t interval of their mean. Where none or
+  all are right no interval is told: of 40 chats that agree, others may still differ in 7 %.
+- Of what a station gave, it is the percentile interval of a bootstrap that draws chats, or passages, for both models
+  together.
 - `exact` and `valid` are shares of the turns in which the dialogue calls; `refrained` is a share of the others. A
   service is seen if a training dialogue has it, by name and parameters.
 - Models before `sft` have not seen a chat. They are asked fewer turns, and what they score there is no difference.
@@ -281,7 +284,8 @@ def _summary(scores: Iterable[list[Any] | None]) -> tuple[float, float | None, f
         found = summarize([value for value, _, _ in there])
         return found.mean, found.low, found.high
     value, error, _ = there[0]
-    return (value, None, None) if error is None or math.isnan(error) else (value, value - Z * error, value + Z * error)
+    # Of none and of all the error is 0, which no number of documents tells.
+    return (value, value - Z * error, value + Z * error) if error and not math.isnan(error) else (value, None, None)
 
 
 def _cell(scores: Iterable[list[Any] | None]) -> str:

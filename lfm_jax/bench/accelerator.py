@@ -28,6 +28,8 @@ RESULTS, TABLE, CACHE = "results.jsonl", "table.md", "cache"
 """In the directory of a run: a line for each thing that happened, what they amount to, and compiled programs."""
 LEAST = 20.0
 """With fewer seconds left no stage is begun: a process, JAX and a GPU take half of them."""
+PATIENCE = 120.0
+"""Seconds in which JAX is to find the device."""
 COMMAND = [sys.executable, "-m", "lfm_jax.bench.accelerator_stages"]
 DEVICE = "import jax; d = jax.devices(); print(f'{jax.default_backend()}|{len(d)} x {d[0].device_kind}')"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
@@ -50,15 +52,13 @@ def bench_accelerator(
       The table, which is in `out` too.
 
     Raises:
-      ValueError: an unknown stage, or `out` holds results of another device or size.
+      ValueError: an unknown stage, no device, or `out` holds results of another device or size.
     """
     began = time.monotonic()
     known = {stage.name: stage for stage in STAGES}
     if unknown := [name for name in stages or () if name not in known]:
         raise ValueError(f"stages names {', '.join(unknown)}; choose from {', '.join(known)}")
-    # In a process of its own: JAX in this one would take most of a GPU's memory.
-    answer = subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, text=True, check=True).stdout
-    backend, device = answer.strip().splitlines()[-1].split("|")
+    backend, device = _device()
     size = size or ("toy" if backend == "cpu" else "full")
     out.mkdir(parents=True, exist_ok=True)
     log = _Log(out)
@@ -75,6 +75,23 @@ def bench_accelerator(
     return log.table()
 
 
+def _device() -> tuple[str, str]:
+    """(backend, devices), asked in a process of its own: JAX in this one would take most of a GPU's memory.
+
+    Raises:
+      ValueError: JAX finds none, or does not answer.
+    """
+    try:
+        asked = subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"JAX has not found a device within {PATIENCE:.0f} s; look at the driver") from None
+    if asked.returncode:
+        said = asked.stderr.strip().splitlines() or [f"status {asked.returncode}"]
+        raise ValueError(f"JAX finds no device: {said[-1]}")
+    backend, device = asked.stdout.strip().splitlines()[-1].split("|")
+    return backend, device
+
+
 def _run(stage: Stage, size: str, seconds: float, log: _Log) -> None:
     """Runs a stage in a process, which is killed after so many seconds."""
     say(f"{stage.name}: at most {seconds:.0f} s")
@@ -87,13 +104,13 @@ def _run(stage: Stage, size: str, seconds: float, log: _Log) -> None:
     end: Record | None = None
     process = subprocess.Popen(
         [*COMMAND, stage.name, "--size", size], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
-        env=environment | os.environ,
+        errors="replace", env=environment | os.environ,
     )
     late = threading.Timer(seconds, process.kill)
     late.start()
     try:
         assert process.stdout is not None
-        for record in map(json.loads, process.stdout):
+        for record in filter(None, map(_record, process.stdout)):
             if record["kind"] == "end":
                 end = record
             else:
@@ -110,6 +127,15 @@ def _run(stage: Stage, size: str, seconds: float, log: _Log) -> None:
                "error": f"stopped after {seconds:.0f} s" if timed_out else f"ended with status {process.returncode}"}
     log.add({**end, "stage": stage.name, "took": round(took, 1)})
     say(f"{stage.name}: {end['status']} after {took:.0f} s {end.get('error', '')}")
+
+
+def _record(line: str) -> Record | None:
+    """What a stage tells in a line; None for what a library prints before figures have a channel of their own."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and "kind" in found else None
 
 
 class _Log:

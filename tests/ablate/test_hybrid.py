@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -15,13 +16,16 @@ from tiny_runs import Breaking, Broken
 import lfm_jax as lfm
 from lfm_jax.ablate.hybrid import measure, passages
 from lfm_jax.ablate.hybrid import run as runs
-from lfm_jax.ablate.hybrid.page import bootstrap
-from lfm_jax.ablate.hybrid.run import run_study
+from lfm_jax.ablate.hybrid.page import bootstrap, share
+from lfm_jax.ablate.hybrid.run import StoppedError, run_study
 from lfm_jax.ablate.hybrid.study import ORIGINAL, HybridStudy, Stage, arms, counted
+from lfm_jax.eval.long_context import documents
 from lfm_jax.init_from import write_model
 from lfm_jax.post.distill import Distill
 from lfm_jax.recipe import load_recipe
 from lfm_jax.testing import tiny_model, tiny_tokenizer
+from lfm_jax.train.processes import StopRequest
+from lfm_jax.train.runner import RunResult
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "ablations"
 
@@ -119,6 +123,28 @@ def test_a_study_that_breaks_off_ends_with_the_same_numbers(root, whole, monkeyp
     assert ours == theirs
 
 
+def test_time_that_is_over_while_a_run_ends_is_not_forgotten(root, whole, monkeypatch):
+    (root / "slice").mkdir()
+    for name in ("data", "original", "start"):
+        shutil.copytree(root / "whole" / name, root / "slice" / name)
+
+    reached = []
+
+    def ended(config):
+        """A run whose last step is made when it is asked to stop."""
+        reached.append(config)
+        with StopRequest() as stop:
+            while not stop.due():
+                time.sleep(0.01)
+        return RunResult(Path(config.run_dir), config.steps, config.steps, {})
+
+    monkeypatch.setattr(runs, "tune", ended)
+    with pytest.raises(StoppedError):
+        run_study(study(root, "slice", minutes=0.05))
+    assert reached
+    assert not (root / "slice" / "layers.json").exists()
+
+
 def test_arms_and_their_seeds(root):
     asked = study(root, attention=(6, 3, 2, 0), places=("even", "chosen"), repeated=("k2-chosen",), seeds=2)
     weights = {i: float(i == 4) + 0.1 * i for i in range(6)}
@@ -155,6 +181,19 @@ def test_an_answer_is_right_if_greedy_decoding_writes_it(root):
     assert logprobs[-1] == pytest.approx(float(wanted[tokens[-1]] - np.logaddexp.reduce(wanted)), abs=1e-4)
 
 
+def test_needles_of_paragraphs_fill_the_length_and_stand_where_they_should(root, tmp_path):
+    (tmp_path / "paragraphs.txt").write_text("".join(prose(i, 12).replace("\n", " ") + "\n \n" for i in range(150)))
+    count = len(prose(0, 1).split())
+
+    def tokens(text):
+        return 2 * len(text.split())
+
+    for i, doc in enumerate(documents("needle", 512, 11, measure.haystack(tmp_path / "paragraphs.txt"), tokens)):
+        assert 512 - 32 - 4 * count < tokens(doc.prompt) <= 512 - 32
+        before, _, after = doc.prompt.partition("The secret number of")
+        assert tokens(before) / (tokens(before) + tokens(after)) == pytest.approx(i / 10, abs=0.2)
+
+
 def test_passages_are_whole_rows_of_books_and_nothing_is_held_out_twice(root, tmp_path):
     tokenizer = lfm.load(root / "model")[1]
     books = passages.Books(root / "books", ("held*",))
@@ -183,6 +222,12 @@ def test_an_interval_is_that_of_documents_drawn_again():
     half = 1.96 * values.std() / 20
     assert found.mean == pytest.approx(values.mean())
     assert (found.mean - found.low, found.high - found.mean) == (pytest.approx(half, rel=0.1),) * 2
+
+
+def test_a_share_has_an_interval_also_where_none_or_all_are_right():
+    assert share([False] * 11).form(".2f") == "0.00 [0.00, 0.26]"
+    assert share([True] * 11).form(".2f") == "1.00 [0.74, 1.00]"
+    assert share([1.0, 0.0] * 50).form(".3f") == "0.500 [0.404, 0.596]"
 
 
 @pytest.mark.parametrize("sizes", [(), ("hybridise-gpu",)])

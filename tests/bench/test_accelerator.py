@@ -15,6 +15,7 @@ import json, pathlib, sys, time
 here, name = pathlib.Path(sys.argv[1]), sys.argv[2]
 with (here / "begun").open("a") as file:
     file.write(name + "\\n")
+print("a library greets")
 tell = lambda **record: print(json.dumps(record), flush=True)
 tell(kind="row", what="speed", value=1234.5, unit="tokens/s", note=sys.argv[4])
 if name == "slow" and not (here / "mended").exists():
@@ -89,6 +90,16 @@ def test_no_stage_is_begun_when_the_time_is_over(stand_in):
     assert not (stand_in / "begun").exists()
     assert {row[2] for row in rows_of(table)} == {"not measured"}
     assert ("short", "MFU", "not measured", ">= 50.0 %", "", "") in rows_of(table)
+
+
+def test_a_machine_without_a_device_is_told_why(stand_in, monkeypatch):
+    monkeypatch.setattr(accelerator, "DEVICE", "raise RuntimeError('no driver')")
+    with pytest.raises(ValueError, match="JAX finds no device: RuntimeError: no driver"):
+        accelerator.bench_accelerator(stand_in / "out")
+    monkeypatch.setattr(accelerator, "DEVICE", "import time; time.sleep(60)")
+    monkeypatch.setattr(accelerator, "PATIENCE", 0.2)
+    with pytest.raises(ValueError, match="has not found a device within 0 s"):
+        accelerator.bench_accelerator(stand_in / "out")
 
 
 def test_results_of_another_size_and_unknown_stages_are_refused(stand_in):

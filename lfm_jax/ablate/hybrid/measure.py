@@ -6,10 +6,11 @@ Dimensions: B rows, T time.
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -25,10 +26,15 @@ from lfm_jax.kernels.logprobs import token_scores
 from lfm_jax.model import LFM
 from lfm_jax.train.optimizer import OptimizerConfig
 
+if TYPE_CHECKING:
+    from lfm_jax.eval.long_context import Text
+
 KINDS = {"needle": "needle", "recall": "needle_keys"}
 """What is asked at each length, and what `eval.long_context` calls it: one number told in a text, or one of eight."""
 BATCH_TOKENS = 2048
 """Of one call of the model."""
+LINE = 60
+"""Characters of a line of what needles are hidden in: a dozen tokens, so that they stand at the depths they should."""
 
 
 class Scorer:
@@ -85,6 +91,15 @@ def measure_text(study: HybridStudy, model: LFM, documents: Mapping[str, list[li
             for corpus, of in found.items()}
 
 
+def haystack(path: Path) -> Text:
+    """A text in short lines. In its own, which are paragraphs in WikiText, few fit into a short context, or none."""
+    from lfm_jax.eval.long_context import Text
+
+    text = Text(path)
+    text.lines = [part for line in text.lines for part in textwrap.wrap(line, LINE)]
+    return text
+
+
 def measure_recall(study: HybridStudy, model: LFM, tokenizer: Tokenizer) -> dict[str, Any]:
     """Of each kind and length, document by document: whether the number that is asked for is what greedy decoding would
     write, and its nats.
@@ -92,9 +107,9 @@ def measure_recall(study: HybridStudy, model: LFM, tokenizer: Tokenizer) -> dict
     One pass over prompt and answer tells: an answer is decoded greedily if each of its tokens is the likeliest after
     those before it.
     """
-    from lfm_jax.eval.long_context import Text, documents
+    from lfm_jax.eval.long_context import documents
 
-    text = Text(Path(study.wikitext))
+    text = haystack(Path(study.wikitext))
     score, found = Scorer(model, study.lengths), {}
 
     def ids(text: str) -> list[int]:

@@ -17,10 +17,12 @@ from lfm_jax.units import si, size
 
 DRAWS = 2000
 """Of a bootstrap."""
+Z = 1.96
 HOW_TO_READ = """\
 - The unit is the document: a passage of a held-out book, an article, a question. Intervals in brackets are 95 %
-  percentile intervals over documents drawn again with replacement (2,000 draws, the same documents for every arm). They
-  say what other documents of that kind would give, and nothing of other seeds, books or models.
+  percentile intervals over documents drawn again with replacement (2,000 draws, the same documents for every arm), and
+  of shares of right answers Wilson's. They say what other documents of that kind would give, and nothing of other
+  seeds, books or models.
 - A difference to the original is taken document by document, of the same draws. Where its interval holds 0, none was
   shown, which is not that there is none.
 - Rows with a seed are the same arm on another order of the same rows: how far they lie apart is what training alone
@@ -59,6 +61,15 @@ def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], documents: int, see
     return Value(float(statistic(everything)[0]), float(low), float(high))
 
 
+def share(right: Sequence[float]) -> Value:
+    """The share of documents that are right, with Wilson's score interval (JASA 22, 1927): one that has a width also
+    where all or none of a few are right, which drawing them again has not."""
+    n, mean = len(right), sum(map(float, right)) / len(right)
+    middle, half = mean + Z**2 / (2 * n), Z * math.sqrt(mean * (1 - mean) / n + (Z / (2 * n)) ** 2)
+    low, high = ((middle + side * half) / (1 + Z**2 / n) for side in (-1, 1))
+    return Value(mean, min(low, mean), max(high, mean))  # They differ by rounding where all or none are right.
+
+
 class Found:
     """The records of results.jsonl."""
 
@@ -95,10 +106,10 @@ class Found:
         return bootstrap(lambda i: np.exp(more[i].sum(1) / tokens[i].sum(1)), len(nats))
 
     def right(self, arm: dict[str, Any], kind: str, length: str) -> Value:
-        return _mean(arm["recall"][kind][length]["right"])
+        return share(arm["recall"][kind][length]["right"])
 
     def task(self, arm: dict[str, Any], task: str) -> Value:
-        return _mean(arm["tasks"][task])
+        return share(arm["tasks"][task])
 
     def task_difference(self, arm: dict[str, Any], task: str) -> Value:
         return _mean(np.array(arm["tasks"][task]) - np.array(self.original["tasks"][task]))

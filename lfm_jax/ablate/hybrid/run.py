@@ -77,24 +77,33 @@ def run_study(study: HybridStudy) -> Path:
     """
     out = study.directory
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out, f"another process runs the study in {out}; wait for it"), _stopping(study.minutes):
-        return _Stages(study).run()
+    with locked(out, f"another process runs the study in {out}; wait for it"), _stopping(study.minutes) as over:
+        return _Stages(study, over).run()
 
 
 @contextmanager
-def _stopping(minutes: float | None) -> Iterator[None]:
-    """Turns SIGTERM into `StoppedError` where no run of training is there to save itself, and sends it in time."""
+def _stopping(minutes: float | None) -> Iterator[threading.Event]:
+    """Turns SIGTERM into `StoppedError` where no run of training is there to save itself, and sends it in time.
+
+    Yields what tells that the time is over: a run that is at its end hears the signal, and ends as if there were none.
+    """
+    over = threading.Event()
+
     def stop(number: int, frame: Any) -> None:
         raise StoppedError
 
+    def end() -> None:
+        over.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, stop) if main else None
-    timer = None if minutes is None else threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
+    timer = None if minutes is None else threading.Timer(60 * minutes, end)
     if timer is not None:
         timer.daemon = True
         timer.start()
     try:
-        yield
+        yield over
     finally:
         if timer is not None:
             timer.cancel()
@@ -103,8 +112,8 @@ def _stopping(minutes: float | None) -> Iterator[None]:
 
 
 class _Stages:
-    def __init__(self, study: HybridStudy):
-        self.study, self.out = study, study.directory
+    def __init__(self, study: HybridStudy, over: threading.Event):
+        self.study, self.out, self._over = study, study.directory, over
 
     def run(self) -> Path:
         self.begin()
@@ -237,7 +246,7 @@ class _Stages:
                           seq_len=study.seq_len, batch_size=study.batch_size, too_long="cut", seed=seed),
         )
         ended = tune(config)
-        if ended.step < ended.steps:
+        if ended.step < ended.steps or self._over.is_set():
             raise StoppedError
         return dict(ended.measured)
 
