@@ -31,7 +31,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from lfm_jax.files import say
 from lfm_jax.problems import raise_problems
+from lfm_jax.structured.validation import UnjudgedError, check_schema, is_found, is_valid
 from lfm_jax.text.tools import parse_tool_calls
 
 Example = Mapping[str, Any]
@@ -89,7 +91,7 @@ def find_reward(name: str) -> Reward:
       ImportError: it needs a library that is not installed.
     """
     if name == "json_schema":
-        _jsonschema()
+        _need_jsonschema()
     if name in REWARDS:
         return REWARDS[name]
     where, colon, attribute = name.rpartition(":")
@@ -203,14 +205,15 @@ def json_schema(completion: str, example: Example) -> float:
     """Whether a completion is JSON, and nothing else, that a schema allows. References are followed within the schema.
 
     Raises:
-      ValueError: `schema` is no schema.
+      ValueError: `schema` is no schema, or has a reference that leads out of it.
     """
     schema = _field(example, "schema", (Mapping, str), "a JSON schema, as an object or as text")
-    validator = _validator(schema if isinstance(schema, str) else json.dumps(schema))
+    schema = _schema(schema if isinstance(schema, str) else json.dumps(schema))
     try:
-        return float(validator.is_valid(json.loads(completion, parse_constant=_refused)))
-    except (ValueError, RecursionError, ArithmeticError):  # Of what the model wrote nothing is an error.
+        value = json.loads(completion, parse_constant=_refused)
+    except (ValueError, RecursionError):  # Of what the model wrote nothing is an error.
         return 0.0
+    return _judged(is_valid, value, schema)
 
 
 def _refused(constant: str) -> None:
@@ -218,22 +221,28 @@ def _refused(constant: str) -> None:
 
 
 @functools.lru_cache(256)
-def _validator(schema: str) -> Any:
-    jsonschema = _jsonschema()
-    data = json.loads(schema)
-    kind = jsonschema.validators.validator_for(data, default=jsonschema.Draft202012Validator)
-    try:
-        kind.check_schema(data)
-    except jsonschema.SchemaError as error:
-        raise ValueError(f"the field 'schema' of the example is no JSON schema: {error.message:.200}") from None
-    return kind(data, registry=importlib.import_module("referencing").Registry())  # One that fetches nothing.
+def _schema(text: str) -> Any:
+    """The schema that a text is."""
+    schema = json.loads(text)
+    if (wrong := check_schema(schema)) is not None:
+        raise ValueError(f"the field 'schema' of the example is no JSON schema: {wrong:.200}")
+    return schema
 
 
-def _jsonschema() -> ModuleType:
+def _need_jsonschema() -> None:
+    if importlib.util.find_spec("jsonschema") is None:
+        raise ImportError("the reward json_schema needs jsonschema: pip install 'lfm_jax[post]'")
+
+
+def _judged(judge: Callable[..., bool], *question: Any) -> float:
+    """What the process of `structured.validation` says; nothing is worth an answer that it did not come back from."""
     try:
-        return importlib.import_module("jsonschema")
-    except ImportError:
-        raise ImportError("the reward json_schema needs jsonschema: pip install 'lfm_jax[post]'") from None
+        return float(judge(*question))
+    except UnjudgedError as error:
+        if error.at_fault:
+            raise ValueError(str(error)) from None
+        say(f"an answer is worth 0 to {judge.__name__}: {error}")
+        return 0.0
 
 
 # -------------------------------------------------------------------- answers
@@ -296,7 +305,9 @@ def regex(completion: str, example: Example) -> float:
       re.error: `pattern` is none.
       ValueError: it is no text.
     """
-    return float(re.search(_field(example, "pattern", str, "a regular expression"), completion) is not None)
+    pattern = _field(example, "pattern", str, "a regular expression")
+    re.compile(pattern)
+    return _judged(is_found, pattern, completion)
 
 
 def length(completion: str, example: Example) -> float:

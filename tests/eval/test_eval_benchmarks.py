@@ -8,9 +8,10 @@ from fake_checkers import PROMPTS, fake_packages, lines
 from running import run
 
 from lfm_jax.eval import lm
-from lfm_jax.eval.benchmarks import checkers, validation
+from lfm_jax.eval.benchmarks import checkers
 from lfm_jax.eval.benchmarks.json_schema import refused, unfenced
-from lfm_jax.eval.benchmarks.validation import is_valid
+from lfm_jax.structured import validation
+from lfm_jax.structured.validation import is_valid
 
 CALL = '<|tool_call_start|>[animals_jump(who="{}")]<|tool_call_end|>'
 SCHEMAS = {

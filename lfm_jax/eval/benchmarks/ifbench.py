@@ -10,8 +10,8 @@ from lm_eval.api.metrics import mean
 
 from lfm_jax.eval.benchmarks.chat_task import ChatTask, Document, Metrics, counted
 from lfm_jax.eval.benchmarks.checkers import Checkers
-from lfm_jax.eval.benchmarks.worker import TooSlowError
 from lfm_jax.eval.shares import share
+from lfm_jax.worker import TooSlowError
 
 MAX_GEN_TOKS = 2048
 METRICS: Metrics = {

@@ -10,9 +10,9 @@ from typing import Any
 from lm_eval.api.metrics import mean
 
 from lfm_jax.eval.benchmarks.chat_task import ChatTask, Document, Metrics, counted
-from lfm_jax.eval.benchmarks.validation import UnjudgedError, is_valid
 from lfm_jax.structured.grammar import Grammar
 from lfm_jax.structured.schema import GrammarError
+from lfm_jax.structured.validation import UnjudgedError, is_valid
 
 MAX_GEN_TOKS = 1024
 METRICS: Metrics = {"json_validity": (mean, True), "schema_compliance": (mean, True), "problems": (counted, None)}

@@ -17,10 +17,10 @@ from lfm_jax.data.chats import OPENERS, Chat, read_chats
 from lfm_jax.data.config import ChatData
 from lfm_jax.data.sources import SourceFile
 from lfm_jax.eval.benchmarks.chat_task import ChatTask, Document, Metrics, counted
-from lfm_jax.eval.benchmarks.validation import UnjudgedError, check_schema, is_valid
 from lfm_jax.eval.shares import share
 from lfm_jax.problems import raise_problems
 from lfm_jax.structured.grammar import Grammar
+from lfm_jax.structured.validation import UnjudgedError, check_schema, is_valid
 from lfm_jax.text.tool_schemas import tool_schemas
 from lfm_jax.text.tools import ToolCall, parse_tool_calls
 

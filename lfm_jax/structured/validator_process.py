@@ -1,4 +1,5 @@
-"""The process of `validation.is_valid`: reads lines [value, schema] and says of each whether the value is valid.
+"""The process of `validation`: reads lines of JSON, {"value", "schema"} or {"pattern", "text"}, and says of each
+whether the value is valid, or the pattern is in the text.
 
     python validator_process.py SECONDS   ends where a line takes more: whoever asks has killed it before, or is dead
 
@@ -9,24 +10,29 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from typing import Any
 
-from jsonschema.validators import Draft202012Validator, validator_for
-from referencing import Registry
-
 
 def verdict(line: bytes) -> dict[str, Any]:
     try:
-        value, schema = json.loads(line)
+        question = json.loads(line)
+        if "pattern" in question:
+            return {"yes": re.search(question["pattern"], question["text"]) is not None}
+        from jsonschema.validators import Draft202012Validator, validator_for  # Not asked of those who have none.
+        from referencing import Registry
+
+        schema = question["schema"]
         kind = validator_for(schema, default=Draft202012Validator)
         kind.check_schema(schema)
         # A registry of its own fetches nothing.
         validator = kind(schema, registry=Registry(), format_checker=kind.FORMAT_CHECKER)
-        return {"valid": validator.is_valid(value)}
+        return {"yes": validator.is_valid(question["value"])}
     except Exception as error:
-        return {"raised": type(error).__name__, "message": str(error)[:400]}
+        return {"raised": type(error).__name__, "message": str(error)[:400],
+                "at_fault": not isinstance(error, (ArithmeticError, RecursionError))}
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""Whether values are valid against the JSON schemas of strangers, by `jsonschema`.
+"""Whether values are valid against JSON schemas, by `jsonschema`, and whether patterns are found in texts.
 
-A regular expression in a schema may take for ever on some values, and holds Python's lock meanwhile: values are
-validated in a process of its own, which is killed where that takes too long.
+A regular expression, by itself or in a schema, may take for ever on some texts, and holds Python's lock meanwhile: they
+are looked at in a process of its own, which is killed where that takes too long.
 """
 
 from __future__ import annotations
@@ -11,24 +11,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lfm_jax.eval.benchmarks.worker import EndedError, TooSlowError, Worker
+from lfm_jax.worker import EndedError, TooSlowError, Worker
 
 SECONDS = 10.0
-"""Most time for one value; nearly all take less than a millisecond."""
+"""Most time for one value or text; nearly all take less than a millisecond."""
 
 _PROCESS = Path(__file__).with_name("validator_process.py")
 
 
 class UnjudgedError(Exception):
-    """The validator says nothing of a value.
+    """The validator says nothing of a value or a text.
 
     Attributes:
       problem: why, in words that many values share.
+      at_fault: the schema or the pattern is the reason, and not what was looked at.
     """
 
-    def __init__(self, problem: str, message: str = ""):
+    def __init__(self, problem: str, message: str = "", *, at_fault: bool = False):
         super().__init__(f"{problem}: {message}" if message else problem)
-        self.problem = problem
+        self.problem, self.at_fault = problem, at_fault
 
 
 def is_valid(value: Any, schema: Any) -> bool:
@@ -38,8 +39,21 @@ def is_valid(value: Any, schema: Any) -> bool:
       UnjudgedError: the schema is not valid itself, or has a reference that leads out of it; or the validator took more
         than SECONDS, or ended.
     """
+    return _verdict({"value": value, "schema": schema})
+
+
+def is_found(pattern: str, text: str) -> bool:
+    """Whether a regular expression of Python matches somewhere in a text.
+
+    Raises:
+      UnjudgedError: it is none; or it took more than SECONDS, or the process ended.
+    """
+    return _verdict({"pattern": pattern, "text": text})
+
+
+def _verdict(question: dict[str, Any]) -> bool:
     try:
-        verdict = _worker().ask([value, schema], SECONDS)
+        verdict = _worker().ask(question, SECONDS)
     except TooSlowError as error:
         raise UnjudgedError(f"the validator {error}") from None
     except EndedError as error:
@@ -47,8 +61,9 @@ def is_valid(value: Any, schema: Any) -> bool:
     except (TypeError, ValueError, RecursionError) as error:
         raise UnjudgedError(f"the validator raised {type(error).__name__}", str(error)) from None
     if "raised" in verdict:
-        raise UnjudgedError(f"the validator raised {verdict['raised']}", verdict["message"])
-    return verdict["valid"]
+        raise UnjudgedError(f"the validator raised {verdict['raised']}", verdict["message"],
+                            at_fault=verdict["at_fault"])
+    return verdict["yes"]
 
 
 @functools.cache
