@@ -48,7 +48,8 @@ class Difference:
     first: float
     second: float
     low: float | None
-    """Ends of the 95 % interval of second - first; None: the metric is not a mean over documents."""
+    """Ends of the 95 % interval of second - first; None: the metric is not a mean over documents, or over one
+    (or one cluster) alone."""
     high: float | None
     higher_is_better: bool | None
 
@@ -56,7 +57,7 @@ class Difference:
     def verdict(self) -> str:
         """What may be said of the second."""
         if self.low is None or self.high is None:
-            return "not a mean over documents: no interval"
+            return "not a mean over several documents: no interval"
         if self.low <= 0 <= self.high:
             return CANNOT_TELL
         higher = self.low > 0
@@ -162,7 +163,8 @@ def _difference(
         if all(math.isclose(float(of_mean(x.sum(axis=1)[0] / x.sum(axis=1)[1])), score, rel_tol=1e-6, abs_tol=1e-9)
                for x, score in zip((one_2M, other_2M), scores, strict=True)):
             kept_M = one_2M[1] + other_2M[1] != 0
-            low, high = _interval(one_2M[:, kept_M], other_2M[:, kept_M], of_mean)
+            if kept_M.sum() > 1:  # Of one nothing is known of how others would differ.
+                low, high = _interval(one_2M[:, kept_M], other_2M[:, kept_M], of_mean)
     return Difference(*key, n=len(values[0]), first=scores[0], second=scores[1], low=low, high=high,
                       higher_is_better=better)
 

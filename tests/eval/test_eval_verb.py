@@ -192,7 +192,13 @@ def test_intervals(shift, higher, verdict):
     assert [found.low, found.high] == pytest.approx([centre - 1.96 * error, centre + 1.96 * error], abs=0.15 * error)
     assert found.verdict == verdict
     other_score = comparing._difference(("t", "f1", "none"), (0.5, 0.6), [one.tolist(), other.tolist()], higher)
-    assert other_score.verdict == "not a mean over documents: no interval"
+    assert other_score.verdict == "not a mean over several documents: no interval"
+
+
+@pytest.mark.parametrize("values", [([1.0], [0.0]), ([[1, 1, 7], [1, 1, 7]], [[0, 1, 7], [0, 1, 7]])])
+def test_one_document_or_one_chat_says_nothing(values):
+    found = comparing._difference(("t", "acc", "none"), (1.0, 0.0), values, True)
+    assert (found.low, found.verdict) == (None, "not a mean over several documents: no interval")
 
 
 def test_data_on_disk_takes_the_place_of_a_shipped_data_set(tmp_path, monkeypatch):
