@@ -56,7 +56,7 @@ def evaluate(
       output: directory for results.json, report.md, samples and answers.
       url: measure a server with OpenAI's API, as http://127.0.0.1:8000/v1, with the key in OPENAI_API_KEY if any.
       model: name of the model at --url, where it has several.
-      tokenizer: Hugging Face directory or Hub id with the tokenizer of the model at --url, for multiple choice.
+      tokenizer: the model at --url, or a Hugging Face directory with its tokenizer, for multiple choice.
       data: directory with task data on disk (TASK/SPLIT.jsonl), tasks of one's own (NAME.yaml) and chats with tool
         calls (tool_calls/NAME.jsonl).
       text: file or folder of which needle_4096 and other tasks of long_context are made; Python's own library if left

@@ -19,10 +19,11 @@ from typing import Any
 import httpx
 from lm_eval.models.utils import postprocess_generated_text
 
+from lfm_jax.convert import sidecars
 from lfm_jax.convert.safetensors_io import read_json
-from lfm_jax.convert.sidecars import chat_template
 from lfm_jax.eval.generating import Options, Wanted, read_options, read_reply, wanted
 from lfm_jax.eval.kept import EncodedLM, KeptLM, Tokens
+from lfm_jax.loading import model_config, recognise
 from lfm_jax.problems import raise_problems
 from lfm_jax.text.chat import DEFAULT_TEMPLATE, END_OF_TURN
 from lfm_jax.text.tokenizer import inference_tokenizer
@@ -190,7 +191,7 @@ class TokenServer(EncodedLM):
 
     Args:
       server: the server.
-      tokenizer: a Hugging Face directory with the tokenizer of its model, the chat template and config.json.
+      tokenizer: its model, or a Hugging Face directory with the tokenizer, the chat template and config.json of it.
       max_length, seed, answers: as for `KeptLM`; max_length None: as the server says.
 
     Raises:
@@ -198,20 +199,19 @@ class TokenServer(EncodedLM):
     """
 
     def __init__(self, server: Server, tokenizer: Path, *, max_length: int | None = None, **settings: Any):
-        codec = inference_tokenizer(tokenizer)
-        ids, problems = read_json(tokenizer, "config.json")
-        raise_problems(f"tokenizer {tokenizer} cannot be read", problems)
-        bos_id, eos_id = (_first(ids.get(name)) for name in ("bos_token_id", "eos_token_id"))
+        with recognise(tokenizer).beside(tokenizer) as directory:
+            codec, template = inference_tokenizer(directory), sidecars.chat_template(directory)
+        bos_id, eos_id, pad_id = _special_ids(tokenizer)
         if eos_id is None:
-            raise ValueError(f"config.json of tokenizer {tokenizer} has no eos_token_id")
+            raise ValueError(f"tokenizer {tokenizer} names no token that ends a text (eos_token_id in config.json)")
         if max_length is None:
             if server.longest is None:
                 raise ValueError(f"the server at {server.url} does not say how many tokens its model reads; name them "
                                  "with --max-length")
             max_length = server.longest - 2  # The last token of a pair, and one that some servers generate.
         specials = {f"{name}_token": "" if i is None else codec.id_to_token(i) or ""
-                    for name, i in (("bos", bos_id), ("eos", eos_id), ("pad", _first(ids.get("pad_token_id"))))}
-        super().__init__(codec, chat_template(tokenizer) or DEFAULT_TEMPLATE, specials, eos_id, bos_id,
+                    for name, i in (("bos", bos_id), ("eos", eos_id), ("pad", pad_id))}
+        super().__init__(codec, template or DEFAULT_TEMPLATE, specials, eos_id, bos_id,
                          max_length=max_length, **settings)
         self._server = server
 
@@ -328,6 +328,17 @@ class _Chat(str):
     """A conversation in JSON."""
 
     __slots__ = ()
+
+
+def _special_ids(model: Path) -> tuple[int | None, int | None, int | None]:
+    """The first tokens of text, of its end and of padding; a server's model may be of a family that is not ours."""
+    if not (model / "config.json").exists():
+        config = model_config(model)
+        return config.bos_id, next(iter(config.eos_ids), None), config.pad_id
+    ids, problems = read_json(model, "config.json")
+    raise_problems(f"tokenizer {model} cannot be read", problems)
+    bos_id, eos_id, pad_id = (_first(ids.get(f"{name}_token_id")) for name in ("bos", "eos", "pad"))
+    return bos_id, eos_id, pad_id
 
 
 def _first(ids: Any) -> int | None:

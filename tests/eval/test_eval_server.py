@@ -166,6 +166,16 @@ def test_thoughts_are_no_answers_and_end_nothing(directory, tmp_path, text, answ
     assert server.bodies[-1]["stop"][0] == "\n"
 
 
+def test_the_tokenizer_of_a_gguf_file(directory, tmp_path):
+    assert run("export", directory, tmp_path / "model.gguf") == 0
+    ours, theirs = (servers.TokenServer(Scripted(), path, max_length=10)
+                    for path in (tmp_path / "model.gguf", directory))
+    assert ours.tok_encode("the fox") == theirs.tok_encode("the fox")
+    chat = [{"role": "user", "content": "hi"}]
+    assert ours.apply_chat_template(chat) == theirs.apply_chat_template(chat)
+    assert (ours.prefix_token_id, ours.eot_token_id) == (theirs.prefix_token_id, theirs.eot_token_id)
+
+
 def test_a_continuation_that_is_too_long_is_refused(directory):
     lm = servers.TokenServer(Scripted(), directory, max_length=10)
     with pytest.raises(ValueError, match="cannot score a continuation of 11 tokens; the model reads 10"):
