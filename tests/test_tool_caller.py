@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import pytest
 from tool_caller import life as lives
 from tool_caller import page as pages
+from tool_caller import pairs
 from tool_caller.config import HERE, Life
 
 from lfm_jax.recipe import load_recipe
@@ -92,6 +93,11 @@ def test_seeds_of_one_life_have_its_settings(tmp_path):
     lives._check(life("--seed", "1", "--minutes.pairs", "9"))
     with pytest.raises(ValueError, match=r"begun with other settings: vocab_size 4096, not 512"):
         lives._check(life("--seed", "1", "--vocab-size", "512"))
+
+
+def test_an_answer_that_is_another_one_without_its_marks_makes_no_pair():
+    assert pairs._message({"tools": []}, "<|tool_call_start<|im_end|>|>[f()]<|tool_call_end|>") is None
+    assert pairs._message({"tools": []}, "Which<|pad|> one?") == {"role": "assistant", "content": "Which one?"}
 
 
 def test_scores_of_none_or_all_claim_no_interval():

@@ -81,7 +81,8 @@ def _message(doc: dict[str, Any], text: str) -> dict[str, Any] | None:
     """An answer as a message, without marks that no chat may hold; None where nothing is in it."""
     content, calls = parse_tool_calls(text, doc["tools"])
     content = SPECIAL.sub("", content)
-    if not (calls or content.strip()) or SPECIAL.search(str(calls)):
+    # What is left may be a mark anew, and a call of what was none.
+    if not (calls or content.strip()) or SPECIAL.search(f"{content}{calls}"):
         return None
     made = _calls([{"name": call.name, "arguments": call.arguments} for call in calls])
     return {"role": "assistant", **({"content": content} if content.strip() else {}),
