@@ -117,7 +117,8 @@ def _message(doc: dict[str, Any], text: str, special: re.Pattern[str]) -> dict[s
     """An answer as a message, without marks that no chat may hold; None where nothing is in it."""
     content, calls = parse_tool_calls(text, doc["tools"])
     content = special.sub("", content)
-    if not (calls or content.strip()) or special.search(str(calls)):
+    # What is left may be a mark anew, and a call of what was none.
+    if not (calls or content.strip()) or special.search(f"{content}{calls}"):
         return None
     made = _calls([{"name": call.name, "arguments": call.arguments} for call in calls])
     return {"role": "assistant", **({"content": content} if content.strip() else {}),

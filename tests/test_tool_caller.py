@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import pytest
 from tool_caller import life as lives
 from tool_caller import page as pages
 from tool_caller.config import HERE, Life
+from verified_pairs import _message
 
 from lfm_jax.recipe import load_recipe
+from lfm_jax.text.tokenizer import SPECIAL_TOKENS
 
 ROOT = Path(__file__).parents[1]
 ENGINES = ("lfm_jax", "transformers")
@@ -92,6 +95,12 @@ def test_seeds_of_one_life_have_its_settings(tmp_path):
     lives._check(life("--seed", "1", "--minutes.pairs", "9"))
     with pytest.raises(ValueError, match=r"begun with other settings: vocab_size 4096, not 512"):
         lives._check(life("--seed", "1", "--vocab-size", "512"))
+
+
+def test_an_answer_that_is_another_one_without_its_marks_makes_no_pair():
+    marks = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+    assert _message({"tools": []}, "<|tool_call_start<|im_end|>|>[f()]<|tool_call_end|>", marks) is None
+    assert _message({"tools": []}, "Which<|pad|> one?", marks) == {"role": "assistant", "content": "Which one?"}
 
 
 def test_scores_of_none_or_all_claim_no_interval():

@@ -206,11 +206,12 @@ def _serve(weights: str, kv: str) -> Callable[[Size], Iterator[Row]]:
 def _batch_1(size: Size) -> Iterator[Row]:
     """One request: what a token takes after the prompt, and how near that is to reading the weights once."""
     model = _model(size.model)
-    for name, joined in (("", False), (", joined weights", True)):
+    forms, length = (("", False), (", joined weights", True)), size.prompt + max(size.steps)
+    for name, joined in forms:
         seconds = _token_seconds(model, size, joined=joined)
         yield Row(f"tokens/s{name}", 1 / seconds, "tokens/s")
         yield _roofline(f"bandwidth{name}", model.config, size, seconds, _bytes(nnx.split(model, nnx.Param)[1]))
-        length = size.prompt + max(size.steps)
+    for name, joined in forms:  # Each is compiled once more for it, so that times come first.
         yield Row(f"kernels of a step{name}", decode_kernels(model, length=length, joined=joined), "kernels")
 
 

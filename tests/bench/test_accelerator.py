@@ -139,12 +139,10 @@ for stage in accelerator_stages.STAGES:
 
 def test_the_command_at_toy_size(tmp_path):
     command = [sys.executable, "-m", "lfm_jax.bench.accelerator", "--minutes", "20", "--out", str(tmp_path / "out")]
-    stages = ["--stages", "selfcheck", "serving, bfloat16"]
-    done = subprocess.run([*command, *stages], capture_output=True, text=True, check=True)
+    done = subprocess.run([*command, "--stages", "selfcheck"], capture_output=True, text=True, check=True)
     assert "Toy size: no figure here means anything." in done.stdout
     assert ("selfcheck", "kernels within their bound", "100.0 %", ">= 100.0 %", "", "2 of 2") in rows_of(done.stdout)
     assert {row[2] for row in rows_of(done.stdout) if row[0] == "speed run"} == {"not measured"}
-    assert any(row[:2] == ("serving, bfloat16", "output tokens/s") for row in rows_of(done.stdout))
     wrong = subprocess.run([*command, "--stages", "none"], capture_output=True, text=True)
     assert wrong.returncode == 1
     assert wrong.stderr.startswith("lfm_jax.bench.accelerator: stages names none; choose from selfcheck, ")
