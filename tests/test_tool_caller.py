@@ -97,6 +97,12 @@ def test_seeds_of_one_life_have_its_settings(tmp_path):
         lives._check(life("--seed", "1", "--vocab-size", "512"))
 
 
+def test_a_python_without_llama_cpp_is_refused_at_once(tmp_path):
+    life = load_recipe(Life, [HERE / "life.yaml"], ["--out", str(tmp_path), "--llama-cpp", "false"])
+    with pytest.raises(ValueError, match="no Python with the module llama_cpp"):
+        lives._check(life)
+
+
 def test_an_answer_that_is_another_one_without_its_marks_makes_no_pair():
     marks = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
     assert _message({"tools": []}, "<|tool_call_start<|im_end|>|>[f()]<|tool_call_end|>", marks) is None

@@ -16,6 +16,7 @@ import dataclasses
 import itertools
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -118,7 +119,11 @@ def live(life: Life, command: str) -> None:
 
 
 def _check(life: Life) -> None:
-    """Keeps the settings of a new life, and refuses others in its directory: seeds share data, and a page."""
+    """Keeps the settings of a new life, and refuses others in its directory: seeds share data, and a page. A Python
+    without llama.cpp is refused too: it would be missed hours later."""
+    if life.llama_cpp and subprocess.run([life.llama_cpp, "-c", "import llama_cpp"], capture_output=True).returncode:
+        raise ValueError(f"llama_cpp {life.llama_cpp} is no Python with the module llama_cpp; install llama-cpp-python "
+                         "there, or leave the flag out")
     path = life.out / "life.json"
     plain = {key: value for key, value in to_plain(life).items() if key not in FREE}
     if not path.exists():

@@ -79,7 +79,8 @@ READ = """
 - Of what a station gave, it is the percentile interval of a bootstrap that draws chats, or passages, for both models
   together.
 - `exact` and `valid` are shares of the turns in which the dialogue calls; `refrained` is a share of the others. A
-  service is seen if a training dialogue has it, by name and parameters.
+  service is seen if a training dialogue has each of its tools, by name and parameters; most tools of unseen services
+  have the name of a tool that was seen, with other parameters.
 - Models before `sft` have not seen a chat. They are asked fewer turns, and what they score there is no difference.
 """
 
