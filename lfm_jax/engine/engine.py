@@ -234,7 +234,8 @@ class Engine:
 
         Args:
           params: a plain dict, as `nnx.to_pure_dict` gives it. Without a mesh nothing is copied, except with
-            `EngineConfig.joined`, and whoever donates the arrays hands over others before the next request.
+            `EngineConfig.joined`; over a mesh, nothing that `placement.gathered` gives. Whoever donates the arrays
+            hands over others before the next request.
 
         Raises:
           ValueError: they are not those of this model in names, shapes or dtypes.

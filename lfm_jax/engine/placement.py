@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from lfm_jax.config import ModelConfig
 from lfm_jax.engine.config import EngineConfig
@@ -21,14 +21,30 @@ from lfm_jax.engine.slots import slot_shapes
 from lfm_jax.kernels.int8_slots import Int8Slots
 from lfm_jax.kernels.linear import joined
 from lfm_jax.model import LFM, param_axes
-from lfm_jax.sharding import make_mesh, shardings
+from lfm_jax.sharding import MESH_AXES, TENSOR, axis_names, make_mesh, shardings, spec_of, whole
 from lfm_jax.state import State
 from lfm_jax.weight_kinds import WeightKind
 
 
+def replica_mesh(mesh: Mesh) -> Mesh:
+    """Returns the mesh of an engine over the devices of another mesh, in the same order: a replica for each place along
+    its axes, split as they are over `tensor`."""
+    sizes = dict.fromkeys(MESH_AXES, 1) | {"data": mesh.size // mesh.shape[TENSOR], TENSOR: mesh.shape[TENSOR]}
+    devices = np.moveaxis(mesh.devices, mesh.axis_names.index(TENSOR), -1)
+    return Mesh(devices.reshape(*sizes.values()), MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+
+
+def gathered(params: Any) -> Any:
+    """Returns parameters that lie on a mesh with no split but that over `tensor`, so that every device holds what a
+    replica over `replica_mesh` needs of it. The devices gather them; `jax.device_put` would do so through the host.
+    What is not split otherwise, and what lies on no mesh, is returned itself."""
+    others = set(MESH_AXES) - {TENSOR}
+    return jax.tree.map(lambda x: whole(x, *others) if others & {*axis_names(spec_of(x))} else x, params)
+
+
 def place_replicas(params: Any, config: ModelConfig, mesh: Mesh | None) -> list[tuple[Any, Mesh]]:
     """Returns a copy of the parameters for each index along `data`, split over its devices along `tensor`, with its
-    mesh.
+    mesh. What each device holds as it needs it is not copied.
 
     Raises:
       ValueError: the mesh splits `fsdp` or `context`, or heads or widths do not divide over `tensor`.

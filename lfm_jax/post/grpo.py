@@ -79,14 +79,14 @@ class GRPO(Tuning):
 
     Raises:
       ValueError: on construction: see `Tuning`; prompts that cannot be used, or that a reward cannot judge, a reward
-        whose library is not installed, or more than one device.
+        whose library is not installed, or several processes.
     """
 
     def __init__(self, config: TuneConfig):
         super().__init__(config)
-        if jax.device_count() > 1:
-            raise ValueError(f"grpo runs on one device, and here are {jax.device_count()}; show JAX one of them (as "
-                             "with CUDA_VISIBLE_DEVICES=0)")
+        if jax.process_count() > 1:
+            raise ValueError(f"grpo runs in one process, over all of its devices, and here are {jax.process_count()}; "
+                             "start one alone (--processes 1, without --coordinator or --distributed)")
         try:
             self._rewards = Rewards(config.grpo.weights)
         except ImportError as error:
@@ -152,7 +152,7 @@ class GRPO(Tuning):
         return f"{len(self._examples):,} prompts of at most {longest:,} tokens{over}"
 
     def train_data(self, rows: np.ndarray | None) -> Rollouts:
-        assert rows is None  # There is one device.
+        assert rows is None  # There is one process.
         return Rollouts(self._config, self._examples, self._rewards, self.tokenizer, self.template, self._fingerprint)
 
     def others(self) -> dict[str, Any]:

@@ -37,7 +37,8 @@ class GRPOConfig:
     sampling: Sampling = _AS_SAMPLED
     """How answers are sampled: the temperature."""
     slots: int = 64
-    """Answers that are generated side by side, each in a slot of data.seq_len tokens."""
+    """Answers that are generated side by side, each in a slot of data.seq_len tokens; over a mesh, by each of the
+    engine's copies of the model."""
     prefix_cache_bytes: int = 0
     """Bytes for the states of beginnings that prompts share, such as a long system message. Answers to one prompt share
     it anyway."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer
 from lfm_jax.data.batch import Batch
 from lfm_jax.engine.config import EngineConfig
 from lfm_jax.engine.engine import Engine
+from lfm_jax.engine.placement import gathered, replica_mesh
 from lfm_jax.engine.request import Continuation, Request
 from lfm_jax.files import write_whole
 from lfm_jax.model import abstract_model
@@ -53,6 +55,10 @@ class Rollouts:
     Prompts come in a new order each epoch. Order and answers follow from (data.seed, rollout, prompt, answer) and the
     weights alone, and what is left of a rollout between two of its updates is part of the saved state, so that a run
     that is killed goes on to the bit.
+
+    Over a mesh (`jax.set_mesh`) the engine works on the same devices: it has a copy of the model for each place along
+    all axes but `tensor`, over which it is split. Weights that a step keeps in parts (`fsdp`) are gathered on the
+    devices.
 
     Args:
       fingerprint: of the prompts and of all else that their order follows from.
@@ -144,7 +150,9 @@ class Rollouts:
         """The weights that a step computes with, as an engine takes them."""
         model = self._training.model_of(params, frozen)
         weights = nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
-        return unstack_layers(weights, self._config.model) if self._config.model.scan_layers else weights
+        if self._config.model.scan_layers:
+            weights = unstack_layers(weights, self._config.model)
+        return gathered(weights)
 
     def _chosen(self, rollout: int) -> list[int]:
         """Numbers of its prompts."""
@@ -159,10 +167,13 @@ class Rollouts:
         """The answers to each prompt."""
         grpo, data = self._config.grpo, self._config.data
         if self._engine is None:
-            slots = min(grpo.slots, data.batch_size * grpo.updates)
+            mesh = jax.sharding.get_mesh()
+            mesh = None if mesh.empty else replica_mesh(mesh)
+            prompts = math.ceil(len(examples) / (1 if mesh is None else mesh.shape["data"]))
+            slots = min(grpo.slots, prompts * grpo.generations)
             self._engine = Engine(nnx.merge(abstract_model(self._config.model)[0], weights), EngineConfig(
                 slots=((slots, data.seq_len),), max_logprobs=1, logprobs_of="sampled",
-                max_stop_ids=len(self._stop_ids) or 1, prefix_cache_bytes=grpo.prefix_cache_bytes))
+                max_stop_ids=len(self._stop_ids) or 1, prefix_cache_bytes=grpo.prefix_cache_bytes), mesh)
         self._engine.use(weights)
         groups = self._engine.complete([
             Request(prompt=example.ids, max_new_tokens=grpo.max_new_tokens, n=grpo.generations, logprobs=0,
