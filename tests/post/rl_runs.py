@@ -48,9 +48,9 @@ def prompts():
     return [{"prompt": f"the {thing}? " * (i % 3 + 1), "pattern": "e", "id": i} for i, thing in enumerate(THINGS)]
 
 
-def desk(root):
-    """A directory with what `recipe` names."""
-    base(root / "base")
+def desk(root, **changes):
+    """A directory with what `recipe` names; `changes` are of the model."""
+    base(root / "base", **changes)
     write(root / "prompts.jsonl", prompts())
     (root / "rewards.py").write_text(OWN)
     return root
