@@ -48,8 +48,9 @@ class Kept:
 
 
 def recipe(root, name, **changes):
+    # Two prompts a rollout: of the engine's copies of the model only as many compile programs.
     fields = dict(steps=STEPS, checkpoint_every=SAVED, mesh={"fsdp": 2, "tensor": 2}, optimizer__eps=1e-3,
-                  grpo__samples_every=0)
+                  micro_batches=1, grpo__generations=8, grpo__slots=8, grpo__samples_every=0)
     return load(rl_runs.recipe(root, root / name, **(fields | changes)))
 
 

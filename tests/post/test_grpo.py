@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import rl_runs
@@ -116,6 +117,12 @@ def test_a_reward_that_fails_ends_the_run_and_is_named(root, tmp_path):
 def test_a_reward_may_read_the_whole_reply(root, tmp_path):
     GRPO(load(recipe(root, tmp_path / "run", grpo__rewards=[f"{root}/rewards.py:of_reply"])))
     GRPO(load(recipe(root, tmp_path / "run", grpo__rewards=["regex", f"{root}/rewards.py:of_reply"])))
+
+
+def test_several_processes_are_refused(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"runs in one process, .*here are 2; start one alone .--processes 1"):
+        GRPO(load(recipe(root, tmp_path / "run")))
 
 
 def test_a_reward_whose_library_is_missing_says_how_to_install_it(root, tmp_path, monkeypatch):
