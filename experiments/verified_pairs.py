@@ -1,12 +1,14 @@
 """Makes preferences of a model's own answers: sampled on turns of chats with tools, judged by the verifier, paired.
 
     python experiments/verified_pairs.py MODEL CHATS.jsonl OUT [--samples 4] [--minutes 20] [--slots 32] [--seed 0]
-        [--dtype bfloat16]
+        [--dtype bfloat16] [--all]
 
 CHATS has chats with tools as `lfm tune` takes them. Their turns are asked as the task `tool_calls` of `lfm eval` asks
 them, until the time is up, and OUT gets pairs.jsonl for `method: dpo`: of each turn with a wrong answer a right one, or
-else the call of the chat, above the wrong one. Answers are kept in OUT/answers.jsonl as they come; started again it
-asks for none twice.
+else the call of the chat, above the wrong one. As many of them put a call above a text as a text above a call, and the
+others are left out unless --all is given: of a model that seldom calls where it should not, most pairs would say that a
+call is better, and it would learn to call always (docs/measurements/post_training.md). Answers are kept in
+OUT/answers.jsonl as they come; started again it asks for none twice.
 """
 
 from __future__ import annotations
@@ -48,24 +50,26 @@ def main(argv: list[str]) -> int:
     flags.add_argument("--slots", type=int, default=32)
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--dtype", choices=["float32", "bfloat16"])
+    flags.add_argument("--all", action="store_true")
     args = flags.parse_args(argv)
     print(json.dumps(make_pairs(args.model, args.chats, args.out, samples=args.samples, minutes=args.minutes,
-                                slots=args.slots, seed=args.seed, dtype=args.dtype)))
+                                slots=args.slots, seed=args.seed, dtype=args.dtype, all_ways=args.all)))
     return 0
 
 
 def make_pairs(
     model: str, chats: Path, out: Path, *, samples: int, minutes: float, slots: int, seed: int,
-    dtype: str | None = None, most: int | None = None,
+    dtype: str | None = None, all_ways: bool = False, most: int | None = None,
 ) -> dict[str, Any]:
     """Writes `out/pairs.jsonl`, and returns what was found.
 
     Args:
       samples: answers to each turn.
+      all_ways: whether pairs that are not balanced stay too.
       most: it ends once there are so many pairs.
 
     Raises:
-      ValueError: no answer was wrong, or see `load_chat`, `ToolCalls` and `keep_answers`.
+      ValueError: there are no pairs, or see `load_chat`, `ToolCalls` and `keep_answers`.
     """
     out.mkdir(parents=True, exist_ok=True)
     loaded, tokenizer, template = load_chat(model, dtype)
@@ -75,7 +79,7 @@ def make_pairs(
     task = ToolCalls(chats)
     documents = task.test_docs()
     options = {"until": [], "do_sample": True, "temperature": 1.0, "max_gen_toks": MOST, "skip_special_tokens": False}
-    pairs, right, asked = [], 0, 0
+    found, pairs, right, asked = [], [], 0, 0
     ends = time.monotonic() + 60 * minutes
     with keep_answers(out / "answers.jsonl", {**subject.of, "sampling": options}) as answers:
         subject.lm.answers = answers
@@ -89,17 +93,33 @@ def make_pairs(
                 judged = [(text, tool_call(text, {"tool_calls": doc["calls"], "tools": doc["tools"]}))
                           for text in itertools.islice(texts, samples)]
                 right += sum(worth == 1 for _, worth in judged)
-                pairs += _pair(doc, judged, special)
+                found += _pair(doc, judged, special)
             asked += len(some)
+            pairs = found if all_ways else balanced(found)
             say(f"{asked:,} of {len(documents):,} turns asked, {right / asked / samples:.1%} of answers right, "
                 f"{len(pairs):,} pairs", who="pairs")
             if time.monotonic() > ends or (most is not None and len(pairs) >= most):
                 break
     if not pairs:
-        raise ValueError(f"answers to {asked} turns gave no pair of a right and a wrong one; raise minutes or samples")
+        raise ValueError(f"answers to {asked} turns gave {len(found)} pairs of a right and a wrong one, and none that "
+                         "are balanced; raise minutes or samples")
     write_whole(out / "pairs.jsonl", "".join(json.dumps(pair["line"], ensure_ascii=False) + "\n" for pair in pairs))
     return {"turns": asked, "answers": asked * samples, "right": right, "pairs": len(pairs),
-            **{name: sum(pair["of"] == name for pair in pairs) for name in OWN}}
+            "left out": len(found) - len(pairs), **{name: sum(pair["of"] == name for pair in pairs) for name in OWN}}
+
+
+def balanced(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Pairs of two calls, or of two texts, and as many with a call above a text as with a text above a call: the first
+    ones."""
+    ways = [tuple("tool_calls" in pair["line"][side][0] for side in ("chosen", "rejected")) for pair in pairs]
+    left = dict.fromkeys([(True, False), (False, True)], min(ways.count((True, False)), ways.count((False, True))))
+    kept = []
+    for pair, way in zip(pairs, ways, strict=True):
+        if left.get(way, 1):
+            kept.append(pair)
+            if way in left:
+                left[way] -= 1
+    return kept
 
 
 def _pair(doc: dict[str, Any], judged: list[tuple[str, float]], special: re.Pattern[str]) -> Iterator[dict[str, Any]]:

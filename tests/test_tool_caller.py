@@ -15,7 +15,7 @@ import pytest
 from tool_caller import life as lives
 from tool_caller import page as pages
 from tool_caller.config import HERE, Life
-from verified_pairs import _message
+from verified_pairs import _message, balanced
 
 from lfm_jax.recipe import load_recipe
 from lfm_jax.text.tokenizer import SPECIAL_TOKENS
@@ -101,6 +101,14 @@ def test_a_python_without_llama_cpp_is_refused_at_once(tmp_path):
     life = load_recipe(Life, [HERE / "life.yaml"], ["--out", str(tmp_path), "--llama-cpp", "false"])
     with pytest.raises(ValueError, match="no Python with the module llama_cpp"):
         lives._check(life)
+
+
+def test_as_many_pairs_are_for_a_call_as_against_one():
+    sides = {"call": [{"tool_calls": []}], "text": [{"content": ""}]}
+    pairs = [{"i": i, "line": {"chosen": sides[chosen], "rejected": sides[rejected]}} for i, (chosen, rejected) in
+             enumerate([["call", "call"], *[["call", "text"]] * 3, ["text", "call"], ["text", "text"]])]
+    assert [pair["i"] for pair in balanced(pairs)] == [0, 1, 4, 5]
+    assert [pair["i"] for pair in balanced(pairs[:4])] == [0]
 
 
 def test_an_answer_that_is_another_one_without_its_marks_makes_no_pair():

@@ -194,7 +194,8 @@ class Stations:
             Step("sft", lambda: self._tuned("sft", "long", chats)), self._measured("sft", ("long",)),
             Step("pairs", lambda: make_pairs(
                 str(runs["sft"]), life.data / "asked.jsonl", life.home / "pairs", samples=life.samples,
-                minutes=life.minutes.pairs, slots=life.slots, seed=life.seed, most=1 if life.steps else None)),
+                minutes=life.minutes.pairs, slots=life.slots, seed=life.seed, all_ways=bool(life.steps),
+                most=1 if life.steps else None)),
             Step("prefer", lambda: self._tuned("prefer", "sft", preferences)), self._measured("prefer", ("sft",)),
             Step("narrow", lambda: self._tuned("narrow", "prefer", [
                 *chats, "--distill.teacher", str(runs["prefer"])])),
