@@ -111,14 +111,17 @@ def make_pairs(
 def balanced(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Pairs of two calls, or of two texts, and as many with a call above a text as with a text above a call: the first
     ones."""
-    ways = [tuple("tool_calls" in pair["line"][side][0] for side in ("chosen", "rejected")) for pair in pairs]
-    left = dict.fromkeys([(True, False), (False, True)], min(ways.count((True, False)), ways.count((False, True))))
+    # 1: a call above a text; -1: a text above a call.
+    ways = [("tool_calls" in pair["line"]["chosen"][0]) - ("tool_calls" in pair["line"]["rejected"][0])
+            for pair in pairs]
+    left = dict.fromkeys((1, -1), min(ways.count(1), ways.count(-1)))
     kept = []
     for pair, way in zip(pairs, ways, strict=True):
-        if left.get(way, 1):
-            kept.append(pair)
-            if way in left:
-                left[way] -= 1
+        if way and not left[way]:
+            continue
+        kept.append(pair)
+        if way:
+            left[way] -= 1
     return kept
 
 
