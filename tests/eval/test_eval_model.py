@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hf_backend import OPTIONS, instances
+from hf_backend import OPTIONS, instances, scored_pairs, text
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from toy_tasks import TASKS, toy_tasks
@@ -15,40 +15,6 @@ from toy_tasks import TASKS, toy_tasks
 import lfm_jax as lfm
 from lfm_jax.eval import EvalModel
 from lfm_jax.eval.answers import keep_answers, model_hash
-
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "é", "漢字", "🦊", "naïve", "42", "Paris"]
-
-
-def text(draw, least, most):
-    return " ".join(draw.choice(WORDS) for _ in range(draw.randint(least, most)))
-
-
-def scored_pairs(count, seed=0):
-    """(context, continuation): multiple choice, one-token answers, empty and long contexts, spaces at the seam, bos
-    written out, requests that come twice."""
-    draw = random.Random(seed)
-    pairs = []
-    while len(pairs) < count:
-        kind = draw.randrange(7)
-        context = text(draw, 1, 12)
-        answers = [" " + text(draw, 1, 5) for _ in range(draw.randint(1, 5))]
-        match kind:
-            case 0:
-                context = ""
-                answers = [answers[0].strip(), answers[0], "<|startoftext|>" + answers[0]]
-            case 1:
-                context = text(draw, 20, 60)
-            case 2:
-                context += draw.choice([" ", "  ", "\n", " \n "])
-                answers = [answer.strip() for answer in answers]
-            case 3:
-                context = "<|startoftext|>" + context
-            case 4:
-                answers = [" the", " fox", " dog", " over", " the"]
-            case 5:
-                answers = [" " + text(draw, 8, 12)]
-        pairs += [(context, answer) for answer in answers]
-    return pairs[:count]
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(500, marks=pytest.mark.long)])
