@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 from lfm_jax.files import say
 from lfm_jax.problems import raise_problems
-from lfm_jax.structured.validation import UnjudgedError, check_schema, is_found, is_valid
+from lfm_jax.structured.validation import UnjudgedError, check_schema, is_found, is_valid, parsed
 from lfm_jax.text.tools import parse_tool_calls
 
 Example = Mapping[str, Any]
@@ -210,14 +210,10 @@ def json_schema(completion: str, example: Example) -> float:
     schema = _field(example, "schema", (Mapping, str), "a JSON schema, as an object or as text")
     schema = _schema(schema if isinstance(schema, str) else json.dumps(schema))
     try:
-        value = json.loads(completion, parse_constant=_refused)
+        value = parsed(completion)
     except (ValueError, RecursionError):  # Of what the model wrote nothing is an error.
         return 0.0
     return _judged(is_valid, value, schema)
-
-
-def _refused(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
 
 
 @functools.lru_cache(256)

@@ -7,6 +7,7 @@ are looked at in a process of its own, which is killed where that takes too long
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,20 @@ class UnjudgedError(Exception):
     def __init__(self, problem: str, message: str = "", *, at_fault: bool = False):
         super().__init__(f"{problem}: {message}" if message else problem)
         self.problem, self.at_fault = problem, at_fault
+
+
+def parsed(text: str) -> Any:
+    """The value that a JSON text is.
+
+    Raises:
+      ValueError: it is no JSON; Python's own `NaN` and `Infinity` are none.
+      RecursionError: it is nested too deeply.
+    """
+    return json.loads(text, parse_constant=_refused)
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def is_valid(value: Any, schema: Any) -> bool:

@@ -12,7 +12,7 @@ from lm_eval.api.metrics import mean
 from lfm_jax.eval.benchmarks.chat_task import ChatTask, Document, Metrics, counted
 from lfm_jax.structured.grammar import Grammar
 from lfm_jax.structured.schema import GrammarError
-from lfm_jax.structured.validation import UnjudgedError, is_valid
+from lfm_jax.structured.validation import UnjudgedError, is_valid, parsed
 
 MAX_GEN_TOKS = 1024
 METRICS: Metrics = {"json_validity": (mean, True), "schema_compliance": (mean, True), "problems": (counted, None)}
@@ -51,7 +51,7 @@ class JSONSchema(ChatTask):
                     "problems": [f"not supported: {refusal}"]}
         supported = {"supported": 1.0} if self._constrained else {}
         try:
-            value = json.loads(unfenced(results[0]), parse_constant=_no_json)
+            value = parsed(unfenced(results[0]))
         except (ValueError, RecursionError):
             return {"json_validity": 0.0, "schema_compliance": 0.0, "problems": [], **supported}
         valid, problems = False, []
@@ -73,10 +73,6 @@ def unfenced(reply: str) -> str:
     """The reply, or what is in its code fence if that is all of it."""
     fenced = _FENCED.fullmatch(reply.strip())
     return fenced[1] if fenced else reply
-
-
-def _no_json(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")  # Python reads NaN and Infinity.
 
 
 def refused(schema: Any) -> str | None:
