@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from lfm_jax.config import DType, Quantize
+from lfm_jax.problems import raise_problems
 from lfm_jax.sharding import MeshConfig
 
 if TYPE_CHECKING:
@@ -80,46 +82,49 @@ def evaluate(
         without it, in the same directory, computes the scores.
     """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    if not names:
-        raise ValueError("tasks is empty; name at least one, as --tasks arc_easy,piqa")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; it must be at least 1")
-    if num_fewshot is not None and num_fewshot < 0:
-        raise ValueError(f"num_fewshot is {num_fewshot}; it must be at least 0")
-    if slots < 1:
-        raise ValueError(f"slots is {slots}; it must be at least 1")
+    _check(names, limit=(limit, 1), num_fewshot=(num_fewshot, 0), slots=(slots, 1))
+    loading = dict(dtype=dtype, quantize=quantize, adapter=adapter, mesh=mesh, batch_tokens=batch_tokens)
+    settings = dict(slots=slots, max_length=max_length, seed=seed)
+    from lfm_jax.eval import run, shards
+
+    part = None if shard is None else shards.Shard.of(shard)
+    results = run.evaluate(
+        _subject(path, url, model, tokenizer, loading, **settings), names, output, data=data, limit=limit,
+        num_fewshot=num_fewshot, apply_chat_template=apply_chat_template, system_message=system_message,
+        predict_only=predict_only, shard=part, text=text, checkers=checkers, constrained=constrained,
+    )
+    print(f"{output} has the answers of shard {shard}; once all are there, the same command without --shard computes "
+          "the scores" if results is None else (output / run.REPORT).read_text(encoding="utf-8"))
+    return 0
+
+
+def _check(names: Sequence[str], **least: tuple[int | None, int]) -> None:
+    """Refuses a command whose numbers cannot be, or that misses a library."""
+    problems = [] if names else ["tasks is empty; name at least one, as --tasks arc_easy,piqa"]
+    problems += [f"{name} is {value}; it must be at least {bound}" for name, (value, bound) in least.items()
+                 if value is not None and value < bound]
+    raise_problems("the evaluation cannot be made", problems)
     from lfm_jax.eval import need_lm_eval
 
     try:
         need_lm_eval()
     except ImportError as error:
         raise ValueError(str(error)) from None
-    from lfm_jax.eval.run import REPORT
-    from lfm_jax.eval.run import evaluate as run
-    from lfm_jax.eval.shards import Shard
 
-    part = None if shard is None else Shard.of(shard)
-    if url is not None and (path, batch_tokens, dtype, quantize, adapter, mesh) != (*[None] * 5, MeshConfig(data=1)):
+
+def _subject(
+    path: str | None, url: str | None, model: str | None, tokenizer: str | None, loading: Mapping[str, Any], *,
+    slots: int, **settings: Any,
+) -> Subject:
+    """What is measured: the model at a path, or that of a server."""
+    if url is None:
+        if path is None or model or tokenizer:
+            raise ValueError("name a model, as lfm eval LFM2.5-350M; --model and --tokenizer go with --url")
+        return _loaded(path, **loading, slots=slots, **settings)
+    if path is not None or any(x not in (None, MeshConfig(data=1)) for x in loading.values()):
         raise ValueError("a PATH, --batch-tokens, --dtype, --quantize, --adapter and --mesh do not go with --url: the "
                          "server has the model")
-    if url is None and (path is None or model or tokenizer):
-        raise ValueError("name a model, as lfm eval LFM2.5-350M; --model and --tokenizer go with --url")
-    subject = (
-        _served(url, model, tokenizer, at_once=slots, max_length=max_length, seed=seed) if url is not None else
-        _loaded(path or "", dtype, quantize, adapter, mesh, max_length=max_length, batch_tokens=batch_tokens,
-                slots=slots, seed=seed)
-    )
-    results = run(
-        subject, names, output, data=data, limit=limit, num_fewshot=num_fewshot,
-        apply_chat_template=apply_chat_template, system_message=system_message, predict_only=predict_only, shard=part,
-        text=text, checkers=checkers, constrained=constrained,
-    )
-    if results is None:
-        print(f"{output} has the answers of shard {shard}; once all are there, the same command without --shard "
-              "computes the scores")
-        return 0
-    print((output / REPORT).read_text(encoding="utf-8"))
-    return 0
+    return _served(url, model, tokenizer, at_once=slots, **settings)
 
 
 def _loaded(
