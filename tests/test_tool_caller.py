@@ -100,7 +100,7 @@ def test_seeds_of_one_life_have_its_settings(tmp_path):
 def test_a_python_without_llama_cpp_is_refused_at_once(tmp_path):
     life = load_recipe(Life, [HERE / "life.yaml"], ["--out", str(tmp_path), "--llama-cpp", "false"])
     with pytest.raises(ValueError, match="no Python with the module llama_cpp"):
-        lives._check(life)
+        lives._need_llama_cpp(life)
 
 
 def test_as_many_pairs_are_for_a_call_as_against_one():

@@ -102,6 +102,7 @@ def live(life: Life, command: str) -> None:
       Stopped: a run was asked to stop.
       ValueError: the directory holds another life, or a stage refuses what it is given.
     """
+    _need_llama_cpp(life)
     _check(life)
     steps = Stations(life).steps()
     for number, step in enumerate(steps, 1):
@@ -118,12 +119,15 @@ def live(life: Life, command: str) -> None:
     say(f"the page: {where}", who="tool_caller")
 
 
-def _check(life: Life) -> None:
-    """Keeps the settings of a new life, and refuses others in its directory: seeds share data, and a page. A Python
-    without llama.cpp is refused too: it would be missed hours later."""
+def _need_llama_cpp(life: Life) -> None:
+    """Refuses a Python without llama.cpp, which would be missed hours later."""
     if life.llama_cpp and subprocess.run([life.llama_cpp, "-c", "import llama_cpp"], capture_output=True).returncode:
         raise ValueError(f"llama_cpp {life.llama_cpp} is no Python with the module llama_cpp; install llama-cpp-python "
                          "there, or leave the flag out")
+
+
+def _check(life: Life) -> None:
+    """Keeps the settings of a new life, and refuses others in its directory: seeds share data, and a page."""
     path = life.out / "life.json"
     plain = {key: value for key, value in to_plain(life).items() if key not in FREE}
     if not path.exists():
