@@ -79,7 +79,7 @@ class Parts:
     place: Callable[[Any], Any]
     """A batch of `data` as the step takes it."""
     fresh: Callable[[], Any]
-    """A new state."""
+    """A new state; this or `remade` is called, once."""
     abstract: Callable[[], Any]
     """Shapes and layouts of a state as checkpoints hold it."""
     pack: Callable[[Any], Any] = lambda state: state

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -137,13 +137,22 @@ def run_training(config: RunConfig, method: Method, open_tasks: OpenTasks | None
             manager.close()
 
 
-class _Begun(NamedTuple):
-    """What a run began with."""
+class _Begun:
+    """What a run began with.
 
-    weights: Any | None
-    others: Mapping[str, Any]
-    digests: dict[str, str] | None
-    """Of all this where checkpoints do not hold it; a resumed run must find the same."""
+    Attributes:
+      digests: of all this where checkpoints do not hold it; a resumed run must find the same.
+    """
+
+    def __init__(self, weights: Any | None, others: Mapping[str, Any], digests: dict[str, str] | None):
+        self._held: tuple[Any | None, Mapping[str, Any]] | None = weights, others
+        self.digests = digests
+
+    def take(self) -> tuple[Any | None, Mapping[str, Any]]:
+        """Hands over the weights and those of other models, once: the run then holds no second copy of them."""
+        assert self._held is not None
+        held, self._held = self._held, None
+        return held
 
 
 def _begun(config: RunConfig, method: Method, *, resuming: bool) -> _Begun:
@@ -222,9 +231,8 @@ def _driver(
     training = config.training()
 
     def fresh() -> states.TrainState:
-        if begun.weights is None:
-            return training.random_state(config.seed)
-        return training.placed_state(begun.weights, begun.others)
+        weights, others = begun.take()
+        return training.random_state(config.seed) if weights is None else training.placed_state(weights, others)
 
     return Driver(
         Parts(
@@ -233,7 +241,7 @@ def _driver(
             abstract=lambda: states.unstacked(training.stored(training.abstract_state()), config.model),
             pack=lambda state: states.unstacked(training.stored(state), config.model),
             unpack=lambda stored, kept: training.completed(states.restacked(stored, config.model), kept),
-            kept=training.kept, remade=lambda: training.remade(begun.weights, begun.others, config.seed),
+            kept=training.kept, remade=lambda: training.remade(*begun.take(), config.seed),
             evaluate=_Evaluation(config, training, method, place, console), tasks=tasks, manager=manager,
             config=recipe.to_plain(config) | ({} if begun.digests is None else {DIGESTS: begun.digests}),
             guard=config.guard,

@@ -1,6 +1,7 @@
 """Supervised fine-tuning end to end on a tiny model: learning, packing, resuming to the bit, refusing early."""
 
 import dataclasses
+import gc
 import os
 import signal
 import subprocess
@@ -131,6 +132,27 @@ def test_the_model_is_that_of_init_from_but_for_what_is_named(root, whole_run):
         load(recipe(root, root / "x", init_from=str(root / "nowhere")))
     with pytest.raises(ValueError, match="preset lfm2-350m stands beside init_from"):
         load(recipe(root, root / "x", model__preset="lfm2-350m"))
+
+
+@pytest.mark.parametrize(("lora", "copies"), [({}, 3), ({"rank": 2}, 1)], ids=["full", "lora"])
+def test_a_run_holds_its_weights_once(lora, copies, tmp_path, monkeypatch):
+    """Beside the moments of those that it trains; begun and resumed."""
+    width = 20
+    base(tmp_path / "base", hidden_size=width, head_dim=10)
+    write(tmp_path / "chats.jsonl", facts())
+    write(tmp_path / "held.jsonl", facts()[:2])
+    embed, found = lfm.load(tmp_path / "base")[0].embed[...].shape, []
+
+    def counting(self, *args, measured=SFT.measured, **fields):
+        gc.collect()
+        found.append(sum(x.shape == embed for x in jax.live_arrays()))
+        return measured(self, *args, **fields)
+
+    monkeypatch.setattr(SFT, "measured", counting)
+    for steps in (2, 4):
+        tune(load(recipe(tmp_path, tmp_path / "run", lora=lora, steps=steps, eval_every=2)))
+    assert width in embed
+    assert found == [copies, copies]
 
 
 def test_a_run_of_bf16_weights_has_float32_parameters(tmp_path):
