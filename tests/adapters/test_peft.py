@@ -159,7 +159,8 @@ def test_configs_that_do_not_fit(change, message, tmp_path):
 
 
 def test_a_directory_without_an_adapter(tmp_path):
-    with pytest.raises(ValueError, match=r"(?s)adapter_config.json is missing.*adapter_model.safetensors is missing"):
+    message = r"(?s)adapter_config.json is missing.*adapter_model.safetensors is missing.*--format peft"
+    with pytest.raises(ValueError, match=message):
         load_adapter(tmp_path, tiny_config())
     config = tiny_config(layer_types=("recurrence",))
     with pytest.raises(ValueError, match="cannot be exported"):
