@@ -84,7 +84,7 @@ class Life:
     equal_documents: int
     """Turns, of each kind, that all engines answer."""
     served_documents: int
-    """Turns that our server answers."""
+    """Turns, of each kind, that our server answers."""
     slots: int = 16
     """Texts that are generated side by side."""
     measured: tuple[str, ...] = STATIONS

@@ -69,13 +69,13 @@ class Weights(NamedTuple):
     """The blocks hold the numbers of the run."""
 
 
-def asked(life: Life, measured: Path, form: str = PLAIN) -> dict[str, Asked]:
-    """The first turns of both kinds, with the answers of our engine, free or held to a grammar."""
+def asked(measured: Path, most: int, form: str = PLAIN) -> dict[str, Asked]:
+    """The first turns of both kinds, `most` of each, with the answers of our engine, free or held to a grammar."""
     found = {}
     for kind in ("seen", "unseen"):
         lines = (measured / form / f"samples_tool_calls_{kind}.jsonl").read_bytes().splitlines()
         rows = sorted((json.loads(line) for line in lines), key=lambda row: row["doc_id"])
-        for row in rows[: life.equal_documents]:
+        for row in rows[:most]:
             prompt = row["arguments"]["gen_args_0"]["arg_0"]
             found[f"{kind}-{row['doc_id']}"] = Asked(prompt, row["doc"], row["resps"][0][0])
     return found
@@ -84,7 +84,7 @@ def asked(life: Life, measured: Path, form: str = PLAIN) -> dict[str, Asked]:
 def same_calls(life: Life, weights: Weights, out: Path) -> list[dict[str, Any]]:
     """A row for each engine and file beside our engine on the run: turns, equal calls, exceptions by name."""
     out.mkdir(parents=True, exist_ok=True)
-    questions = asked(life, weights.measured)
+    questions = asked(weights.measured, life.equal_documents)
     rows = [_ours(life, weights, questions, out)]
     cases: list[tuple[str, str, Path, str | None]] = [("transformers", sys.executable, weights.hugging_face, None)]
     if life.llama_cpp:
@@ -197,7 +197,7 @@ def _others(
 def served(life: Life, blocks: Path, measured: Path, scratch: Path) -> dict[str, Any]:
     """Our server on a GGUF file: the calls of its answers, which follow a grammar, beside those of `lfm eval`."""
     scratch.mkdir(parents=True, exist_ok=True)
-    questions = [*asked(life, measured, CONSTRAINED).values()][: life.served_documents]
+    questions = asked(measured, life.served_documents, CONSTRAINED).values()
     say(f"lfm serve answers from {blocks.name}", who="tool_caller")
     equal = 0
     with serving.serving(blocks, scratch) as server:
