@@ -82,6 +82,8 @@ def test_all_of_the_study_on_a_tiny_model(root, whole):
     assert not (root / "whole" / "arms" / "k0" / "run").exists(), "weights go once they are measured"
     text = page.read_text()
     assert all(f"| {name} |" in text for name in found)
+    nats = found["k0"]["recall"]["needle"]["1024"]["nats"]
+    assert f"| k0 | {sum(nats) / len(nats):.1f} [" in text.partition("Nats of the right answer.")[2]
     assert {file.name for file in page.parent.iterdir()} == {"README.md", "text.png", "recall.png", "layers.png"}
     assert str(root) not in text + (root / "whole" / "results.jsonl").read_text()
 

@@ -29,7 +29,8 @@ HOW_TO_READ = """\
   does.
 - Nothing is corrected for the number of arms.
 - needle: one number told in a text and asked for at its end; recall: one of eight. Right is an answer that greedy
-  decoding would write, to the last digit.
+  decoding would write, to the last digit. Nats are minus the log-probability of the right number, the mean of
+  all documents; whoever knows of it only that it has seven digits needs 16.
 - Speeds and bytes depend on k alone, not on which layers those are. Weights were random while speeds were measured,
   beside the original in one process.
 """
@@ -108,6 +109,9 @@ class Found:
     def right(self, arm: dict[str, Any], kind: str, length: str) -> Value:
         return share(arm["recall"][kind][length]["right"])
 
+    def nats(self, arm: dict[str, Any], kind: str, length: str) -> Value:
+        return _mean(arm["recall"][kind][length]["nats"])
+
     def task(self, arm: dict[str, Any], task: str) -> Value:
         return share(arm["tasks"][task])
 
@@ -135,7 +139,7 @@ def write_page(results: Path, out: Path) -> Path:
         reading.read_text().strip() if reading.exists() else "",
         _how_it_was_run(found),
         "## Text\n\n" + _text(found),
-        "## Needle and recall\n\nShare of right answers by length in tokens.\n\n" + _recall(found),
+        "## Needle and recall\n\n" + _recall(found),
         "## Tasks\n\n" + _tasks(found) if found.original["tasks"] else "",
         "## Cost\n\n" + _costs(found) if found.costs else "",
         "## Layers\n\n" + _layers(found),
@@ -189,8 +193,10 @@ def _text(found: Found) -> str:
 
 def _recall(found: Found) -> str:
     head = ["arm", *(f"{kind} {length}" for kind, length in found.asked)]
-    return _table(head, [[_label(arm), *(found.right(arm, *asked).form(".2f") for asked in found.asked)]
-                         for arm in found.arms])
+    shares, nats = (
+        _table(head, [[_label(arm), *(value(arm, *asked).form(form) for asked in found.asked)] for arm in found.arms])
+        for value, form in ((found.right, ".2f"), (found.nats, ".1f")))
+    return f"Share of right answers by length in tokens.\n\n{shares}\n\nNats of the right answer.\n\n{nats}"
 
 
 def _tasks(found: Found) -> str:
@@ -286,8 +292,8 @@ def _text_figure(found: Found, out: Path) -> tuple[str, str]:
 def _recall_figure(found: Found, out: Path) -> tuple[str, str]:
     figure, panels = _panels(len(found.asked), 2.4)
     for axes, (kind, length) in zip(panels, found.asked, strict=True):
-        _against_k(found, axes, lambda arm, asked=(kind, length): found.right(arm, *asked))
-        axes.set(title=f"{kind}, {length} tokens", ylabel="right", ylim=(-0.05, 1.05))
+        _against_k(found, axes, lambda arm, asked=(kind, length): found.nats(arm, *asked))
+        axes.set(title=f"{kind}, {length} tokens", ylabel="nats of the right number")
     return _save(figure, out, "recall.png", "Needle and recall against attention layers")
 
 
