@@ -245,7 +245,9 @@ def _judged(judge: Callable[..., bool], *question: Any) -> float:
 
 
 _NUMBER = re.compile(
-    r"(?P<minus>(?<![\w)])-)?[$€£]?(?<!\w)(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+    r"(?P<minus>(?<![\w)])-)?[$€£]?(?<!\w)"
+    r"(?P<digits>(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+    r"(?:[eE][-+]?[0-9]{1,3}(?!\w))?)"  # Decimal refuses some longer exponents, and no float has one.
 )
 _SPACE = re.compile(r"\s+")
 _AROUND = " .,;:!?\"'`*\u2018\u2019\u201c\u201d"
@@ -258,11 +260,12 @@ def answer(completion: str, example: Example) -> float:
     Raises:
       ValueError: `answer` is neither a number nor a text of more than punctuation.
     """
-    right = str(_field(example, "answer", (str, int, float), "a text or a number")).rpartition("####")[2]
+    given = _field(example, "answer", (str, int, float), "a text or a number")
+    right = str(given).rpartition("####")[2]
     expected, text = _the_number(right), _normal(right)
     if expected is not None:
         return float(_last_number(completion) == expected)
-    if not text:
+    if not text or not isinstance(given, str):  # NaN and infinity are no numbers.
         raise ValueError(f"the field 'answer' of the example is {example['answer']!r}; expected a text or a number")
     return float(_normal(completion) == text)
 

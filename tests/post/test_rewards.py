@@ -64,7 +64,8 @@ def test_json_schema(completion, worth):
     ("9" * 40, int("9" * 39 + "8"), 0), ("-" + "9" * 40, -int("9" * 40), 1),
     (" Paris.\n", "paris", 1), ("**Paris**", "Paris", 1), ("The  Hague", "the hague", 1), ("Paris or Rome", "Paris", 0),
     ("In 1066", "Hastings", 0), ("Straße", "STRASSE", 1), ("C", "C++", 0), ("2 cats", "2 cats", 1),
-    ("3 cats", "2 cats", 0),
+    ("3 cats", "2 cats", 0), ("0.00001", 1e-5, 1), ("about 10,000,000,000,000,000", 1e16, 1), ("1.5e3", 1500, 1),
+    ("1e3", 1, 0), ("1.5E-3", "1.5e-3", 1), ("2e3x", 2, 1), ("1e" + "9" * 30, 2, 0),
 ])
 def test_answer(completion, right, worth):
     assert reward("answer", completion, answer=right) == worth
@@ -110,6 +111,7 @@ def test_length():
     ("answer", {"answer": None}, "is None; expected a text or a number"),
     ("answer", {"answer": True}, "is True; expected a text or a number"),
     ("answer", {"answer": "#### ."}, "is '#### .'"),
+    ("answer", {"answer": float("nan")}, "is nan; expected a text or a number"),
     ("regex", {"pattern": "("}, "unterminated"), ("regex", {"pattern": 3}, "'pattern' of the example is 3"),
     ("length", {}, "neither 'min_length' nor 'max_length'"),
     ("length", {"max_length": "9"}, "is '9'; expected a number"),
