@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 from lfm_jax.files import say
 from lfm_jax.problems import raise_problems
-from lfm_jax.structured.validation import UnjudgedError, check_schema, is_found, is_valid, parsed
+from lfm_jax.structured.validation import UnjudgedError, check_schema, is_found, is_valid, missing_reference, parsed
 from lfm_jax.text.tools import parse_tool_calls
 
 Example = Mapping[str, Any]
@@ -222,6 +222,9 @@ def _schema(text: str) -> Any:
     schema = json.loads(text)
     if (wrong := check_schema(schema)) is not None:
         raise ValueError(f"the field 'schema' of the example is no JSON schema: {wrong:.200}")
+    # Else only an answer that comes to it would show it, hours after the run began.
+    if (where := missing_reference(schema)) is not None:
+        raise ValueError(f"the field 'schema' of the example has a reference that leads out of it: {where:.200}")
     return schema
 
 

@@ -56,6 +56,18 @@ def test_json_schema(completion, worth):
     assert reward("json_schema", completion, schema=json.dumps(SCHEMA)) == worth
 
 
+def test_a_reference_that_leads_nowhere_is_found_by_whatever_answer():
+    """The empty one too, with which prompts are tried before a run begins."""
+    schema = {"properties": {"n": {"anyOf": [{"$ref": "#/$defs/n"}, {"$ref": "#/$defs/m"}]}}, "$defs": {"n": {}}}
+    with pytest.raises(ValueError, match=r"a reference that leads out of it: #/\$defs/m"):
+        reward("json_schema", "", schema=schema)
+    inner = {"$id": "http://here/inner", "$defs": {"k": {"$anchor": "k"}}, "items": {"$ref": "#k"}}
+    kept = {"$defs": {"m": {"const": {"$ref": "#/no/reference"}}, "inner": inner}, "$ref": "http://here/inner",
+            "properties": {"$ref": {"$ref": "#"}, "of": {"$ref": "https://json-schema.org/draft/2020-12/schema"}}}
+    assert reward("json_schema", "", schema=kept) == 0
+    assert reward("json_schema", "[1]", schema=kept) == 1
+
+
 @pytest.mark.parametrize(("completion", "right", "worth"), [
     ("She has 3 + 15 = 18 eggs.\n#### 18", "9 * 2 = 18\n#### 18", 1), ("The answer is $1,234.50.", 1234.5, 1),
     ("It is 18, not 19", "18", 0), ("18", 18, 1), ("18.0", "18", 1), ("eighteen", "18", 0), ("", 18, 0),
@@ -106,7 +118,7 @@ def test_length():
     ("tool_call", {"tool_calls": [{"name": "f"}]}, "must have a name and arguments"),
     ("tool_call", {"tool_calls": [{"name": "f", "arguments": "[1]"}]}, "'f' are .1.; expected an object"),
     ("json_schema", {"schema": {"type": "text"}}, "no JSON schema: 'text'"),
-    ("json_schema", {"schema": {"$ref": "http://localhost:1/x"}}, "Unresolvable"),
+    ("json_schema", {"schema": {"$ref": "http://localhost:1/x"}}, "leads out of it: http://localhost:1/x"),
     ("json_schema", {"schema": "{"}, "JSONDecodeError"),
     ("answer", {"answer": None}, "is None; expected a text or a number"),
     ("answer", {"answer": True}, "is True; expected a text or a number"),
