@@ -18,13 +18,14 @@ from lfm_jax.loading import model_config
 from lfm_jax.post.distill import DistillConfig
 from lfm_jax.post.dpo import DPOConfig
 from lfm_jax.post.grpo_config import GRPOConfig
-from lfm_jax.post.methods import METHODS, MethodName
+from lfm_jax.post.methods import METHODS, MethodName, Way
 from lfm_jax.train.checkpoint import has_checkpoint
 from lfm_jax.train.config import RunConfig
 from lfm_jax.train.launch import Launch
 from lfm_jax.train.objective import Objective
 from lfm_jax.train.optimizer import OptimizerConfig
 from lfm_jax.train.run_dir import CONFIG
+from lfm_jax.train.step import GuardConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,9 @@ class TuneConfig(RunConfig):
     """Optimizer steps in all; with `train_minutes`, at most. 0: those of epochs."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: _optimizer("sft"))
     """Its peak_lr is 5e-5, and 1e-6 in a recipe or command of dpo or grpo that names none."""
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
+    """When an update is skipped, and when the run goes back to a checkpoint. Its spike is 10, and 0 in a recipe or
+    command of grpo that names none."""
     loss_chunk: int = 512
     """Tokens whose logits are in memory at one time."""
     dpo: DPOConfig = dataclasses.field(default_factory=DPOConfig)
@@ -69,13 +73,15 @@ class TuneConfig(RunConfig):
         Raises:
           ValueError: see the class and `lfm.load`.
         """
-        fields.setdefault("optimizer", _optimizer(fields.get("method", "sft")))
+        method = fields.get("method", "sft")
+        fields.setdefault("optimizer", _optimizer(method))
+        fields.setdefault("guard", _way(method).guard)
         return cls(init_from=init_from, model=tuned_model(init_from).replace(**model or {}), **fields)
 
     @staticmethod
     def flags_before(flags: Sequence[str]) -> list[str]:
-        """The fields of a model and the method's learning rate as flags: the model of `init_from`, or of the run that
-        goes on. None where the flags name the model's layers, as those of a run's own config do.
+        """The fields of a model, the method's learning rate and its guard as flags: the model of `init_from`, or of the
+        run that goes on. None where the flags name the model's layers, as those of a run's own config do.
 
         Raises:
           ValueError: the flags name a preset beside `init_from`, or see `lfm.load`.
@@ -86,9 +92,10 @@ class TuneConfig(RunConfig):
                              "preset out, or name another model in init_from")
         if name is None or _value_of(flags, "model.layer-types") is not None:
             return []
-        peak_lr = _optimizer(_value_of(flags, "method") or "sft").peak_lr
+        way = _way(_value_of(flags, "method") or "sft")
         model = _model_of_run(_value_of(flags, "run-dir")) or tuned_model(name)
-        return [*recipe.model_flags(model), "--optimizer.peak-lr", repr(peak_lr)]
+        return [*recipe.model_flags(model), "--optimizer.peak-lr", repr(way.peak_lr), "--guard.spike",
+                repr(way.guard.spike)]
 
     @property
     def rows(self) -> int:
@@ -145,10 +152,14 @@ def _model_of_run(run_dir: str | None) -> ModelConfig | None:
     return ModelConfig.from_plain(yaml.safe_load((Path(run_dir) / CONFIG).read_text())["model"])
 
 
+def _way(method: str) -> Way:
+    """The row of a method; that of sft for what is none."""
+    return METHODS.get(cast(MethodName, method), METHODS["sft"])
+
+
 def _optimizer(method: str) -> OptimizerConfig:
     """What a method is trained with unless something else is named."""
-    way = METHODS.get(cast(MethodName, method), METHODS["sft"])
-    return OptimizerConfig(peak_lr=way.peak_lr, schedule="cosine", warmup_steps=0, warmup_fraction=0.1,
+    return OptimizerConfig(peak_lr=_way(method).peak_lr, schedule="cosine", warmup_steps=0, warmup_fraction=0.1,
                            weight_decay=0.0)
 
 

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 from lfm_jax.files import say
 from lfm_jax.problems import raise_problems
-from lfm_jax.structured.validation import UnjudgedError, check_schema, is_found, is_valid, parsed
+from lfm_jax.structured.validation import UnjudgedError, check_schema, is_found, is_valid, missing_reference, parsed
 from lfm_jax.text.tools import parse_tool_calls
 
 Example = Mapping[str, Any]
@@ -222,6 +222,9 @@ def _schema(text: str) -> Any:
     schema = json.loads(text)
     if (wrong := check_schema(schema)) is not None:
         raise ValueError(f"the field 'schema' of the example is no JSON schema: {wrong:.200}")
+    # Else only an answer that comes to it would show it, hours after the run began.
+    if (where := missing_reference(schema)) is not None:
+        raise ValueError(f"the field 'schema' of the example has a reference that leads out of it: {where:.200}")
     return schema
 
 
@@ -245,7 +248,9 @@ def _judged(judge: Callable[..., bool], *question: Any) -> float:
 
 
 _NUMBER = re.compile(
-    r"(?P<minus>(?<![\w)])-)?[$€£]?(?<!\w)(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+    r"(?P<minus>(?<![\w)])-)?[$€£]?(?<!\w)"
+    r"(?P<digits>(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+    r"(?:[eE][-+]?[0-9]{1,3}(?!\w))?)"  # Decimal refuses some longer exponents, and no float has one.
 )
 _SPACE = re.compile(r"\s+")
 _AROUND = " .,;:!?\"'`*\u2018\u2019\u201c\u201d"
@@ -258,11 +263,12 @@ def answer(completion: str, example: Example) -> float:
     Raises:
       ValueError: `answer` is neither a number nor a text of more than punctuation.
     """
-    right = str(_field(example, "answer", (str, int, float), "a text or a number")).rpartition("####")[2]
+    given = _field(example, "answer", (str, int, float), "a text or a number")
+    right = str(given).rpartition("####")[2]
     expected, text = _the_number(right), _normal(right)
     if expected is not None:
         return float(_last_number(completion) == expected)
-    if not text:
+    if not text or not isinstance(given, str):  # NaN and infinity are no numbers.
         raise ValueError(f"the field 'answer' of the example is {example['answer']!r}; expected a text or a number")
     return float(_normal(completion) == text)
 

@@ -97,7 +97,6 @@ class Stored:
     def __init__(self, directory: Path, rows: PackedRows, fields: Mapping[str, Field]):
         self._directory, self._fields = directory, dict(fields)
         self._offsets = np.concatenate([[0], np.cumsum(rows.learnt)])
-        self._files: dict[tuple[str, int], np.ndarray] = {}
 
     def beside(self, index: int, row: Row) -> Row:
         """The fields of a row, [T, ...] each; 0 where no target is learnt."""
@@ -144,13 +143,9 @@ class Stored:
         return True
 
     def _file(self, name: str, shard: int) -> np.ndarray:
-        if (name, shard) not in self._files:
-            path = self._path(name, shard)
-            # An empty file cannot be mapped.
-            empty = self._offsets[min((shard + 1) * SHARD_ROWS, len(self._offsets) - 1)] == self._offsets[
-                shard * SHARD_ROWS]
-            self._files[name, shard] = np.load(path, mmap_mode=None if empty else "r")
-        return self._files[name, shard]
+        # Not kept open: there may be more shards than files that a process may hold.
+        first, last = self._offsets[[shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, len(self._offsets) - 1)]]
+        return np.load(self._path(name, shard), mmap_mode="r" if last > first else None)  # Empty ones cannot be mapped.
 
     def _path(self, name: str, shard: int) -> Path:
         return self._directory / f"{name}-{shard:05d}.npy"

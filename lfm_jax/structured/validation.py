@@ -97,3 +97,25 @@ def check_schema(schema: Any) -> str | None:
     except SchemaError as error:
         return error.message
     return None
+
+
+def missing_reference(schema: Any) -> str | None:
+    """The first reference of a schema that leads to nothing within it; None: there is none."""
+    from jsonschema_specifications import REGISTRY
+    from referencing import Resource
+    from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import DRAFT202012
+
+    root = Resource.from_contents(schema, default_specification=DRAFT202012)
+    left = [(root, REGISTRY.resolver_with_root(root))]
+    while left:
+        part, resolver = left.pop()
+        names = part.contents if isinstance(part.contents, dict) else {}
+        for key in ("$ref", "$dynamicRef"):
+            if isinstance(names.get(key), str):
+                try:
+                    resolver.lookup(names[key])
+                except Unresolvable:
+                    return names[key]
+        left += [(inner, resolver.in_subresource(inner)) for inner in part.subresources()]
+    return None

@@ -167,6 +167,15 @@ def test_the_recipe_fits_a_model(root):
     assert load(recipe(root, root / "x", optimizer={})).optimizer.peak_lr == 1e-6
 
 
+def test_gradients_may_come_and_go(root):
+    """Where rewards are rare most are 0: the guard of other methods would skip all others for ever."""
+    path = recipe(root, root / "x", guard={})
+    config, named = (load(path, *flags) for flags in ((), ("--guard.spike", "3")))
+    made = TuneConfig.of(str(root / "base"), run_dir="x", data=config.data, method="grpo", grpo=config.grpo)
+    assert (config.guard.spike, named.guard.spike, made.guard.spike) == (0, 3, 0)
+    assert TuneConfig.of(str(root / "base"), run_dir="x", data=config.data).guard.spike == 10
+
+
 def test_other_prompts_are_refused_when_a_run_goes_on(root, whole_run, tmp_path):
     other = write(tmp_path / "other.jsonl", rl_runs.prompts()[:7])
     with pytest.raises(ValueError, match="belongs to other data"):

@@ -56,6 +56,18 @@ def test_json_schema(completion, worth):
     assert reward("json_schema", completion, schema=json.dumps(SCHEMA)) == worth
 
 
+def test_a_reference_that_leads_nowhere_is_found_by_whatever_answer():
+    """The empty one too, with which prompts are tried before a run begins."""
+    schema = {"properties": {"n": {"anyOf": [{"$ref": "#/$defs/n"}, {"$ref": "#/$defs/m"}]}}, "$defs": {"n": {}}}
+    with pytest.raises(ValueError, match=r"a reference that leads out of it: #/\$defs/m"):
+        reward("json_schema", "", schema=schema)
+    inner = {"$id": "http://here/inner", "$defs": {"k": {"$anchor": "k"}}, "items": {"$ref": "#k"}}
+    kept = {"$defs": {"m": {"const": {"$ref": "#/no/reference"}}, "inner": inner}, "$ref": "http://here/inner",
+            "properties": {"$ref": {"$ref": "#"}, "of": {"$ref": "https://json-schema.org/draft/2020-12/schema"}}}
+    assert reward("json_schema", "", schema=kept) == 0
+    assert reward("json_schema", "[1]", schema=kept) == 1
+
+
 @pytest.mark.parametrize(("completion", "right", "worth"), [
     ("She has 3 + 15 = 18 eggs.\n#### 18", "9 * 2 = 18\n#### 18", 1), ("The answer is $1,234.50.", 1234.5, 1),
     ("It is 18, not 19", "18", 0), ("18", 18, 1), ("18.0", "18", 1), ("eighteen", "18", 0), ("", 18, 0),
@@ -64,7 +76,8 @@ def test_json_schema(completion, worth):
     ("9" * 40, int("9" * 39 + "8"), 0), ("-" + "9" * 40, -int("9" * 40), 1),
     (" Paris.\n", "paris", 1), ("**Paris**", "Paris", 1), ("The  Hague", "the hague", 1), ("Paris or Rome", "Paris", 0),
     ("In 1066", "Hastings", 0), ("Straße", "STRASSE", 1), ("C", "C++", 0), ("2 cats", "2 cats", 1),
-    ("3 cats", "2 cats", 0),
+    ("3 cats", "2 cats", 0), ("0.00001", 1e-5, 1), ("about 10,000,000,000,000,000", 1e16, 1), ("1.5e3", 1500, 1),
+    ("1e3", 1, 0), ("1.5E-3", "1.5e-3", 1), ("2e3x", 2, 1), ("1e" + "9" * 30, 2, 0),
 ])
 def test_answer(completion, right, worth):
     assert reward("answer", completion, answer=right) == worth
@@ -105,11 +118,12 @@ def test_length():
     ("tool_call", {"tool_calls": [{"name": "f"}]}, "must have a name and arguments"),
     ("tool_call", {"tool_calls": [{"name": "f", "arguments": "[1]"}]}, "'f' are .1.; expected an object"),
     ("json_schema", {"schema": {"type": "text"}}, "no JSON schema: 'text'"),
-    ("json_schema", {"schema": {"$ref": "http://localhost:1/x"}}, "Unresolvable"),
+    ("json_schema", {"schema": {"$ref": "http://localhost:1/x"}}, "leads out of it: http://localhost:1/x"),
     ("json_schema", {"schema": "{"}, "JSONDecodeError"),
     ("answer", {"answer": None}, "is None; expected a text or a number"),
     ("answer", {"answer": True}, "is True; expected a text or a number"),
     ("answer", {"answer": "#### ."}, "is '#### .'"),
+    ("answer", {"answer": float("nan")}, "is nan; expected a text or a number"),
     ("regex", {"pattern": "("}, "unterminated"), ("regex", {"pattern": 3}, "'pattern' of the example is 3"),
     ("length", {}, "neither 'min_length' nor 'max_length'"),
     ("length", {"max_length": "9"}, "is '9'; expected a number"),

@@ -1,5 +1,6 @@
 """What a frozen model says, kept in files: at its places, made once, resumed, refused where it is of something else."""
 
+import os
 from functools import partial
 
 import numpy as np
@@ -133,3 +134,13 @@ def test_the_manifest_says_when_all_is_there_of_no_rows_too(tmp_path, rows):
         open_with(Sayer)
         assert is_complete(directory)
         open_with(gone)
+
+
+def test_no_file_stays_open(tmp_path, rows):
+    kept = opened(tmp_path / "kept", rows, Sayer())
+    for i, row in enumerate(rows):
+        kept.beside(i, row)
+    held = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")
+            if os.path.islink(f"/proc/self/fd/{name}")]
+    assert held
+    assert not [path for path in held if path.startswith(str(tmp_path))]
