@@ -112,7 +112,7 @@ def load_adapter(path: str | os.PathLike, model: ModelConfig) -> Adapter:
     tensors, found = read_tensors(directory, TENSORS)
     problems += found
     if not (directory / CONFIG).exists():
-        problems.append("an adapter is what PEFT writes; of a run of `lfm tune`, `lfm convert RUN DIR --format peft` "
+        problems.append("an adapter is what PEFT writes; of a run of `lfm tune`, `lfm export RUN DIR --format peft` "
                         "writes it")
     lora, found = _config(raw, model) if raw else (None, [])
     problems += found

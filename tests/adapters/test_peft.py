@@ -159,7 +159,8 @@ def test_configs_that_do_not_fit(change, message, tmp_path):
 
 
 def test_a_directory_without_an_adapter(tmp_path):
-    message = r"(?s)adapter_config.json is missing.*adapter_model.safetensors is missing.*--format peft"
+    message = (r"(?s)adapter_config.json is missing.*adapter_model.safetensors is missing.*"
+               r"`lfm export RUN DIR --format peft`")
     with pytest.raises(ValueError, match=message):
         load_adapter(tmp_path, tiny_config())
     config = tiny_config(layer_types=("recurrence",))
