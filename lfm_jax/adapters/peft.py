@@ -104,15 +104,15 @@ def load_adapter(path: str | os.PathLike, model: ModelConfig) -> Adapter:
     """Reads an adapter of PEFT.
 
     Raises:
-      ValueError: it is not whole, not of this model, or of a kind that is not supported (DoRA, trained biases, modules
-        saved whole, ...); one message lists everything.
+      ValueError: it is not whole, not finite, not of this model, or of a kind that is not supported (DoRA, trained
+        biases, modules saved whole, ...); one message lists everything.
     """
     directory = Path(path)
     raw, problems = read_json(directory, CONFIG)
     tensors, found = read_tensors(directory, TENSORS)
     problems += found
     if not (directory / CONFIG).exists():
-        problems.append("an adapter is what PEFT writes; of a run of `lfm tune`, `lfm convert RUN DIR --format peft` "
+        problems.append("an adapter is what PEFT writes; of a run of `lfm tune`, `lfm export RUN DIR --format peft` "
                         "writes it")
     lora, found = _config(raw, model) if raw else (None, [])
     problems += found
@@ -161,7 +161,7 @@ def _config(raw: Mapping[str, Any], model: ModelConfig) -> tuple[LoRAConfig | No
 
 
 def _weights(lora: LoRAConfig, model: ModelConfig, tensors: Mapping[str, np.ndarray]) -> tuple[Tree, list[str]]:
-    """The adapter in tensors, and what is missing, unexpected, or of a wrong shape or dtype."""
+    """The adapter in tensors, and what is missing, unexpected, not finite, or of a wrong shape or dtype."""
     shapes = jax.eval_shape(lambda: init_adapter(model, lora, jax.random.key(0)))
     problems, tree, known = [], {}, set()
     for name, path in named_targets(model, lora).items():
@@ -182,8 +182,10 @@ def _weights(lora: LoRAConfig, model: ModelConfig, tensors: Mapping[str, np.ndar
                 problems.append(f"wrong shape: {tensor} is {list(array.shape)}; expected {list(merged)}")
             elif array.dtype.name not in ("float32", "bfloat16", "float16"):
                 problems.append(f"wrong dtype: {tensor} is {array.dtype}; expected float32, bfloat16 or float16")
+            elif not np.isfinite(widened := array.astype(np.float32)).all():
+                problems.append(f"not finite: {tensor} holds NaN or infinity; its training or its file is broken")
             else:
-                node[part.lower()] = array.astype(np.float32).reshape(shape)
+                node[part.lower()] = widened.reshape(shape)
     problems += [f"unexpected: {name} {list(array.shape)}" for name, array in tensors.items() if name not in known]
     return tree, problems
 

@@ -71,8 +71,10 @@ def read_adapters(
         except (ValueError, OSError) as error:
             problems.append(f"{name}: {error}")
     if not engine.adapters:
-        ranks = [largest_rank(model, one.lora) for one in found.values()]
-        engine = dataclasses.replace(engine, adapters=len(named), adapter_rank=max(ranks, default=1))
+        engine = dataclasses.replace(engine, adapters=len(named))
+        if engine.adapter_rank == EngineConfig.adapter_rank:  # Another one was asked for, for adapters to come.
+            ranks = [largest_rank(model, one.lora) for one in found.values()]
+            engine = dataclasses.replace(engine, adapter_rank=max(ranks, default=1))
     if len(named) > engine.adapters:
         problems.append(f"{len(named)} adapters are named, and there are {engine.adapters} places (engine.adapters)")
     for name, one in found.items():

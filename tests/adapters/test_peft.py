@@ -130,6 +130,7 @@ def test_tensors_that_do_not_fit_are_listed_at_once(tmp_path):
         tensors["base_model.model.lm_head.lora_A.weight"] = np.zeros((3, 32), np.float32)
         tensors[name.format("0.conv.in_proj")] = np.zeros((3, 31), np.float32)
         tensors[name.format("0.conv.out_proj")] = np.zeros((3, 32), np.int8)
+        tensors[name.format("1.self_attn.k_proj")][0, 0] = np.nan
         del tensors[name.format("1.self_attn.q_proj")]
         return tensors
 
@@ -139,6 +140,7 @@ def test_tensors_that_do_not_fit_are_listed_at_once(tmp_path):
     for line in ("unexpected: base_model.model.lm_head.lora_A.weight [3, 32]",
                  "wrong shape: base_model.model.model.layers.0.conv.in_proj.lora_A.weight is [3, 31]; expected [3, 32]",
                  "wrong dtype: base_model.model.model.layers.0.conv.out_proj.lora_A.weight is int8",
+                 "not finite: base_model.model.model.layers.1.self_attn.k_proj.lora_A.weight",
                  "missing: base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight [3, 32]"):
         assert line in str(error.value)
 
@@ -159,7 +161,8 @@ def test_configs_that_do_not_fit(change, message, tmp_path):
 
 
 def test_a_directory_without_an_adapter(tmp_path):
-    message = r"(?s)adapter_config.json is missing.*adapter_model.safetensors is missing.*--format peft"
+    message = (r"(?s)adapter_config.json is missing.*adapter_model.safetensors is missing.*"
+               r"`lfm export RUN DIR --format peft`")
     with pytest.raises(ValueError, match=message):
         load_adapter(tmp_path, tiny_config())
     config = tiny_config(layer_types=("recurrence",))

@@ -177,6 +177,16 @@ def test_what_cannot_be_served_is_said_at_once(files):
     assert "- d:" not in said
 
 
+def test_a_rank_that_is_given_stays(files):
+    """For adapters that come later; else places are as large as those that are named need."""
+    model = tiny_config(vocab_size=parts()[0].config.vocab_size, layer_types=LAYERS)
+    named = {"pirate": files / "pirate"}
+    found = [read_adapters(named, model, engine)[0] for engine in (EngineConfig(), EngineConfig(adapter_rank=8))]
+    assert [(one.adapters, one.adapter_rank) for one in found] == [(1, 3), (1, 8)]
+    with pytest.raises(ValueError, match=r"its rank is 3; places are of rank 2"):
+        read_adapters(named, model, EngineConfig(adapter_rank=2))
+
+
 def test_names_and_directories_of_the_command_line(monkeypatch, tmp_path, files):
     assert split_adapters(["a=x", "b=y/z=1"], "tiny") == (None, {"a": launch.Path("x"), "b": launch.Path("y/z=1")})
     assert split_adapters(["./lr=3"], "tiny") == (launch.Path("lr=3"), {})
