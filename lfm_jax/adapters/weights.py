@@ -72,7 +72,8 @@ class Adapted(WeightKind):
             assert self.owner_R is not None  # They come together (`trees.adapt_rows`).
             own_BR = self.row_ids_B[:, None] == self.owner_R
             low = jnp.where(jnp.expand_dims(own_BR, range(1, low.ndim - 1)), low, 0)
-        return y + linear(self.scale * low, self.b_OR, dtype=dtype, impl=impl)
+        # Whole for what follows: XLA would put the sum into each of its uses, and keep both parts for the way back.
+        return jax.lax.optimization_barrier(y + linear(self.scale * low, self.b_OR, dtype=dtype, impl=impl))
 
     def _dropped(self, x: jax.Array) -> jax.Array:
         if self.key is None or not self.dropout:

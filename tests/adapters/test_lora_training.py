@@ -97,6 +97,19 @@ def test_flops_are_those_of_two_passes():
     assert on_paper == pytest.approx(found["adapter"], rel=0.1)
 
 
+def test_a_step_keeps_sums_and_not_their_parts():
+    """The product of the model and that of the adapter, kept both for the way back, would be half as much again."""
+    net = Net(hidden_size=64, ffn_size=512, head_dim=16, vocab_size=97, layer_types=("conv",) * 4)
+    ones = np.ones((4, 128), np.int32)
+    data = dict(tokens=ones, targets=ones, segment_ids=ones, positions=ones)
+    compiled = {}
+    for name, lora in (("adapter", LoRAConfig(rank=2)), ("all", None)):
+        training = training_of(net.config, lora)
+        memory = training.compiled_step().lower(training.abstract_state(), data).compile().memory_analysis()
+        compiled[name] = memory.temp_size_in_bytes
+    assert compiled["adapter"] < compiled["all"]
+
+
 def test_frozen_weights_have_no_adapter():
     net = Net()
     training = training_of(net.config, freeze=("blocks.0.*", "blocks.*.feed_forward.*"))
