@@ -43,7 +43,7 @@ def test_a_step(changes, lora, settings, sizes):
     alone = one_step(model, lora, **settings)
     with jax.set_mesh(mesh_of(**sizes)):
         mine = one_step(model, lora, **settings)
-    assert_equal_steps(mine, alone, 1e-4)
+    assert_equal_steps(mine, alone, 3e-4)  # Of two steps by Adam, which divides rounding by small gradients.
 
 
 def test_random_states_are_the_same_numbers():
