@@ -29,8 +29,8 @@ HOW_TO_READ = """\
   does.
 - Nothing is corrected for the number of arms.
 - needle: one number told in a text and asked for at its end; recall: one of eight. Right is an answer that greedy
-  decoding would write, to the last digit. Nats are minus the log-probability of the right number, the mean of
-  all documents; whoever knows of it only that it has seven digits needs 16.
+  decoding would write, to the last digit. Nats are minus the log-probability of the right number, the mean over
+  documents; a model that knows only that it has seven digits needs 16.
 - Speeds and bytes depend on k alone, not on which layers those are. Weights were random while speeds were measured,
   beside the original in one process.
 """
