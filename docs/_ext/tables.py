@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterable, Sequence
 
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
 
-class TableDirective(SphinxDirective):
+class TableDirective(SphinxDirective, abc.ABC):
     """A directive that makes a table; the text of a cell is Markdown."""
 
     head: tuple[str, ...]
     widths: tuple[int, ...]
     """Of the columns, relative to each other."""
 
+    @abc.abstractmethod
     def rows(self) -> Iterable[Sequence[str]]:
         """The cells of each row."""
-        raise NotImplementedError
 
     def run(self) -> list[nodes.Node]:
         group = nodes.tgroup(cols=len(self.head))

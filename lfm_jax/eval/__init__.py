@@ -26,6 +26,6 @@ def __getattr__(name: str) -> Any:
 def need_lm_eval() -> None:
     """Raises ImportError, with what to install, where lm-eval is missing."""
     try:
-        import lm_eval.api.model  # noqa: F401
+        import lm_eval.api.model  # noqa: F401  Only to see whether it is there.
     except ImportError as error:
         raise ImportError(f"{error.name} is not installed: pip install 'lfm_jax[eval]'") from None

@@ -141,6 +141,6 @@ def _named(tree: Any) -> dict[str, Any]:
 
 def _need_flatbuffers() -> None:
     try:
-        import flatbuffers  # noqa: F401
+        import flatbuffers  # noqa: F401  Only to see whether it is there.
     except ImportError:
         raise ImportError("jax.export writes files with flatbuffers: pip install lfm_jax[export]") from None
