@@ -54,7 +54,7 @@ def test_merged_is_unmerged(kind):
     adapter = init_adapter(ours.config, LORA, jax.random.key(0))
     plain = logits(ours.graphdef, ours.params, tokens)
     begun = logits(ours.graphdef, adapt(ours.config, LORA, ours.params, adapter), tokens)
-    assert rel_err(begun, plain) < 1e-6  # B is zero; what is compiled into one loop, and rounds, is another.
+    assert rel_err(begun, plain) < 1e-6  # B is zero; the two programs round differently.
     adapter = noisy(adapter)
     apart = adapt(ours.config, LORA, ours.params, adapter)
     together = merge(ours.config, LORA, ours.params, adapter)

@@ -137,8 +137,7 @@ def test_the_model_is_that_of_init_from_but_for_what_is_named(root, whole_run):
 @pytest.mark.parametrize(("lora", "copies"), [({}, 3), ({"rank": 2}, 1)], ids=["full", "lora"])
 def test_a_run_holds_its_weights_once(lora, copies, tmp_path, monkeypatch):
     """Beside the moments of those that it trains; begun and resumed."""
-    width = 20
-    base(tmp_path / "base", hidden_size=width, head_dim=10)
+    base(tmp_path / "base", hidden_size=20, head_dim=10)  # A width of its own: what other tests hold does not count.
     write(tmp_path / "chats.jsonl", facts())
     write(tmp_path / "held.jsonl", facts()[:2])
     embed, found = lfm.load(tmp_path / "base")[0].embed[...].shape, []
@@ -151,7 +150,6 @@ def test_a_run_holds_its_weights_once(lora, copies, tmp_path, monkeypatch):
     monkeypatch.setattr(SFT, "measured", counting)
     for steps in (2, 4):
         tune(load(recipe(tmp_path, tmp_path / "run", lora=lora, steps=steps, eval_every=2)))
-    assert width in embed
     assert found == [copies, copies]
 
 
