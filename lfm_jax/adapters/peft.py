@@ -142,9 +142,13 @@ def _config(raw: Mapping[str, Any], model: ModelConfig) -> tuple[LoRAConfig | No
             problems.append(f"{CONFIG}: target_modules {given!r} names no matrix of the model")
         targets = tuple(chosen)
     else:
-        targets = tuple(there) if given == "all-linear" else tuple(given) if isinstance(given, list) else ()
+        listed = there if given == "all-linear" else given if isinstance(given, list) else ()
+        # PEFT passes over names that only modules of other families have.
+        targets = tuple(target for target in listed if any(ends_with(name, target) for name in there))
         chosen = [name for name in there if any(ends_with(name, target) for target in targets)]
-        if not targets:
+        if listed and not targets:
+            problems.append(f"{CONFIG}: target_modules {given!r} names no matrix of the model")
+        elif not targets:
             problems.append(f"{CONFIG}: target_modules is {given!r}; expected names or a regular expression")
     lora = None
     try:

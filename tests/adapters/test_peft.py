@@ -72,7 +72,7 @@ def test_peft_puts_ours_on_its_model(both, tmp_path):
 
 
 THEIRS = {
-    "list": dict(target_modules=["out_proj", "w1"], r=2, lora_alpha=7, lora_dropout=0.1),
+    "list": dict(target_modules=["out_proj", "w1", "gate_proj"], r=2, lora_alpha=7, lora_dropout=0.1),
     "patterns": dict(target_modules=["in_proj", "k_proj", "w2"], r=4, rank_pattern={"0.conv.in_proj": 2, "k_proj": 3},
                      alpha_pattern={"w2": 32}, use_rslora=True),
     "expression": dict(target_modules=r".*\.(0|2)\.(conv\.(in|out)_proj|self_attn\.[qv]_proj)", r=2),
@@ -147,7 +147,7 @@ def test_tensors_that_do_not_fit_are_listed_at_once(tmp_path):
 
 @pytest.mark.parametrize(("change", "message"), [
     (dict(peft_type="LOHA"), "peft_type is 'LOHA'; only LORA"),
-    (dict(target_modules=["w1", "o_proj"]), "'o_proj' names no matrix"),
+    (dict(target_modules=["gate_proj", "o_proj"]), "'o_proj'. names no matrix"),
     (dict(target_modules="nothing.*"), "'nothing.*' names no matrix"),
     (dict(target_modules="("), "no regular expression"),
     (dict(target_modules=None), "target_modules is None"),
