@@ -441,9 +441,8 @@ class _Desk:
             raise RefusalError(429, str(error), "queue_full") from None
         except RuntimeError as error:
             raise RefusalError(503, str(error)) from None
-        except UnknownAdapterError:  # It has gone since the request came.
-            check_model(body.model, self._models())
-            raise
+        except UnknownAdapterError as error:  # It has gone since the request came.
+            raise RefusalError(404, str(error), "model_not_found", param="model") from None
         except ValueError as error:
             raise RefusalError(400, str(error)) from None
         # Started here, so that a disconnect is noticed while the request waits for a slot too.

@@ -17,6 +17,7 @@ from lfm_jax.adapters.peft import Adapter
 from lfm_jax.adapters.trees import init_adapter
 from lfm_jax.cli import main
 from lfm_jax.engine.config import EngineConfig
+from lfm_jax.engine.request import UnknownAdapterError
 from lfm_jax.engine.service import Service
 from lfm_jax.serve import launch
 from lfm_jax.serve.adapters import read_adapters, split_adapters
@@ -116,6 +117,15 @@ def test_a_request_names_its_adapter_as_its_model(files, service, expected):
         ("tiny", "tiny", None), *((name, str(files / name), "tiny") for name in LORAS)]
     assert found[7][1] == found[6][1]["data"][2]
     assert "start it with --engine.adapters N and a key in LFM_ADMIN_KEY" in found[9][1]["error"]["message"]
+
+
+def test_an_adapter_that_goes_while_it_is_asked_for_is_unknown(service, monkeypatch):
+    def gone(*_, **__):
+        raise UnknownAdapterError("there is no adapter 'poet'")
+
+    monkeypatch.setattr(service, "submit", gone)  # And another of that name has come: the list has it.
+    ((status, body),) = talk(make_app(service, "tiny"), completion("poet"))
+    assert (status, body["error"]["code"], body["error"]["param"]) == (404, "model_not_found", "model")
 
 
 def test_a_line_of_a_batch_names_an_adapter(files, expected, tmp_path, capsys):
