@@ -282,10 +282,14 @@ def _against_k(found: Found, axes: Any, value: Callable[[dict[str, Any]], Value]
 
 
 def _text_figure(found: Found, out: Path) -> tuple[str, str]:
+    from matplotlib.ticker import LogFormatter
+
     figure, panels = _panels(len(found.corpora))
     for axes, corpus in zip(panels, found.corpora, strict=True):
         _against_k(found, axes, lambda arm, corpus=corpus: found.perplexity(arm, corpus))
         axes.set(title=corpus, ylabel="perplexity (lower is better)", yscale="log")
+        axes.yaxis.set_major_formatter(LogFormatter())  # 60, not 6 x 10^1.
+        axes.yaxis.set_minor_formatter(LogFormatter())
     return _save(figure, out, "text.png", "Perplexity against attention layers")
 
 
