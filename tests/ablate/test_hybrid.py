@@ -148,12 +148,14 @@ def test_time_that_is_over_while_a_run_ends_is_not_forgotten(root, whole, monkey
 
 
 def test_arms_and_their_seeds(root):
-    asked = study(root, attention=(6, 3, 2, 0), places=("even", "chosen"), repeated=("k2-chosen",), seeds=2)
+    places = ("even", "chosen", "from_first")
+    asked = study(root, attention=(6, 3, 2, 0), places=places, repeated=("k2-chosen",), seeds=2)
     weights = {i: float(i == 4) + 0.1 * i for i in range(6)}
     found = arms(asked, 6, weights)
     assert [(arm.directory, arm.attention_at) for arm in found] == [
-        ("original", (0, 1, 2, 3, 4, 5)), ("k3-even", (1, 3, 5)), ("k3-chosen", (3, 4, 5)), ("k2-even", (1, 4)),
-        ("k2-chosen", (4, 5)), ("k0", ()), ("k2-chosen-seed1", (4, 5)),
+        ("original", (0, 1, 2, 3, 4, 5)), ("k3-even", (1, 3, 5)), ("k3-chosen", (3, 4, 5)),
+        ("k3-from_first", (0, 2, 4)), ("k2-even", (1, 4)), ("k2-chosen", (4, 5)), ("k2-from_first", (0, 3)),
+        ("k0", ()), ("k2-chosen-seed1", (4, 5)),
     ]
     with pytest.raises(ValueError, match=r"has 7, and the model has 6"):
         arms(study(root, attention=(7,)), 6, weights)

@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from lfm_jax.ablate.hybrid.study import ORIGINAL
+from lfm_jax.ablate.hybrid.study import ORIGINAL, Place
 from lfm_jax.ablate.report import PAGE, READING
 from lfm_jax.units import si, size
 
@@ -267,7 +267,7 @@ def _against_k(found: Found, axes: Any, value: Callable[[dict[str, Any]], Value]
     """One line a place, through the arms that there is no choice in; other seeds as points."""
     first = [arm for arm in found.arms if arm["seed"] == found.study["seed"]]
     there = {arm["place"] for arm in first}
-    for i, place in enumerate([place for place in ("even", "chosen") if place in there] or ["all"]):
+    for i, place in enumerate([place for place in get_args(Place) if place in there] or ["all"]):
         color = f"C{i}"
         line = sorted((arm for arm in first if arm["place"] in (place, "all")), key=lambda arm: arm["k"])
         points = [value(arm) for arm in line]

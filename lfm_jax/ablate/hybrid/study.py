@@ -15,7 +15,7 @@ from lfm_jax.config import DType, ModelConfig
 from lfm_jax.post.hybridise import hybrid_config
 from lfm_jax.problems import raise_problems
 
-Place = Literal["even", "chosen"]
+Place = Literal["even", "chosen", "from_first"]
 ORIGINAL = "original"
 
 
@@ -73,7 +73,8 @@ class HybridStudy:
     attention: tuple[int, ...]
     """Numbers k of attention layers that are kept; all of the model's are the original itself, which is not trained."""
     places: tuple[Place, ...] = ("even", "chosen")
-    """Which are kept. even: the middles of equal parts of the stack; chosen: the most important (`importance`)."""
+    """Which are kept. even: the middles of equal parts of the stack; chosen: the most important (`importance`);
+    from_first: the first layer of each equal part."""
     taps: int = 3
     """W of the convolutions."""
     dtype: DType = "float32"
@@ -144,7 +145,7 @@ class Arm(NamedTuple):
     name: str
     k: int
     place: str
-    """even, chosen, or `all` where there is no choice."""
+    """A `Place`, or `all` where there is no choice."""
     attention_at: tuple[int, ...]
     seed: int
 
@@ -172,7 +173,10 @@ def arms(study: HybridStudy, layers: int, importance: Mapping[int, float]) -> li
             found.append(Arm("k0", 0, "all", (), study.seed))
         elif k < layers:
             best = sorted(sorted(importance, key=lambda i: -importance[i])[:k])
-            at = {"even": attention_at(layers, k, "even"), "chosen": tuple(best)}
+            at: dict[Place, tuple[int, ...]] = {
+                "even": attention_at(layers, k, "even"), "chosen": tuple(best),
+                "from_first": tuple(i * layers // k for i in range(k)),
+            }
             found += [Arm(f"k{k}-{place}", k, place, at[place], study.seed) for place in study.places]
     names = [arm.name for arm in found[1:]]
     raise_problems("repeated names arms that there are not", [
