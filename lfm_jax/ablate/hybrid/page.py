@@ -25,8 +25,8 @@ HOW_TO_READ = """\
   seeds, books or models.
 - A difference to the original is taken document by document, of the same draws. Where its interval holds 0, none was
   shown, which is not that there is none.
-- Rows with a seed are the same arm on another order of the same rows: how far they lie apart is what training alone
-  does.
+- Rows with a seed are the same arm with another order of the rows of stage 2; stage 1 and the importance are the same
+  run for all. How far they lie apart is what this order alone does.
 - Nothing is corrected for the number of arms.
 - needle: one number told in a text and asked for at its end; recall: one of eight. Right is an answer that greedy
   decoding would write, to the last digit. Nats are minus the log-probability of the right number, the mean over
@@ -172,8 +172,8 @@ def _how_it_was_run(found: Found) -> str:
         f"them kept and convolutions of {study['taps']} taps in place of the others. Stage 1: "
         f"{study['layers']['rows'] * T:,} tokens, each layer's output with the original's input, once for all arms. "
         f"Stage 2: {study['tokens']['rows'] * T:,} tokens for each arm, the original's {study['top_k']} likeliest "
-        f"tokens at each place. Rows of {T} tokens of books, in the same order for all. The original is not trained. "
-        f"By count: {flops}."
+        f"tokens at each place. Rows of {T} tokens of books, in one order for all arms of a seed. The original is not "
+        f"trained. By count: {flops}."
     )
 
 
@@ -227,8 +227,9 @@ def _layers(found: Found) -> str:
     rows = [[layer, f"{kl:.4f}", f"{found.layers[f'heldout_layer_{layer}']:.3f}"]
             for layer, kl in found.importance.items()]
     return ("Importance: the divergence from the original with this layer's attention alone made into a convolution, "
-            "after stage 1, in nats a token. Undone: the share of the layer's work on held-out rows that the "
-            "convolution does not do.\n\n" + _table(["layer", "importance", "undone"], rows))
+            "after stage 1, in nats a token. Undone: the squared error of the whole block's output (operator and "
+            "feed-forward) over the square of what the block adds, on held-out rows.\n\n"
+            + _table(["layer", "importance", "undone"], rows))
 
 
 # --------------------------------------------------------------------------------------------------------- figures
