@@ -4,8 +4,9 @@
 
 FILES may hold arc_challenge_test.jsonl (AI2: question.stem, question.choices, answerKey), llm_foundry/arc_easy.jsonl
 (query, choices, gold), piqa_valid.jsonl with piqa_valid-labels.lst, lambada_test.jsonl (text), wikitext2_test.txt and
-gsm8k_test.jsonl with gsm8k_train.jsonl. OUT/TASK/SPLIT.jsonl then have the columns of the data sets on the Hub. What is
-not there is left out, and said.
+gsm8k_test.jsonl with gsm8k_train.jsonl. OUT/TASK/SPLIT.jsonl then have the columns of the data sets on the Hub. Of
+llm_foundry/boolq.jsonl and pubmed_qa_labeled.jsonl come texts, OUT/texts/{wikipedia,abstracts}.jsonl. What is not there
+is left out, and said.
 """
 
 from __future__ import annotations
@@ -67,6 +68,15 @@ def articles(path: Path) -> Iterator[Row]:
     yield from ({"page": part} for part in parts if part.strip())
 
 
+def passages_of(field: str, begins: str) -> Callable[[Path], Iterator[Row]]:
+    """What questions are asked about, each text once."""
+    def read(path: Path) -> Iterator[Row]:
+        parts = (row[field].removeprefix(begins).rpartition("\nQuestion: ")[0] for row in lines(path))
+        yield from ({"text": part} for part in dict.fromkeys(parts))
+
+    return read
+
+
 TASKS: tuple[tuple[str, str, tuple[str, ...], Callable[..., Iterable[Row]]], ...] = (
     ("arc_challenge", "test", ("arc_challenge_test.jsonl",), arc),
     ("arc_easy", "test", ("llm_foundry/arc_easy.jsonl",), arc_of_queries),
@@ -74,6 +84,8 @@ TASKS: tuple[tuple[str, str, tuple[str, ...], Callable[..., Iterable[Row]]], ...
     ("lambada_openai", "test", ("lambada_test.jsonl",), lines),
     ("wikitext", "test", ("wikitext2_test.txt",), articles),
     ("gsm8k", "test", ("gsm8k_test.jsonl",), lines),
+    ("texts", "wikipedia", ("llm_foundry/boolq.jsonl",), passages_of("query", "Passage: ")),
+    ("texts", "abstracts", ("llm_foundry/pubmed_qa_labeled.jsonl",), passages_of("context", "Context: ")),
     ("gsm8k", "train", ("gsm8k_train.jsonl",), lines),
 )
 

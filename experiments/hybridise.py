@@ -1,6 +1,6 @@
 """How many attention layers does a trained model need? All but k of them become LIV convolutions, distilled from it.
 
-    python experiments/hybridise.py configs/ablations/hybridise.yaml --model MODEL --books BOOKS --wikitext FILE \\
+    python experiments/hybridise.py configs/ablations/hybridise.yaml --model MODEL --books BOOKS --texts FILE ... \\
         [configs/ablations/sizes/hybridise-gpu.yaml] [--tasks-data DIR] [--minutes 8]
 
 Every key of the recipe is a flag, and later files win. The same command goes on where a call ended, however it ended:

@@ -51,30 +51,43 @@ class Text:
     """What contexts are made of.
 
     Args:
+      text: its lines.
+      name: what an error calls it.
+
+    Raises:
+      ValueError: it has too few lines or words.
+    """
+
+    def __init__(self, text: str, name: str):
+        self.lines = text[:_READ].splitlines()
+        self.words = sorted(set(re.findall(r"\b[a-z]{5,9}\b", text)))
+        if len(self.lines) < 100 or len(self.words) < 500:
+            raise ValueError(f"text {name} has {len(self.lines)} lines and {len(self.words)} words of five to nine "
+                             "letters (a to z); it must have at least 100 and 500")
+        self.digest = hashlib.sha256(text[:_READ].encode()).hexdigest()[:16]
+
+
+def read_text(path: Path | None = None) -> Text:
+    """Reads what contexts are made of.
+
+    Args:
       path: a file, or a folder with files in UTF-8 (others are passed over); None: the source of Python's standard
         library.
 
     Raises:
       ValueError: it cannot be read, or has too few lines or words.
     """
-
-    def __init__(self, path: Path | None = None):
-        text = ""
-        for file in _files(path):
-            try:
-                text += file.read_text(encoding="utf-8").strip("\n") + "\n"
-            except OSError as error:
-                raise ValueError(f"text {file} cannot be read: {error.strerror}") from None
-            except UnicodeDecodeError:
-                continue
-            if len(text) >= _READ:
-                break
-        self.lines = text[:_READ].splitlines()
-        self.words = sorted(set(re.findall(r"\b[a-z]{5,9}\b", text)))
-        if len(self.lines) < 100 or len(self.words) < 500:
-            raise ValueError(f"text {path} has {len(self.lines)} lines and {len(self.words)} words of five to nine "
-                             "letters (a to z); it must have at least 100 and 500")
-        self.digest = hashlib.sha256(text[:_READ].encode()).hexdigest()[:16]
+    text = ""
+    for file in _files(path):
+        try:
+            text += file.read_text(encoding="utf-8").strip("\n") + "\n"
+        except OSError as error:
+            raise ValueError(f"text {file} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            continue
+        if len(text) >= _READ:
+            break
+    return Text(text, str(path))
 
 
 def _files(path: Path | None) -> Iterator[Path]:
@@ -266,7 +279,7 @@ def make_tasks(
     """
     if not names:
         return []
-    text = Text(path)
+    text = read_text(path)
     return [_task(kind, length, documents(kind, length, number or DOCUMENTS, text, count, seed), text.digest, seed)
             for kind, length in dict.fromkeys(names)]
 

@@ -15,11 +15,11 @@ from lfm_jax.eval.long_context import (
     KINDS,
     OFTEN,
     RARELY,
-    Text,
     _files,
     documents,
     make_tasks,
     parse_name,
+    read_text,
     score,
 )
 from lfm_jax.testing import tiny_tokenizer
@@ -27,7 +27,7 @@ from lfm_jax.testing import tiny_tokenizer
 
 @pytest.fixture(scope="module")
 def text():
-    return Text()
+    return read_text()
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def made(request, text, count):
 
 def test_the_same_for_the_same_seed(made, text, count):
     kind, found = made
-    again = documents(kind, 2048, 2, Text(), count)
+    again = documents(kind, 2048, 2, read_text(), count)
     assert again == found[:2]
     assert documents(kind, 2048, 1, text, count, seed=1)[0].prompt != found[0].prompt
     assert len({doc.prompt for doc in found}) == len(found)
@@ -87,7 +87,7 @@ def test_what_is_asked_for_is_there(made):
 def test_few_words_come_more_often(tmp_path):
     words = [f"{a}{b}{c}line" for a in "bdfgklm" for b in "aeiou" for c in "bcdfghklmnpqrst"]
     (tmp_path / "text.txt").write_text("".join(f"the {word} fox jumps\n" for word in words))
-    [doc] = documents("common_words", 8192, 1, Text(tmp_path), lambda prompt: len(prompt.split()))
+    [doc] = documents("common_words", 8192, 1, read_text(tmp_path), lambda prompt: len(prompt.split()))
     assert 0.98 * (8192 - KINDS["common_words"].answer) < len(doc.prompt.split()) <= 8192 - KINDS["common_words"].answer
     listed = collections.Counter(doc.prompt.split("\n\n")[1].split())
     assert {word for word, _ in listed.most_common(COMMON)} == set(doc.wanted)
@@ -117,9 +117,9 @@ def test_names_and_texts(tmp_path):
         parse_name("long_context", 512)
     (tmp_path / "text.txt").write_text("the fox\n" * 200)
     with pytest.raises(ValueError, match="has 200 lines and 0 words"):
-        Text(tmp_path)
+        read_text(tmp_path)
     with pytest.raises(ValueError, match="is not there"):
-        Text(tmp_path / "nowhere")
+        read_text(tmp_path / "nowhere")
 
 
 def test_what_does_not_fit(text):

@@ -5,6 +5,7 @@ Dimensions: B rows, T time.
 
 from __future__ import annotations
 
+import itertools
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -74,30 +75,31 @@ def _scores(graphdef: Any, params: Any, tokens_BT: Any, targets_BT: Any, segment
 
 
 def text_documents(study: HybridStudy, tokenizer: Tokenizer) -> dict[str, list[list[int]]]:
-    """Documents by corpus: passages of held-out books, and the beginnings of articles, of at most T + 1 tokens."""
+    """Documents by kind of text: passages of held-out books, and the beginnings of others, of at most T + 1 tokens."""
     held = passages.Books(Path(study.books), study.heldout_books).heldout
     found = passages.drawn(held, tokenizer, study.seq_len, f"{study.seed} measured")
-    books = [next(found)[1] for _ in range(study.text_documents)]
-    some = passages.articles(Path(study.wikitext))[: study.text_documents]
-    wiki = [tokenizer.encode(text, add_special_tokens=False).ids[: study.seq_len + 1] for text in some]
-    return {"books": books, "wikitext": [ids for ids in wiki if len(ids) > 1]}
+    rows = {"books": [next(found)[1] for _ in range(study.text_documents)]}
+    for path in map(Path, study.texts):
+        beginnings = (tokenizer.encode(text, add_special_tokens=False).ids[: study.seq_len + 1]
+                      for text in passages.documents(path))
+        rows[path.stem] = [*itertools.islice((ids for ids in beginnings if len(ids) > 1), study.text_documents)]
+    return rows
 
 
 def measure_text(study: HybridStudy, model: LFM, documents: Mapping[str, list[list[int]]]) -> dict[str, Any]:
-    """Nats and predicted tokens of each document, by corpus."""
-    score = Scorer(model, [study.seq_len])
-    found = {corpus: score(rows) for corpus, rows in documents.items()}
-    return {corpus: {"nats": [float(-logprobs.sum()) for logprobs, _ in of], "tokens": [len(x) for x, _ in of]}
-            for corpus, of in found.items()}
+    """Nats and predicted tokens of each document, by kind of text."""
+    score = Scorer(model, [study.seq_len // 2, study.seq_len])
+    found = {kind: score(rows) for kind, rows in documents.items()}
+    return {kind: {"nats": [float(-logprobs.sum()) for logprobs, _ in of], "tokens": [len(x) for x, _ in of]}
+            for kind, of in found.items()}
 
 
 def haystack(path: Path) -> Text:
-    """A text in short lines. In its own, which are paragraphs in WikiText, few fit into a short context, or none."""
+    """Documents in short lines. Of whole paragraphs few would fit into a short context, or none."""
     from lfm_jax.eval.long_context import Text
 
-    text = Text(path)
-    text.lines = [part for line in text.lines for part in textwrap.wrap(line, LINE)]
-    return text
+    lines = (line for text in passages.documents(path) for line in textwrap.wrap(text, LINE))
+    return Text("\n".join(lines), str(path))
 
 
 def measure_recall(study: HybridStudy, model: LFM, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def measure_recall(study: HybridStudy, model: LFM, tokenizer: Tokenizer) -> dict
     """
     from lfm_jax.eval.long_context import documents
 
-    text = haystack(Path(study.wikitext))
+    text = haystack(Path(study.texts[0]))
     score, found = Scorer(model, study.lengths), {}
 
     def ids(text: str) -> list[int]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,7 +22,6 @@ TEMPLATE = "{% for m in messages %}{% generation %}{{ m.content }}{% endgenerati
 _CHARACTERS = 12
 """A token has fewer."""
 _TRIES = 1000
-_TITLE = re.compile(r"^ = [^=].*[^=] = $", re.MULTILINE)
 
 
 class Books:
@@ -85,17 +83,28 @@ def rows(passages: Iterator[tuple[str, list[int]]], number: int) -> np.ndarray:
     return np.array([next(passages)[1][:-1] for _ in range(number)], np.int32)
 
 
-def articles(path: Path) -> list[str]:
-    """The articles of a file of WikiText, each with its title.
+def documents(path: Path) -> list[str]:
+    """The documents of a file: a JSON object with a `text` in each line.
 
     Raises:
-      ValueError: it cannot be read or has none.
+      ValueError: it cannot be read, a line has no text, or the text has `<unk>` for rare words.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise ValueError(f"wikitext {path} cannot be read: {error.strerror}") from None
-    starts = [match.start() for match in _TITLE.finditer(text)]
-    if not starts:
-        raise ValueError(f"wikitext {path} has no article (a line such as ' = Title = '); give it in its raw form")
-    return [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
+        raise ValueError(f"texts {path} cannot be read: {error.strerror}") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise ValueError(f'{path}:{number} is no JSON object with a text; write {{"text": "..."}}')
+        # Models that are good at it learn to expect more of it, and those that are not are far off: it drowns the rest.
+        if "<unk>" in text:
+            raise ValueError(f"{path}:{number} has <unk> in the place of rare words; give the text as it was written")
+        found.append(text)
+    if not found:
+        raise ValueError(f"texts {path} has no document")
+    return found

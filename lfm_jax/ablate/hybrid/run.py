@@ -266,7 +266,7 @@ class _Stages:
     def records(self) -> Iterator[dict[str, Any]]:
         """What results.jsonl holds. No path of this machine is in it."""
         study = recipe.to_plain(self.study)
-        places = ("out", "model", "books", "wikitext", "tasks_data", "minutes")
+        places = ("out", "model", "books", "texts", "tasks_data", "minutes")
         yield {"kind": "study", **{key: x for key, x in study.items() if key not in places},
                "model": Path(self.study.model).name, "layers_of_model": self.config.num_layers,
                "counted": counted(self.study, self.config), "params": self.config.num_params()}

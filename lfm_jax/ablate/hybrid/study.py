@@ -46,7 +46,7 @@ class HybridStudy:
     """
 
     movable: ClassVar[frozenset[str]] = frozenset({
-        "out", "model", "books", "wikitext", "tasks_data", "attention", "places", "repeated", "seeds", "minutes",
+        "out", "model", "books", "tasks_data", "attention", "places", "repeated", "seeds", "minutes",
         "keep_models", "checkpoint_every", "question",
     })
     """Fields that may change between two calls in one directory: none changes what is there already."""
@@ -62,8 +62,9 @@ class HybridStudy:
     """A directory of texts (.txt, searched recursively) to learn from."""
     heldout_books: tuple[str, ...]
     """Shell patterns over names of files in `books` that are measured on and never learnt from."""
-    wikitext: str
-    """A file of WikiText in its raw form, to be measured on."""
+    texts: tuple[str, ...]
+    """Files of other kinds of text, which are measured on: a JSON object with a `text` in each line, a document. The
+    stem of a file's name says the kind. Needles are hidden in the first."""
     tasks: tuple[str, ...] = ()
     """Tasks of lm-eval of which each document is right or wrong, such as arc_easy and piqa."""
     tasks_data: str | None = None
@@ -101,7 +102,7 @@ class HybridStudy:
     seeds: int = 3
     """Seeds of these; each is another order of the same rows."""
     text_documents: int = 40
-    """Documents of held-out books, and articles of WikiText, of which the perplexity is measured."""
+    """Documents of held-out books, and of each of `texts`, of which the perplexity is measured."""
     recall_documents: int = 11
     """Documents at each length of needle and recall: a multiple of 11 has each depth as often."""
     lengths: tuple[int, ...] = (256, 512, 1024, 2048)
@@ -121,7 +122,7 @@ class HybridStudy:
             ("top_k", 1), ("seeds", 1), ("text_documents", 2), ("recall_documents", 2), ("tasks_documents", 2),
             ("checkpoint_every", 1)) if getattr(self, name) < least]
         problems += [f"{name} is empty; name one" for name in (
-            "name", "out", "model", "books", "heldout_books", "wikitext", "attention", "places", "lengths")
+            "name", "out", "model", "books", "heldout_books", "texts", "attention", "places", "lengths")
             if not getattr(self, name)]
         problems += [f"attention has {k}; it must be at least 0" for k in self.attention if k < 0]
         problems += [f"{name}.rows {stage.rows} is not a multiple of batch_size {self.batch_size}"
@@ -193,7 +194,7 @@ def counted(study: HybridStudy, original: ModelConfig) -> dict[str, float]:
     none = hybrid_config(original, (), study.taps)
     made = arms(study, L, dict.fromkeys(range(L), 0.0))
     config = {arm: hybrid_config(original, arm.attention_at, study.taps) for arm in made}
-    read = sum(study.lengths) * 2 * study.recall_documents + 2 * study.text_documents * T
+    read = sum(study.lengths) * 2 * study.recall_documents + (1 + len(study.texts)) * study.text_documents * T
     read += 150 * study.tasks_documents * len(study.tasks)  # A guess: four answers of 35 tokens.
     teacher = original.flops_per_token(T)
     return {
