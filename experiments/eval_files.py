@@ -30,13 +30,13 @@ def main(argv: list[str]) -> int:
         paths = [files / name for name in names]
         missing = [str(path) for path in paths if not path.exists()]
         if missing:
-            print(f"{task}: {', '.join(missing)} is not there", file=sys.stderr)
+            print(f"{task}/{split}: {', '.join(missing)} is not there", file=sys.stderr)
             continue
         target = out / task / f"{split}.jsonl"
         target.parent.mkdir(parents=True, exist_ok=True)
         rows = list(read(*paths))
         target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        print(f"{task}: {len(rows):,} documents")
+        print(f"{task}/{split}: {len(rows):,} documents")
     return 0
 
 
@@ -84,9 +84,9 @@ TASKS: tuple[tuple[str, str, tuple[str, ...], Callable[..., Iterable[Row]]], ...
     ("lambada_openai", "test", ("lambada_test.jsonl",), lines),
     ("wikitext", "test", ("wikitext2_test.txt",), articles),
     ("gsm8k", "test", ("gsm8k_test.jsonl",), lines),
+    ("gsm8k", "train", ("gsm8k_train.jsonl",), lines),
     ("texts", "wikipedia", ("llm_foundry/boolq.jsonl",), passages_of("query", "Passage: ")),
     ("texts", "abstracts", ("llm_foundry/pubmed_qa_labeled.jsonl",), passages_of("context", "Context: ")),
-    ("gsm8k", "train", ("gsm8k_train.jsonl",), lines),
 )
 
 

@@ -1,6 +1,7 @@
 """The study of fewer attention layers: its arms, its numbers, and all of it on a tiny model."""
 
 import dataclasses
+import importlib
 import json
 import random
 import shutil
@@ -161,6 +162,8 @@ def test_arms_and_their_seeds(root):
         ("k3-from_first", (0, 2, 4)), ("k2-even", (1, 4)), ("k2-chosen", (4, 5)), ("k2-from_first", (0, 3)),
         ("k0", ()), ("k2-chosen-seed1", (4, 5)),
     ]
+    with pytest.raises(ValueError, match="texts has another 'books'; name each file by its kind, and none 'books'"):
+        study(root, texts=("a/books.jsonl",))
     with pytest.raises(ValueError, match=r"has 7, and the model has 6"):
         arms(study(root, attention=(7,)), 6, weights)
     with pytest.raises(ValueError, match=r"k9; the arms are k2-chosen, k1-chosen, k0"):
@@ -232,6 +235,20 @@ def test_documents_that_cannot_be_measured_on(lines, message, tmp_path):
     (tmp_path / "x.jsonl").write_text("".join(f"{line}\n" for line in lines))
     with pytest.raises(ValueError, match=message):
         passages.documents(tmp_path / "x.jsonl")
+
+
+def test_texts_come_of_the_questions_that_are_asked_about_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(CONFIGS.parents[1] / "experiments"))
+    eval_files = importlib.import_module("eval_files")
+    text = "One\u2028line. Question: which?"
+    (tmp_path / "llm_foundry").mkdir()
+    rows = [{"query": f"Passage: {text}\nQuestion: {ask}?"} for ask in ("why", "how")]
+    (tmp_path / "llm_foundry" / "boolq.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert eval_files.main([str(tmp_path), str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert said.out == "texts/wikipedia: 1 documents\n"
+    assert "texts/abstracts: " in said.err
+    assert passages.documents(tmp_path / "out" / "texts" / "wikipedia.jsonl") == [text]
 
 
 def test_an_interval_is_that_of_documents_drawn_again():

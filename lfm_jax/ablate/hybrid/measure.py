@@ -88,7 +88,7 @@ def text_documents(study: HybridStudy, tokenizer: Tokenizer) -> dict[str, list[l
 
 def measure_text(study: HybridStudy, model: LFM, documents: Mapping[str, list[list[int]]]) -> dict[str, Any]:
     """Nats and predicted tokens of each document, by kind of text."""
-    score = Scorer(model, [study.seq_len // 2, study.seq_len])
+    score = Scorer(model, [study.seq_len // 2, study.seq_len])  # Most documents of other kinds are short.
     found = {kind: score(rows) for kind, rows in documents.items()}
     return {kind: {"nats": [float(-logprobs.sum()) for logprobs, _ in of], "tokens": [len(x) for x, _ in of]}
             for kind, of in found.items()}

@@ -90,7 +90,7 @@ def documents(path: Path) -> list[str]:
       ValueError: it cannot be read, a line has no text, or the text has `<unk>` for rare words.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().splitlines()  # Those of a str break inside JSON's strings too, as at U+2028.
     except OSError as error:
         raise ValueError(f"texts {path} cannot be read: {error.strerror}") from None
     found = []
@@ -101,7 +101,7 @@ def documents(path: Path) -> list[str]:
             text = None
         if not isinstance(text, str):
             raise ValueError(f'{path}:{number} is no JSON object with a text; write {{"text": "..."}}')
-        # Models that are good at it learn to expect more of it, and those that are not are far off: it drowns the rest.
+        # What a model loses on it hides what it loses on words: it is 15 % of the tokens of WikiText-2 that has it.
         if "<unk>" in text:
             raise ValueError(f"{path}:{number} has <unk> in the place of rare words; give the text as it was written")
         found.append(text)

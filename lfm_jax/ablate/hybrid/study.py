@@ -130,6 +130,9 @@ class HybridStudy:
                      if stage.rows % max(self.batch_size, 1)]
         problems += [f"places has {place!r}; choose of {', '.join(get_args(Place))}"
                      for place in self.places if place not in get_args(Place)]
+        kinds = ["books", *(Path(file).stem for file in self.texts)]
+        problems += [f"texts has another {kind!r}; name each file by its kind, and none {kinds[0]!r}"
+                     for kind in dict.fromkeys(kinds) if kinds.count(kind) > 1]
         problems += [f"lengths has {n}; needle and recall take 128 tokens at least" for n in self.lengths if n < 128]
         if self.minutes is not None and not self.minutes > 0:
             problems.append(f"minutes is {self.minutes}; it must be above 0")
