@@ -144,7 +144,8 @@ def _config(raw: Mapping[str, Any], model: ModelConfig) -> tuple[LoRAConfig | No
     else:
         listed = there if given == "all-linear" else given if isinstance(given, list) else ()
         # PEFT passes over names that only modules of other families have.
-        targets = tuple(target for target in listed if any(ends_with(name, target) for name in there))
+        targets = tuple(target for target in listed
+                        if isinstance(target, str) and any(ends_with(name, target) for name in there))
         chosen = [name for name in there if any(ends_with(name, target) for target in targets)]
         if listed and not targets:
             problems.append(f"{CONFIG}: target_modules {given!r} names no matrix of the model")

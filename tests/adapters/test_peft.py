@@ -148,6 +148,7 @@ def test_tensors_that_do_not_fit_are_listed_at_once(tmp_path):
 @pytest.mark.parametrize(("change", "message"), [
     (dict(peft_type="LOHA"), "peft_type is 'LOHA'; only LORA"),
     (dict(target_modules=["gate_proj", "o_proj"]), "'o_proj'. names no matrix"),
+    (dict(target_modules=[1]), r"\[1\] names no matrix"),
     (dict(target_modules="nothing.*"), "'nothing.*' names no matrix"),
     (dict(target_modules="("), "no regular expression"),
     (dict(target_modules=None), "target_modules is None"),
