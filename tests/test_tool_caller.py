@@ -1,5 +1,6 @@
 """`experiments/tool_caller/run.py --smoke`: the whole life on toy data, killed on its way."""
 
+import dataclasses
 import json
 import os
 import re
@@ -14,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import pytest
 from tool_caller import life as lives
 from tool_caller import page as pages
+from tool_caller import size
 from tool_caller.config import HERE, Life
 from verified_pairs import _message, balanced
 
@@ -95,6 +97,25 @@ def test_seeds_of_one_life_have_its_settings(tmp_path):
     lives._check(life("--seed", "1", "--minutes.pairs", "9"))
     with pytest.raises(ValueError, match=r"begun with other settings: vocab_size 4096, not 512"):
         lives._check(life("--seed", "1", "--vocab-size", "512"))
+
+
+def test_the_chosen_width_is_the_best_at_its_own_rate(monkeypatch):
+    # A rate of a wide model would promise a narrow one more tokens than it will see.
+    rates = {64: 5.0, 96: 15.0, 128: 45.0, 160: 60.0, 192: 70.0}
+    timed = []
+    monkeypatch.setattr(size, "timed_rate", lambda life, width: timed.append(width) or rates[width])
+    life = load_recipe(Life, [HERE / "life.yaml"], ["--widths", *map(str, rates)])
+
+    found = size.choose(life)
+
+    of = {row["width"]: row for row in found["widths"]}
+    for width in timed:
+        assert of[width]["gflops"] == rates[width]
+        alone = size.choose(dataclasses.replace(life, widths=(width,), rate=rates[width]))
+        assert of[width]["expected_loss"] == alone["expected_loss"] >= found["expected_loss"]
+    assert len(timed) == len({*timed}) > 1
+    assert found["width"] in timed
+    assert found["expected_loss"] == min(row["expected_loss"] for row in found["widths"])
 
 
 def test_a_python_without_llama_cpp_is_refused_at_once(tmp_path):

@@ -104,17 +104,19 @@ def _how(results: Mapping[str, Any], seeds: Sequence[Steps]) -> str:
 def _size(seeds: Sequence[Steps]) -> str:
     found = seeds[0]["size"]["found"]
     rows = [[f"**{row['width']}**" if row["width"] == found["width"] else str(row["width"]), f"{row['parameters']:,}",
-             f"{row['tokens']:,}", f"{row['tokens'] / row['parameters']:.2f}", f"{row['expected_loss']:.3f}"]
-            for row in found["widths"]]
+             f"{row['gflops']:.0f}", f"{row['tokens']:,}", f"{row['tokens'] / row['parameters']:.2f}",
+             f"{row['expected_loss']:.3f}"] for row in found["widths"]]
     law = found["law"]
     return "\n\n".join([
         "## How large",
         f"The law of [intelligence_density](../ablations/intelligence_density/report/README.md), L = {law['E']:.2f} + "
         f"{law['A']:.0f} / N^{law['alpha']:.2f} + {law['B']:.0f} / D^{law['beta']:.2f}, chooses the width whose loss "
-        f"is lowest for the {found['flops']:.2e} FLOPs that pre-training has, at {found['gflops']:.0f} GFLOP/s. "
-        f"The layers are `{found['pattern']}`. The law was fitted to runs of 4e11 to 3.2e12 FLOPs and a vocabulary of "
-        "512, so that this is far outside; its losses are no forecast of the bits per byte below.",
-        _table(["width", "parameters", "tokens", "tokens a parameter", "loss by the law"], rows),
+        f"is lowest after {found['minutes']:g} minutes of pre-training at the rate at which this machine trains it. "
+        "Rates are those of steps timed beforehand; a width that was not timed has that of the nearest that was. The "
+        f"chosen one has {found['flops']:.2e} FLOPs. The layers are `{found['pattern']}`. The law was fitted to runs "
+        "of 4e11 to 3.2e12 FLOPs and a vocabulary of 512, so that this is far outside; its losses are no forecast of "
+        "the bits per byte below.",
+        _table(["width", "parameters", "GFLOP/s", "tokens", "tokens a parameter", "loss by the law"], rows),
     ])
 
 

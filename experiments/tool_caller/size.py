@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,40 +30,41 @@ FFN_RATIO = 2.5
 """Both of the study, whose models the law was fitted to."""
 WARM, TIMED = 2, 5
 """Steps."""
-TRIES = 3
-"""Chosen widths that are timed, at most, until the one that was timed is chosen again."""
 
 
 def choose(life: Life) -> dict[str, Any]:
-    """The width with the lowest loss that the law expects, and what it expects of all; plain data."""
-    law = fit(arms_of(read_results(STUDY)), resamples=0).law
-    rate = life.rate or timed_rate(life, life.widths[len(life.widths) // 2])
-    rows, best = _expected(life, law, rate)
-    for _ in range(0 if life.rate else TRIES):  # The chosen width has a rate of its own.
-        width = int(best["width"])
-        rate = timed_rate(life, width)
-        rows, best = _expected(life, law, rate)
-        if best["width"] == width:
-            break
-    return {**best, "gflops": rate, "flops": _budget(life, rate), "widths": rows, "pattern": life.pattern,
-            "law": dataclasses.asdict(law)}
+    """The width with the lowest loss that the law expects, and what it expects of all; plain data.
 
-
-def _expected(life: Life, law: Law, rate: float) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """What the law expects of each width, and the best one.
-
-    A width has as many tokens as its pre-training can see: the FLOPs of all its minutes over those of one.
+    Wide products use a machine better than narrow ones, so that the chosen width is one that was timed itself; a width
+    that was not counts with the rate of the nearest that was.
     """
+    law = fit(arms_of(read_results(STUDY)), resamples=0).law
+    rates = dict.fromkeys(life.widths, life.rate) if life.rate else {}
+    width = life.widths[len(life.widths) // 2]
+    while True:
+        rates[width] = rates.get(width) or timed_rate(life, width)
+        rows = _expected(life, law, rates)
+        best = min(rows, key=lambda row: row["expected_loss"])
+        width = best["width"]
+        if width in rates:
+            return {**best, "minutes": life.minutes.pretrain, "flops": _budget(life, best["gflops"]), "widths": rows,
+                    "pattern": life.pattern, "law": dataclasses.asdict(law)}
+
+
+def _expected(life: Life, law: Law, rates: Mapping[int, float]) -> list[dict[str, Any]]:
+    """What the law expects of each width, which has as many tokens as its pre-training can see: the FLOPs of all its
+    minutes over those of one."""
     rows = []
     for width in life.widths:
-        config = model_of(life, width)
-        N, D = config.num_params(), int(_budget(life, rate) / (3 * config.flops_per_token(life.context)))
-        rows.append({"width": width, "parameters": N, "tokens": D, "expected_loss": float(law(N, D))})
-    return rows, min(rows, key=lambda row: row["expected_loss"])
+        config, timed = model_of(life, width), min(rates, key=lambda other: abs(other - width))
+        N, D = config.num_params(), int(_budget(life, rates[timed]) / (3 * config.flops_per_token(life.context)))
+        rows.append({"width": width, "parameters": N, "tokens": D, "expected_loss": float(law(N, D)),
+                     "gflops": rates[timed]})
+    return rows
 
 
 def _budget(life: Life, rate: float) -> float:
-    """C of pre-training."""
+    """C of pre-training at a rate in GFLOP/s."""
     return 1e9 * rate * 60 * life.minutes.pretrain
 
 
