@@ -46,6 +46,8 @@ FREE = (*PLACES, "repeats", "minutes", "seed")
 """Settings that may change while a life goes on; those of one life are those of all its seeds."""
 BEGAN = "0 0"
 MEASURED = "measured-"
+POINTS = 40
+"""Of a curve."""
 
 
 class Stopped(Exception):
@@ -262,11 +264,8 @@ class Stations:
         result = train(config) if isinstance(config, TrainConfig) else tune(config)
         if result.step < result.steps:
             raise Stopped
-        losses = [row["loss"] for row in read_metrics(result.run_dir) if "loss" in row]
-        last = losses[-max(1, len(losses) // 20) :]
         return {"steps": result.steps, "tokens": result.steps * config.rows * config.seq_len,
-                "parameters": config.model.num_params(), "loss": [losses[0], sum(last) / len(last)],
-                "curve": losses[:: max(1, len(losses) // 200)]}
+                "parameters": config.model.num_params(), "curve": curve(result.run_dir)}
 
     # ------------------------------------------------------------ measuring
 
@@ -321,3 +320,11 @@ class Stations:
 def _shape(T: int, B: int) -> list[str]:
     """The shape of a batch as flags."""
     return ["--data.seq-len", str(T), "--data.batch-size", str(B)]
+
+
+def curve(run_dir: Path) -> list[float]:
+    """The losses of a run as means of at most POINTS equal parts; those of single steps jump, as books and dialogues
+    alternate."""
+    losses = [row["loss"] for row in read_metrics(run_dir) if "loss" in row]
+    ends = [len(losses) * i // POINTS for i in range(POINTS + 1)]
+    return [sum(losses[a:b]) / (b - a) for a, b in itertools.pairwise(ends) if b > a]

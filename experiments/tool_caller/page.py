@@ -152,12 +152,14 @@ def _cost(seeds: Sequence[Steps]) -> str:
         found = seeds[0][name]["found"]
         work = [sum(seed[step]["processor_seconds"] for step in steps) / 60 for seed in seeds]
         rows.append([f"`{name}`", f"{found['steps']:,}", f"{found['tokens']:,}", f"{_mean(minutes):.1f}",
-                     f"{_mean(work):.1f}", f"{found['loss'][0]:.3f} to {found['loss'][1]:.3f}"])
+                     f"{_mean(work):.1f}", f"{found['curve'][0]:.3f} to {found['curve'][-1]:.3f}"])
     pairs = seeds[0]["pairs"]["found"]
     measured = [sum(record["seconds"] for step, record in seed.items() if step.startswith("measured")) / 60
                 for seed in seeds]
     return "\n\n".join([
-        "## What each station cost", _table(["station", "steps", "tokens", "minutes", "of processors", "loss"], rows),
+        "## What each station cost",
+        "Losses are means of the first and of the last fortieth of the steps.",
+        _table(["station", "steps", "tokens", "minutes", "of processors", "loss"], rows),
         f"Preferences: {pairs['answers']:,} answers to {pairs['turns']:,} turns were sampled, of which "
         f"{pairs['right'] / pairs['answers']:.1%} were right; {pairs['pairs']:,} pairs, in "
         f"{pairs['chosen is sampled']:,} of which the chosen answer is the model's own. Measuring took "
