@@ -118,6 +118,13 @@ def test_the_chosen_width_is_the_best_at_its_own_rate(monkeypatch):
     assert found["expected_loss"] == min(row["expected_loss"] for row in found["widths"])
 
 
+def test_a_width_beside_a_fast_one_is_timed_before_it_is_left_out(monkeypatch):
+    rates = {64: 35.0, 96: 36.0, 128: 57.0, 160: 57.0, 192: 61.0, 224: 61.0, 256: 61.0, 320: 61.0, 384: 61.0}
+    monkeypatch.setattr(size, "timed_rate", lambda life, width: rates[width])
+
+    assert size.choose(load_recipe(Life, [HERE / "life.yaml"], []))["width"] == 128
+
+
 def test_a_python_without_llama_cpp_is_refused_at_once(tmp_path):
     life = load_recipe(Life, [HERE / "life.yaml"], ["--out", str(tmp_path), "--llama-cpp", "false"])
     with pytest.raises(ValueError, match="no Python with the module llama_cpp"):

@@ -46,7 +46,7 @@ FREE = (*PLACES, "repeats", "minutes", "seed")
 """Settings that may change while a life goes on; those of one life are those of all its seeds."""
 BEGAN = "0 0"
 MEASURED = "measured-"
-POINTS = 40
+POINTS = 10
 """Of a curve."""
 
 

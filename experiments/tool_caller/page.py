@@ -112,7 +112,7 @@ def _size(seeds: Sequence[Steps]) -> str:
         f"The law of [intelligence_density](../ablations/intelligence_density/report/README.md), L = {law['E']:.2f} + "
         f"{law['A']:.0f} / N^{law['alpha']:.2f} + {law['B']:.0f} / D^{law['beta']:.2f}, chooses the width whose loss "
         f"is lowest after {found['minutes']:g} minutes of pre-training at the rate at which this machine trains it. "
-        "Rates are those of steps timed beforehand; a width that was not timed has that of the nearest that was. The "
+        "Rates are those of steps timed beforehand; a width that was not timed has that of one beside it that was. The "
         f"chosen one has {found['flops']:.2e} FLOPs. The layers are `{found['pattern']}`. The law was fitted to runs "
         "of 4e11 to 3.2e12 FLOPs and a vocabulary of 512, so that this is far outside; its losses are no forecast of "
         "the bits per byte below.",
@@ -158,7 +158,9 @@ def _cost(seeds: Sequence[Steps]) -> str:
                 for seed in seeds]
     return "\n\n".join([
         "## What each station cost",
-        "Losses are means of the first and of the last fortieth of the steps.",
+        "`pretrain` has the choice of the width in it, `prefer` the sampling of its pairs. Losses are means of the "
+        "first and of the last tenth of the steps. They jump in short runs, as books and dialogues alternate; that of "
+        "`prefer` is DPO's and that of `narrow` a divergence from the teacher: stations are not compared by them.",
         _table(["station", "steps", "tokens", "minutes", "of processors", "loss"], rows),
         f"Preferences: {pairs['answers']:,} answers to {pairs['turns']:,} turns were sampled, of which "
         f"{pairs['right'] / pairs['answers']:.1%} were right; {pairs['pairs']:,} pairs, in "

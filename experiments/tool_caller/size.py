@@ -35,8 +35,8 @@ WARM, TIMED = 2, 5
 def choose(life: Life) -> dict[str, Any]:
     """The width with the lowest loss that the law expects, and what it expects of all; plain data.
 
-    Wide products use a machine better than narrow ones, so that the chosen width is one that was timed itself; a width
-    that was not counts with the rate of the nearest that was.
+    Wide products use a machine better than narrow ones, so that the chosen width is one that was timed itself. A width
+    that was not counts with the better rate of its timed neighbours, so that all that could win are timed.
     """
     law = fit(arms_of(read_results(STUDY)), resamples=0).law
     rates = dict.fromkeys(life.widths, life.rate) if life.rate else {}
@@ -56,10 +56,13 @@ def _expected(life: Life, law: Law, rates: Mapping[int, float]) -> list[dict[str
     minutes over those of one."""
     rows = []
     for width in life.widths:
-        config, timed = model_of(life, width), min(rates, key=lambda other: abs(other - width))
-        N, D = config.num_params(), int(_budget(life, rates[timed]) / (3 * config.flops_per_token(life.context)))
+        config = model_of(life, width)
+        around = [max((other for other in rates if other <= width), default=None),
+                  min((other for other in rates if other >= width), default=None)]
+        rate = max(rates[other] for other in around if other is not None)
+        N, D = config.num_params(), int(_budget(life, rate) / (3 * config.flops_per_token(life.context)))
         rows.append({"width": width, "parameters": N, "tokens": D, "expected_loss": float(law(N, D)),
-                     "gflops": rates[timed]})
+                     "gflops": rate})
     return rows
 
 
