@@ -58,8 +58,8 @@ def test_logits_loss_and_gradient_of_every_parameter():
 
     assert isinstance(nnx.merge(graphdef, params).embed[...], Scaled)
     ((loss, logits), grads), ((expected, array_logits), array_grads) = run(params), run(dense(params))
-    assert rel_err(logits, array_logits) < 1e-6
-    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    assert rel_err(logits, array_logits) < 1e-5  # Two programs, which may add in other orders.
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
     _, pull = jax.vjp(jax.jit(dense), params)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), grads, pull(array_grads)[0])
 
@@ -72,7 +72,7 @@ def test_stacked_layers():
     jax.tree.map(np.testing.assert_array_equal, unstack_layers(stacked, config), params)
     tokens = tokens_like((2, 9), 0)
     run = jax.jit(lambda graphdef, params: nnx.merge(graphdef, params)(tokens)[0], static_argnums=0)
-    assert rel_err(run(stacked_graphdef, stacked), run(graphdef, dense(params))) < 1e-6
+    assert rel_err(run(stacked_graphdef, stacked), run(graphdef, dense(params))) < 1e-5
 
 
 def test_generation_by_batch_and_by_engine():
