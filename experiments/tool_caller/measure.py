@@ -18,10 +18,8 @@ from tool_caller.config import Life
 TEXT, PLAIN, CONSTRAINED = "text", "plain", "constrained"
 """Directories of a measurement."""
 KINDS = {"tool_calls_seen": "seen", "tool_calls_unseen": "unseen", "json_schema": "json"}
-METRICS = {
-    "seen": ("called", "valid", "exact", "refrained"), "unseen": ("called", "valid", "exact", "refrained"),
-    "json": ("json_validity", "schema_compliance"),
-}
+CALLS = ("called", "valid", "exact", "argument_values", "refrained")
+METRICS = {"seen": CALLS, "unseen": CALLS, "json": ("json_validity", "schema_compliance")}
 
 
 def measure(life: Life, model: Path, out: Path, *, tuned: bool) -> dict[str, Any]:

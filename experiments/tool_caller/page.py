@@ -31,6 +31,7 @@ WORK = {"pretrain": ("size", "pretrain"), "long": ("long",), "sft": ("sft",), "p
 SHOWN = {
     "bits per byte": ("text", "bits_per_byte"),
     "exact, seen": ("plain", "seen.exact"), "exact, unseen": ("plain", "unseen.exact"),
+    "values, seen": ("plain", "seen.argument_values"), "values, unseen": ("plain", "unseen.argument_values"),
     "valid, seen": ("plain", "seen.valid"), "valid, unseen": ("plain", "unseen.valid"),
     "refrained, seen": ("plain", "seen.refrained"), "refrained, unseen": ("plain", "unseen.refrained"),
     "JSON": ("plain", "json.schema_compliance"),
@@ -78,8 +79,9 @@ READ = """
   all are right no interval is told: of 40 chats that agree, others may still differ in 7 %.
 - Of what a station gave, it is the percentile interval of a bootstrap that draws chats, or passages, for both models
   together.
-- `exact` and `valid` are shares of the turns in which the dialogue calls; `refrained` is a share of the others. A
-  service is seen if a training dialogue has each of its tools, by name and parameters; most tools of unseen services
+- `exact` and `valid` are shares of the turns in which the dialogue calls; `refrained` is a share of the others.
+  `values` is a share of the dialogue's arguments to tools that the model calls too: those with an equal value.
+- A service is seen if a training dialogue has each of its tools, by name and parameters; most tools of unseen services
   have the name of a tool that was seen, with other parameters.
 - Models before `sft` have not seen a chat. They are asked fewer turns, and what they score there is no difference.
 """

@@ -11,7 +11,7 @@ from running import run
 
 from lfm_jax.eval import benchmarks, lm
 from lfm_jax.eval import compare as comparing
-from lfm_jax.eval.benchmarks.tool_calls import _fault
+from lfm_jax.eval.benchmarks.tool_calls import _argument_values, _fault
 from lfm_jax.eval.shares import share, share_error
 from lfm_jax.text.tools import ToolCall
 
@@ -78,14 +78,14 @@ def evaluate(directory, tmp_path, monkeypatch, loaded):
 
 
 def scores(found):
-    return [found[f"{name},none"] for name in ("called", "valid", "exact", "refrained")]
+    return [found[f"{name},none"] for name in ("called", "valid", "exact", "argument_values", "refrained")]
 
 
 def test_calls_of_the_reference_are_right(evaluate):
     """Also in another order of calls and keys, with 2.0 for 2, and as JSON."""
     results, page, asked = evaluate(lambda which, kind: EXACT[which] if kind == "call" else "Hello.")
     found = results["tool_calls_own"]
-    assert scores(found) == [1, 1, 1, 1]
+    assert scores(found) == [1, 1, 1, 1, 1]
     assert found["turns,none"] == {"with calls (called, valid, exact)": 3, "without (refrained)": 4}
     assert found["errors,none"] == {}
     assert found["exact_stderr,none"] == 0
@@ -104,14 +104,14 @@ def test_calls_that_are_wrong(evaluate):
         return f"<|tool_call_start|>[{wrong[which]}]<|tool_call_end|>" if kind == "call" else "Hello."
 
     results, page, _ = evaluate(say)
-    assert scores(results["tool_calls_own"]) == [1, 1 / 3, 0, 3 / 4]
+    assert scores(results["tool_calls_own"]) == [1, 1 / 3, 0, 2 / 3, 3 / 4]  # seats is "2"; nothing of Rom is asked.
     assert results["tool_calls_own"]["errors,none"] == {
         "arguments do not fit the schema": 2, "called other tools": 1, "called, and the reference does not": 1}
     assert "| tool_calls_own | 1 | 0 | 7 | none | refrained ↑ | 0.7500 | 0.2500 |" in page
     wrong |= {"First": "book(city='Oslo', seats=3)", "Second": "cancel(), book(city='Rom', quiet=1)",
               "Third": "look(city='Bonn')"}
     results, _, _ = evaluate(say, output="more")
-    assert scores(results["tool_calls_own"]) == [1, 1 / 3, 0, 3 / 4]
+    assert scores(results["tool_calls_own"]) == [1, 1 / 3, 0, 2 / 4, 3 / 4]
     assert results["tool_calls_own"]["errors,none"] == {
         "other values of arguments": 1, "arguments do not fit the schema": 1, "called a tool that is not offered": 1,
         "called, and the reference does not": 1}
@@ -133,10 +133,25 @@ def test_invented_arguments(schema, valid):
     assert problems == []
 
 
+def test_arguments_of_the_tools_that_are_called():
+    """Of several calls of a tool each goes with the nearest, so that their order is free."""
+    def call(name, **arguments):
+        return ToolCall(name, arguments)
+
+    a, b, more = call("f", x=1), call("f", x=1, y=2), call("f", x=1, y=2, z=None)
+    assert _argument_values([b, a], [a, b]) == _argument_values([a, b], [a, b]) == (3, 3)
+    assert _argument_values([a], [a, b]) == (1, 1)
+    assert _argument_values([a], [b]) == (1, 2)
+    assert _argument_values([more], [b]) == (2, 2)  # What is invented is seen by `valid` and `exact`.
+    assert _argument_values([call("f", x=True), call("g")], [a]) == (0, 1)
+    assert _argument_values([call("f", x=1.0)], [a]) == (1, 1)
+    assert _argument_values([call("g", x=1)], [a]) == _argument_values([], [a]) == (0, 0)
+
+
 def test_files_are_tasks_and_earlier_turns_are_written(evaluate, tmp_path, directory):
     results, page, asked = evaluate(lambda which, kind: "I do not call.", "--constrained", tasks="tool_calls")
     assert results.keys() == {"tool_calls_one", "tool_calls_own"}
-    assert scores(results["tool_calls_own"]) == [0, 0, 0, 1]
+    assert scores(results["tool_calls_own"]) == [0, 0, 0, "N/A", 1]
     assert results["tool_calls_own"]["errors,none"] == {"called nothing, and the reference does": 3}
     assert results["tool_calls_one"]["exact_stderr,none"] == "N/A"  # Of one chat.
     assert "| tool_calls_one | 1 | 0 | 2 | none | exact ↑ | 0.0000 |  |" in page
@@ -146,7 +161,7 @@ def test_files_are_tasks_and_earlier_turns_are_written(evaluate, tmp_path, direc
     assert later
     assert all("<|tool_call_start|>[" in prompt for prompt in later)
     results, page, _ = evaluate(lambda which, kind: "", "--limit", "1", output="limited")
-    assert scores(results["tool_calls_own"]) == ["N/A", "N/A", "N/A", 1]
+    assert scores(results["tool_calls_own"]) == ["N/A", "N/A", "N/A", "N/A", 1]
     assert "| refrained ↑ | 1.0000 |" in page
     assert "called" not in page.partition("## Counted")[0]
     out = tmp_path / "out"

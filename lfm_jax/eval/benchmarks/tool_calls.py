@@ -33,7 +33,8 @@ NAMING = frozenset({
 """Keywords of a schema that may allow more than its `properties`; drafts before 2019-09 have no
 `unevaluatedProperties` that would look into them."""
 METRICS: Metrics = {
-    "called": (share, True), "valid": (share, True), "exact": (share, True), "refrained": (share, True),
+    "called": (share, True), "valid": (share, True), "exact": (share, True),
+    "argument_values": (share, True), "refrained": (share, True),
     "turns": (counted, None), "errors": (counted, None), "problems": (counted, None),
 }
 
@@ -44,6 +45,8 @@ class ToolCalls(ChatTask):
     - `called`: the reply calls something, where the reference does.
     - `valid`: and each call names a tool that is offered, with arguments that fit its schema and no others.
     - `exact`: its calls are those of the reference, in any order, with arguments that are equal as JSON values.
+    - `argument_values`: of the reference's arguments to tools that the reply calls too, those that the reply gives
+      equal values; one that it leaves out counts as wrong.
     - `refrained`: the reply calls nothing, where the reference does not.
 
     Args:
@@ -86,7 +89,9 @@ class ToolCalls(ChatTask):
             found = {"called": bool(calls), "valid": bool(calls) and fault is None, "exact": exact}
             error = None if exact else fault or _difference(calls, wanted)
         # A turn weighs nothing in the scores that are not about its kind.
-        scores = {name: [float(found.get(name, 0)), int(name in found), doc["chat"]]
+        parts = {name: (float(right), 1) for name, right in found.items()}
+        parts["argument_values"] = _argument_values(calls, wanted)
+        scores = {name: [*parts.get(name, (0.0, 0)), doc["chat"]]
                   for name, (how, _) in METRICS.items() if how is share}
         kind = "with calls (called, valid, exact)" if wanted else "without (refrained)"
         return {**scores, "turns": [kind], "errors": [error] if error else [], "problems": problems}
@@ -186,6 +191,28 @@ def _difference(calls: Sequence[ToolCall], wanted: Sequence[ToolCall]) -> str:
         return "called other tools"
     keys = [sorted((call.name, *sorted(call.arguments)) for call in each) for each in (calls, wanted)]
     return "other arguments" if keys[0] != keys[1] else "other values of arguments"
+
+
+def _argument_values(calls: Sequence[ToolCall], wanted: Sequence[ToolCall]) -> tuple[float, int]:
+    """Of the arguments wanted by tools that are called: how many have the value wanted, and how many there are.
+
+    Each call that is wanted takes the nearest of those that are left: of several calls of a tool, any order is right.
+    """
+    left, right, number = list(calls), 0, 0
+    for call in wanted:
+        texts = _texts(call)
+        ranked = [(len(texts.items() & of.items()), -len(of), -i) for i, of in enumerate(map(_texts, left))
+                  if left[i].name == call.name]
+        if ranked:
+            equal, _, place = max(ranked)
+            del left[-place]
+            right, number = right + equal, number + len(texts)
+    return float(right), number
+
+
+def _texts(call: ToolCall) -> dict[str, str]:
+    """Arguments as texts that are equal where they are as JSON values."""
+    return {key: json.dumps(_plain(value), sort_keys=True) for key, value in call.arguments.items()}
 
 
 def _values(calls: Sequence[ToolCall]) -> list[str]:
