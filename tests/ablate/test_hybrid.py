@@ -1,8 +1,10 @@
 """The study of fewer attention layers: its arms, its numbers, and all of it on a tiny model."""
 
+import copy
 import dataclasses
 import importlib
 import json
+import math
 import random
 import shutil
 import time
@@ -17,7 +19,7 @@ from tiny_runs import Breaking, Broken
 import lfm_jax as lfm
 from lfm_jax.ablate.hybrid import measure, passages
 from lfm_jax.ablate.hybrid import run as runs
-from lfm_jax.ablate.hybrid.page import bootstrap, share
+from lfm_jax.ablate.hybrid.page import bootstrap, share, write_page
 from lfm_jax.ablate.hybrid.run import StoppedError, run_study
 from lfm_jax.ablate.hybrid.study import ORIGINAL, HybridStudy, Stage, arms, counted
 from lfm_jax.eval.long_context import documents
@@ -93,6 +95,22 @@ def test_all_of_the_study_on_a_tiny_model(root, whole):
     assert str(root) not in text + (root / "whole" / "results.jsonl").read_text()
 
 
+def test_selections_are_compared_document_by_document(whole, tmp_path):
+    records = copy.deepcopy(whole[1])
+    other = copy.deepcopy(next(record for record in records if record.get("arm") == "k1-chosen"))
+    other |= {"arm": "k1-even", "place": "even"}
+    for of in other["text"].values():  # Twice the perplexity of each document.
+        of["nats"] = [x + n * math.log(2) for x, n in zip(of["nats"], of["tokens"], strict=True)]
+    for of in (of for by_length in other["recall"].values() for of in by_length.values()):
+        of["nats"] = [x - 3 for x in of["nats"]]
+    again = copy.deepcopy(other) | {"place": "chosen", "arm": "k1-chosen", "seed": 1}  # Is compared with none.
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [*records, other, again]))
+    text = write_page(tmp_path / "results.jsonl", tmp_path / "report").read_text()
+    rows = text.partition("## Which layers")[2].partition("##")[0].strip().splitlines()[4:]
+    assert rows == ["| k1-even and k1-chosen | 2 [2, 2] | 2 [2, 2] | -3.0 [-3.0, -3.0] | -3.0 [-3.0, -3.0] |"]
+    assert "## Which layers" not in whole[0].read_text()
+
+
 def test_the_original_is_measured_as_it_is_to_the_bit(root, whole):
     model, tokenizer = lfm.load(root / "model")
     asked = study(root)
@@ -105,8 +123,8 @@ def test_a_study_that_breaks_off_ends_with_the_same_numbers(root, whole, monkeyp
     """In the middle of a run, and between two measurements; what is done is not done again."""
     (root / "broken").mkdir()
     for name in ("study.yaml", "data", "original", "start", "layers", "layers.json", "importance.json"):
-        copy = shutil.copytree if (root / "whole" / name).is_dir() else shutil.copy
-        copy(root / "whole" / name, root / "broken" / name)
+        bring = shutil.copytree if (root / "whole" / name).is_dir() else shutil.copy
+        bring(root / "whole" / name, root / "broken" / name)
     asked = study(root, "broken", attention=(0,))
     train_data, measured = Distill.train_data, measure.measure_recall
     with pytest.raises(ValueError, match=r"holds another study(.|\n)*name: 'whole' there, 'broken' here"):

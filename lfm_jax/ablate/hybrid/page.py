@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -100,10 +101,10 @@ class Found:
         nats, tokens = (np.array(arm["text"][corpus][key]) for key in ("nats", "tokens"))
         return bootstrap(lambda i: np.exp(nats[i].sum(1) / tokens[i].sum(1)), len(nats))
 
-    def worse(self, arm: dict[str, Any], corpus: str) -> Value:
-        """Perplexity over the original's."""
+    def worse(self, arm: dict[str, Any], corpus: str, other: dict[str, Any] | None = None) -> Value:
+        """Perplexity over that of another arm, which is the original without one."""
         nats, tokens = (np.array(arm["text"][corpus][key]) for key in ("nats", "tokens"))
-        more = nats - np.array(self.original["text"][corpus]["nats"])
+        more = nats - np.array((other or self.original)["text"][corpus]["nats"])
         return bootstrap(lambda i: np.exp(more[i].sum(1) / tokens[i].sum(1)), len(nats))
 
     def right(self, arm: dict[str, Any], kind: str, length: str) -> Value:
@@ -111,6 +112,11 @@ class Found:
 
     def nats(self, arm: dict[str, Any], kind: str, length: str) -> Value:
         return _mean(arm["recall"][kind][length]["nats"])
+
+    def more_nats(self, arm: dict[str, Any], kind: str, other: dict[str, Any]) -> Value:
+        """Nats of the right number minus those of another arm, over documents of all lengths."""
+        nats, others = (np.concatenate([of["nats"] for of in each["recall"][kind].values()]) for each in (arm, other))
+        return _mean(nats - others)
 
     def task(self, arm: dict[str, Any], task: str) -> Value:
         return share(arm["tasks"][task])
@@ -139,6 +145,7 @@ def write_page(results: Path, out: Path) -> Path:
         reading.read_text().strip() if reading.exists() else "",
         _how_it_was_run(found),
         "## Text\n\n" + _text(found),
+        _places(found),
         "## Needle and recall\n\n" + _recall(found),
         "## Tasks\n\n" + _tasks(found) if found.original["tasks"] else "",
         "## Cost\n\n" + _costs(found) if found.costs else "",
@@ -197,6 +204,22 @@ def _recall(found: Found) -> str:
         _table(head, [[_label(arm), *(value(arm, *asked).form(form) for asked in found.asked)] for arm in found.arms])
         for value, form in ((found.right, ".2f"), (found.nats, ".1f")))
     return f"Share of right answers by length in tokens.\n\n{shares}\n\nNats of the right answer.\n\n{nats}"
+
+
+def _places(found: Found) -> str:
+    """Selections of as many layers side by side."""
+    kinds = list(found.original["recall"])
+    head = ["arms", *(f"{corpus}: perplexity over" for corpus in found.corpora),
+            *(f"{kind}: nats minus" for kind in kinds)]
+    rows = [
+        [f"{_label(arm)} and {other['arm']}", *(str(found.worse(arm, corpus, other)) for corpus in found.corpora),
+         *(found.more_nats(arm, kind, other).form("+.1f") for kind in kinds)]
+        for other, arm in itertools.combinations(found.arms, 2)
+        if (arm["k"], arm["seed"]) == (other["k"], other["seed"]) and arm["place"] != other["place"]]
+    if not rows:
+        return ""
+    return ("## Which layers\n\nThe first arm beside the second, document by document; of needle and recall over all "
+            f"lengths.\n\n{_table(head, rows)}")
 
 
 def _tasks(found: Found) -> str:

@@ -184,6 +184,7 @@ class _Stages:
         """How important the attention of each layer is."""
         if (self.out / "importance.json").exists():
             return
+        say(f"weighing {self.config.num_layers} layers on {self.study.importance_rows} rows")
         found = passages.drawn(self.books.train, self.tokenizer, self.study.seq_len, f"{self.study.seed} importance")
         scores = importance(self.model(ORIGINAL), self.operators, passages.rows(found, self.study.importance_rows),
                             self.study.taps)
