@@ -8,7 +8,7 @@ import functools
 
 import jax
 import pytest
-from helpers import KINDS, Net, optimizer_for
+from helpers import KINDS, Net, long, optimizer_for
 from meshes import collectives, mesh_of
 from steps import ADAMW, B, T, assert_equal_steps, batch, one_step, place
 
@@ -31,10 +31,10 @@ def on_one_device():
 
 
 @pytest.mark.parametrize("sizes", [
-    dict(expert=4, tensor=2), dict(fsdp=2, expert=2, context=2), dict(data=2, fsdp=2, tensor=2),
+    dict(expert=4, tensor=2), dict(fsdp=2, expert=2, context=2), long(dict(data=2, fsdp=2, tensor=2)),
 ], ids=str)
 def test_a_step_with_experts_rows_time_and_units_split(sizes):
-    """Parameters, metrics and the rule of the bias; with `ragged` too, which other devices have."""
+    """Parameters, metrics and the rule of the bias; in `make test-long` all experts on each device too."""
     with jax.set_mesh(mesh_of(**sizes)):
         assert_equal_steps(one_step(net(), ADAMW, batch()), on_one_device())
 

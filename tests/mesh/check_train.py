@@ -183,8 +183,9 @@ def test_optax_updates_keep_layouts():
         assert jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, before)
 
 
-@pytest.mark.parametrize("sizes", [dict(tensor=2), dict(fsdp=2, tensor=4)], ids=str)
+@pytest.mark.parametrize("sizes", [dict(fsdp=2, tensor=4), long(dict(tensor=2))], ids=str)
 def test_prefill_and_decode_with_heads_and_channels_over_devices(sizes):
+    """In `make test-long` with weights of whole width too."""
     model, tokens = net(), tokens_like((4, 12), 0)
     weights = jax.tree.map(np.asarray, model.params)  # Of no mesh, whichever was in use when they were made.
 
