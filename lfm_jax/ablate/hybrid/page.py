@@ -212,7 +212,7 @@ def _places(found: Found) -> str:
     head = ["arms", *(f"{corpus}: perplexity over" for corpus in found.corpora),
             *(f"{kind}: nats minus" for kind in kinds)]
     rows = [
-        [f"{_label(arm)} and {other['arm']}", *(str(found.worse(arm, corpus, other)) for corpus in found.corpora),
+        [f"{_label(arm)} and {_label(other)}", *(str(found.worse(arm, corpus, other)) for corpus in found.corpora),
          *(found.more_nats(arm, kind, other).form("+.1f") for kind in kinds)]
         for other, arm in itertools.combinations(found.arms, 2)
         if (arm["k"], arm["seed"]) == (other["k"], other["seed"]) and arm["place"] != other["place"]]

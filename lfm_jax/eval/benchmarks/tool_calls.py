@@ -217,7 +217,7 @@ def _texts(call: ToolCall) -> dict[str, str]:
 
 def _values(calls: Sequence[ToolCall]) -> list[str]:
     """Calls as texts that are equal where names are, and arguments as JSON values, in an order of their own."""
-    return sorted(json.dumps([call.name, _plain(call.arguments)], sort_keys=True) for call in calls)
+    return sorted(json.dumps([call.name, _texts(call)], sort_keys=True) for call in calls)
 
 
 def _plain(value: Any) -> Any:
