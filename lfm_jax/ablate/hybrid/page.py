@@ -26,14 +26,17 @@ HOW_TO_READ = """\
   seeds, books or models.
 - A difference to the original is taken document by document, of the same draws. Where its interval holds 0, none was
   shown, which is not that there is none.
-- Rows with a seed are the same arm with another order of the rows of stage 2; stage 1 and the importance are the same
-  run for all. How far they lie apart is what this order alone does.
+- Stage 1 and the importance are one run for all arms.
 - Nothing is corrected for the number of arms.
 - needle: one number told in a text and asked for at its end; recall: one of eight. Right is an answer that greedy
   decoding would write, to the last digit. Nats are minus the log-probability of the right number, the mean over
   documents; a model that knows only that it has seven digits needs 16.
 - Speeds and bytes depend on k alone, not on which layers those are. Weights were random while speeds were measured,
   beside the original in one process.
+"""
+OF_SEEDS = """\
+- Rows with a seed are the same arm with another order of the rows of stage 2. How far they lie apart is what this
+  order alone does.
 """
 
 
@@ -87,6 +90,11 @@ class Found:
     @cached_property
     def original(self) -> dict[str, Any]:
         return next(arm for arm in self.arms if arm["arm"] == ORIGINAL)
+
+    @property
+    def repeated(self) -> bool:
+        """Is an arm trained with more than one seed?"""
+        return len({arm["seed"] for arm in self.arms}) > 1
 
     @property
     def corpora(self) -> list[str]:
@@ -151,7 +159,7 @@ def write_page(results: Path, out: Path) -> Path:
         "## Cost\n\n" + _costs(found) if found.costs else "",
         "## Layers\n\n" + _layers(found),
         "## Figures\n\n" + "\n\n".join(f"![{shows}]({name})" for shows, name in pictures),
-        "## How to read this\n\n" + HOW_TO_READ.strip(),
+        "## How to read this\n\n" + (HOW_TO_READ + (OF_SEEDS if found.repeated else "")).strip(),
     ]
     page = out / PAGE
     page.write_text("\n\n".join(section for section in sections if section) + "\n")
