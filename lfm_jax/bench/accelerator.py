@@ -32,8 +32,7 @@ PATIENCE = 120.0
 """Seconds in which JAX is to find the device."""
 COMMAND = [sys.executable, "-m", "lfm_jax.bench.accelerator_stages"]
 DEVICE = "import jax; d = jax.devices(); print(f'{jax.default_backend()}|{len(d)} x {d[0].device_kind}')"
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
-FINISHED = ("done", "skipped")
+PACKAGES = ("lfm_jax", "jax", "jaxlib", "flax", "optax", "torch", "transformers")
 Record = dict[str, Any]
 
 
@@ -65,7 +64,7 @@ def bench_accelerator(
     log.open({"device": device, "size": size, "versions": conditions(*PACKAGES), "minutes": minutes})
     for stage in [known[name] for name in stages or known]:
         left = began + 60 * minutes - time.monotonic()
-        if log.status(stage.name) in FINISHED:
+        if log.status(stage.name) == "done":
             say(f"{stage.name}: finished before")
         elif left < LEAST and size != "toy":
             say(f"{stage.name}: out of time")
@@ -176,8 +175,9 @@ class _Log:
 
     def table(self) -> str:
         """The figures of the last time that each stage ran, beside what the project wants to reach."""
-        [*_, run] = (record for record in self._records if record["kind"] == "run")
-        head = f"{run['device']}; {run['versions']}; {run['at'][:10]}."
+        runs = [record for record in self._records if record["kind"] == "run"]
+        run, made_with = runs[-1], dict.fromkeys(f"{run['versions']}; {run['at'][:10]}" for run in runs)
+        head = f"{run['device']}; {'; and '.join(made_with)}."
         if run["size"] == "toy":
             head += " Toy size: no figure here means anything."
         return "\n".join([head, "", "| stage | | measured | aim | beside transformers | |", "|---|---|---|---|---|---|",

@@ -78,7 +78,7 @@ def test_a_stage_that_fails_loses_its_own_figures_and_one_that_is_finished_is_no
     (stand_in / "mended").touch()
     (stand_in / "begun").unlink()
     table = accelerator.bench_accelerator(out, minutes=5)
-    assert (stand_in / "begun").read_text().split() == ["broken", "dead", "slow"]
+    assert (stand_in / "begun").read_text().split() == ["broken", "dead", "slow", "peer"]
     assert [row[2] for row in rows_of(table) if row[0] == "slow"] == ["1,234 tokens/s"]
     records = [json.loads(line) for line in (out / accelerator.RESULTS).read_text().splitlines()]
     assert [record["status"] for record in records if record.get("stage") == "slow" and record["kind"] == "end"] == [
