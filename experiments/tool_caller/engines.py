@@ -36,7 +36,8 @@ OPTIONS = {"until": [], "do_sample": False, "max_gen_toks": MAX_GEN_TOKS, "skip_
 OTHER_PROMPT = "the prompt has other ids"
 TIE = f"a near tie: less than {NEAR_TIE} nats between the two tokens"
 ACTIVATIONS = f"llama.cpp rounds activations to 8 bits: less than {ROUNDED:g} nat between the two tokens"
-WEIGHTS = f"the weights are rounded, and activations by llama.cpp: less than {ROUNDED:g} nat between the two tokens"
+WEIGHTS = f"the weights are rounded: less than {ROUNDED:g} nat between the two tokens"
+BOTH = f"the weights are rounded, and activations by llama.cpp: less than {ROUNDED:g} nat between the two tokens"
 UNEXPLAINED = "unexplained"
 
 
@@ -85,12 +86,12 @@ def same_calls(life: Life, weights: Weights, out: Path) -> list[dict[str, Any]]:
     """A row for each engine and file beside our engine on the run: turns, equal calls, exceptions by name."""
     out.mkdir(parents=True, exist_ok=True)
     questions = asked(weights.measured, life.equal_documents)
-    rows = [_ours(life, weights, questions, out)]
+    judge = _Judge(weights.model)
+    rows = [_ours(life, weights, questions, judge, out)]
     cases: list[tuple[str, str, Path, str | None]] = [("transformers", sys.executable, weights.hugging_face, None)]
     if life.llama_cpp:
         cases += [("llama.cpp", life.llama_cpp, weights.whole, None),
-                  ("llama.cpp", life.llama_cpp, weights.blocks, ACTIVATIONS if weights.exact else WEIGHTS)]
-    judge = _Judge(weights.model)
+                  ("llama.cpp", life.llama_cpp, weights.blocks, ACTIVATIONS if weights.exact else BOTH)]
     for engine, python, path, rounding in cases:
         say(f"{engine} answers from {path.name}", who="tool_caller")
         answers = _others(engine, python, path, questions, judge, out)
@@ -102,7 +103,9 @@ def same_calls(life: Life, weights: Weights, out: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _ours(life: Life, weights: Weights, questions: Mapping[str, Asked], out: Path) -> dict[str, Any]:
+def _ours(
+    life: Life, weights: Weights, questions: Mapping[str, Asked], judge: _Judge, out: Path
+) -> dict[str, Any]:
     """Our engine from the GGUF file in blocks, whose weights it widens."""
     say(f"our engine answers from {weights.blocks.name}", who="tool_caller")
     subject = of_model(*load_chat(str(weights.blocks), None), name=weights.blocks.name, slots=life.slots)
@@ -110,12 +113,10 @@ def _ours(life: Life, weights: Weights, questions: Mapping[str, Asked], out: Pat
         subject.lm.answers = answers
         texts = subject.lm.generate_until([Instance("generate_until", each.doc, (each.prompt, OPTIONS), 0)
                                            for each in questions.values()])
-    equal = sum(each.calls(text) == each.calls(each.text) for each, text in zip(questions.values(), texts, strict=True))
-    named = {} if equal == len(texts) else {
-        UNEXPLAINED if weights.exact else "the weights are rounded": len(texts) - equal}
-    return {"weights": weights.name, "engine": "lfm_jax", "file": weights.blocks.name, "turns": len(texts),
-            "equal": equal, "exceptions": named,
-            "equal_texts": sum(each.text == text for each, text in zip(questions.values(), texts, strict=True))}
+    ours = {key: {"prompt": judge.ids(each.prompt), "ids": [*judge.ids(text), judge.stop_ids[0]]}
+            for (key, each), text in zip(questions.items(), texts, strict=True)}
+    return {"weights": weights.name, "engine": "lfm_jax", "file": weights.blocks.name,
+            **judge.compare(questions, ours, None if weights.exact else WEIGHTS)}
 
 
 class _Judge:

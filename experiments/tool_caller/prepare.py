@@ -131,7 +131,7 @@ def _schemas(life: Life) -> dict[str, Any]:
 
 
 def _passages(documents: Sequence[str], count: int) -> list[str]:
-    """Passages spread evenly over all documents."""
+    """Passages at equal distances, from the beginning on; up to half of the documents can lie behind the last."""
     starts = [(i, at) for i, text in enumerate(documents) for at in range(0, max(1, len(text) - PASSAGE), PASSAGE)]
     step = max(1, len(starts) // count)
     return [documents[i][at : at + PASSAGE] for i, at in starts[::step][:count]]

@@ -36,7 +36,8 @@ def choose(life: Life) -> dict[str, Any]:
     """The width with the lowest loss that the law expects, and what it expects of all; plain data.
 
     Wide products use a machine better than narrow ones, so that the chosen width is one that was timed itself. A width
-    that was not counts with the better rate of its timed neighbours, so that all that could win are timed.
+    that was not counts with the better rate of its timed neighbours; one wider than all that were timed counts with the
+    rate of the widest, which may be too low for it.
     """
     law = fit(arms_of(read_results(STUDY)), resamples=0).law
     rates = dict.fromkeys(life.widths, life.rate) if life.rate else {}
