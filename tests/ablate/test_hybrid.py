@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import importlib
+import itertools
 import json
 import math
 import random
@@ -22,7 +23,7 @@ from lfm_jax.ablate.hybrid import run as runs
 from lfm_jax.ablate.hybrid.page import bootstrap, share, write_page
 from lfm_jax.ablate.hybrid.run import StoppedError, run_study
 from lfm_jax.ablate.hybrid.study import ORIGINAL, HybridStudy, Stage, arms, counted
-from lfm_jax.eval.long_context import documents
+from lfm_jax.eval.long_context import Text, documents
 from lfm_jax.init_from import write_model
 from lfm_jax.post.distill import Distill
 from lfm_jax.recipe import load_recipe
@@ -125,7 +126,8 @@ def test_a_study_that_breaks_off_ends_with_the_same_numbers(root, whole, monkeyp
     for name in ("study.yaml", "data", "original", "start", "layers", "layers.json", "importance.json"):
         bring = shutil.copytree if (root / "whole" / name).is_dir() else shutil.copy
         bring(root / "whole" / name, root / "broken" / name)
-    asked = study(root, "broken", attention=(0,))
+    write_documents(root / "changed.jsonl", [prose(i, 30) for i in range(100)])  # What was measured first counts.
+    asked = study(root, "broken", attention=(0,), texts=(str(root / "changed.jsonl"),))
     train_data, measured = Distill.train_data, measure.measure_recall
     with pytest.raises(ValueError, match=r"holds another study(.|\n)*name: 'whole' there, 'broken' here"):
         run_study(asked)
@@ -217,10 +219,18 @@ def test_needles_of_paragraphs_fill_the_length_and_stand_where_they_should(root,
     def tokens(text):
         return 2 * len(text.split())
 
-    for i, doc in enumerate(documents("needle", 512, 11, measure.haystack(tmp_path / "paragraphs.jsonl"), tokens)):
+    text = Text(measure.haystack(tmp_path / "paragraphs.jsonl"), "paragraphs")
+    for i, doc in enumerate(documents("needle", 512, 11, text, tokens)):
         assert 512 - 32 - 4 * count < tokens(doc.prompt) <= 512 - 32
         before, _, after = doc.prompt.partition("The secret number of")
         assert tokens(before) / (tokens(before) + tokens(after)) == pytest.approx(i / 10, abs=0.2)
+
+
+def test_books_that_have_too_few_passages_are_refused(tmp_path):
+    few = itertools.cycle([("one", [1]), ("two", [2])])
+    with pytest.raises(ValueError, match=r"2 different passages, and tokens.rows asks for 3"):
+        passages.write_passages(tmp_path / "tokens.jsonl", few, 3)
+    assert not (tmp_path / "tokens.jsonl").exists()
 
 
 def test_passages_are_whole_rows_of_books_and_nothing_is_held_out_twice(root, tmp_path):

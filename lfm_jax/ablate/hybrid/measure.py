@@ -94,15 +94,13 @@ def measure_text(study: HybridStudy, model: LFM, documents: Mapping[str, list[li
             for kind, of in found.items()}
 
 
-def haystack(path: Path) -> Text:
-    """Documents in short lines. Of whole paragraphs few would fit into a short context, or none."""
-    from lfm_jax.eval.long_context import Text
-
-    lines = (line for text in passages.documents(path) for line in textwrap.wrap(text, LINE))
-    return Text("\n".join(lines), str(path))
+def haystack(path: Path) -> str:
+    """What needles are hidden in: documents in short lines. Of whole paragraphs few would fit into a short context, or
+    none."""
+    return "\n".join(line for text in passages.documents(path) for line in textwrap.wrap(text, LINE))
 
 
-def measure_recall(study: HybridStudy, model: LFM, tokenizer: Tokenizer) -> dict[str, Any]:
+def measure_recall(study: HybridStudy, model: LFM, tokenizer: Tokenizer, text: Text) -> dict[str, Any]:
     """Of each kind and length, document by document: whether the number that is asked for is what greedy decoding would
     write, and its nats.
 
@@ -111,7 +109,6 @@ def measure_recall(study: HybridStudy, model: LFM, tokenizer: Tokenizer) -> dict
     """
     from lfm_jax.eval.long_context import documents
 
-    text = haystack(Path(study.texts[0]))
     score, found = Scorer(model, study.lengths), {}
 
     def ids(text: str) -> list[int]:

@@ -24,6 +24,8 @@ HOW_TO_READ = """\
   percentile intervals over documents drawn again with replacement (2,000 draws, the same documents for every arm), and
   of shares of right answers Wilson's. They say what other documents of that kind would give, and nothing of other
   seeds, books or models.
+- Held-out divergence: the loss of stage 2 at its end, in nats a token, the mean of eight rows of held-out books,
+  without an interval.
 - A difference to the original is taken document by document, of the same draws. Where its interval holds 0, none was
   shown, which is not that there is none.
 - Stage 1 and the importance are one run for all arms.
@@ -185,7 +187,8 @@ def _how_it_was_run(found: Found) -> str:
         "## How it was run\n\n"
         f"{study['model']} ({si(study['params'])} parameters, {study['layers_of_model']} attention layers) with k of "
         f"them kept and convolutions of {study['taps']} taps in place of the others. Stage 1: "
-        f"{study['layers']['rows'] * T:,} tokens, each layer's output with the original's input, once for all arms. "
+        f"{study['layers']['rows'] * T:,} tokens, each convolution learns its layer's output from the original's "
+        "input, once for all arms. "
         f"Stage 2: {study['tokens']['rows'] * T:,} tokens for each arm, the original's {study['top_k']} likeliest "
         f"tokens at each place. Rows of {T} tokens of books, in one order for all arms of a seed. The original is not "
         f"trained. By count: {flops}."

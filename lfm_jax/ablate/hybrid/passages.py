@@ -67,12 +67,21 @@ def drawn(texts: Sequence[str], tokenizer: Tokenizer, T: int, seed: str) -> Iter
 
 
 def write_passages(path: Path, passages: Iterator[tuple[str, list[int]]], number: int) -> None:
-    """Writes so many passages as chats of one message, each another one."""
+    """Writes so many passages as chats of one message, each another one.
+
+    Raises:
+      ValueError: the texts seem to have no more of them.
+    """
     seen: set[str] = set()
+    repeats = 0
     with whole(path) as file:
         while len(seen) < number:
             text, _ = next(passages)
-            if text not in seen:
+            repeats = repeats + 1 if text in seen else 0
+            if repeats == _TRIES:
+                raise ValueError(f"the books have {len(seen)} different passages, and {path.stem}.rows asks for "
+                                 f"{number}; give more books, or fewer rows")
+            if not repeats:
                 seen.add(text)
                 record = {"messages": [{"role": "assistant", "content": text}]}
                 file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())

@@ -1,7 +1,7 @@
 """Running the study: stages, each of which leaves what it made in a file, so that any call goes on where one ended.
 
     study.yaml             the study as it was begun
-    data/                  passages, as `lfm tune` reads them
+    data/                  passages, as `lfm tune` reads them; what all arms are measured on
     original/, start/      the original, and all of its attention made into convolutions, as runs that made no step
     layers/                stage 1: the run of `lfm tune` that teaches them the layers' outputs
     importance.json
@@ -55,8 +55,12 @@ from lfm_jax.units import si
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from lfm_jax.eval.long_context import Text
+
 HELDOUT_ROWS = 8
 """Rows of held-out books on which runs measure themselves at their end."""
+MEASURED, HAYSTACK = "measured.json", "haystack.txt"
+"""Ids of the documents whose perplexity is measured, by kind, and the text that needles are hidden in."""
 OF_LAYERS = ("embed", "norm.*", "blocks.*_norm.*", "blocks.*.feed_forward.*")
 """What stage 1 does not train: all but the operators."""
 
@@ -150,13 +154,18 @@ class _Stages:
         self.write(_as(model, model.config.replace(dtype=self.study.dtype)), self.out / ORIGINAL, self.study.model)
 
     def data(self) -> None:
-        """Passages to learn from, and those that runs measure themselves on."""
+        """Passages to learn from, those that runs measure themselves on, and what all arms are measured on.
+
+        Written once: arms of a later call have the same, whatever has become of the books and texts."""
         study, data = self.study, self.out / "data"
-        sizes = {"layers": study.layers.rows, "tokens": study.tokens.rows, "heldout": HELDOUT_ROWS}
-        if all((data / f"{name}.jsonl").exists() for name in sizes):
-            return
         data.mkdir(exist_ok=True)
+        if not (data / MEASURED).exists():
+            write_whole(data / HAYSTACK, measure.haystack(Path(study.texts[0])))
+            write_whole(data / MEASURED, json.dumps(measure.text_documents(study, self.tokenizer)))
+        sizes = {"layers": study.layers.rows, "tokens": study.tokens.rows, "heldout": HELDOUT_ROWS}
         for name, number in sizes.items():
+            if (data / f"{name}.jsonl").exists():
+                continue
             texts = self.books.heldout if name == "heldout" else self.books.train
             found = passages.drawn(texts, self.tokenizer, study.seq_len, f"{study.seed} {name}")
             passages.write_passages(data / f"{name}.jsonl", found, number)
@@ -207,7 +216,7 @@ class _Stages:
         model, _ = load(where)
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "text": lambda: measure.measure_text(self.study, model, self.documents),
-            "recall": lambda: measure.measure_recall(self.study, model, self.tokenizer),
+            "recall": lambda: measure.measure_recall(self.study, model, self.tokenizer, self.haystack),
             "tasks": lambda: measure.measure_tasks(self.study, model, self.tokenizer, place / "tasks"),
         }
         for name, measured in parts.items():
@@ -306,7 +315,14 @@ class _Stages:
 
     @cached_property
     def documents(self) -> dict[str, list[list[int]]]:
-        return measure.text_documents(self.study, self.tokenizer)
+        return json.loads((self.out / "data" / MEASURED).read_text())
+
+    @cached_property
+    def haystack(self) -> Text:
+        from lfm_jax.eval.long_context import Text
+
+        path = self.out / "data" / HAYSTACK
+        return Text(path.read_text(encoding="utf-8"), str(path))
 
     @cached_property
     def operators(self) -> dict[int, Any]:
@@ -328,4 +344,4 @@ def _as(model: LFM, config: ModelConfig) -> LFM:
 def _curve(run_dir: Path) -> list[list[float]]:
     """(step, loss) of a run, at most a hundred of them."""
     found = [[record["step"], record["loss"]] for record in read_metrics(run_dir) if "loss" in record]
-    return found[:: max(1, len(found) // 100)]
+    return found[:: -(-len(found) // 100) or 1]

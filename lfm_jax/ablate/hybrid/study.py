@@ -28,7 +28,8 @@ class Stage:
     """
 
     rows: int
-    """Rows that are learnt from, each once; the same for every arm, in the same order."""
+    """Rows that are learnt from, each once; the same for every arm, in the same order. They begin at places that are
+    drawn, so that many rows of few books overlap."""
     peak_lr: float
 
     def __post_init__(self) -> None:
@@ -46,7 +47,7 @@ class HybridStudy:
     """
 
     movable: ClassVar[frozenset[str]] = frozenset({
-        "out", "model", "books", "tasks_data", "attention", "places", "repeated", "seeds", "minutes",
+        "out", "model", "books", "texts", "tasks_data", "attention", "places", "repeated", "seeds", "minutes",
         "keep_models", "checkpoint_every", "question",
     })
     """Fields that may change between two calls in one directory: none changes what is there already."""
@@ -79,7 +80,7 @@ class HybridStudy:
     taps: int = 3
     """W of the convolutions."""
     dtype: DType = "float32"
-    """Of activations and products while learning."""
+    """Of activations and products, while learning and while measuring; the original's too."""
     seq_len: int
     """T, tokens of a row."""
     batch_size: int
@@ -108,7 +109,7 @@ class HybridStudy:
     lengths: tuple[int, ...] = (256, 512, 1024, 2048)
     """Of needle and recall, in tokens."""
     cost_contexts: tuple[int, ...] = (256, 2048, 8192)
-    """Contexts at which decoding is timed. None: no costs are measured."""
+    """Contexts at which decoding is timed. Empty: no costs are measured."""
     checkpoint_every: int = 50
     """Steps between checkpoints of a run."""
     keep_models: bool = False
