@@ -11,6 +11,8 @@ ALPHA = 0.05
 """Adjusted p below which a difference is called one."""
 CLAIM_SEEDS = 5
 """Fewest paired seeds on which anything is claimed; with fewer a study explores."""
+Z = 1.96
+"""Standard errors to either side of a 95 % interval."""
 _ROUNDING = 1e-12
 """A spread below this share of the largest score is none: what floating-point subtraction leaves."""
 
@@ -54,6 +56,14 @@ class Comparison:
     adjusted_p: float | None
     verdict: Verdict | None
     """None below `CLAIM_SEEDS` pairs: the point only explores."""
+
+
+def wilson(share: float, n: float) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share of n documents (JASA 22, 1927): one within 0 and 1, that has a width also
+    where all or none of a few are right."""
+    middle, half = share + Z**2 / (2 * n), Z * math.sqrt(share * (1 - share) / n + (Z / (2 * n)) ** 2)
+    low, high = ((middle + side * half) / (1 + Z**2 / n) for side in (-1, 1))
+    return min(low, share), max(high, share)  # They differ by rounding where all or none are right.
 
 
 def summarize(values: Iterable[float]) -> Summary:

@@ -219,6 +219,9 @@ def test_needles_of_paragraphs_fill_the_length_and_stand_where_they_should(root,
     def tokens(text):
         return 2 * len(text.split())
 
+    write_documents(tmp_path / "short.jsonl", ["Two lines.", "No more."])
+    with pytest.raises(ValueError, match=r"short.jsonl has 2 lines"):
+        measure.haystack(tmp_path / "short.jsonl")
     text = Text(measure.haystack(tmp_path / "paragraphs.jsonl"), "paragraphs")
     for i, doc in enumerate(documents("needle", 512, 11, text, tokens)):
         assert 512 - 32 - 4 * count < tokens(doc.prompt) <= 512 - 32

@@ -96,8 +96,16 @@ def measure_text(study: HybridStudy, model: LFM, documents: Mapping[str, list[li
 
 def haystack(path: Path) -> str:
     """What needles are hidden in: documents in short lines. Of whole paragraphs few would fit into a short context, or
-    none."""
-    return "\n".join(line for text in passages.documents(path) for line in textwrap.wrap(text, LINE))
+    none.
+
+    Raises:
+      ValueError: the file cannot be read, or has too little text.
+    """
+    from lfm_jax.eval.long_context import Text
+
+    lines = "\n".join(line for text in passages.documents(path) for line in textwrap.wrap(text, LINE))
+    Text(lines, str(path))  # Refuses what is too little, before anything is trained.
+    return lines
 
 
 def measure_recall(study: HybridStudy, model: LFM, tokenizer: Tokenizer, text: Text) -> dict[str, Any]:

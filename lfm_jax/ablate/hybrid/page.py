@@ -14,11 +14,11 @@ import numpy as np
 
 from lfm_jax.ablate.hybrid.study import ORIGINAL, Place
 from lfm_jax.ablate.report import PAGE, READING
+from lfm_jax.ablate.stats import wilson
 from lfm_jax.units import si, size
 
 DRAWS = 2000
 """Of a bootstrap."""
-Z = 1.96
 HOW_TO_READ = """\
 - The unit is the document: a passage of a held-out book, an article, a question. Intervals in brackets are 95 %
   percentile intervals over documents drawn again with replacement (2,000 draws, the same documents for every arm), and
@@ -69,12 +69,9 @@ def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], documents: int, see
 
 
 def share(right: Sequence[float]) -> Value:
-    """The share of documents that are right, with Wilson's score interval (JASA 22, 1927): one that has a width also
-    where all or none of a few are right, which drawing them again has not."""
-    n, mean = len(right), sum(map(float, right)) / len(right)
-    middle, half = mean + Z**2 / (2 * n), Z * math.sqrt(mean * (1 - mean) / n + (Z / (2 * n)) ** 2)
-    low, high = ((middle + side * half) / (1 + Z**2 / n) for side in (-1, 1))
-    return Value(mean, min(low, mean), max(high, mean))  # They differ by rounding where all or none are right.
+    """The share of documents that are right, with Wilson's interval: drawing them again would give none a width."""
+    mean = sum(map(float, right)) / len(right)
+    return Value(mean, *wilson(mean, len(right)))
 
 
 class Found:
@@ -188,10 +185,9 @@ def _how_it_was_run(found: Found) -> str:
         f"{study['model']} ({si(study['params'])} parameters, {study['layers_of_model']} attention layers) with k of "
         f"them kept and convolutions of {study['taps']} taps in place of the others. Stage 1: "
         f"{study['layers']['rows'] * T:,} tokens, each convolution learns its layer's output from the original's "
-        "input, once for all arms. "
-        f"Stage 2: {study['tokens']['rows'] * T:,} tokens for each arm, the original's {study['top_k']} likeliest "
-        f"tokens at each place. Rows of {T} tokens of books, in one order for all arms of a seed. The original is not "
-        f"trained. By count: {flops}."
+        f"input, once for all arms. Stage 2: {study['tokens']['rows'] * T:,} tokens for each arm, the original's "
+        f"{study['top_k']} likeliest tokens at each place. Rows of {T} tokens of books, in one order for all arms of a "
+        f"seed. The original is not trained. By count: {flops}."
     )
 
 

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -156,7 +157,8 @@ class _Stages:
     def data(self) -> None:
         """Passages to learn from, those that runs measure themselves on, and what all arms are measured on.
 
-        Written once: arms of a later call have the same, whatever has become of the books and texts."""
+        Written once: arms of a later call have the same, whatever has become of the books and texts.
+        """
         study, data = self.study, self.out / "data"
         data.mkdir(exist_ok=True)
         if not (data / MEASURED).exists():
@@ -344,4 +346,4 @@ def _as(model: LFM, config: ModelConfig) -> LFM:
 def _curve(run_dir: Path) -> list[list[float]]:
     """(step, loss) of a run, at most a hundred of them."""
     found = [[record["step"], record["loss"]] for record in read_metrics(run_dir) if "loss" in record]
-    return found[:: -(-len(found) // 100) or 1]
+    return found[:: max(1, math.ceil(len(found) / 100))]
