@@ -85,6 +85,14 @@ def test_a_stage_that_fails_loses_its_own_figures_and_one_that_is_finished_is_no
         "out of time", "done"]
 
 
+def test_a_table_of_two_calls_names_the_versions_of_both(stand_in, monkeypatch):
+    for versions in ("jax 1", "jax 2", "jax 2"):
+        monkeypatch.setattr(accelerator, "conditions", lambda *_, versions=versions: versions)
+        table = accelerator.bench_accelerator(stand_in / "out", minutes=0)
+    head = table.splitlines()[0]
+    assert (head.count("jax 1; "), head.count("jax 2; ")) == (1, 1)
+
+
 def test_no_stage_is_begun_when_the_time_is_over(stand_in):
     table = accelerator.bench_accelerator(stand_in / "out", minutes=accelerator.LEAST / 60)
     assert not (stand_in / "begun").exists()
