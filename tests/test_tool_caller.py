@@ -1,5 +1,6 @@
 """`experiments/tool_caller/run.py --smoke`: the whole life on toy data, killed on its way."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -9,16 +10,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
+import jax.numpy as jnp
 import pytest
+from tool_caller import engines, size
 from tool_caller import life as lives
 from tool_caller import page as pages
-from tool_caller import size
 from tool_caller.config import HERE, Life
 from verified_pairs import _message, balanced
 
+from lfm_jax.ablate.stats import wilson
 from lfm_jax.recipe import load_recipe
 from lfm_jax.text.tokenizer import SPECIAL_TOKENS
 
@@ -145,7 +149,40 @@ def test_an_answer_that_is_another_one_without_its_marks_makes_no_pair():
     assert _message({"tools": []}, "Which<|pad|> one?", marks) == {"role": "assistant", "content": "Which one?"}
 
 
-def test_scores_of_none_or_all_claim_no_interval():
-    assert pages._cell([[0.5, 0.1, 40]]) == "0.500 [0.304, 0.696]"
-    assert pages._cell([[0.0, 0.0, 40]]) == "0.000"
-    assert pages._cell([[1.0, 0.0, 40]]) == "1.000"
+def test_intervals_of_shares_stay_between_0_and_1_and_none_or_all_claim_none():
+    low, high = wilson(0.5, 25)
+    assert pages._cell([[0.5, 0.1, 40]], "plain") == f"0.500 [{low:.3f}, {high:.3f}]"
+    assert pages._cell([[0.5, 0.1, 40]], "text") == "0.500 [0.304, 0.696]"
+    assert pages._cell([[0.97, 0.02, 40]], "plain") == "0.970 [0.902, 0.991]"
+    assert pages._cell([[0.0, 0.0, 40]], "plain") == "0.000"
+    assert pages._cell([[1.0, 0.0, 40]], "plain") == "1.000"
+
+
+def test_a_page_of_two_seeds_says_what_is_of_which(tmp_path):
+    results = json.loads((HERE.parents[1] / "docs" / "tool_caller" / "results.json").read_text())
+    again = copy.deepcopy(results["seeds"]["0"])
+    for row in again["engines"]["found"]:
+        row["turns"] = 81
+    (tmp_path / "results.json").write_text(json.dumps(results | {"seeds": {"0": results["seeds"]["0"], "1": again}}))
+
+    text = pages.write_page(tmp_path).read_text()
+
+    assert "| 0 | `prefer` | transformers | `prefer-hf` | 80 |" in text
+    assert "| 1 | `prefer` | transformers | `prefer-hf` | 81 |" in text
+    assert "of the first." in text
+    assert "Interrupted and continued: size, " in text
+
+
+@pytest.mark.parametrize(("margin", "rounding", "why"), [
+    (0.005, None, engines.TIE), (0.5, engines.WEIGHTS, engines.WEIGHTS), (0.5, None, engines.UNEXPLAINED),
+    (2.0, engines.WEIGHTS, engines.UNEXPLAINED)])
+def test_a_call_that_differs_is_explained_by_the_margin_of_its_first_other_token(monkeypatch, margin, rounding, why):
+    def model(tokens_BT, logits):
+        assert tokens_BT.tolist() == [[1, 2, 5]]  # The prompt, and what both wrote.
+        return (jnp.zeros((1, 1, 12)).at[0, 0, 7].set(margin),)
+
+    monkeypatch.setattr(engines, "generate_tokens", lambda *_, **__: [SimpleNamespace(tokens=[5, 7, 9])])
+    judge = object.__new__(engines._Judge)
+    judge.model, judge.stop_ids = model, [0]
+    assert judge._why([1, 2], [5, 8, 9], rounding) == why
+    assert judge._why([1, 2], [5, 7, 9], rounding) == engines.UNEXPLAINED  # The same tokens, and other calls.

@@ -42,7 +42,7 @@ class Life:
     books: Path = Path("books")
     """Directory with texts (.txt)."""
     dialogues: Path = Path("sgd")
-    """Directory with sgd_{train,dev,test}.jsonl.xz (experiments/sgd_tool_calls.py says what is in them)."""
+    """Directory with sgd_{train,test}.jsonl.xz (experiments/sgd_tool_calls.py says what is in them)."""
     schemas: Path = Path("schemas")
     """Directory with JSON schemas, a file each, as of JSONSchemaBench."""
     out: Path = Path("runs/tool_caller")

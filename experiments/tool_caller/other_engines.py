@@ -9,7 +9,6 @@ its own. Ends with status 3 where the engine is not installed.
 
 from __future__ import annotations
 
-import atexit
 import importlib
 import json
 import os
@@ -19,6 +18,8 @@ from typing import Any
 
 Answer = Callable[[str], tuple[list[int], list[int]]]
 MISSING = 3
+KEPT: list[Any] = []
+"""What llama.cpp has the address of."""
 
 
 def of_transformers(path: str, stop: list[int], most: int, length: int) -> Answer:
@@ -42,7 +43,7 @@ def of_llama_cpp(path: str, stop: list[int], most: int, length: int) -> Answer:
     llama_cpp = importlib.import_module("llama_cpp")
     silent = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(silent, None)
-    atexit.register(lambda: silent)  # llama.cpp keeps its address, not the object.
+    KEPT.append(silent)
     model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
     if not model:
         raise SystemExit(f"llama.cpp cannot load {path}")

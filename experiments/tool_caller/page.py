@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lfm_jax.ablate.stats import summarize
+from lfm_jax.ablate.stats import Z, summarize, wilson
 from lfm_jax.files import write_whole
 from lfm_jax.recipe import to_plain
 from tool_caller.config import PLACES, Life
 
 PAGE, RESULTS, READING = "README.md", "results.json", "reading.md"
-Z = 1.96
 STATIONS = {
     "pretrain": "pre-trained on books and dialogues as plain text",
     "long": "the same in rows of the long context",
@@ -64,7 +63,8 @@ def write_page(folder: Path) -> Path:
     sections = [
         "# The life of a model that calls tools",
         reading.read_text(encoding="utf-8").strip() if reading.exists() else "",
-        _how(results, seeds), _size(seeds), _scores(seeds), _gave(seeds), _cost(seeds), _files(seeds), _equal(seeds),
+        _how(results, seeds), _size(seeds), _scores(seeds), _gave(seeds), _cost(seeds), _files(seeds),
+        _equal(results["seeds"]),
         _figures(seeds, folder), READ.strip(),
     ]
     write_whole(folder / PAGE, "\n\n".join(section for section in sections if section) + "\n")
@@ -74,9 +74,10 @@ def write_page(folder: Path) -> Path:
 READ = """
 ## How to read this
 
-- Of one seed, an interval in brackets is 1.96 standard errors to either side, over held-out passages or chats (turns
-  of a chat belong together); of several seeds it is Student's t interval of their mean. Where none or
-  all are right no interval is told: of 40 chats that agree, others may still differ in 7 %.
+- Of one seed, an interval in brackets is over held-out passages or chats (turns of a chat belong together): of bits per
+  byte 1.96 standard errors to either side, of a share Wilson's for as many independent turns as its standard error
+  amounts to. Of several seeds it is Student's t interval of their mean. Where none or all are right no interval is
+  told: of 40 chats that agree, others may still differ in 7 %.
 - Of what a station gave, it is the percentile interval of a bootstrap that draws chats, or passages, for both models
   together.
 - `exact` and `valid` are shares of the turns in which the dialogue calls; `refrained` is a share of the others.
@@ -90,11 +91,17 @@ READ = """
 def _how(results: Mapping[str, Any], seeds: Sequence[Steps]) -> str:
     life, data = results["life"], seeds[0]["prepare"]["found"]
     minutes, work = (sum(record[key] for record in seeds[0].values()) / 60 for key in ("seconds", "processor_seconds"))
+    interrupted = [step for step, record in seeds[0].items() if record["interrupted"]]
+    several = len(seeds) > 1
     return "\n".join([
         "## How it was run", "", "<!-- not run: hours -->", "```console", f"$ {results['command']}", "```", "",
         f"- Machine and versions: {results['conditions']}",
         f"- Seeds: {', '.join(results['seeds'])}; the first took {minutes:.1f} minutes in all, and {work:.1f} of "
         "processors",
+        *(["- Scores, differences and minutes are those of all seeds; the width, steps, tokens, losses, pairs, files, "
+           "speeds and the server are of the first."] if several else []),
+        *([f"- Interrupted and continued: {', '.join(interrupted)}. The minutes have earlier attempts in them, but for "
+           "those that ended by `kill -9`."] if interrupted else []),
         f"- Text: {data['train_bytes'] / 1e6:.1f} MB to train on, of it {data['training_dialogues']:,} dialogues; held "
         f"out: {', '.join(data['heldout_books'])}, of which {data['passages']} passages are measured",
         f"- Tokenizer: {life['vocab_size']:,} ids, {data['bytes_per_token']:.2f} bytes of held-out text a token",
@@ -124,7 +131,8 @@ def _size(seeds: Sequence[Steps]) -> str:
 
 def _scores(seeds: Sequence[Steps]) -> str:
     def table(shown: Mapping[str, tuple[str, str]]) -> str:
-        rows = [[f"`{name}`", *(_cell([_score(steps, name, *where) for steps in seeds]) for where in shown.values())]
+        rows = [[f"`{name}`", *(_cell([_score(steps, name, *where) for steps in seeds], where[0])
+                                for where in shown.values())]
                 for name in STATIONS]
         return _table(["station", *shown], [row for row in rows if any(row[1:])])
 
@@ -187,20 +195,21 @@ def _files(seeds: Sequence[Steps]) -> str:
     ])
 
 
-def _equal(seeds: Sequence[Steps]) -> str:
+def _equal(seeds: Mapping[str, Steps]) -> str:
     rows = []
-    for steps in seeds:
+    several = len(seeds) > 1
+    for seed, steps in seeds.items():
         for row in steps["engines"]["found"]:
             named = "; ".join(f"{count} {name}" for name, count in row["exceptions"].items()) or "none"
-            rows.append([f"`{row['weights']}`", row["engine"], f"`{row['file']}`", str(row["turns"]), str(row["equal"]),
-                         str(row["equal_texts"]), named])
-    found = seeds[0]["served"]["found"]
+            rows.append([*([seed] if several else []), f"`{row['weights']}`", row["engine"], f"`{row['file']}`",
+                         str(row["turns"]), str(row["equal"]), str(row["equal_texts"]), named])
+    found = next(iter(seeds.values()))["served"]["found"]
     return "\n\n".join([
         "## The same dialogues through every engine",
         "Beside our engine on the run, greedy: turns, those with equal calls, those with equal answers to the letter, "
         "and why calls differ.",
-        _table(["weights of", "engine", "file", "turns", "equal calls", "equal answers", "exceptions"], rows,
-               text_columns=3),
+        _table([*(["seed"] if several else []), "weights of", "engine", "file", "turns", "equal calls", "equal answers",
+                "exceptions"], rows, text_columns=3 + several),
         "`lfm serve` on the file of `narrow` in Q4_0, over HTTP and with the grammar of tools that it has: "
         f"{found['equal']} of {found['turns']} turns with the calls of `lfm eval --constrained`.",
     ])
@@ -256,7 +265,7 @@ def _draw_losses(seeds: Sequence[Steps], folder: Path) -> str:
 def _points(axes: Any, seeds: Sequence[Steps], form: str, key: str, label: str, **style: Any) -> None:
     at, means, errors = [], [], []
     for i, name in enumerate(STATIONS):
-        found = _summary([_score(steps, name, form, key) for steps in seeds])
+        found = _summary([_score(steps, name, form, key) for steps in seeds], form)
         if found is not None:
             mean, low, high = found
             at.append(i)
@@ -284,8 +293,8 @@ def _score(steps: Steps, station: str, form: str, key: str) -> list[Any] | None:
     return None if record is None else record["found"]["scores"].get(form, {}).get(key)
 
 
-def _summary(scores: Iterable[list[Any] | None]) -> tuple[float, float | None, float | None] | None:
-    """Mean and interval: over seeds where there are several, else over documents."""
+def _summary(scores: Iterable[list[Any] | None], form: str) -> tuple[float, float | None, float | None] | None:
+    """Mean and interval: over seeds where there are several, else over documents. All but those of text are shares."""
     there = [score for score in scores if score is not None]
     if not there:
         return None
@@ -294,11 +303,15 @@ def _summary(scores: Iterable[list[Any] | None]) -> tuple[float, float | None, f
         return found.mean, found.low, found.high
     value, error, _ = there[0]
     # Of none and of all the error is 0, which no number of documents tells.
-    return (value, value - Z * error, value + Z * error) if error and not math.isnan(error) else (value, None, None)
+    if not error or math.isnan(error):
+        return value, None, None
+    if form == "text":
+        return value, value - Z * error, value + Z * error
+    return value, *wilson(value, value * (1 - value) / error**2)
 
 
-def _cell(scores: Iterable[list[Any] | None]) -> str:
-    found = _summary(scores)
+def _cell(scores: Iterable[list[Any] | None], form: str) -> str:
+    found = _summary(scores, form)
     if found is None:
         return ""
     mean, low, high = found

@@ -131,10 +131,11 @@ def _schemas(life: Life) -> dict[str, Any]:
 
 
 def _passages(documents: Sequence[str], count: int) -> list[str]:
-    """Passages at equal distances, from the beginning on; up to half of the documents can lie behind the last."""
+    """Passages spread evenly over all documents."""
     starts = [(i, at) for i, text in enumerate(documents) for at in range(0, max(1, len(text) - PASSAGE), PASSAGE)]
-    step = max(1, len(starts) // count)
-    return [documents[i][at : at + PASSAGE] for i, at in starts[::step][:count]]
+    count = min(count, len(starts))
+    spread = (starts[n * len(starts) // count] for n in range(count))
+    return [documents[i][at : at + PASSAGE] for i, at in spread]
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:

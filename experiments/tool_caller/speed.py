@@ -43,8 +43,11 @@ def speed(life: Life, cases: list[Case], path: Path) -> list[dict[str, Any]]:
             key = [repeat, case.engine, case.path.name, case.how]
             if any(row["key"] == key for row in records.rows):
                 continue
-            said = subprocess.run(case.command(life.llama_cpp), stdout=subprocess.PIPE, text=True, check=True).stdout
-            row = {"key": key, **json.loads(said.splitlines()[-1])}
+            ended = subprocess.run(case.command(life.llama_cpp), stdout=subprocess.PIPE, text=True)
+            if ended.returncode:
+                raise ValueError(f"the speed of {case.engine} on {case.path} cannot be measured: its process ended "
+                                 f"with status {ended.returncode}, for the reason above")
+            row = {"key": key, **json.loads(ended.stdout.splitlines()[-1])}
             records.add(row)
             say(f"{' '.join(map(str, key))}: {row['decode']:.0f} tokens/s", who="tool_caller")
     return [{"engine": case.engine, "file": case.path.name, "how": case.how, **_spreads(case, records.rows)}

@@ -20,8 +20,7 @@ def write(folder: Path) -> None:
         lines = [f"In the year {1800 + 7 * i + j} someone of {city} looked for {thing}, and found none by noon."
                  for j, (city, thing) in enumerate(itertools.product(CITIES, THINGS))]
         (folder / "books" / f"book-{i}.txt").write_text("\n".join(lines * 3), encoding="utf-8")
-    for split, services in (("train", ("FindTable", "FindRoom")), ("dev", ("FindTable",)),
-                            ("test", ("FindTable", "FindBus"))):
+    for split, services in (("train", ("FindTable", "FindRoom")), ("test", ("FindTable", "FindBus"))):
         with lzma.open(folder / "sgd" / f"sgd_{split}.jsonl.xz", "wt", encoding="utf-8") as file:
             for i, (city, service) in enumerate(itertools.product(CITIES * 2, services)):
                 file.write(json.dumps(_dialogue(f"{split}-{i}", service, city)) + "\n")
